@@ -1,0 +1,30 @@
+"""Denoising diffusion in JAX: pure functions, and a trainer that uses them.
+
+The core needs jax, numpy and jaxtyping, and takes a denoiser from any library:
+
+    schedules   betas in float64 -> NoiseSchedule; subsets of steps
+    diffusion   forward process, conversions between eps, x_0, v, mu; the denoiser
+    timesteps   which t to train on
+    losses      simple, variational and hybrid; weightings
+    samplers    DDPM, DDIM and its inversion, one scan over steps
+    likelihood  bits per dim, term by term; progressive coding
+
+Beside it stand, imported only on demand: `models` (Flax U-Nets), `training` (the Optax
+train step), `data`, `checkpoint`, `metrics`, `plotting`, `logs`, and the programs
+
+    python -m jax_diffusion.train --config configs/digits.py --workdir runs/digits
+    python -m jax_diffusion.sample --workdir runs/digits --out pictures
+    python -m jax_diffusion.evaluate --workdir runs/digits
+"""
+
+from jax_diffusion import (
+    diffusion,
+    likelihood,
+    losses,
+    samplers,
+    schedules,
+    timesteps,
+)
+
+__version__ = "0.1.0"
+__all__ = ["diffusion", "likelihood", "losses", "samplers", "schedules", "timesteps"]

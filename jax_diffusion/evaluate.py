@@ -1,0 +1,172 @@
+"""Scores of a run, and the command line that prints and saves them.
+
+    python -m jax_diffusion.evaluate --workdir runs/digits --metrics frechet,bpd
+
+frechet: Frechet distance between samples and data, on raw pixels in [-1, 1], beside
+that of two random halves of the data. bpd: the variational bound in bits/dim on a
+split, with all of its terms.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jax_diffusion import (
+    data,
+    diffusion,
+    likelihood,
+    metrics,
+    plotting,
+    sample,
+    samplers,
+    settings,
+)
+from jax_diffusion.sample import Run
+
+METRICS = ("frechet", "bpd")
+FRECHET_LINE = (
+    "Frechet distance in raw pixels, {n} samples by DDIM in {steps} steps: "
+    "{frechet:.4f}; two halves of the data: {frechet_halves:.4f}; ratio {ratio:.2f}"
+)
+BPD_LINE = (
+    "bits/dim of {images} images of {split!r}: {bits_per_dim:.4f} +- "
+    "{standard_error:.4f} = prior {prior:.2e} + KL {kl:.4f} + decoder {decoder:.4f}"
+)
+
+
+def load_images(run: Run, split: str, batch_size: int) -> data.Batches:
+    """The run's own data set, one split in order, unflipped."""
+    group = dict(run.config.data, split=split, batch_size=batch_size, flip=False)
+    return settings.call(data.load, group, "config.data", train=False)
+
+
+def frechet(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """Distance of as many samples as there are images to those images."""
+    images = load_images(run, args.frechet_split, args.batch_size).images
+    n = args.n or len(images)
+    schedule = settings.make_schedule(run.config.schedule, steps=args.steps)
+    draw = sample.make_sampler(
+        run.model, run.objective, run.image_shape, sampler="ddim"
+    )
+    batches = sample.generate(
+        draw,
+        run.params,
+        schedule,
+        n=n,
+        seed=args.seed,
+        num_classes=getattr(run.model, "num_classes", None),
+        batch_size=args.batch_size,
+    )
+    drawn = [
+        b[-1] for b, _ in tqdm(batches, total=-(-n // args.batch_size), disable=None)
+    ]
+    samples = _pixels(np.concatenate(drawn))
+    pixels = _pixels(images)
+    order = np.random.default_rng(args.seed).permutation(len(pixels))
+    halves = [metrics.moments(pixels[h]) for h in np.array_split(order, 2)]
+    distance = metrics.frechet_distance(
+        metrics.moments(samples), metrics.moments(pixels)
+    )
+    distance_of_halves = metrics.frechet_distance(*halves)
+    return {
+        "frechet": distance,
+        "frechet_halves": distance_of_halves,
+        "ratio": distance / distance_of_halves,
+        "frechet_split": args.frechet_split,
+        "n": n,
+        "steps": schedule.num_steps,
+    }
+
+
+def bits_per_dim(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """The bound over a split; writes its terms (.npz) and their curve (.png)."""
+    batches = load_images(run, args.split, args.batch_size)
+    schedule = settings.make_schedule(run.config.schedule)
+
+    @jax.jit
+    def bpd(params, keys, x_0, label):
+        model_fn = sample.bind(run.model, params, label)
+        denoise_fn = diffusion.denoiser(model_fn, schedule, run.objective)
+        denoise_fn = diffusion.clip_x_0(denoise_fn)
+        return likelihood.bits_per_dim(keys, denoise_fn, schedule, x_0)
+
+    key, parts, first = jax.random.key(args.seed), [], 0
+    labelled = getattr(run.model, "num_classes", None) is not None
+    for batch in tqdm(
+        batches, total=-(-batches.num_examples // args.batch_size), disable=None
+    ):
+        x_0 = data.from_uint8(batch["image"])
+        keys = samplers.image_keys(key, jnp.arange(first, first + len(x_0)))
+        label = batch["label"] if labelled else None
+        parts.append(jax.device_get(bpd(run.params, keys, x_0, label)))
+        first += len(x_0)
+    bits = likelihood.BitsPerDim(*(np.concatenate(p) for p in zip(*parts, strict=True)))
+    rate, distortion = likelihood.progressive_coding(bits)
+    terms = {**bits._asdict(), "rate": rate, "distortion": distortion}
+    np.savez(args.out / "bpd_terms.npz", **terms)
+    means = {name: np.mean(value, axis=0) for name, value in bits._asdict().items()}
+    plotting.save_vlb_curve(args.out / "bpd_terms.png", {"vlb": means["vlb"]})
+    return {
+        "bits_per_dim": float(means["total"]),
+        "standard_error": float(bits.total.std(ddof=1) / len(bits.total) ** 0.5),
+        "prior": float(means["prior"]),
+        "decoder": float(means["vlb"][0]),
+        "kl": float(means["vlb"][1:].sum()),
+        "split": args.split,
+        "images": len(bits.total),
+    }
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """The program: prints one line a metric and writes evaluation/scores.json."""
+    names = args.metrics.split(",")
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"--metrics must be of {METRICS}, got {name!r}.")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be positive, got {args.batch_size}.")
+    run = sample.load_run(args.workdir, args.ema)
+    args.out = Path(args.workdir) / "evaluation"
+    scores: dict[str, Any] = {"ema": args.ema or str(run.config.ema_decays[0])}
+    args.out.mkdir(exist_ok=True)
+    if "frechet" in names:
+        scores |= frechet(run, args)
+        print(FRECHET_LINE.format(**scores))
+    if "bpd" in names:
+        scores |= bits_per_dim(run, args)
+        print(BPD_LINE.format(**scores))
+    (args.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    return data.from_uint8(images).reshape(len(images), -1)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_diffusion.evaluate", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--workdir", required=True, help="of a training run")
+    parser.add_argument("--metrics", default="frechet,bpd", help="of frechet, bpd")
+    parser.add_argument("--split", default="test", help="for bpd")
+    parser.add_argument(
+        "--frechet-split", default="all", help="to compare samples with"
+    )
+    parser.add_argument("--n", type=int, help="samples; default as many as images")
+    parser.add_argument("--steps", type=int, default=50, help="of DDIM")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--ema", help="such as 0.999; none for the raw parameters")
+    evaluate(parser.parse_args())
+
+
+if __name__ == "__main__":
+    settings.run_program(main)

@@ -1,0 +1,200 @@
+"""Training losses: simple, variational and hybrid, and their weights over noise levels.
+
+    L_simple = E_t || target - output ||^2                        (DDPM eq. 14)
+    L_vlb    = sum_t L_t,  L_t = KL(q(x_{t-1} | x_t, x_0) || p), L_0 = -log p(x_0 | x_1)
+    L_hybrid = L_simple + lambda L_vlb, the mean stopped in L_vlb (Improved DDPM eq. 16)
+
+Variational terms are in bits per dimension, averaged over the dimensions of an image.
+L_vlb is a sum over t, so one term at a uniform t counts T times.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from jax_diffusion import diffusion
+from jax_diffusion.diffusion import Objective, Prediction
+from jax_diffusion.schedules import NoiseSchedule, take
+
+
+class LossTerms(NamedTuple):
+    """Per-example training loss and its parts."""
+
+    loss: Array  # [b] what is minimised
+    mse: Array  # [b] plain mean squared error of the network output, for logging
+    vlb: Array  # [b] bits/dim of the sampled term; zero unless "vlb" or "hybrid"
+
+
+def mean_flat(x: Float[Array, "b *d"]) -> Float[Array, "b"]:
+    """The mean over all axes but the first."""
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+
+def normal_kl(
+    mean_1: Array, log_var_1: Array, mean_2: Array, log_var_2: Array
+) -> Array:
+    """KL(N(mean_1, var_1) || N(mean_2, var_2)) in nats, elementwise and broadcast."""
+    return 0.5 * (
+        -1.0
+        + log_var_2
+        - log_var_1
+        + jnp.exp(log_var_1 - log_var_2)
+        + (mean_1 - mean_2) ** 2 * jnp.exp(-log_var_2)
+    )
+
+
+def discretized_gaussian_log_likelihood(
+    x: Float[Array, "*d"], mean: Float[Array, "*d"], log_scale: Float[Array, "*_"]
+) -> Float[Array, "*d"]:
+    """Log probability in nats of 8-bit data under a Gaussian, elementwise.
+
+    The Gaussian's mass in the bin of width 2/255 about x; the first and last bins
+    reach to infinity (DDPM eq. 13). Its CDF is the tanh approximation of the official
+    codes, and every logarithm is cut off at 1e-12, as theirs.
+
+    Args:
+        x: uint8 / 127.5 - 1.
+        mean: of the Gaussian.
+        log_scale: log of its standard deviation; broadcasts.
+    """
+    centred, inv_std = x - mean, jnp.exp(-log_scale)
+    cdf_high = _approx_normal_cdf(inv_std * (centred + 1 / 255))
+    cdf_low = _approx_normal_cdf(inv_std * (centred - 1 / 255))
+
+    def log(p):  # cut off inside, so that no branch of the `where`s has bad gradients
+        return jnp.log(jnp.maximum(p, 1e-12))
+
+    inside = log(cdf_high - cdf_low)
+    return jnp.where(
+        x < -0.999, log(cdf_high), jnp.where(x > 0.999, log(1 - cdf_low), inside)
+    )
+
+
+def _approx_normal_cdf(x):
+    return 0.5 * (1 + jnp.tanh(np.sqrt(2 / np.pi).item() * (x + 0.044715 * x**3)))
+
+
+def loss_weight(
+    schedule: NoiseSchedule, objective: Objective, t: Int[Array, "b"]
+) -> Float[Array, "b"]:
+    """The factor of the network's squared error at t.
+
+    "uniform" is 1 whatever the network predicts. The others are one weight of the error
+    in x_0, given here, and converted to the error in eps, v or mu:
+
+        snr            snr                          Ho et al.: 1 for eps
+        min_snr        min(snr, gamma)              Hang et al. 2023
+        truncated_snr  max(snr, 1)                  Salimans & Ho 2022
+        p2             snr / (k + snr)^gamma        Choi et al. 2022
+    """
+    c = take(schedule, t, 1)
+    snr = jnp.exp(c.now.log_snr)
+    match objective.weighting:
+        case "uniform":
+            return jnp.ones_like(snr)
+        case "snr":
+            weight = snr
+        case "min_snr":
+            weight = jnp.minimum(snr, objective.min_snr_gamma)
+        case "truncated_snr":
+            weight = jnp.maximum(snr, 1.0)
+        case "p2":
+            weight = snr / (objective.p2_k + snr) ** objective.p2_gamma
+    # || output error ||^2 is so many times || x_0 error ||^2.
+    match objective.mean_type:
+        case "eps":
+            return weight / snr
+        case "x_0":
+            return weight
+        case "v":
+            return weight / (1 + snr)
+        case "mu":
+            return weight / c.posterior_x_0**2
+
+
+def vlb_terms(
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    x_0: Float[Array, "b *d"],
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+) -> Float[Array, "b"]:
+    """The term of the variational bound at t, in bits/dim.
+
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at t = 0 the discretised negative log
+    likelihood of x_0 (DDPM eq. 5).
+    """
+    mean, _ = diffusion.q_posterior(schedule, prediction.x_0, x_t, t)
+    true_mean, true_log_var = diffusion.q_posterior(schedule, x_0, x_t, t)
+    kl = normal_kl(true_mean, true_log_var, mean, prediction.log_var)
+    nll = -discretized_gaussian_log_likelihood(x_0, mean, 0.5 * prediction.log_var)
+    nats = jnp.where(t == 0, mean_flat(nll), mean_flat(kl))
+    return nats / np.log(2.0).item()
+
+
+def training_loss(
+    key: Key[Array, ""],
+    model_fn: Callable[..., Array],
+    schedule: NoiseSchedule,
+    objective: Objective,
+    x_0: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    *,
+    eps: Float[Array, "b *d"] | None = None,
+) -> LossTerms:
+    """Noises x_0 to level t, calls the network once, and scores it.
+
+    Args:
+        model_fn: the raw network, (x_t [b, ...], timesteps [b]) -> output.
+        eps: the noise; drawn from `key` if not given.
+
+    Raises:
+        ValueError: if the output's channels do not fit the objective, if a learned
+            variance meets a loss that would not train it, or if eps is predicted on a
+            schedule that ends in zero signal.
+    """
+    diffusion.check_signal(schedule, objective)
+    if objective.learns_variance and objective.loss not in ("hybrid", "vlb"):
+        raise ValueError(
+            "a learned variance is trained by loss 'hybrid' or 'vlb' only, "
+            f"got {objective.loss!r}."
+        )
+    if eps is None:
+        eps = jax.random.normal(key, x_0.shape)
+    x_t = diffusion.q_sample(schedule, x_0, t, eps)
+    output = model_fn(x_t, schedule.timesteps[t])
+    value, _ = diffusion.split_output(objective, output, x_0.shape[-1])
+    error = value - diffusion.target(schedule, objective, x_0, x_t, t, eps)
+    mse, vlb = mean_flat(error**2), jnp.zeros(x_0.shape[:1])
+
+    if objective.loss in ("vlb", "hybrid"):
+        if objective.loss == "hybrid":  # the bound must not reach the mean
+            frozen = jax.lax.stop_gradient(value)
+            output = jnp.concatenate([frozen, output[..., x_0.shape[-1] :]], axis=-1)
+        prediction = diffusion.predict(schedule, objective, output, x_t, t)
+        vlb = vlb_terms(schedule, prediction, x_0, x_t, t)
+    return LossTerms(_combine(schedule, objective, t, error, vlb), mse, vlb)
+
+
+def _combine(schedule, objective, t, error, vlb):
+    """The simple term, weighted, and the bound, by the objective's loss."""
+    vlb_scale = objective.vlb_scale
+    if vlb_scale is None:
+        vlb_scale = 1e-3 if objective.loss == "hybrid" else 1.0
+    vlb = vlb_scale * schedule.num_steps * vlb
+    match objective.loss:
+        case "vlb":
+            return vlb
+        case "hybrid" | "l2":
+            simple = error**2
+        case "l1":
+            simple = jnp.abs(error)
+        case "huber":  # quadratic within 1, linear outside (the annotated DDPM)
+            size = jnp.abs(error)
+            simple = jnp.where(size < 1, 0.5 * error**2, size - 0.5)
+    simple = loss_weight(schedule, objective, t) * mean_flat(simple)
+    return simple + vlb if objective.loss == "hybrid" else simple

@@ -1,0 +1,1 @@
+"""Networks, in Flax Linen. They never see a schedule: (x, timesteps) in, output out."""

@@ -1,0 +1,410 @@
+"""Noise schedules: variances in float64 on the host, tabulated once as float32.
+
+A schedule starts as a vector of betas, made by one of the functions in `BETAS`. A
+subset of its steps is chosen by one of the `*_steps` functions, and `make_schedule`
+turns both into a `NoiseSchedule`, the only table that the rest of the package reads.
+
+Timesteps count from 0: t = 0 is one step of noise, "t = 1" in the DDPM paper.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+
+class Level(NamedTuple):
+    """A noise level: x = signal * x_0 + noise * eps."""
+
+    signal: Array  # sqrt(alpha_bar)
+    noise: Array  # sqrt(1 - alpha_bar)
+    log_snr: Array  # log(alpha_bar / (1 - alpha_bar)), +-inf at the ends
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """Coefficients of a discrete Gaussian diffusion, one row per timestep.
+
+    Every leaf is float32 of shape [T], or [b, 1, ...] after `take`. `make_schedule`
+    computes them in float64 on the host: formed in float32, `1 - alpha_bar[0]` is wrong
+    in the fourth digit already. Being a pytree of arrays, a schedule is an argument
+    like any other: it can be vmapped over, differentiated and changed without a new
+    compilation.
+    """
+
+    betas: Array  # variance of q(x_t | x_{t-1})
+    now: Level  # of x_t
+    prev: Level  # of x_{t-1}; at t = 0 the clean image: signal 1, noise 0
+    next: Level  # of x_{t+1}; at t = T - 1 pure noise: signal 0, noise 1
+    posterior_x_0: Array  # q(x_{t-1} | x_t, x_0) has mean
+    posterior_x_t: Array  #   posterior_x_0 * x_0 + posterior_x_t * x_t  (DDPM eq. 7)
+    posterior_log_var: Array  # and this variance; row 0 repeats row 1, being -inf
+    timesteps: Array  # what the network is told; -1 in rows added by `pad`
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of rows."""
+        return self.betas.shape[0]
+
+
+def linear_betas(
+    num_steps: int, *, start: float = 1e-4, end: float = 0.02, rescale: bool = True
+) -> np.ndarray:
+    """Variances that grow linearly (Ho et al. 2020, sec. 4).
+
+    Args:
+        num_steps: T.
+        start: first variance, meant for T = 1000.
+        end: last variance, likewise.
+        rescale: multiply both by 1000 / T, so that the last image is noise whatever T
+            (improved-diffusion). Off: the numbers as they stand (Ho et al., DDIM).
+
+    Raises:
+        ValueError: if rescaling takes a variance above 1, which happens below T = 20.
+    """
+    scale = 1000 / num_steps if rescale else 1.0
+    if scale * max(start, end) > 1:
+        raise ValueError(
+            "linear betas times 1000 / num_steps must not exceed 1, got "
+            f"{scale * max(start, end):.4g} for num_steps = {num_steps}; "
+            "take more steps or rescale=False."
+        )
+    return np.linspace(scale * start, scale * end, num_steps, dtype=np.float64)
+
+
+def quadratic_betas(
+    num_steps: int, *, start: float = 1e-4, end: float = 0.02
+) -> np.ndarray:
+    """Variances whose square roots grow linearly ("quad" of Ho et al. and DDIM)."""
+    return np.linspace(start**0.5, end**0.5, num_steps, dtype=np.float64) ** 2
+
+
+def cosine_betas(
+    num_steps: int,
+    *,
+    offset: float = 0.008,
+    min_beta: float = 0.0,
+    max_beta: float = 0.999,
+) -> np.ndarray:
+    """Variances whose alpha_bar is a squared cosine (Nichol & Dhariwal 2021, eq. 17).
+
+        alpha_bar(u) = cos((u + offset) / (1 + offset) * pi / 2)^2,   u = t / T
+
+    Args:
+        num_steps: T.
+        offset: keeps the first betas from vanishing.
+        min_beta: floor; the annotated DDPM has 1e-4, the paper none.
+        max_beta: cap, reached only near u = 1 where alpha_bar goes to zero.
+
+    >>> cosine_betas(4).round(3)
+    array([0.153, 0.417, 0.708, 0.999])
+    """
+
+    def alpha_bar(u):
+        return np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2
+
+    betas = betas_from_alpha_bar(alpha_bar, num_steps, max_beta=max_beta)
+    return np.maximum(betas, min_beta)
+
+
+def sigmoid_betas(
+    num_steps: int, *, start: float = 1e-4, end: float = 0.02
+) -> np.ndarray:
+    """Variances that are a sigmoid of u in [-6, 6] (DDIM repository, annotated DDPM).
+
+    Not to be confused with `sigmoid_alpha_bar_betas`, which others also call "sigmoid".
+    """
+    return start + (end - start) * _sigmoid(np.linspace(-6, 6, num_steps))
+
+
+def sigmoid_alpha_bar_betas(
+    num_steps: int,
+    *,
+    start: float = -3.0,
+    end: float = 3.0,
+    tau: float = 1.0,
+    max_beta: float = 0.999,
+) -> np.ndarray:
+    """Variances whose alpha_bar is a sigmoid (Jabri et al. 2022; lucidrains' default).
+
+    alpha_bar falls from 1 to 0 as the piece of a sigmoid of temperature tau between
+    `start` and `end`, shifted and scaled to those two values.
+    """
+    first, last = _sigmoid(start / tau), _sigmoid(end / tau)
+
+    def alpha_bar(u):
+        return (last - _sigmoid((u * (end - start) + start) / tau)) / (last - first)
+
+    return betas_from_alpha_bar(alpha_bar, num_steps, max_beta=max_beta)
+
+
+def constant_betas(num_steps: int, *, value: float = 0.02) -> np.ndarray:
+    """The same variance at every step ("const" of Ho et al.)."""
+    return np.full(num_steps, value, np.float64)
+
+
+def warmup_betas(
+    num_steps: int, *, fraction: float = 0.1, start: float = 1e-4, end: float = 0.02
+) -> np.ndarray:
+    """Linear over the first `fraction` of the steps, then constant (Ho et al.).
+
+    Their "warmup10" and "warmup50" are fractions 0.1 and 0.5.
+    """
+    betas = np.full(num_steps, end, np.float64)
+    num_warmup = int(num_steps * fraction)
+    betas[:num_warmup] = np.linspace(start, end, num_warmup, dtype=np.float64)
+    return betas
+
+
+def jsd_betas(num_steps: int) -> np.ndarray:
+    """1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015, sec. 2.4.1).
+
+    Ends in pure noise, so a network cannot predict eps at the last step: use x_0 or v.
+    """
+    return 1.0 / np.linspace(num_steps, 1, num_steps, dtype=np.float64)
+
+
+def betas_from_alpha_bar(
+    alpha_bar_fn: Callable[[np.ndarray], np.ndarray],
+    num_steps: int,
+    *,
+    max_beta: float = 0.999,
+) -> np.ndarray:
+    """Variances of a given alpha_bar(u), u in [0, 1], capped at `max_beta`.
+
+    `alpha_bar_fn` maps float64 arrays to float64 arrays and need not be 1 at u = 0.
+    """
+    alpha_bar = alpha_bar_fn(np.arange(num_steps + 1) / num_steps)
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+
+
+def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Shifts and scales sqrt(alpha_bar) to end in 0 exactly (Lin et al. 2023, alg. 1).
+
+    The last beta becomes 1, so the network must predict v or x_0: eps leaves x_0
+    undetermined there.
+    """
+    signal = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
+    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    alpha_bar = signal**2
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+
+BETAS: dict[str, Callable[..., np.ndarray]] = {
+    "linear": linear_betas,
+    "quadratic": quadratic_betas,
+    "cosine": cosine_betas,
+    "sigmoid": sigmoid_betas,
+    "sigmoid_alpha_bar": sigmoid_alpha_bar_betas,
+    "constant": constant_betas,
+    "warmup": warmup_betas,
+    "jsd": jsd_betas,
+}
+
+
+def spaced_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarray:
+    """Steps to keep, by the section rule of improved-diffusion.
+
+    Args:
+        num_steps: T.
+        spec: 250, or "250": that many, first and last included; "10,15,20" or
+            [10, 15, 20]: the steps are cut in equal sections and that many are kept of
+            each; "ddim50": every k-th step from 0, for the k that gives exactly 50.
+
+    Raises:
+        ValueError: if a section is shorter than asked, or no stride gives the count.
+
+    >>> spaced_steps(1000, 10)
+    array([  0, 111, 222, 333, 444, 555, 666, 777, 888, 999])
+    """
+    if isinstance(spec, str):
+        if spec.startswith("ddim"):
+            return np.arange(0, num_steps, _ddim_stride(num_steps, spec))
+        spec = [_integer(part, spec) for part in spec.split(",")]
+    counts = [spec] if isinstance(spec, int | np.integer) else list(spec)
+    if not counts or sum(counts) < 1:
+        raise ValueError(f"the sections must keep at least one step, got {spec!r}.")
+
+    size, extra = divmod(num_steps, len(counts))
+    steps, start = [], 0
+    for i, count in enumerate(counts):
+        length = size + (i < extra)
+        if not 0 <= count <= length:
+            raise ValueError(
+                f"a section of {length} steps cannot keep {count}, got {spec!r} "
+                f"for {num_steps} steps."
+            )
+        stride = 1.0 if count <= 1 else (length - 1) / (count - 1)
+        position = 0.0  # accumulated and rounded half to even, as the original does
+        for _ in range(count):
+            steps.append(start + round(position))
+            position += stride
+        start += length
+    return np.array(steps)
+
+
+def uniform_steps(num_steps: int, n: int) -> np.ndarray:
+    """floor(i T / n): exactly n steps from 0 on (Song et al. 2021, app. D.2, linear).
+
+    Equal to the DDIM repository's "uniform" where n divides T; elsewhere that one takes
+    more steps than asked.
+    """
+    return np.arange(_count(num_steps, n)) * num_steps // n
+
+
+def quadratic_steps(num_steps: int, n: int) -> np.ndarray:
+    """floor(c i^2) up to 0.8 T: dense near the image ("quad" of the DDIM repository).
+
+    The original visits some small steps twice when n is large, to no effect; here they
+    occur once, so that there may be fewer than n (49 for n = 50 and T = 1000).
+    """
+    n = _count(num_steps, n)
+    roots = np.linspace(0, np.sqrt(num_steps * 0.8), n)
+    return np.unique((roots**2).astype(int))
+
+
+def trailing_steps(num_steps: int, n: int) -> np.ndarray:
+    """floor(i T / n) - 1 for i = 1 .. n: exactly n steps that end in T - 1.
+
+    Starts sampling at pure noise, where x_T was drawn (Lin et al. 2023; lucidrains).
+    """
+    return np.arange(1, _count(num_steps, n) + 1) * num_steps // n - 1
+
+
+def make_schedule(
+    betas: np.ndarray,
+    *,
+    keep: Sequence[int] | np.ndarray | None = None,
+    rescale_timesteps: bool = False,
+) -> NoiseSchedule:
+    """Tabulates a diffusion from its variances, optionally on a subset of its steps.
+
+    With `keep`, the result is the shorter diffusion whose marginals q(x_t | x_0) are
+    those of the kept steps (Nichol & Dhariwal 2021, sec. 4); its `timesteps` still name
+    the original ones. Its posterior and variances are those of the shorter chain.
+
+    Args:
+        betas: float64 of shape [T], each in (0, 1], T >= 2.
+        keep: increasing indices into [0, T); default all of them.
+        rescale_timesteps: tell the network t * 1000 / T instead of t.
+
+    Raises:
+        ValueError: if a beta or an index is out of range.
+    """
+    table = tabulate(betas, keep=keep, rescale_timesteps=rescale_timesteps)
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), table)
+
+
+def tabulate(
+    betas: np.ndarray,
+    *,
+    keep: Sequence[int] | np.ndarray | None = None,
+    rescale_timesteps: bool = False,
+) -> NoiseSchedule:
+    """`make_schedule` before the cast: every leaf is a NumPy array of float64."""
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or not np.all((betas > 0) & (betas <= 1)):
+        raise ValueError(f"betas must be a vector of values in (0, 1], got {betas!r}.")
+    if len(betas) < 2:
+        raise ValueError(f"a diffusion needs at least 2 steps, got {len(betas)}.")
+    timesteps = np.arange(len(betas))
+    scale = 1000 / len(betas) if rescale_timesteps else 1
+    if keep is not None:
+        kept = np.asarray(keep)
+        valid = kept.ndim == 1 and np.isin(kept, timesteps).all()
+        if not valid or not len(kept) or not np.all(np.diff(kept) > 0):
+            raise ValueError(
+                f"keep must increase within [0, {len(betas)}), got {keep}."
+            )
+        timesteps = kept.astype(int)
+        alpha_bar = np.cumprod(1 - betas)[timesteps]
+        betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+    now = np.cumprod(1 - betas)  # alpha_bar of x_t
+    prev, next_ = np.append(1.0, now[:-1]), np.append(now[1:], 0.0)
+
+    def level(alpha_bar):
+        log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
+        return Level(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), log_snr)
+
+    posterior_var = betas * (1 - prev) / (1 - now)
+    # Row 0 is zero, and its log -inf. A chain of one step has no row 1 to repeat; its
+    # only finite variance is beta.
+    posterior_var[0] = posterior_var[1] if len(betas) > 1 else betas[0]
+    with np.errstate(divide="ignore"):  # the infinities at both ends are meant
+        return NoiseSchedule(
+            betas=betas,
+            now=level(now),
+            prev=level(prev),
+            next=level(next_),
+            posterior_x_0=betas * np.sqrt(prev) / (1 - now),
+            posterior_x_t=(1 - prev) * np.sqrt(1 - betas) / (1 - now),
+            posterior_log_var=np.log(posterior_var),
+            timesteps=timesteps * float(scale),
+        )
+
+
+def pad(schedule: NoiseSchedule, length: int) -> NoiseSchedule:
+    """Adds rows that no step visits, so that every schedule has the same shape.
+
+    Samplers skip the added rows, whose `timesteps` are -1. One compiled sampler then
+    serves every number of steps up to `length`.
+
+    Raises:
+        ValueError: if the schedule is longer than `length`.
+    """
+    extra = length - schedule.num_steps
+    if extra < 0:
+        raise ValueError(
+            f"length must be at least the {schedule.num_steps} steps there are, "
+            f"got {length}."
+        )
+    padded = jax.tree.map(lambda a: jnp.pad(a, (0, extra), mode="edge"), schedule)
+    unvisited = jnp.arange(length) >= schedule.num_steps
+    return dataclasses.replace(
+        padded, timesteps=jnp.where(unvisited, -1.0, padded.timesteps)
+    )
+
+
+def take(schedule: NoiseSchedule, t: Int[Array, "b"], ndim: int) -> NoiseSchedule:
+    """Rows `t` of every coefficient, as [b, 1, ..., 1] to act on rank-`ndim` data."""
+    shape = t.shape + (1,) * (ndim - 1)
+    return jax.tree.map(lambda a: a[t].reshape(shape), schedule)
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+
+
+def _count(num_steps: int, n: int) -> int:
+    if not 1 <= n <= num_steps:
+        raise ValueError(f"steps must be between 1 and T = {num_steps}, got {n}.")
+    return n
+
+
+def _integer(text: str, spec: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            "steps must be an integer, integers between commas, or 'ddim' and an "
+            f"integer, got {spec!r}."
+        ) from None
+
+
+def _ddim_stride(num_steps: int, spec: str) -> int:
+    """The smallest stride that visits exactly as many steps as `spec` names."""
+    n = _integer(spec.removeprefix("ddim"), spec)
+    strides = {len(range(0, num_steps, k)): k for k in range(num_steps - 1, 0, -1)}
+    if n not in strides:
+        near = min(strides, key=lambda m: abs(m - n))
+        raise ValueError(
+            f"no integer stride visits exactly {n} of {num_steps} steps; "
+            f"the nearest count is {near}."
+        )
+    return strides[n]

@@ -1,0 +1,219 @@
+"""The door: a config file and a command line in, schedule, objective and model out.
+
+A config is a Python file with `get_config() -> ConfigDict`, one level of groups deep.
+Each group holds the keyword arguments of one function, so that a misspelt field is
+found and named; `FIELDS` lists the rest. Behind this door there are no configs.
+"""
+
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from jax_diffusion import schedules, timesteps
+from jax_diffusion.diffusion import Objective, check_signal
+from jax_diffusion.models.unet import UNet
+from jax_diffusion.schedules import NoiseSchedule
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
+
+FIELDS = {
+    "seed": "of parameters, data order, noise and dropout",
+    "data": "arguments of data.load",
+    "schedule": "name in BETAS, its arguments, rescale_timesteps, zero_terminal_snr",
+    "objective": "arguments of Objective",
+    "timesteps": "name in timesteps.SAMPLERS, and its arguments",
+    "model": "name in MODELS, and its arguments but out_channels",
+    "optimizer": "arguments of training.make_optimizer but total_steps",
+    "ema_decays": "one average of the parameters for each",
+    "ema_warmup": "whether averages forget the random start faster",
+    "total_steps": "updates to make, in all",
+    "log_every": "updates between two lines of metrics.jsonl",
+    "save_every": "updates between two checkpoints",
+    "sample_every": "updates between two sample grids",
+    "sampling": "of the grids: sampler, steps, spacing, eta, n",
+}
+
+# What may change between two starts of one run. All else must be as it was.
+FREE_FIELDS = ("total_steps", "log_every", "save_every", "sample_every", "sampling")
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Runs the config file and applies overrides such as "--config.total_steps=60".
+
+    Raises:
+        ValueError: if the file is missing or wrong, or a field unknown or ill-typed.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--config must be the path of a config file, got {path!r}.")
+    argv = ["", f"--config={path}", *overrides]
+    values = flags.FlagValues()  # our own: nothing global is defined
+    holder = config_flags.DEFINE_config_file(
+        "config", flag_values=values, sys_argv=argv
+    )
+    try:
+        rest = values(argv)[1:]
+    except AttributeError as error:
+        raise ValueError(f"the config has no field {error}.") from None
+    except flags.Error as error:
+        raise ValueError(f"{error}".rstrip(".") + ".") from None
+    if rest:
+        raise ValueError(f"arguments must begin with --, got {' '.join(rest)!r}.")
+    config = holder.value
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config() of {path!r} must return a ConfigDict.")
+    check_config(config)
+    return config
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises ValueError unless the config has exactly the fields of `FIELDS`."""
+    for name in config:
+        if name not in FIELDS:
+            raise ValueError(f"the config has no field {name!r}{_hint(name, FIELDS)}.")
+    missing = [name for name in FIELDS if name not in config]
+    if missing:
+        raise ValueError(f"the config must have the fields {missing}, got none.")
+    for name in ("total_steps", "log_every", "save_every", "sample_every"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ValueError(
+                f"config.{name} must be a positive integer, got {config[name]!r}."
+            )
+    if not config.ema_decays or not all(0 <= d < 1 for d in config.ema_decays):
+        raise ValueError(
+            f"config.ema_decays must be numbers in [0, 1), got {config.ema_decays}."
+        )
+
+
+def make_schedule(
+    config: Mapping[str, Any], *, steps: int | None = None, spacing: str = "sections"
+) -> NoiseSchedule:
+    """The schedule that `config.schedule` describes, or a shorter one for sampling.
+
+    Args:
+        steps: how many steps to keep; all if None.
+        spacing: a rule of `STEPS`.
+
+    Raises:
+        ValueError: for an unknown name, a misspelt argument or too many steps.
+    """
+    group = dict(config)
+    rescale_timesteps = group.pop("rescale_timesteps", False)
+    zero_terminal_snr = group.pop("zero_terminal_snr", False)
+    betas = call_by_name(schedules.BETAS, group, "config.schedule")
+    if zero_terminal_snr:
+        betas = schedules.zero_terminal_snr(betas)
+    keep = None
+    if steps is not None:
+        if not 1 <= steps <= len(betas):
+            raise ValueError(f"steps must be in [1, T = {len(betas)}], got {steps}.")
+        keep = choose("spacing", spacing, STEPS)(len(betas), steps)
+    return schedules.make_schedule(
+        betas, keep=keep, rescale_timesteps=rescale_timesteps
+    )
+
+
+STEPS: dict[str, Callable[..., Any]] = {
+    "sections": schedules.spaced_steps,
+    "uniform": schedules.uniform_steps,
+    "quadratic": schedules.quadratic_steps,
+    "trailing": schedules.trailing_steps,
+}
+
+
+def make_objective(config: Mapping[str, Any], schedule: NoiseSchedule) -> Objective:
+    """The objective that `config.objective` describes, checked against the schedule."""
+    objective = call(Objective, config, "config.objective")
+    check_signal(schedule, objective)
+    return objective
+
+
+def make_model(
+    config: Mapping[str, Any], objective: Objective, num_channels: int
+) -> nn.Module:
+    """The network that `config.model` describes, its outputs fit to the objective."""
+    group = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config).items()}
+    out_channels = num_channels * (2 if objective.learns_variance else 1)
+    group["out_channels"] = out_channels
+    return call_by_name(MODELS, group, "config.model")
+
+
+def make_timestep_sampler(
+    config: Mapping[str, Any], num_steps: int
+) -> timesteps.TimestepSampler:
+    """The timestep sampler that `config.timesteps` describes."""
+    group = {"num_steps": num_steps, **dict(config)}
+    return call_by_name(timesteps.SAMPLERS, group, "config.timesteps")
+
+
+def call(function: Callable, group: Mapping[str, Any], where: str, **fixed: Any) -> Any:
+    """`function(**group, **fixed)`; a field it does not know is a ValueError."""
+    known = inspect.signature(function).parameters
+    for name in group:
+        if name not in known or name in fixed:
+            raise ValueError(f"{where} has no field {name!r}{_hint(name, known)}.")
+    missing = [
+        name
+        for name, p in known.items()
+        if p.default is p.empty and name not in group and name not in fixed
+    ]
+    if missing:
+        raise ValueError(f"{where} must have the fields {missing}, got none.")
+    return function(**group, **fixed)
+
+
+def call_by_name(
+    registry: Mapping[str, Callable], group: Mapping[str, Any], where: str
+) -> Any:
+    """`call` of the function that the group's field `name` names."""
+    arguments = dict(group)
+    name = arguments.pop("name", None)
+    return call(choose(f"{where}.name", name, registry), arguments, where)
+
+
+def choose(what: str, name: Any, registry: Mapping[str, Any]) -> Any:
+    """The entry of a registry, or a ValueError that lists them."""
+    if name not in registry:
+        raise ValueError(f"{what} must be one of {sorted(registry)}, got {name!r}.")
+    return registry[name]
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two configs, as "data.seed: 0 -> 1", free fields aside."""
+    old, new = _flat(saved), _flat(now)
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name, "(none)"), new.get(name, "(none)")
+        if name.split(".")[0] not in FREE_FIELDS and before != after:
+            lines.append(f"{name}: {before} -> {after}")
+    return lines
+
+
+def run_program(main: Callable[[], Any]) -> None:
+    """Runs a command line; bad input becomes one sentence and exit status 2."""
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _hint(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f", only {sorted(known)}"

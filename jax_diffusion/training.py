@@ -1,0 +1,200 @@
+"""The train step: a pure function of (key, state, batch), and what it needs.
+
+The model, the schedule, the objective and the timestep sampler are arguments; the
+caller decides about jit, donation and sharding.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key, PyTree
+
+from jax_diffusion import data, losses
+from jax_diffusion.diffusion import Objective
+from jax_diffusion.schedules import NoiseSchedule
+from jax_diffusion.timesteps import TimestepSampler
+
+Decay = Literal["constant", "linear", "cosine"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes, and nothing else: no functions, no config, no key.
+
+    The step's key is `fold_in(key, step)`, so that a resumed run draws the same numbers
+    as one that never stopped.
+    """
+
+    step: Array  # int32 scalar, the number of updates made
+    params: PyTree
+    ema_params: PyTree  # {"0.9999": params, ...}, by `ema_name`
+    opt_state: PyTree
+    timestep_state: PyTree  # of the TimestepSampler: must survive a restart
+
+
+def make_optimizer(
+    *,
+    lr: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    decay: Decay = "constant",
+    grad_clip: float | None = None,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    epsilon: float = 1e-8,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW after clipping by global norm, and its learning rate by step.
+
+    Args:
+        lr: peak learning rate.
+        total_steps: where a decay reaches zero.
+        warmup_steps: grow linearly from 0 over so many steps (Ho et al.: 5000).
+        decay: "constant", "linear" (improved-diffusion's annealing) or "cosine", from
+            the end of the warm-up on.
+        grad_clip: largest global norm of the gradient; None leaves it alone.
+
+    Raises:
+        ValueError: for an unknown decay or numbers out of range.
+    """
+    if decay not in get_args(Decay):
+        raise ValueError(f"decay must be one of {get_args(Decay)}, got {decay!r}.")
+    if lr <= 0:
+        raise ValueError(f"lr must be positive, got {lr}.")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}.")
+    rest = max(total_steps - warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(lr),
+        "linear": optax.linear_schedule(lr, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(lr, rest),
+    }[decay]
+    warmup = optax.linear_schedule(0.0, lr, max(warmup_steps, 1))
+    lr_fn = optax.join_schedules([warmup, after], [warmup_steps])
+    adam = optax.adamw(lr_fn, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay)
+    if grad_clip is None:
+        return adam, lr_fn
+    return optax.chain(optax.clip_by_global_norm(grad_clip), adam), lr_fn
+
+
+def ema_name(decay: float) -> str:
+    """The key of an average in `TrainState.ema_params`: 0.9999 -> "0.9999"."""
+    return f"{decay:g}"
+
+
+def init_state(
+    key: Key[Array, ""],
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    timestep_sampler: TimestepSampler,
+    image_shape: Sequence[int],
+    ema_decays: Sequence[float],
+) -> TrainState:
+    """Fresh parameters, every average a copy of them, and an empty history."""
+    x = jnp.zeros((1, *image_shape))
+    label = {} if _num_classes(model) is None else {"label": jnp.zeros(1, jnp.int32)}
+    params = model.init(key, x, jnp.zeros(1), **label)["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params={ema_name(d): jax.tree.map(jnp.copy, params) for d in ema_decays},
+        opt_state=tx.init(params),
+        timestep_state=timestep_sampler.init(),
+    )
+
+
+def ema_decay_at(decay: float, step: Array, warmup: bool = True) -> Array | float:
+    """The decay in force at an update: min(decay, (1 + n) / (10 + n)) if warming up.
+
+    Without it an average remembers the random start for 1 / (1 - decay) updates.
+    """
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step)) if warmup else decay
+
+
+def make_train_step(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    schedule: NoiseSchedule,
+    objective: Objective,
+    timestep_sampler: TimestepSampler,
+    *,
+    ema_decays: Sequence[float],
+    ema_warmup: bool = True,
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """Builds train_step(key, state, batch) -> (state, metrics), pure and jit-able.
+
+    The key is the run's, the same at every step. `batch["image"]` is uint8
+    [b, h, w, c], `batch["label"]` int32 [b]; means over them are global: the step is
+    one program, not one per device. Metrics are means over the batch, except that
+    `quartiles` holds sums and counts by quartile of t.
+    """
+
+    def train_step(key, state, batch):
+        key = jax.random.fold_in(key, state.step)
+        key_t, key_eps, key_dropout = jax.random.split(key, 3)
+        x_0 = data.from_uint8(batch["image"])
+        t, weight = timestep_sampler.sample(key_t, state.timestep_state, x_0.shape[0])
+
+        def loss_fn(params):
+            model_fn = _model_fn(model, params, batch, train=True, dropout=key_dropout)
+            terms = losses.training_loss(key_eps, model_fn, schedule, objective, x_0, t)
+            return jnp.mean(weight * terms.loss), terms
+
+        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = {
+            ema_name(decay): optax.incremental_update(
+                params,
+                state.ema_params[ema_name(decay)],
+                1 - ema_decay_at(decay, state.step, ema_warmup),
+            )
+            for decay in ema_decays
+        }
+        timestep_state = timestep_sampler.update(state.timestep_state, t, terms.loss)
+        metrics = {
+            "loss": loss,
+            "mse": jnp.mean(terms.mse),
+            "vlb": jnp.mean(terms.vlb),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
+            "update_norm": optax.tree.norm(updates),
+            "quartiles": _by_quartile(terms, t, schedule.num_steps),
+        }
+        state = TrainState(
+            state.step + 1, params, ema_params, opt_state, timestep_state
+        )
+        return state, metrics
+
+    return train_step
+
+
+def _num_classes(model: nn.Module) -> int | None:
+    return getattr(model, "num_classes", None)
+
+
+def _model_fn(model, params, batch: Mapping[str, Array], *, train, dropout):
+    """The network as the core wants it, its parameters and labels bound."""
+    label = {} if _num_classes(model) is None else {"label": batch["label"]}
+
+    def model_fn(x_t, timesteps):
+        rngs = {"dropout": dropout}
+        return model.apply(
+            {"params": params}, x_t, timesteps, **label, train=train, rngs=rngs
+        )
+
+    return model_fn
+
+
+def _by_quartile(terms: losses.LossTerms, t: Array, num_steps: int) -> dict[str, Array]:
+    """Sums of each term over the examples of each quartile of t, and their counts."""
+    member = (4 * t // num_steps)[:, None] == jnp.arange(4)[None, :]
+    member = member.astype(jnp.float32)
+    sums = {name: value @ member for name, value in terms._asdict().items()}
+    return {"count": member.sum(axis=0), **sums}
