@@ -46,9 +46,9 @@ def load_record(workdir: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if there is no checkpoint.
     """
-    with _reader(workdir) as manager:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         args = ocp.args.Composite(record=ocp.args.JsonRestore())
-        return manager.restore(_newest(workdir), args=args).record
+        return reader.restore(_newest(workdir), args=args)["record"]
 
 
 def restore_or_init(
@@ -68,7 +68,7 @@ def restore_or_init(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), target
     )
     args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-    return manager.restore(step, args=args).state
+    return manager.restore(step, args=args)["state"]
 
 
 def load_params(workdir: str | Path, *, ema: str | None) -> PyTree:
@@ -80,9 +80,12 @@ def load_params(workdir: str | Path, *, ema: str | None) -> PyTree:
     Raises:
         ValueError: if there is no checkpoint or no such average.
     """
-    step = _newest(workdir)
-    with _reader(workdir) as manager:
-        tree = manager.item_metadata(step).state
+    path = _newest(workdir)
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(), record=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(handler) as reader:
+        tree = reader.metadata(path).item_metadata["state"].tree
         if ema is not None and ema not in tree["ema_params"]:
             raise ValueError(
                 f"ema must be one of {sorted(tree['ema_params'])}, got {ema!r}."
@@ -93,9 +96,9 @@ def load_params(workdir: str | Path, *, ema: str | None) -> PyTree:
             else {"ema_params": {ema: tree["ema_params"][ema]}}
         )
         item = jax.tree.map(lambda a: np.empty((), a.dtype), wanted)
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), wanted)
-        args = ocp.args.PyTreeRestore(item, restore_args, partial_restore=True)
-        state = manager.restore(step, args=ocp.args.Composite(state=args)).state
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), wanted)
+        args = ocp.args.PyTreeRestore(item, as_numpy, partial_restore=True)
+        state = reader.restore(path, args=ocp.args.Composite(state=args))["state"]
     return state["params"] if ema is None else state["ema_params"][ema]
 
 
@@ -103,20 +106,10 @@ def _directory(workdir: str | Path) -> Path:
     return Path(workdir).absolute() / "checkpoints"
 
 
-def _newest(workdir: str | Path) -> int:
+def _newest(workdir: str | Path) -> Path:
     step = latest_step(workdir)
     if step is None:
         raise ValueError(
             f"workdir must hold a checkpoint, and {str(workdir)!r} holds none."
         )
-    return step
-
-
-def _reader(workdir: str | Path) -> ocp.CheckpointManager:
-    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
-    handlers.add("record", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    return ocp.CheckpointManager(
-        _directory(workdir), options=options, handler_registry=handlers
-    )
+    return _directory(workdir) / str(step)

@@ -1,10 +1,9 @@
 """Images for training and evaluation: uint8 batches that depend on (seed, step) alone.
 
-Images are uint8 [n h w c] here; `from_uint8` and `to_uint8` are the doors to float32 in
-[-1, 1], which models see. A dataset is decoded once, into memory. A batch is a pure
-function of its step: a resumed run needs no iterator state, and hosts that each take a
-slice of a batch compute the same one. All randomness is raw Philox output: unlike the
-methods of `Generator`, NumPy promises never to change it.
+Images are uint8 [n h w c], decoded once into memory; `from_uint8` and `to_uint8` take
+them to float32 and back. A batch is a function of its step, so a resumed run needs no
+iterator state and hosts that slice it agree on the whole. All randomness is raw Philox
+output: unlike the methods of `Generator`, NumPy promises never to change it.
 """
 
 import contextlib
@@ -49,7 +48,7 @@ def to_uint8(x: Any) -> np.ndarray:
 
 def _draw(stream: int, seed: int, index: int, count: int) -> np.ndarray:
     """Draws uint64 [count] keyed by (seed, index); streams are 2^192 blocks apart."""
-    key, counter = np.uint64([seed, index]), np.uint64([0, 0, 0, stream])
+    key, counter = (np.array(v, np.uint64) for v in ([seed, index], [0, 0, 0, stream]))
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
@@ -138,7 +137,6 @@ def from_arrays(
         raise ValueError(f"batch_size must be in [1, {len(images)}], got {batch_size}.")
     if seed < 0 or start_step < 0:
         raise ValueError(f"seed and start_step must be >= 0, got {seed}, {start_step}.")
-    images, labels = np.ascontiguousarray(images), labels.astype(np.int32)
     return Batches(images, labels, batch_size, seed, train, flip, start_step)
 
 
@@ -191,7 +189,7 @@ def _checked(images: Any, labels: Any) -> Arrays:
         raise ValueError(f"labels must be {len(x)} integers, got {y.dtype} {y.shape}.")
     if y.min() < 0 or y.max() >= 2**31:
         raise ValueError(f"labels must be in [0, 2^31), got {y.min()} to {y.max()}.")
-    return x, y
+    return np.ascontiguousarray(x), y.astype(np.int32)
 
 
 def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
@@ -339,8 +337,9 @@ def _folder(split: str, path: Source, image_size: int | None) -> Arrays:
 
 def _npz(split: str, path: Source, image_size: int | None) -> Arrays:
     """arr_0 and arr_1, as improved-diffusion writes, or images and labels; or .npy."""
-    with _reading(f"{path} must be a .npz or .npy file of plain arrays"):
-        data = np.load(Path(path or "").expanduser(), allow_pickle=False)
+    rule = f"{path} must be a .npz or .npy file of plain arrays"
+    with _reading(rule), Path(path or "").expanduser().open("rb") as file:
+        data = np.load(file, allow_pickle=False)
         arrays = {"images": data} if isinstance(data, np.ndarray) else dict(data)
     keys = ("images", "labels") if "images" in arrays else ("arr_0", "arr_1")
     if keys[0] not in arrays:
@@ -356,7 +355,7 @@ def _tfds(split: str, path: Source, image_size: int | None) -> Arrays:
         import tensorflow_datasets as tfds
     # We look ourselves what is there: TFDS would ask the net, and wait for it.
     home = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
-    name, _, version = str(path).partition(":")
+    name, _, version = str(path or "NAME").partition(":")
     infos = Path(home, name).glob(f"{version or '[0-9]*'}/dataset_info.json")
     ready = [f.parent.name for f in infos if '"array_record"' in f.read_text()]
     if not ready:

@@ -21,9 +21,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jax_diffusion.schedules import NoiseSchedule, take
@@ -209,8 +209,8 @@ def target(
 
 def split_output(
     objective: Objective, output: Float[Array, "b *d"], num_channels: int
-) -> tuple[Float[Array, "b *_"], Float[Array, "b *_"] | None]:
-    """The mean channels and, if the variance is learned, the variance channels.
+) -> tuple[Float[Array, "b *_"], Any]:
+    """The mean channels and the variance channels, the latter None if not learned.
 
     Raises:
         ValueError: unless the last axis has num_channels, or twice as many if learned.
@@ -252,6 +252,7 @@ def predict(
 
     c = take(schedule, t, x_t.ndim)
     low, high = c.posterior_log_var, jnp.log(c.betas)
+    log_var: Any
     match objective.var_type:
         case "fixed_small":
             log_var = low
@@ -291,7 +292,7 @@ def check_signal(schedule: NoiseSchedule, objective: Objective) -> None:
     A traced schedule has no values to look at, and passes.
     """
     signal = schedule.now.signal
-    if objective.mean_type != "eps" or isinstance(signal, jax.core.Tracer):
+    if objective.mean_type != "eps" or isinstance(signal, Tracer):
         return
     if not np.asarray(signal)[-1] > 0:  # NumPy: jnp would be traced within a jit
         raise ValueError(

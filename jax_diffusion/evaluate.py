@@ -26,6 +26,7 @@ from jax_diffusion import (
     sample,
     samplers,
     settings,
+    training,
 )
 from jax_diffusion.sample import Run
 
@@ -60,7 +61,7 @@ def frechet(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         schedule,
         n=n,
         seed=args.seed,
-        num_classes=getattr(run.model, "num_classes", None),
+        num_labels=training.num_classes(run.model),
         batch_size=args.batch_size,
     )
     drawn = [
@@ -91,22 +92,20 @@ def bits_per_dim(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
     @jax.jit
     def bpd(params, keys, x_0, label):
-        model_fn = sample.bind(run.model, params, label)
+        model_fn = training.bind(run.model, params, label)
         denoise_fn = diffusion.denoiser(model_fn, schedule, run.objective)
         denoise_fn = diffusion.clip_x_0(denoise_fn)
         return likelihood.bits_per_dim(keys, denoise_fn, schedule, x_0)
 
     key, parts, first = jax.random.key(args.seed), [], 0
-    labelled = getattr(run.model, "num_classes", None) is not None
     for batch in tqdm(
         batches, total=-(-batches.num_examples // args.batch_size), disable=None
     ):
         x_0 = data.from_uint8(batch["image"])
         keys = samplers.image_keys(key, jnp.arange(first, first + len(x_0)))
-        label = batch["label"] if labelled else None
-        parts.append(jax.device_get(bpd(run.params, keys, x_0, label)))
+        parts.append(jax.device_get(bpd(run.params, keys, x_0, batch["label"])))
         first += len(x_0)
-    bits = likelihood.BitsPerDim(*(np.concatenate(p) for p in zip(*parts, strict=True)))
+    bits = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
     rate, distortion = likelihood.progressive_coding(bits)
     terms = {**bits._asdict(), "rate": rate, "distortion": distortion}
     np.savez(args.out / "bpd_terms.npz", **terms)
@@ -152,7 +151,9 @@ def _pixels(images: np.ndarray) -> np.ndarray:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m jax_diffusion.evaluate", description=__doc__.split("\n")[0]
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m jax_diffusion.evaluate",
+        description=__doc__,
     )
     parser.add_argument("--workdir", required=True, help="of a training run")
     parser.add_argument("--metrics", default="frechet,bpd", help="of frechet, bpd")

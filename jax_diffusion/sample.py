@@ -23,7 +23,8 @@ from tqdm import tqdm
 from jax_diffusion import checkpoint, data, diffusion, plotting, samplers, settings
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.schedules import NoiseSchedule
-from jax_diffusion.training import ema_name
+from jax_diffusion.settings import Config
+from jax_diffusion.training import bind, ema_name, num_classes
 
 SAMPLERS = {"ddpm": samplers.ddpm_step, "ddim": samplers.ddim_step}
 GIF_FRAMES = 25
@@ -34,7 +35,7 @@ GRID_IMAGES = 100
 class Run:
     """A trained network and all that is needed to use it."""
 
-    config: ConfigDict
+    config: Config
     model: nn.Module
     params: PyTree
     objective: Objective
@@ -52,7 +53,7 @@ def load_run(workdir: str | Path, ema: str | None = None) -> Run:
         ValueError: if there is no checkpoint, or no such average.
     """
     record = checkpoint.load_record(workdir)
-    config = ConfigDict(record["config"])
+    config: Config = ConfigDict(record["config"])
     schedule = settings.make_schedule(config.schedule)
     objective = settings.make_objective(config.objective, schedule)
     image_shape = tuple(record["image_shape"])
@@ -60,14 +61,6 @@ def load_run(workdir: str | Path, ema: str | None = None) -> Run:
     ema = ema_name(config.ema_decays[0]) if ema is None else ema
     params = checkpoint.load_params(workdir, ema=None if ema == "none" else ema)
     return Run(config, model, params, objective, image_shape)
-
-
-def bind(
-    model: nn.Module, params: PyTree, label: jax.Array | None
-) -> Callable[..., jax.Array]:
-    """The network as the core wants it: model_fn(x_t, timesteps)."""
-    conditioning = {} if label is None else {"label": label}
-    return lambda x, t: model.apply({"params": params}, x, t, **conditioning)
 
 
 def make_sampler(
@@ -90,7 +83,8 @@ def make_sampler(
 
     @jax.jit
     def draw(params, schedule, keys, eta, label):
-        denoise_fn = diffusion.denoiser(bind(model, params, label), schedule, objective)
+        model_fn = bind(model, params, label)
+        denoise_fn = diffusion.denoiser(model_fn, schedule, objective)
         if clip:
             denoise_fn = diffusion.clip_x_0(denoise_fn)
         step = functools.partial(step_fn, eta=eta) if sampler == "ddim" else step_fn
@@ -120,7 +114,7 @@ def generate(
     n: int,
     seed: int = 0,
     eta: float = 0.0,
-    num_classes: int | None = None,
+    num_labels: int | None = None,
     batch_size: int = 256,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields batches of frames, uint8 [num_frames, b, h, w, c], and their labels [b].
@@ -131,9 +125,9 @@ def generate(
     batch_size = min(batch_size, n)
     for first in range(0, n, batch_size):
         ids = np.arange(first, first + batch_size, dtype=np.int32)  # one shape for all
-        label = ids % (num_classes or 1)
-        keys = samplers.image_keys(key, ids)
-        frames = draw(params, schedule, keys, eta, label if num_classes else None)
+        label = ids % (num_labels or 1)
+        keys = samplers.image_keys(key, jnp.asarray(ids))
+        frames = draw(params, schedule, keys, eta, label)
         keep = min(batch_size, n - first)
         yield data.to_uint8(frames.x)[:, :keep], label[:keep]
 
@@ -184,7 +178,7 @@ def sample(args: argparse.Namespace) -> None:
     options: dict[str, Any] = dict(
         n=args.n, seed=args.seed, eta=args.eta, batch_size=args.batch_size
     )
-    options["num_classes"] = getattr(run.model, "num_classes", None)
+    options["num_labels"] = num_classes(run.model)
     parts, labels, gif = [], [], None
     with tqdm(total=args.n, unit="image", disable=None) as bar:
         for frames, label in generate(draw, run.params, schedule, **options):
@@ -204,7 +198,9 @@ def sample(args: argparse.Namespace) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m jax_diffusion.sample", description=__doc__.split("\n")[0]
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m jax_diffusion.sample",
+        description=__doc__,
     )
     parser.add_argument("--workdir", required=True, help="of a training run")
     parser.add_argument("--out", required=True, help="a folder, or a file FILE.npz")

@@ -1,28 +1,29 @@
 """Noise schedules: variances in float64 on the host, tabulated once as float32.
 
-A schedule starts as a vector of betas, made by one of the functions in `BETAS`. A
-subset of its steps is chosen by one of the `*_steps` functions, and `make_schedule`
-turns both into a `NoiseSchedule`, the only table that the rest of the package reads.
+A function of `BETAS` makes the variances, a `*_steps` function may choose some of the
+steps, and `make_schedule` turns both into the table that the rest of the package reads.
 
 Timesteps count from 0: t = 0 is one step of noise, "t = 1" in the DDPM paper.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+Table = Any  # jax.Array; np.ndarray in float64 before the cast
+
 
 class Level(NamedTuple):
     """A noise level: x = signal * x_0 + noise * eps."""
 
-    signal: Array  # sqrt(alpha_bar)
-    noise: Array  # sqrt(1 - alpha_bar)
-    log_snr: Array  # log(alpha_bar / (1 - alpha_bar)), +-inf at the ends
+    signal: Table  # sqrt(alpha_bar)
+    noise: Table  # sqrt(1 - alpha_bar)
+    log_snr: Table  # log(alpha_bar / (1 - alpha_bar)), +-inf at the ends
 
 
 @jax.tree_util.register_dataclass
@@ -32,19 +33,18 @@ class NoiseSchedule:
 
     Every leaf is float32 of shape [T], or [b, 1, ...] after `take`. `make_schedule`
     computes them in float64 on the host: formed in float32, `1 - alpha_bar[0]` is wrong
-    in the fourth digit already. Being a pytree of arrays, a schedule is an argument
-    like any other: it can be vmapped over, differentiated and changed without a new
-    compilation.
+    in the fourth digit already. As a pytree it is an argument like any other: to vmap
+    over, to differentiate, to change without a new compilation.
     """
 
-    betas: Array  # variance of q(x_t | x_{t-1})
+    betas: Table  # variance of q(x_t | x_{t-1})
     now: Level  # of x_t
     prev: Level  # of x_{t-1}; at t = 0 the clean image: signal 1, noise 0
     next: Level  # of x_{t+1}; at t = T - 1 pure noise: signal 0, noise 1
-    posterior_x_0: Array  # q(x_{t-1} | x_t, x_0) has mean
-    posterior_x_t: Array  #   posterior_x_0 * x_0 + posterior_x_t * x_t  (DDPM eq. 7)
-    posterior_log_var: Array  # and this variance; row 0 repeats row 1, being -inf
-    timesteps: Array  # what the network is told; -1 in rows added by `pad`
+    posterior_x_0: Table  # q(x_{t-1} | x_t, x_0) has mean
+    posterior_x_t: Table  #   posterior_x_0 * x_0 + posterior_x_t * x_t  (DDPM eq. 7)
+    posterior_log_var: Table  # and this variance; row 0 repeats row 1, being -inf
+    timesteps: Table  # what the network is told; -1 in rows added by `pad`
 
     @property
     def num_steps(self) -> int:
@@ -151,9 +151,9 @@ def constant_betas(num_steps: int, *, value: float = 0.02) -> np.ndarray:
 def warmup_betas(
     num_steps: int, *, fraction: float = 0.1, start: float = 1e-4, end: float = 0.02
 ) -> np.ndarray:
-    """Linear over the first `fraction` of the steps, then constant (Ho et al.).
+    """Linear over the first `fraction` of the steps, then constant.
 
-    Their "warmup10" and "warmup50" are fractions 0.1 and 0.5.
+    "warmup10" and "warmup50" of Ho et al. are fractions 0.1 and 0.5.
     """
     betas = np.full(num_steps, end, np.float64)
     num_warmup = int(num_steps * fraction)
@@ -162,10 +162,7 @@ def warmup_betas(
 
 
 def jsd_betas(num_steps: int) -> np.ndarray:
-    """1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015, sec. 2.4.1).
-
-    Ends in pure noise, so a network cannot predict eps at the last step: use x_0 or v.
-    """
+    """1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015): predict v or x_0, not eps."""
     return 1.0 / np.linspace(num_steps, 1, num_steps, dtype=np.float64)
 
 
@@ -175,10 +172,7 @@ def betas_from_alpha_bar(
     *,
     max_beta: float = 0.999,
 ) -> np.ndarray:
-    """Variances of a given alpha_bar(u), u in [0, 1], capped at `max_beta`.
-
-    `alpha_bar_fn` maps float64 arrays to float64 arrays and need not be 1 at u = 0.
-    """
+    """Variances of alpha_bar(u), u in [0, 1], which need not be 1 at u = 0."""
     alpha_bar = alpha_bar_fn(np.arange(num_steps + 1) / num_steps)
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
 
@@ -186,8 +180,7 @@ def betas_from_alpha_bar(
 def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     """Shifts and scales sqrt(alpha_bar) to end in 0 exactly (Lin et al. 2023, alg. 1).
 
-    The last beta becomes 1, so the network must predict v or x_0: eps leaves x_0
-    undetermined there.
+    The last beta becomes 1, where a network must predict v or x_0, not eps.
     """
     signal = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
     signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
@@ -219,13 +212,20 @@ def spaced_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarray:
     Raises:
         ValueError: if a section is shorter than asked, or no stride gives the count.
 
-    >>> spaced_steps(1000, 10)
-    array([  0, 111, 222, 333, 444, 555, 666, 777, 888, 999])
+    >>> spaced_steps(1000, "ddim4")
+    array([  0, 250, 500, 750])
     """
     if isinstance(spec, str):
+        try:
+            numbers = [int(part) for part in spec.removeprefix("ddim").split(",")]
+        except ValueError:
+            raise ValueError(
+                "steps must be an integer, integers between commas, or 'ddim' and an "
+                f"integer, got {spec!r}."
+            ) from None
         if spec.startswith("ddim"):
-            return np.arange(0, num_steps, _ddim_stride(num_steps, spec))
-        spec = [_integer(part, spec) for part in spec.split(",")]
+            return np.arange(0, num_steps, _ddim_stride(num_steps, numbers))
+        spec = numbers
     counts = [spec] if isinstance(spec, int | np.integer) else list(spec)
     if not counts or sum(counts) < 1:
         raise ValueError(f"the sections must keep at least one step, got {spec!r}.")
@@ -306,22 +306,15 @@ def tabulate(
     keep: Sequence[int] | np.ndarray | None = None,
     rescale_timesteps: bool = False,
 ) -> NoiseSchedule:
-    """`make_schedule` before the cast: every leaf is a NumPy array of float64."""
+    """`make_schedule` before the cast: NumPy arrays of float64."""
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or not np.all((betas > 0) & (betas <= 1)):
         raise ValueError(f"betas must be a vector of values in (0, 1], got {betas!r}.")
     if len(betas) < 2:
         raise ValueError(f"a diffusion needs at least 2 steps, got {len(betas)}.")
-    timesteps = np.arange(len(betas))
-    scale = 1000 / len(betas) if rescale_timesteps else 1
+    scale = 1000 / len(betas) if rescale_timesteps else 1.0
+    timesteps = _checked_steps(len(betas), keep)
     if keep is not None:
-        kept = np.asarray(keep)
-        valid = kept.ndim == 1 and np.isin(kept, timesteps).all()
-        if not valid or not len(kept) or not np.all(np.diff(kept) > 0):
-            raise ValueError(
-                f"keep must increase within [0, {len(betas)}), got {keep}."
-            )
-        timesteps = kept.astype(int)
         alpha_bar = np.cumprod(1 - betas)[timesteps]
         betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
@@ -345,8 +338,18 @@ def tabulate(
             posterior_x_0=betas * np.sqrt(prev) / (1 - now),
             posterior_x_t=(1 - prev) * np.sqrt(1 - betas) / (1 - now),
             posterior_log_var=np.log(posterior_var),
-            timesteps=timesteps * float(scale),
+            timesteps=timesteps * scale,
         )
+
+
+def _checked_steps(num_steps: int, keep: Any) -> np.ndarray:
+    every = np.arange(num_steps)
+    kept = every if keep is None else np.asarray(keep)
+    if kept.ndim != 1 or not len(kept) or not np.isin(kept, every).all():
+        raise ValueError(f"keep must be steps within [0, {num_steps}), got {keep}.")
+    if not np.all(np.diff(kept) > 0):
+        raise ValueError(f"keep must increase, got {keep}.")
+    return kept.astype(int)
 
 
 def pad(schedule: NoiseSchedule, length: int) -> NoiseSchedule:
@@ -360,10 +363,7 @@ def pad(schedule: NoiseSchedule, length: int) -> NoiseSchedule:
     """
     extra = length - schedule.num_steps
     if extra < 0:
-        raise ValueError(
-            f"length must be at least the {schedule.num_steps} steps there are, "
-            f"got {length}."
-        )
+        raise ValueError(f"length must be >= {schedule.num_steps} steps, got {length}.")
     padded = jax.tree.map(lambda a: jnp.pad(a, (0, extra), mode="edge"), schedule)
     unvisited = jnp.arange(length) >= schedule.num_steps
     return dataclasses.replace(
@@ -387,24 +387,13 @@ def _count(num_steps: int, n: int) -> int:
     return n
 
 
-def _integer(text: str, spec: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(
-            "steps must be an integer, integers between commas, or 'ddim' and an "
-            f"integer, got {spec!r}."
-        ) from None
-
-
-def _ddim_stride(num_steps: int, spec: str) -> int:
-    """The smallest stride that visits exactly as many steps as `spec` names."""
-    n = _integer(spec.removeprefix("ddim"), spec)
+def _ddim_stride(num_steps: int, counts: Sequence[int]) -> int:
+    """The smallest stride that visits exactly as many steps as asked."""
     strides = {len(range(0, num_steps, k)): k for k in range(num_steps - 1, 0, -1)}
-    if n not in strides:
-        near = min(strides, key=lambda m: abs(m - n))
+    if len(counts) > 1 or counts[0] not in strides:
+        near = min(strides, key=lambda m: abs(m - counts[0]))
         raise ValueError(
-            f"no integer stride visits exactly {n} of {num_steps} steps; "
-            f"the nearest count is {near}."
+            f"no integer stride visits exactly {','.join(map(str, counts))} of "
+            f"{num_steps} steps; the nearest count is {near}."
         )
-    return strides[n]
+    return strides[counts[0]]

@@ -21,6 +21,8 @@ from jax_diffusion.diffusion import Objective, check_signal
 from jax_diffusion.models.unet import UNet
 from jax_diffusion.schedules import NoiseSchedule
 
+Config = Any  # a ConfigDict, whose fields have no static types
+
 MODELS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
 
 FIELDS = {
@@ -44,7 +46,7 @@ FIELDS = {
 FREE_FIELDS = ("total_steps", "log_every", "save_every", "sample_every", "sampling")
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Runs the config file and applies overrides such as "--config.total_steps=60".
 
     Raises:
@@ -72,7 +74,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def check_config(config: ConfigDict) -> None:
+def check_config(config: Config) -> None:
     """Raises ValueError unless the config has exactly the fields of `FIELDS`."""
     for name in config:
         if name not in FIELDS:

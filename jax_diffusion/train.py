@@ -17,7 +17,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jax_diffusion import (
@@ -29,6 +28,7 @@ from jax_diffusion import (
     settings,
     training,
 )
+from jax_diffusion.settings import Config
 from jax_diffusion.training import TrainState
 
 
@@ -59,7 +59,7 @@ class StopRequest:
             restore()
 
 
-def train(config: ConfigDict, workdir: str | Path) -> TrainState:
+def train(config: Config, workdir: str | Path) -> TrainState:
     """Trains until config.total_steps, or until a signal, and returns the state.
 
     Writes checkpoints, metrics.jsonl, TensorBoard files and sample grids to `workdir`.
@@ -200,7 +200,7 @@ def make_preview(config, model, objective, image_shape):
             n=n,
             eta=eta,
             seed=config.seed,
-            num_classes=getattr(model, "num_classes", None),
+            num_labels=training.num_classes(model),
         )
         images = np.concatenate([frames[-1] for frames, _ in batches])
         plotting.save_png(path, plotting.grid(images), min_size=512)
@@ -239,7 +239,7 @@ def _check_same_run(saved, now, workdir):
 
 
 def _check_labels(model: nn.Module, batches: data.Batches) -> None:
-    wanted = getattr(model, "num_classes", None)
+    wanted = training.num_classes(model)
     if wanted is not None and batches.num_classes > wanted:
         raise ValueError(
             f"labels must be below config.model.num_classes = {wanted}, got "
@@ -250,8 +250,9 @@ def _check_labels(model: nn.Module, batches: data.Batches) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="python -m jax_diffusion.train",
-        description=__doc__.split("\n")[0],
+        description=__doc__,
         epilog="Any field of the config: --config.total_steps=60, "
         "--config.model.channels=64",
         allow_abbrev=False,

@@ -5,7 +5,7 @@ caller decides about jit, donation and sharding.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -98,8 +98,9 @@ def init_state(
 ) -> TrainState:
     """Fresh parameters, every average a copy of them, and an empty history."""
     x = jnp.zeros((1, *image_shape))
-    label = {} if _num_classes(model) is None else {"label": jnp.zeros(1, jnp.int32)}
-    params = model.init(key, x, jnp.zeros(1), **label)["params"]
+    label = {} if num_classes(model) is None else {"label": jnp.zeros(1, jnp.int32)}
+    init: Any = model.init
+    params = init(key, x, jnp.zeros(1), **label)["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -142,7 +143,8 @@ def make_train_step(
         t, weight = timestep_sampler.sample(key_t, state.timestep_state, x_0.shape[0])
 
         def loss_fn(params):
-            model_fn = _model_fn(model, params, batch, train=True, dropout=key_dropout)
+            rngs = {"dropout": key_dropout}
+            model_fn = bind(model, params, batch["label"], train=True, rngs=rngs)
             terms = losses.training_loss(key_eps, model_fn, schedule, objective, x_0, t)
             return jnp.mean(weight * terms.loss), terms
 
@@ -175,19 +177,22 @@ def make_train_step(
     return train_step
 
 
-def _num_classes(model: nn.Module) -> int | None:
+def num_classes(model: nn.Module) -> int | None:
+    """How many labels the network knows; None if it takes none."""
     return getattr(model, "num_classes", None)
 
 
-def _model_fn(model, params, batch: Mapping[str, Array], *, train, dropout):
-    """The network as the core wants it, its parameters and labels bound."""
-    label = {} if _num_classes(model) is None else {"label": batch["label"]}
+def bind(
+    model: nn.Module, params: PyTree, label: Any, **options: Any
+) -> Callable[..., Any]:
+    """The network as the core wants it, model_fn(x_t, timesteps), all else bound.
+
+    `label` is ignored if the network takes none; `options` are those of the call.
+    """
+    labels = () if num_classes(model) is None else (label,)
 
     def model_fn(x_t, timesteps):
-        rngs = {"dropout": dropout}
-        return model.apply(
-            {"params": params}, x_t, timesteps, **label, train=train, rngs=rngs
-        )
+        return model.apply({"params": params}, x_t, timesteps, *labels, **options)
 
     return model_fn
 

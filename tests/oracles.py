@@ -6,6 +6,7 @@ that a wrong table cannot excuse itself.
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +17,11 @@ F32_SUM = dict(rtol=1e-4, atol=1e-5)  # reductions, and scans over many steps
 PARITY = dict(rtol=1e-3, atol=1e-4)  # whole networks against PyTorch
 
 K_SIGMA = 5.0  # once in two million if the claim holds; and keys are fixed
+
+
+def normal(seed, *shape):
+    """Standard normal float32 from NumPy: jax.random compiles anew for every shape."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def assert_mean(draws, expected, *, bias=0.0):
@@ -51,23 +57,23 @@ def noise_vars(schedule):
         return -np.expm1(np.cumsum(np.log1p(-betas)))
 
 
-def gaussian_denoiser(schedule, mean, std):
-    """The exact denoiser for data N(mean, std^2).
+def gaussian_rows(schedule, mean, std):
+    """The exact denoiser for data N(mean, std^2), as [3, T]: gain, offset, log_var.
 
-    x_{t-1} and x_t are jointly Gaussian: Var[x_{t-1} | x_t] = beta Var x_{t-1} / Var
-    x_t. Together with E[x_0 | x_t] that is the exact p(x_{t-1} | x_t) of the data.
+    E[x_0 | x_t] = gain x_t + offset. x_{t-1} and x_t are jointly Gaussian, so that
+    Var[x_{t-1} | x_t] = beta Var x_{t-1} / Var x_t. Both together are the data's own
+    p(x_{t-1} | x_t), whatever the number of steps.
     """
     signal, var = np.sqrt(alpha_bars(schedule)), marginal_vars(schedule, std)
-    var_prev = np.append(std**2, var[:-1])
     gain = signal * std**2 / var
     betas = np.asarray(schedule.betas, np.float64)
-    log_var = np.log(np.maximum(betas * var_prev / var, 1e-30))
-    return _affine_denoiser(gain, mean - gain * signal * mean, log_var)
+    step_var = np.maximum(betas * np.append(std**2, var[:-1]) / var, 1e-30)
+    rows = np.stack([gain, mean - gain * signal * mean, np.log(step_var)])
+    return jnp.asarray(rows, jnp.float32)
 
 
-def _affine_denoiser(gain, offset, log_var):
-    """x_0 = gain x_t + offset, elementwise."""
-    rows = jnp.asarray(np.stack([gain, offset, log_var]), jnp.float32)
+def affine_denoiser(rows):
+    """The denoiser of `gaussian_rows`, which may be arguments of a jitted function."""
 
     def denoise(x_t, t):
         gain, offset, log_var = rows[:, t].reshape((3, -1) + (1,) * (x_t.ndim - 1))
@@ -76,29 +82,30 @@ def _affine_denoiser(gain, offset, log_var):
     return denoise
 
 
+def gaussian_denoiser(schedule, mean, std):
+    """The exact denoiser for data N(mean, std^2) on a concrete schedule."""
+    return affine_denoiser(gaussian_rows(schedule, mean, std))
+
+
 def mixture_denoiser(schedule, modes, weights, std):
     """The exact E[x_0 | x_t] for one-dimensional data sum_k w_k N(m_k, std^2).
 
     Its variance is the one for a single mode: exact as steps grow many.
     """
-    signal, var = np.sqrt(alpha_bars(schedule)), marginal_vars(schedule, std)
-    log_weights = jnp.log(jnp.asarray(weights, jnp.float32))
+    signal = jnp.asarray(np.sqrt(alpha_bars(schedule)), jnp.float32)
+    var = jnp.asarray(marginal_vars(schedule, std), jnp.float32)
     singles = [gaussian_denoiser(schedule, mode, std) for mode in modes]
-    signal, var = jnp.asarray(signal, jnp.float32), jnp.asarray(var, jnp.float32)
 
     def denoise(x_t, t):
         shape = (-1,) + (1,) * (x_t.ndim - 1)
         signal_t, var_t = signal[t].reshape(shape), var[t].reshape(shape)
-        logits = jnp.stack(
-            [
-                log_weight - (x_t - signal_t * mode) ** 2 / (2 * var_t)
-                for log_weight, mode in zip(log_weights, modes, strict=True)
-            ]
-        )
-        chance = jnp.exp(logits - jnp.max(logits, axis=0, keepdims=True))
-        chance = chance / jnp.sum(chance, axis=0, keepdims=True)
+        logits = [
+            math.log(weight) - (x_t - signal_t * mode) ** 2 / (2 * var_t)
+            for weight, mode in zip(weights, modes, strict=True)
+        ]
+        chances = jax.nn.softmax(jnp.stack(logits), axis=0)
         predictions = [single(x_t, t) for single in singles]
-        x_0 = sum(c * p.x_0 for c, p in zip(chance, predictions, strict=True))
+        x_0 = sum(c * p.x_0 for c, p in zip(chances, predictions, strict=True))
         return Prediction(x_0, predictions[0].log_var)
 
     return denoise

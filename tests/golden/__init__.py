@@ -1,0 +1,1 @@
+"""Numbers computed by the official code, and how we are compared with them."""

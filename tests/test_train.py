@@ -1,0 +1,307 @@
+"""The programs, from the command line's side: train, resume, stop, sample, score."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jax_diffusion import checkpoint, evaluate, logs, sample, settings, train
+
+SMALL = [  # smoke.py, smaller still: what is tested is the loop
+    "--config.model.multipliers=(1,)",
+    "--config.model.attention_resolutions=(8,)",
+    "--config.schedule.num_steps=10",
+    "--config.timesteps.history=1",
+    "--config.total_steps=12",
+    "--config.log_every=4",
+    "--config.save_every=6",
+    "--config.sample_every=100",
+    "--config.sampling.n=4",
+    "--config.sampling.steps=2",
+]
+
+
+def config_of(*overrides):
+    return settings.load_config("configs/smoke.py", [*SMALL, *overrides])
+
+
+def command(program, *args):
+    return [sys.executable, "-m", f"jax_diffusion.{program}", *map(str, args)]
+
+
+def fails(program, *args):
+    """Runs a command that must print one sentence and exit with 2; returns it."""
+    done = subprocess.run(command(program, *args), capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "WARNING" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody stopped: its workdir and its last state."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, jax.device_get(train.train(config_of(), workdir))
+
+
+def lines_of(workdir):
+    """metrics.jsonl without the timings."""
+    rows = logs.read_metrics(workdir)
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in rows]
+
+
+def assert_same_run(workdir, state, whole):
+    equal = jax.tree.map(np.array_equal, jax.device_get(state), whole[1])
+    assert all(jax.tree.leaves(equal))
+    assert lines_of(workdir) == lines_of(whole[0])
+
+
+@pytest.mark.parametrize(
+    ("step", "number"), [(3, signal.SIGTERM), (8, signal.SIGINT)], ids=str
+)
+def test_a_stopped_and_resumed_run_is_bit_identical(
+    whole, tmp_path, monkeypatch, capsys, step, number
+):
+    batch = train.data.Batches.batch
+
+    def signalling_batch(self, i):
+        if i == step:
+            os.kill(os.getpid(), number)
+        return batch(self, i)
+
+    monkeypatch.setattr(train.data.Batches, "batch", signalling_batch)
+    stopped = train.train(config_of(), tmp_path)
+    assert int(stopped.step) == step + 1 == checkpoint.latest_step(tmp_path)
+    assert f"saved step {step + 1}" in capsys.readouterr().out
+    monkeypatch.undo()
+    state = train.train(config_of(), tmp_path)
+    assert_same_run(tmp_path, state, whole)
+
+
+def test_a_run_cut_off_after_its_last_checkpoint_repeats_the_lost_lines(
+    whole, tmp_path
+):
+    state = train.train(config_of("--config.total_steps=6"), tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # what a killed run leaves
+        file.write('{"step": 8, "loss": 1.0}\n{"step": 12, "lo')
+    state = train.train(config_of(), tmp_path)
+    rows = [r for r in lines_of(tmp_path) if r["step"] != 6]  # the short run's last
+    assert rows == lines_of(whole[0])
+    equal = jax.tree.map(np.array_equal, jax.device_get(state), whole[1])
+    assert all(jax.tree.leaves(equal))
+
+
+def test_a_finished_run_is_left_alone(whole, capsys):
+    before = (whole[0] / "metrics.jsonl").read_bytes()
+    train.train(config_of(), whole[0])
+    assert "has made its 12 steps already" in capsys.readouterr().out
+    assert (whole[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_log_has_terms_norms_and_quartiles(whole):
+    rows = lines_of(whole[0])
+    assert [r["step"] for r in rows] == [4, 8, 12]
+    wanted = {"loss", "mse", "vlb", "grad_norm", "param_norm", "update_norm", "lr"}
+    assert wanted <= rows[0].keys()
+    assert {"loss_q0", "mse_q3", "vlb_q1"} <= set().union(*rows)
+    assert list((whole[0] / "tensorboard").iterdir())
+
+
+def test_the_run_ends_in_a_picture(whole):
+    assert np.asarray(Image.open(whole[0] / "samples" / "000012.png")).std() > 0
+
+
+def test_the_start_line_tells_device_parameters_memory_and_compile_time(tmp_path):
+    done = subprocess.run(
+        command(
+            "train",
+            *("--config", "configs/smoke.py", "--workdir", tmp_path / "r"),
+            *SMALL,
+            "--config.total_steps=1",
+        ),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first = done.stdout.splitlines()[0]
+    assert "cpu" in first and "parameters" in first
+    assert "MiB" in first and "compiled in" in first
+
+
+def test_another_config_in_the_same_workdir_is_refused_with_the_difference(whole):
+    with pytest.raises(ValueError, match=r"optimizer.lr: 0.002 -> 0.1"):
+        train.train(config_of("--config.optimizer.lr=0.1"), whole[0])
+
+
+def bad(*overrides):
+    return ["--config", "configs/smoke.py", *SMALL, *overrides]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--config.data.name=cifar"], "dataset must be one of"),
+        (["--config.data.batch_size=4000"], "batch_size must be in"),
+        (["--config.model.multipliers=(1,1,1,1,1)"], "divisible by 16"),
+        (["--config.model.channels=6"], "channels must be divisible"),
+        (["--config.model.num_classes=3"], "labels must be below"),
+        (["--config.sampling.sampler=euler"], "sampler must be one of"),
+        (["--config.sampling.steps=11"], "steps must be in"),
+        (["--config.schedule.num_steps=1"], "at least 2 steps"),
+        (["--config.objective.loss=l3"], "loss must be one of"),
+        (["--config.objective.loss=l2"], "'hybrid' or 'vlb' only"),
+        (["--config.timesteps.name=importance"], "config.timesteps.name must be"),
+        (["--config.optimizer.decay=step"], "decay must be one of"),
+    ],
+    ids=lambda v: v[0].removeprefix("--config.") if isinstance(v, list) else "",
+)
+def test_bad_input_is_refused_before_anything_is_written(overrides, words, tmp_path):
+    config = config_of(*overrides)
+    with pytest.raises(ValueError, match=words):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_prints_one_sentence_and_exits_with_2(whole, tmp_path):
+    workdir = ("--workdir", tmp_path / "run")
+    assert "'totl'" in fails("train", *bad("--config.totl=1"), *workdir)
+    assert not (tmp_path / "run").exists()
+    out = ("--out", tmp_path / "out")
+    assert "holds none" in fails("sample", *workdir, *out)
+    here = ("--workdir", whole[0])
+    assert "T = 10" in fails("sample", *here, *out, "--steps", 11)
+    assert "holds none" in fails("evaluate", *workdir)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--sampler", "euler"], "--sampler must be one of"),
+        (["--eta", "2"], "--eta must be in"),
+        (["--eta", "0.5", "--sampler", "ddpm"], "--eta is for the sampler ddim"),
+        (["--ema", "0.5"], "ema must be one of"),
+        (["--n", "0"], "must be positive"),
+        (["--steps", "0"], "steps must be in"),
+        (["--spacing", "karras"], "spacing must be one of"),
+    ],
+)
+def test_bad_sampling_options_are_named(whole, tmp_path, args, words, monkeypatch):
+    argv = ["sample", "--workdir", str(whole[0]), "--out", str(tmp_path / "o"), *args]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(ValueError, match=words):
+        sample.main()
+    assert not (tmp_path / "o").exists()
+
+
+def run_sample(monkeypatch, workdir, out, *args):
+    argv = ["sample", "--workdir", workdir, "--out", out, "--steps", "4", *args]
+    monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
+    sample.main()
+
+
+def test_image_i_is_the_same_for_any_batch_size(whole, tmp_path, monkeypatch):
+    options = ("--n", "7", "--eta", "1", "--seed", "3")
+    run_sample(monkeypatch, whole[0], tmp_path / "a.npz", *options)
+    run_sample(
+        monkeypatch, whole[0], tmp_path / "b.npz", *options, "--batch-size", "3"
+    )
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        assert a["arr_0"].shape == (7, 8, 8, 1) and a["arr_0"].dtype == np.uint8
+        # Other matrix shapes round differently: a grey level at a boundary may tip.
+        difference = a["arr_0"].astype(int) - b["arr_0"].astype(int)
+        assert np.abs(difference).max() <= 1 and np.mean(difference != 0) < 0.01
+        np.testing.assert_array_equal(a["arr_1"], np.arange(7))
+
+
+def test_a_folder_gets_pngs_a_grid_and_the_denoising(whole, tmp_path, monkeypatch):
+    for sampler in ("ddim", "ddpm"):
+        out = tmp_path / sampler
+        run_sample(monkeypatch, whole[0], out, "--n", "5", "--sampler", sampler)
+        names = {p.name for p in out.iterdir()}
+        assert {"00000.png", "00004.png", "grid.png", "denoising.gif"} <= names
+        with Image.open(out / "denoising.gif") as gif:
+            assert gif.n_frames == 4
+
+
+def test_the_gif_shows_any_number_of_steps(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "GIF_FRAMES", 2)
+    run_sample(monkeypatch, whole[0], tmp_path, "--steps", "3", "--n", "2")
+    with Image.open(tmp_path / "denoising.gif") as gif:
+        assert gif.n_frames == 2
+
+
+def test_evaluate_prints_and_saves_scores_that_add_up(whole, monkeypatch, capsys):
+    argv = ["evaluate", "--workdir", str(whole[0]), "--n", "64", "--steps", "3"]
+    monkeypatch.setattr(sys, "argv", argv)
+    evaluate.main()
+    printed = capsys.readouterr().out
+    out = whole[0] / "evaluation"
+    scores = json.loads((out / "scores.json").read_text())
+    parts = scores["prior"] + scores["kl"] + scores["decoder"]
+    np.testing.assert_allclose(scores["bits_per_dim"], parts, rtol=1e-5)
+    assert f"{scores['bits_per_dim']:.4f}" in printed
+    assert f"{scores['frechet']:.4f}" in printed
+    with np.load(out / "bpd_terms.npz") as terms:
+        assert terms["vlb"].shape == (179, 10)
+        np.testing.assert_allclose(
+            terms["total"], terms["prior"] + terms["vlb"].sum(axis=1), rtol=1e-5
+        )
+    assert Image.open(out / "bpd_terms.png").size[0] > 100
+
+
+def test_unknown_metrics_are_named(whole, monkeypatch):
+    argv = ["evaluate", "--workdir", str(whole[0]), "--metrics", "fid"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(ValueError, match="got 'fid'"):
+        evaluate.main()
+
+
+def test_sigterm_from_outside_saves_and_ends_well(tmp_path):
+    log = tmp_path / "out"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command(
+                "train",
+                *("--config", "configs/smoke.py", "--workdir", tmp_path / "run"),
+                *SMALL,
+                "--config.total_steps=1000000",
+            ),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and not metrics.exists():
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0, log.read_text()
+    assert f"SIGTERM: saved step {checkpoint.latest_step(tmp_path / 'run')}" in (
+        log.read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("cifar10", 35_746_307), ("cifar10_hybrid", 52_546_438)]
+)
+def test_the_published_networks_have_the_published_size(name, count):
+    config = settings.load_config(f"configs/{name}.py")
+    schedule = settings.make_schedule(config.schedule)
+    objective = settings.make_objective(config.objective, schedule)
+    model = settings.make_model(config.model, objective, 3)
+    x, t = jax.ShapeDtypeStruct((1, 32, 32, 3), float), jax.ShapeDtypeStruct((1,), float)
+    params = jax.eval_shape(model.init, jax.random.key(0), x, t)
+    assert sum(a.size for a in jax.tree.leaves(params)) == count
+
+
+def test_workdirs_survive_a_relative_path(tmp_path, monkeypatch, whole):
+    monkeypatch.chdir(whole[0].parent)
+    assert checkpoint.latest_step(pathlib.Path(whole[0].name)) == 12

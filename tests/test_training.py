@@ -1,0 +1,160 @@
+"""The optimiser, the averages and the train step."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import F32
+
+from jax_diffusion import schedules, timesteps, training
+from jax_diffusion.diffusion import Objective
+
+
+class Toy(nn.Module):
+    """A network of one convolution and a dropout, to be quick."""
+
+    out_channels: int = 2
+    dropout: float = 0.5
+
+    @nn.compact
+    def __call__(self, x, timesteps, *, train=False):
+        h = nn.Conv(8, (3, 3))(x) + nn.Dense(8)(timesteps[:, None])[:, None, None]
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        return nn.Conv(self.out_channels, (3, 3))(h)
+
+
+SCHEDULE = schedules.make_schedule(schedules.cosine_betas(20))
+OBJECTIVE = Objective(var_type="learned_range", loss="hybrid")
+BATCH = {
+    "image": np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1), np.uint8),
+    "label": np.zeros(8, np.int32),
+}
+
+
+def build(sampler=None, objective=OBJECTIVE, ema_decays=(0.9, 0.5), **options):
+    sampler = sampler or timesteps.uniform(20)
+    model = Toy(out_channels=2 if objective.learns_variance else 1)
+    tx, _ = training.make_optimizer(lr=1e-2, total_steps=100)
+    key = jax.random.key(0)
+    state = training.init_state(key, model, tx, sampler, (4, 4, 1), ema_decays)
+    step = training.make_train_step(
+        model, tx, SCHEDULE, objective, sampler, ema_decays=ema_decays, **options
+    )
+    return step, state
+
+
+def same(a, b):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+@pytest.mark.parametrize(
+    ("decay", "late"), [("constant", 1.0), ("linear", 0.25), ("cosine", 0.1464466)]
+)
+def test_learning_rate_warms_up_and_decays(decay, late):
+    _, lr = training.make_optimizer(
+        lr=1.0, total_steps=110, warmup_steps=10, decay=decay
+    )
+    assert float(lr(0)) == 0 and float(lr(5)) == 0.5
+    np.testing.assert_allclose(lr(10 + 75), late, **F32)
+
+
+def test_clipping_bounds_the_gradient_before_adam_sees_it():
+    tx, _ = training.make_optimizer(lr=1.0, total_steps=10, grad_clip=1.0)
+    params = {"w": jnp.zeros(2)}
+    _, state = tx.update({"w": jnp.array([30.0, 40.0])}, tx.init(params), params)
+    first_moment = state[1][0].mu["w"]
+    np.testing.assert_allclose(first_moment, [0.06, 0.08], **F32)  # 0.1 * unit gradient
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(decay="step"), "decay must be one of"),
+        (dict(lr=0.0), "lr must be positive, got 0.0"),
+        (dict(warmup_steps=-1), "warmup_steps must not be negative, got -1"),
+    ],
+)
+def test_bad_optimizer_options_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        training.make_optimizer(**{"lr": 1.0, "total_steps": 10, **options})
+
+
+def test_averages_forget_the_start_faster_while_they_warm_up():
+    steps = jnp.arange(4)
+    np.testing.assert_allclose(
+        training.ema_decay_at(0.9, steps), [1 / 10, 2 / 11, 3 / 12, 4 / 13], **F32
+    )
+    assert training.ema_decay_at(0.9, jnp.asarray(10**6)) == np.float32(0.9)
+    assert training.ema_decay_at(0.9, jnp.asarray(0), warmup=False) == 0.9
+
+
+def test_each_average_follows_its_own_decay():
+    step, state = build(ema_warmup=False)
+    after, _ = jax.jit(step)(jax.random.key(1), state, BATCH)
+    for name, decay in (("0.9", 0.9), ("0.5", 0.5)):
+        for new, old, ema in zip(
+            *map(jax.tree.leaves, (after.params, state.params, after.ema_params[name])),
+            strict=True,
+        ):
+            np.testing.assert_allclose(ema, decay * old + (1 - decay) * new, **F32)
+
+
+def test_the_loss_falls():
+    step, state = build(objective=Objective())
+    step, losses = jax.jit(step), []
+    for _ in range(60):
+        state, metrics = step(jax.random.key(1), state, BATCH)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_a_step_depends_on_key_state_and_batch_alone():
+    step, state = build(timesteps.loss_second_moment(20, history=1))
+    step = jax.jit(step)
+    once = step(jax.random.key(1), state, BATCH)
+    assert same(once, step(jax.random.key(1), state, BATCH))
+    assert not same(once[0].params, step(jax.random.key(2), state, BATCH)[0].params)
+
+
+def test_every_step_draws_other_numbers_and_a_resumed_one_the_same():  # B8
+    step, state = build()
+    step, key = jax.jit(step), jax.random.key(1)
+    state_1, metrics_0 = step(key, state, BATCH)
+    again = dataclasses.replace(state_1, params=state.params, opt_state=state.opt_state)
+    _, metrics_1 = step(key, again, BATCH)  # the same parameters, one step later
+    assert metrics_0["loss"] != metrics_1["loss"]
+    restored = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), state_1)
+    assert same(step(key, restored, BATCH), step(key, state_1, BATCH))
+
+
+def test_two_batches_compile_once():
+    step, state = build()
+    traces = []
+
+    def counted(*args):
+        traces.append(1)
+        return step(*args)
+
+    jitted = jax.jit(counted)
+    state, _ = jitted(jax.random.key(1), state, BATCH)
+    jitted(jax.random.key(1), state, dict(BATCH, image=255 - BATCH["image"]))
+    assert len(traces) == 1
+
+
+def test_quartiles_add_up_to_the_batch():
+    step, state = build()
+    _, metrics = jax.jit(step)(jax.random.key(1), state, BATCH)
+    quartiles = metrics["quartiles"]
+    assert quartiles["count"].sum() == 8
+    np.testing.assert_allclose(quartiles["mse"].sum() / 8, metrics["mse"], **F32)
+
+
+def test_the_loss_aware_sampler_learns_from_unweighted_losses():
+    sampler = timesteps.loss_second_moment(20, history=3)
+    step, state = build(sampler)
+    after, _ = jax.jit(step)(jax.random.key(1), state, BATCH)
+    assert after.timestep_state.counts.sum() == 8
+    assert np.all(after.timestep_state.losses[after.timestep_state.counts > 0, 0] > 0)

@@ -1,0 +1,537 @@
+"""The U-Net: parity with the official code, its sizes, and what must hold of any.
+
+golden/unet/ holds small networks with random weights and what they compute, made by
+improved_diffusion/unet.py of openai/improved-diffusion at 1bc7bbb and by
+models/diffusion.py of ermongroup/ddim at e8df66c, in float32; noise_floor.json their
+rounding error.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.errors import InvalidRngError
+from flax.traverse_util import flatten_dict, unflatten_dict
+from oracles import F32, F32_SUM, assert_mean, assert_moments
+
+from jax_diffusion.models.unet import Attention, ResBlock, UNet, timestep_embedding
+
+GOLDEN = Path(__file__).parent / "golden" / "unet"
+NOISE_FLOOR = json.loads((GOLDEN / "noise_floor.json").read_text())
+FLOORS = 4  # their rounding error and ours, and twice that for another order of sums
+
+# LLVM's optimisation is most of the time that a network takes here, and gains nothing.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+# What each official network is in our words.
+ALL = dict(
+    channels=32, multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(8,)
+)
+NETWORKS = {
+    "improved_a": UNet(**ALL, scale_shift=False),
+    "improved_b": UNet(**ALL, num_heads=2, num_classes=7, out_channels=6),
+    "ermongroup_e": UNet(
+        **ALL,
+        scale_shift=False,
+        embedding_order="sin_cos",
+        embedding_endpoint=True,
+        norm_epsilon=1e-6,
+        down_padding="bottom_right",
+    ),
+}
+networks = pytest.mark.parametrize("network", NETWORKS)
+
+# Their names of modules and ours, longer ones first where one starts another.
+IMPROVED = {
+    "time_embed.0": "time_0",
+    "time_embed.2": "time_1",
+    "label_emb": "label",
+    "input_blocks.0.0": "conv_in",
+    "input_blocks.1.0": "down_0_0",
+    "input_blocks.2.0.op": "down_0_halve",
+    "input_blocks.3.0": "down_1_0",
+    "input_blocks.3.1": "down_1_0_attention",
+    "middle_block.0": "mid_0",
+    "middle_block.1": "mid_attention",
+    "middle_block.2": "mid_1",
+    "output_blocks.0.0": "up_1_0",
+    "output_blocks.0.1": "up_1_0_attention",
+    "output_blocks.1.0": "up_1_1",
+    "output_blocks.1.1": "up_1_1_attention",
+    "output_blocks.1.2.conv": "up_1_double",
+    "output_blocks.2.0": "up_0_0",
+    "output_blocks.3.0": "up_0_1",
+    "out.0": "norm_out",
+    "out.2": "conv_out",
+}
+IMPROVED_LAYERS = {
+    "in_layers.0": "norm_in",
+    "in_layers.2": "conv_in",
+    "emb_layers.1": "emb",
+    "out_layers.0": "norm_out",
+    "out_layers.3": "conv_out",
+    "skip_connection": "skip",
+    "norm": "norm",
+    "qkv": "qkv",
+    "proj_out": "out",
+}
+ERMONGROUP = {
+    "temb.dense.0": "time_0",
+    "temb.dense.1": "time_1",
+    "conv_in": "conv_in",
+    "down.0.block.0": "down_0_0",
+    "down.0.downsample.conv": "down_0_halve",
+    "down.1.block.0": "down_1_0",
+    "down.1.attn.0": "down_1_0_attention",
+    "mid.block_1": "mid_0",
+    "mid.attn_1": "mid_attention",
+    "mid.block_2": "mid_1",
+    "up.1.block.0": "up_1_0",
+    "up.1.attn.0": "up_1_0_attention",
+    "up.1.block.1": "up_1_1",
+    "up.1.attn.1": "up_1_1_attention",
+    "up.1.upsample.conv": "up_1_double",
+    "up.0.block.0": "up_0_0",
+    "up.0.block.1": "up_0_1",
+    "norm_out": "norm_out",
+    "conv_out": "conv_out",
+}
+ERMONGROUP_LAYERS = {
+    "norm1": "norm_in",
+    "conv1": "conv_in",
+    "temb_proj": "emb",
+    "norm2": "norm_out",
+    "conv2": "conv_out",
+    "nin_shortcut": "skip",
+    "norm": "norm",
+    "qkv": "qkv",
+    "proj_out": "out",
+}
+
+
+@functools.cache
+def golden(network):
+    with np.load(GOLDEN / f"{network}.npz") as arrays:
+        return dict(arrays)
+
+
+def from_torch(network, tensors):
+    """Tensors by their torch names, some or all, as ours: (module, ..., leaf) -> array.
+
+    Linear in the tensors, so gradients go the same way as parameters.
+    """
+    improved = network.startswith("improved")
+    names = IMPROVED if improved else ERMONGROUP
+    layers = IMPROVED_LAYERS if improved else ERMONGROUP_LAYERS
+    if not improved:
+        tensors = fuse_qkv(tensors)
+    ours = {}
+    for name, tensor in tensors.items():
+        name, _, leaf = name.rpartition(".")
+        if name in names:
+            path = (names[name],)
+        else:
+            block = next(b for b in names if name.startswith(f"{b}."))
+            path = names[block], layers[name.removeprefix(f"{block}.")]
+        if improved and path[-1] == "qkv":
+            tensor = heads_inside(tensor, NETWORKS[network].num_heads)
+        ours[*path, our_leaf(path, leaf, tensor)] = our_layout(path, tensor)
+    return ours
+
+
+def heads_inside(tensor, num_heads):
+    """Rows [head, (q, k, v), channel] -> [(q, k, v), head, channel]."""
+    split = tensor.reshape(num_heads, 3, -1, *tensor.shape[1:])
+    return split.swapaxes(0, 1).reshape(tensor.shape)
+
+
+def fuse_qkv(tensors):
+    fused = {}
+    for name, tensor in tensors.items():
+        if ".q." in name:
+            parts = [
+                tensors[name.replace(".q.", part)] for part in (".q.", ".k.", ".v.")
+            ]
+            fused[name.replace(".q.", ".qkv.")] = np.concatenate(parts)
+        elif ".k." not in name and ".v." not in name:
+            fused[name] = tensor
+    return fused
+
+
+def our_leaf(path, leaf, tensor):
+    if leaf == "bias":
+        return leaf
+    if path == ("label",):
+        return "embedding"
+    return "scale" if tensor.ndim == 1 else "kernel"
+
+
+def our_layout(path, tensor):
+    if path == ("label",) or tensor.ndim == 1:
+        return tensor
+    if path[-1] in ("qkv", "out"):  # 1x1 convolutions there, dense here
+        tensor = tensor.reshape(tensor.shape[:2])
+    return np.moveaxis(tensor, (0, 1), (-1, -2))
+
+
+def our_params(network):
+    tensors = golden_below(network, "params/")
+    return unflatten_dict(from_torch(network, tensors))
+
+
+def golden_below(network, prefix):
+    arrays = golden(network).items()
+    return {k.removeprefix(prefix): v for k, v in arrays if k.startswith(prefix)}
+
+
+@functools.cache
+def computed(network):
+    """What golden/ holds of a network, computed by ours: by the names there, or, of
+    gradients by parameters, by our paths."""
+    arrays, model = golden(network), NETWORKS[network]
+    label = jnp.asarray(arrays["y"]) if model.num_classes else None
+    paths = from_torch(network, golden_below(network, "run0/grad/params/"))
+
+    @jit
+    def grads_and_output(params, x, t):
+        def loss(params, x):
+            output = model.apply({"params": params}, x, t, label)
+            return jnp.sum(output * arrays["run0/grad/g"]), output
+
+        grads, output = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+        by_path = flatten_dict(grads[0])
+        return {path: by_path[path] for path in paths}, grads[1], output
+
+    params = our_params(network)
+    with jax.default_matmul_precision("highest"):
+        x, t = (jnp.asarray(arrays[f"run0/{name}"]) for name in "xt")
+        by_params, by_x, output = grads_and_output(params, x, t)
+        x, t = (jnp.asarray(arrays[f"run1/{name}"]) for name in "xt")
+        *_, output_1 = grads_and_output(params, x, t)
+    return by_params | {
+        "run0/output": output,
+        "run0/grad/x": by_x,
+        "run1/output": output_1,
+    }
+
+
+def assert_near(ours, official, floor):
+    tolerance = FLOORS * floor[0] + 1e-6 * np.abs(official).max()
+    np.testing.assert_allclose(ours, official, rtol=0, atol=tolerance)
+
+
+# Parity with the official networks
+
+
+@networks
+def test_every_official_parameter_has_its_place_and_no_place_is_empty(network):
+    shapes = jax.tree.map(jnp.shape, our_params(network))
+    assert shapes == jax.tree.map(
+        jnp.shape, param_shapes(NETWORKS[network], (16, 16, 3))
+    )
+
+
+@networks
+@pytest.mark.parametrize("key", ["run0/output", "run1/output"])
+def test_output_is_the_official_one(network, key):
+    floor = NOISE_FLOOR[f"{network}.npz"][key]
+    assert_near(computed(network)[key], golden(network)[key], floor)
+
+
+@networks
+def test_gradients_are_the_official_ones(network):
+    ours, prefix = computed(network), "run0/grad/params/"
+    floors = NOISE_FLOOR[f"{network}.npz"]
+    by_x = "run0/grad/x"
+    assert_near(ours[by_x], golden(network)[by_x], floors[by_x])
+    for name, grad in golden_below(network, prefix).items():
+        ((path, official),) = from_torch(network, {name: grad}).items()
+        assert_near(ours[path], official, floors[prefix + name])
+
+
+@pytest.mark.parametrize("dim", [32, 33, 128])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("improved", {}),
+        ("ermongroup", dict(order="sin_cos", endpoint=True)),
+        ("diffusers_flip0_shift1", dict(order="sin_cos", endpoint=True)),
+        ("diffusers_flip1_shift0", {}),
+    ],
+)
+def test_timestep_embedding_is_the_official_one(name, options, dim):
+    t = golden("time_embedding")["t"]  # 0 to 3999, and fractions
+    official = golden("time_embedding")[f"{name}/dim{dim}_exact_f64"]
+    error = np.abs(timestep_embedding(jnp.asarray(t), dim, **options) - official)
+    # Two roundings of an angle of up to t radians, and that of a wave.
+    assert np.all(error <= 2 * t[:, None] * 2.0**-24 + F32["atol"])
+
+
+# Sizes
+
+
+def param_shapes(model, image_shape):
+    label = None if model.num_classes is None else jnp.zeros(1, jnp.int32)
+    x, t = jnp.zeros((1, *image_shape)), jnp.zeros(1)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), x, t, label))["params"]
+
+
+IMPROVED_64 = dict(
+    multipliers=(1, 2, 3, 4),
+    num_res_blocks=3,
+    attention_resolutions=(16, 8),
+    num_heads=4,
+    out_channels=6,
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "count"),
+    [
+        pytest.param(32, dict(scale_shift=False), 35_746_307, id="ho_cifar10"),
+        pytest.param(
+            32,
+            dict(scale_shift=False, out_channels=6),
+            35_749_766,
+            id="ho_cifar10_learned",
+        ),
+        pytest.param(
+            32,
+            IMPROVED_64 | dict(multipliers=(1, 2, 2, 2)),
+            52_546_438,
+            id="improved_cifar10",
+        ),
+        pytest.param(64, IMPROVED_64, 121_063_942, id="improved_imagenet64"),
+        pytest.param(
+            64,
+            IMPROVED_64 | dict(channels=192, num_classes=1000),
+            273_049_350,
+            id="improved_imagenet64_classes",
+        ),
+        pytest.param(
+            256,
+            dict(scale_shift=False, multipliers=(1, 1, 2, 2, 4, 4)),
+            113_673_219,
+            id="ho_256",
+        ),
+    ],
+)
+def test_published_networks_have_their_number_of_parameters(size, options, count):
+    params = param_shapes(UNet(**options), (size, size, 3))
+    assert sum(p.size for p in jax.tree.leaves(params)) == count
+
+
+def test_attention_follows_each_block_of_the_heights_asked_for_and_the_middle():
+    model = UNet(multipliers=(1, 1, 1), num_res_blocks=1, attention_resolutions=(8,))
+    names = [n for n in param_shapes(model, (16, 32, 3)) if "attention" in n]
+    assert set(names) == {
+        "down_1_0_attention",
+        "mid_attention",
+        "up_1_0_attention",
+        "up_1_1_attention",
+    }
+
+
+# New networks
+
+# The smallest network that has all kinds of blocks; it takes images of 8 pixels.
+SMALL = dict(
+    channels=8,
+    num_groups=4,
+    multipliers=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+)
+X = jax.random.normal(jax.random.key(1), (2, 8, 8, 8))
+EMB = jax.random.normal(jax.random.key(2), (2, 16))
+T = jnp.array([999.0, 1000.0])
+
+styles = pytest.mark.parametrize("style", ["torch", "ddpm"])
+# Glorot scaled by 1e-10 draws weights below 1e-5; sums of a hundred stay below this.
+NEARLY_ZERO = {"torch": 0.0, "ddpm": 1e-4}
+
+
+@functools.cache
+def new_network(style):
+    """The output of a new network, and its parameters by path."""
+    model = UNet(**SMALL, init_style=style, num_classes=500)
+    label = jnp.zeros(2, jnp.int32)
+    output, new = jit(model.init_with_output)(jax.random.key(0), X[..., :3], T, label)
+    return output, flatten_dict(new["params"])
+
+
+@styles
+def test_new_network_outputs_zero(style):
+    output, _ = new_network(style)
+    np.testing.assert_allclose(output, 0, atol=NEARLY_ZERO[style])
+
+
+@styles
+@pytest.mark.parametrize("block", [ResBlock, Attention])
+def test_new_block_is_the_identity(block, style):
+    if block is ResBlock:
+        block, args = functools.partial(ResBlock, channels=8), (EMB, False)
+    else:
+        args = ()
+    block = block(num_groups=4, init_style=style)
+    y, _ = jit(block.init_with_output, static_argnums=3)(jax.random.key(0), X, *args)
+    np.testing.assert_allclose(y, X, rtol=0, atol=NEARLY_ZERO[style])
+
+
+def kernels(params):
+    """Those that do not start at zero, and the biases beside them."""
+    for path, kernel in params.items():
+        if path[-1] == "kernel" and path[-2] not in ("conv_out", "out"):
+            yield path[-2], kernel, params[*path[:-1], "bias"]
+
+
+def test_torch_style_draws_uniformly_up_to_the_root_of_one_over_fan_in():
+    biases = []
+    for _, kernel, bias in kernels(new_network("torch")[1]):
+        root = kernel[..., 0].size ** 0.5
+        assert max(jnp.abs(kernel).max(), jnp.abs(bias).max()) * root <= 1 + 1e-6
+        assert_moments(kernel.ravel() * root, 0, 1 / 3)
+        biases.append(bias * root)
+    assert_moments(np.concatenate(biases), 0, 1 / 3)
+
+
+def test_ddpm_style_has_the_variance_of_glorot_each_of_q_k_and_v_for_itself():
+    for name, kernel, bias in kernels(new_network("ddpm")[1]):
+        parts = jnp.split(kernel, 3, axis=-1) if name == "qkv" else [kernel]
+        for part in parts:
+            fans = part[..., 0].size + part[..., 0, :].size
+            assert_moments(part.ravel(), 0, 2 / fans)
+        assert not bias.any()
+
+
+@styles
+def test_label_table_starts_standard_normal(style):
+    assert_moments(new_network(style)[1]["label", "embedding"].ravel(), 0, 1)
+
+
+# What must hold of any network
+
+
+def random_params(shapes):
+    """Weights that let signals through, in place of zeros."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        draws = rng.normal(size=leaf.shape) / np.prod(leaf.shape[:-1]) ** 0.5
+        return jnp.asarray(draws, jnp.float32)
+
+    return jax.tree.map(draw, shapes)
+
+
+def random_block(**options):
+    block = ResBlock(channels=8, num_groups=4, **options)
+    shapes = jax.eval_shape(block.init, jax.random.key(0), X, EMB, False)
+    return block, random_params(shapes["params"])
+
+
+@functools.cache
+def small_network(**options):
+    """As a function of images and timesteps."""
+    model = UNet(**SMALL, **options)
+    params = random_params(param_shapes(model, (8, 8, 3)))
+    return jit(functools.partial(model.apply, {"params": params}))
+
+
+def test_batch_mates_do_not_matter():
+    network, x = small_network(), X[..., :3]
+    y = network(x, T)
+    np.testing.assert_allclose(
+        network(x.at[1].set(5.0), T.at[1].set(3.0))[0], y[0], **F32
+    )
+    np.testing.assert_allclose(network(x[::-1], T[::-1]), y[::-1], **F32)
+
+
+def test_bfloat16_network_outputs_float32_near_the_float32_network():
+    ours = small_network(dtype=jnp.bfloat16)(X[..., :3], T)
+    exact = small_network()(X[..., :3], T)
+    assert ours.dtype == jnp.float32
+    error = jnp.abs(ours - exact).max() / jnp.abs(exact).max()
+    assert 1e-4 < error < 0.05  # bfloat16 rounds by up to 0.004
+
+
+def test_bfloat16_network_tells_neighbouring_timesteps_apart():
+    x = jnp.broadcast_to(X[:1, ..., :3], (2, 8, 8, 3))
+    ours = jnp.diff(small_network(dtype=jnp.bfloat16)(x, T), axis=0)
+    exact = jnp.diff(small_network()(x, T), axis=0)
+    assert jnp.abs(ours - exact).max() < 0.1 * jnp.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    ("num_channels", "down_padding"), [(1, "symmetric"), (3, "bottom_right")]
+)
+def test_transposing_images_and_kernels_transposes_the_output(
+    num_channels, down_padding
+):
+    options = SMALL | dict(attention_resolutions=())  # heights would differ
+    model = UNet(**options, out_channels=num_channels, down_padding=down_padding)
+    params = random_params(param_shapes(model, (8, 8, num_channels)))
+    apply = jit(model.apply)
+    x = X[:, :4, :, :num_channels]
+    transposed = jax.tree.map(lambda p: p.swapaxes(0, 1) if p.ndim == 4 else p, params)
+    y = apply({"params": params}, x, T)
+    y_transposed = apply({"params": transposed}, x.swapaxes(1, 2), T)
+    assert y.shape == x.shape
+    np.testing.assert_allclose(y_transposed.swapaxes(1, 2), y, **F32_SUM)
+
+
+def test_norm_does_not_feel_a_large_offset():
+    block, params = random_block()
+    x = jnp.round(X * 256) / 256  # exact after adding the offset, too
+    apply = functools.partial(block.apply, {"params": params})
+    change, offset = apply(x, EMB, False) - x, 4096.0
+    ours = apply(x + offset, EMB, False) - (x + offset)
+    # The sum with the offset rounds by 2^-12, its mean by as much for a std of one.
+    np.testing.assert_allclose(ours, change, rtol=0, atol=2e-3)
+
+
+def test_dropout_drops_its_share_scales_up_the_rest_and_rests_when_not_training():
+    block, params = random_block(dropout=0.25)
+    identity = jnp.zeros((3, 3, 8, 8)).at[1, 1].set(jnp.eye(8))
+    params["conv_out"] = {"kernel": identity, "bias": jnp.zeros(8)}
+    kept = block.apply({"params": params}, X, EMB, False) - X
+    rngs = {"dropout": jax.random.key(0)}
+    dropped = block.apply({"params": params}, X, EMB, True, rngs=rngs) - X
+    is_kept = jnp.abs(dropped) > 1e-5
+    assert_mean(is_kept[jnp.abs(kept) > 1e-3], 0.75)
+    np.testing.assert_allclose(dropped, is_kept * kept / 0.75, **F32_SUM)
+
+
+def test_dropout_needs_an_rng_when_training_only():
+    model = UNet(**SMALL, dropout=0.1)
+    params = param_shapes(model, (8, 8, 3))
+
+    def outputs(train):
+        apply = functools.partial(model.apply, train=train)
+        return jax.eval_shape(apply, {"params": params}, X[..., :3], T)
+
+    assert outputs(train=False).shape == (2, 8, 8, 3)
+    with pytest.raises(InvalidRngError, match="dropout"):
+        outputs(train=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "height", "label", "message"),
+    [
+        (dict(multipliers=(1, 2, 2)), 6, None, "divisible by 4 .* got 6 x 8"),
+        (dict(channels=10), 8, None, "divisible by num_groups = 4 .* got 10"),
+        (dict(num_heads=3), 8, None, "by num_heads = 3, got 8"),
+        (dict(num_classes=7), 8, None, "num_classes = 7 needs labels, got none"),
+        (dict(), 8, [1, 2], "num_classes = None takes no labels, got some"),
+    ],
+)
+def test_wrong_shapes_and_labels_are_named_in_one_sentence(
+    options, height, label, message
+):
+    label = None if label is None else jnp.array(label)
+    model = UNet(**SMALL | options)
+    with pytest.raises(ValueError, match=rf"^[^.]*{message}[^.]*\.$"):
+        jax.eval_shape(model.init, jax.random.key(0), X[:, :height, :, :3], T, label)
