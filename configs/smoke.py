@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
 
     config.data = dict(name="digits", split="train", batch_size=16, flip=True)
 
-    config.schedule = dict(name="linear", num_steps=50, rescale_timesteps=True)
+    config.schedule = dict(name="cosine", num_steps=50, rescale_timesteps=True)
     config.objective = dict(mean_type="eps", var_type="learned_range", loss="hybrid")
     config.timesteps = dict(name="loss_second_moment", history=2, uniform_prob=1e-3)
     config.model = dict(

@@ -10,7 +10,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from jax_diffusion import (
     settings,
     training,
 )
+from jax_diffusion.diffusion import Objective
 from jax_diffusion.settings import Config
 from jax_diffusion.training import TrainState
 
@@ -96,7 +97,17 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         ema_decays=config.ema_decays,
         ema_warmup=config.ema_warmup,
     )
-    preview = make_preview(config, model, objective, batches.image_shape)
+    preview = settings.call(
+        make_preview,
+        config.sampling,
+        "config.sampling",
+        schedule=config.schedule,
+        model=model,
+        objective=objective,
+        image_shape=batches.image_shape,
+        ema=training.ema_name(config.ema_decays[0]),
+        seed=config.seed,
+    )
     key_init, key = jax.random.split(jax.random.key(config.seed))
 
     def init():
@@ -109,12 +120,14 @@ def train(config: Config, workdir: str | Path) -> TrainState:
             config.ema_decays,
         )
 
-    jax.eval_shape(init)  # the last check: a network that does not fit the images
+    # Compiled first: whatever does not fit is found before anything is written.
+    step_fn, summary = compile_step(
+        train_step, key, jax.eval_shape(init), batches.batch(0)
+    )
+    print(summary, flush=True)
     manager = checkpoint.make_manager(workdir)
     state = checkpoint.restore_or_init(manager, init)
     first = int(state.step)
-    step_fn, summary = compile_step(train_step, key, state, batches.batch(first))
-    print(summary, flush=True)
 
     writer = logs.MetricWriter(workdir, first)
     bar = tqdm(
@@ -178,28 +191,32 @@ def compile_step(train_step, key, state, batch):
     return compiled, f"{line} | compiled in {seconds:.1f} s"
 
 
-def make_preview(config, model, objective, image_shape):
-    """Builds preview(state, path), which draws a grid with the first average."""
-    options = dict(config.sampling)
-    n, eta = options.pop("n"), options.pop("eta")
-    sampler = options.pop("sampler")
-    schedule = settings.call(
-        settings.make_schedule,
-        options,
-        "config.sampling",
-        config=config.schedule,
-    )
+def make_preview(
+    schedule: Config,
+    model: nn.Module,
+    objective: Objective,
+    image_shape: tuple[int, ...],
+    ema: str,
+    seed: int,
+    *,
+    sampler: str,
+    steps: int,
+    spacing: str,
+    eta: float,
+    n: int,
+) -> Callable[[TrainState, Path], None]:
+    """Builds preview(state, path), which draws a grid with one average."""
+    short = settings.make_schedule(schedule, steps=steps, spacing=spacing)
     draw = sample.make_sampler(model, objective, image_shape, sampler=sampler)
-    ema = training.ema_name(config.ema_decays[0])
 
-    def preview(state: TrainState, path: Path) -> None:
+    def preview(state, path):
         batches = sample.generate(
             draw,
             state.ema_params[ema],
-            schedule,
+            short,
             n=n,
             eta=eta,
-            seed=config.seed,
+            seed=seed,
             num_labels=training.num_classes(model),
         )
         images = np.concatenate([frames[-1] for frames, _ in batches])

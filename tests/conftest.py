@@ -1,6 +1,7 @@
 """Eight fake CPU devices, no silent rank promotion, float32 as shipped."""
 
 import os
+import tempfile
 import typing
 
 import jax
@@ -9,6 +10,14 @@ if "JAX_PLATFORMS" not in os.environ:  # say JAX_PLATFORMS=cuda to test on a GPU
     jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation is most of the suite's time: within a session, and in the programs that it
+# starts, nothing is compiled twice. The folder is new each time.
+CACHE = tempfile.TemporaryDirectory(prefix="jax_diffusion_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 from jax_diffusion import diffusion  # noqa: E402
 

@@ -75,13 +75,13 @@ def test_resumed_run_drops_later_lines_and_doubles_nothing(tmp_path):
     assert logged(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("length", range(1, len('{"step": 3, "loss": 1.0}') + 1))
-def test_resumed_run_drops_a_line_cut_off_anywhere(tmp_path, length):
+@pytest.mark.parametrize("cut", ["{", '{"step": 3', '{"step": 3, "loss": 1.0}'])
+def test_resumed_run_drops_a_last_line_that_was_cut_off(tmp_path, cut):
     run(tmp_path, [1, 2])
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 1.0}'[:length])
-    logs._keep_until(tmp_path / "metrics.jsonl", 10)
-    assert logged(tmp_path) == [1, 2]
+        file.write(cut)
+    run(tmp_path, [4], start=3)
+    assert logged(tmp_path) == [1, 2, 4]
 
 
 def test_new_run_in_an_old_folder_starts_from_nothing(tmp_path):
