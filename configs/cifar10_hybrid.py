@@ -7,7 +7,7 @@ Hardware: not run in full; a train step at batch 2 runs on 2 CPU cores.
 Time: not run.
 Result: not run. The paper has FID 3.19 and 3.17 bits/dim after 500,000 steps.
 
-Data: `pip install jax_diffusion[tfds]` and cifar10 prepared as array_record, see README.
+Data: the extra `tfds`, and cifar10 prepared as array_record (see README.md).
 """
 
 from ml_collections import ConfigDict

@@ -34,9 +34,9 @@ def get_config() -> ConfigDict:
     config.ema_decays = (0.99, 0.998)
     config.ema_warmup = True
 
-    config.total_steps = 1500
+    config.total_steps = 800
     config.log_every = 50
-    config.save_every = 500
-    config.sample_every = 500
+    config.save_every = 400
+    config.sample_every = 400
     config.sampling = dict(sampler="ddim", steps=50, spacing="sections", eta=0.0, n=100)
     return config

@@ -4,8 +4,8 @@ The tutorial's schedule is linear from 1e-4 to 0.02 whatever T, which leaves a t
 the signal in x_T at T = 200; here it is scaled by 1000 / T, so that x_T is noise.
 
 Command (the folder holds train-images-idx3-ubyte.gz and the other three files):
-    python -m jax_diffusion.train --config configs/fashion_mnist.py --workdir runs/fashion \
-        --config.data.path=/usr/share/datasets/fashion-mnist
+    python -m jax_diffusion.train --config configs/fashion_mnist.py \
+        --workdir runs/fashion --config.data.path=/usr/share/datasets/fashion-mnist
 
 Hardware: 
 Time: 

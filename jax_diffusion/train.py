@@ -164,6 +164,8 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                 checkpoint.save(manager, step, state, record)
     bar.close()
     writer.close()
+    if step == config.total_steps:
+        plotting.save_loss_curve(Path(workdir) / "loss.png", logs.read_metrics(workdir))
     manager.close()  # waits for the last checkpoint
     if stop.name:
         print(f"{stop.name}: saved step {step}; the same command continues.")

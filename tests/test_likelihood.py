@@ -14,6 +14,7 @@ from jax_diffusion import likelihood, samplers, schedules
 MEAN, STD = 0.1, 0.2  # the ends of [-1, 1] are 4.5 sigma away
 LONG = schedules.make_schedule(schedules.linear_betas(1000))
 SHORT = schedules.make_schedule(schedules.linear_betas(50))
+LEAKY = schedules.make_schedule(schedules.linear_betas(50, rescale=False))
 RAMP = jnp.asarray(PIXELS, jnp.float32).reshape(4, 64)  # every pixel value once
 
 
@@ -81,7 +82,8 @@ def test_the_prior_term_grows_with_the_signal_that_is_left():
 
 
 def test_the_total_is_the_prior_plus_every_term():
-    bpd = gaussian_bits(0, SHORT, RAMP)
+    bpd = gaussian_bits(0, LEAKY, RAMP)
+    assert np.all(bpd.prior > 0.2)
     assert bpd.vlb.shape == bpd.x_0_mse.shape == bpd.eps_mse.shape == (4, 50)
     parts = np.column_stack([bpd.prior, bpd.vlb])
     np.testing.assert_allclose(bpd.total, parts.sum(axis=1), **F32_SUM)
@@ -93,6 +95,15 @@ def test_errors_in_x_0_and_eps_are_those_of_the_prediction():
     np.testing.assert_allclose(bpd.x_0_mse, np.tile(mse, 50), **F32)
     snr = oracles.alpha_bars(SHORT) / oracles.noise_vars(SHORT)
     np.testing.assert_allclose(bpd.eps_mse, mse * snr, rtol=1e-3)  # eps - eps cancels
+
+
+def test_the_noise_is_new_at_every_timestep():
+    """For x_0 = 0, and x_t itself as the prediction, the error is noise^2 eps^2."""
+    rows = jnp.array([[1.0], [0.0], [0.0]]).repeat(50, axis=1)
+    bpd = bits(jax.random.key(0), rows, SHORT, jnp.zeros((4, 64)))
+    excess = np.asarray(bpd.x_0_mse) / oracles.noise_vars(SHORT) - 1
+    assert_mean(np.ravel(excess), 0.0)
+    assert_mean(np.ravel(excess[:, 1:] * excess[:, :-1]), 0.0)
 
 
 def test_bits_of_an_image_do_not_depend_on_its_batch():  # B15

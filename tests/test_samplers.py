@@ -18,6 +18,7 @@ from jax_diffusion.diffusion import Prediction
 MEAN, STD = 0.3, 0.5
 BETAS = schedules.linear_betas(1000)
 LENGTH = 1000  # all schedules are padded to it: one compilation for all
+SHORT = schedules.make_schedule(schedules.cosine_betas(10))
 KEYS = samplers.image_keys(jax.random.key(0), jnp.arange(200))
 
 ddim_with_noise = functools.partial(samplers.ddim_step, eta=1.0)
@@ -154,12 +155,10 @@ def test_noise_that_ddim_adds_has_the_variance_of_equation_16(eta):  # B1, B9, B
     alpha_bar = oracles.alpha_bars(schedule)
     now, prev = alpha_bar[6], alpha_bar[5]
     expected = eta**2 * (1 - prev) / (1 - now) * (1 - now / prev)
-    assert_mean((np.ravel(x_prev) - x_prev.mean()) ** 2, expected)
+    squares = (np.ravel(x_prev) - x_prev.mean()) ** 2
+    assert_mean(squares, expected)
     if eta == 1.0:
-        assert_mean(
-            (np.ravel(x_prev) - x_prev.mean()) ** 2,
-            math.exp(schedule.posterior_log_var[6]),
-        )
+        assert_mean(squares, math.exp(schedule.posterior_log_var[6]))
 
 
 @jax.jit
@@ -171,23 +170,20 @@ def one_step(schedule, x_t, t, eta):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def few_images(step_fn, keys, schedule, x_T, gain=2.0):
+def few_images(step_fn, keys, schedule, x_T):
     """Samples of a few images, whose x_0 is thresholded image by image."""
-    denoise_fn = diffusion.threshold_x_0(
-        lambda x, t: _scaled(schedule, gain, x, t), 0.8
-    )
+
+    def denoise_fn(x_t, t):
+        prediction = tanh_denoiser(schedule)(x_t, t)
+        return prediction._replace(x_0=2 * prediction.x_0)
+
+    denoise_fn = diffusion.threshold_x_0(denoise_fn, 0.8)
     return samplers.sample(keys, denoise_fn, step_fn, schedule, x_T)
 
 
-def _scaled(schedule, gain, x_t, t):
-    prediction = tanh_denoiser(schedule, gain)(x_t, t)
-    return prediction._replace(x_0=2 * prediction.x_0)
-
-
 def test_ddim_with_eta_1_is_ddpm_with_the_posterior_variance():
-    schedule = schedules.make_schedule(schedules.cosine_betas(10))
     ddim, ddpm = (
-        few_images(step_fn, KEYS[:4], schedule, normal(0, 4, 6))
+        few_images(step_fn, KEYS[:4], SHORT, normal(0, 4, 6))
         for step_fn in (ddim_with_noise, samplers.ddpm_step)
     )
     np.testing.assert_allclose(ddim, ddpm, **F32_SUM)
@@ -204,9 +200,6 @@ def one(step_fn, schedule, x_t, t):
     t = jnp.full(x_t.shape[:1], t, jnp.int32)
     keys = KEYS[: x_t.shape[0]]
     return step_fn(keys, constant_denoiser, schedule, samplers.start(x_t), t)
-
-
-SHORT = schedules.make_schedule(schedules.cosine_betas(10))
 
 
 @both_samplers
@@ -295,13 +288,19 @@ def test_an_image_does_not_depend_on_its_batch(step_fn):  # B15; and on threshol
     assert np.all(np.any(others != together, axis=1))  # the keys do matter
 
 
-def test_noise_is_new_at_every_step_and_in_every_image():  # B3
-    def step_fn(keys, denoise_fn, schedule, state, t):
-        eps = samplers.normal(keys, state.x.shape[1:])
-        return state._replace(x=eps, x_0=jnp.roll(state.x, 1, axis=1))
+def noise_step(keys, denoise_fn, schedule, state, t):
+    """Puts the noise of the step in the place of x."""
+    return state._replace(x=samplers.normal(keys, state.x.shape[1:]))
 
+
+def test_noise_is_new_at_every_step_and_in_every_image():  # B3
     frames = samplers.sample_frames(
-        KEYS[:50], constant_denoiser, step_fn, SHORT, jnp.zeros((50, 20)), num_frames=10
+        KEYS[:50],
+        constant_denoiser,
+        noise_step,
+        SHORT,
+        jnp.zeros((50, 20)),
+        num_frames=10,
     ).x
     assert len(np.unique(frames)) > 0.99 * frames.size  # float32 draws do coincide
     assert_moments(np.ravel(frames), 0.0, 1.0)
@@ -438,7 +437,7 @@ def test_shared_noise_is_the_same_in_every_batch_and_new_at_every_step():  # B15
     whole = shared(KEYS[:4], x_T, ts)
     np.testing.assert_allclose(shared(KEYS[9:10], x_T[:1], ts), whole[:1], **F32_SUM)
     eps = [
-        samplers.share_noise(_noise_step, jax.random.key(7), until=0)(
+        samplers.share_noise(noise_step, jax.random.key(7), until=0)(
             KEYS[:2],
             constant_denoiser,
             SHORT,
@@ -448,10 +447,6 @@ def test_shared_noise_is_the_same_in_every_batch_and_new_at_every_step():  # B15
         for t in (3, 4)
     ]
     assert np.all(eps[0] != eps[1])
-
-
-def _noise_step(keys, denoise_fn, schedule, state, t):
-    return state._replace(x=samplers.normal(keys, state.x.shape[1:]))
 
 
 def test_slerp_goes_from_end_to_end_along_the_circle():
@@ -472,7 +467,7 @@ def test_slerp_keeps_the_norm_of_each_image_at_its_own_weight():
     x, y = (a / jnp.linalg.norm(a, axis=1, keepdims=True) for a in (x, y))
     between = samplers.slerp(x, y, jnp.array([0.1, 0.5, 0.9]))
     np.testing.assert_allclose(jnp.linalg.norm(between, axis=1), np.ones(3), **F32)
-    cosine = jnp.sum(x * between, axis=1) / 1.0
+    cosine = jnp.sum(x * between, axis=1)
     angle = jnp.arccos(jnp.sum(x * y, axis=1))
     np.testing.assert_allclose(
         jnp.arccos(cosine), angle * np.array([0.1, 0.5, 0.9]), **F32_SUM
@@ -605,26 +600,26 @@ def test_memory_of_gradients_grows_by_the_images_only_not_by_the_network():
     assert growth < 180 * 4 * BATCH_BYTES  # the network alone would hold 32
 
 
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.value_and_grad, argnums=1)
+def weighted_sum(sampler, args):
+    """Of samples on a padded schedule, whose skipped rows must not spoil gradients."""
+    x_T, gain, eta = args
+    schedule = schedules.pad(SHORT, 16)
+    ddim = functools.partial(samplers.ddim_step, eta=eta)
+    step_fn = {"ddpm": samplers.ddpm_step, "ddim": ddim}[sampler]
+    denoise_fn = tanh_denoiser(schedule, gain)
+    x_0 = samplers.sample(KEYS[:4], denoise_fn, step_fn, schedule, x_T)
+    return jnp.sum(x_0 * normal(1, 4, 6))
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_gradients_through_sampling_equal_finite_differences(sampler):
-    schedule = schedules.pad(SHORT, 16)  # whose skipped rows must not spoil them
-    direction_of = (normal(2, 4, 6), 1.0, 1.0)
-
-    @jax.jit
-    @jax.value_and_grad
-    def total(args):
-        x_T, gain, eta = args
-        step_fn = functools.partial(samplers.ddim_step, eta=eta)
-        step_fn = samplers.ddpm_step if sampler == "ddpm" else step_fn
-        denoise_fn = tanh_denoiser(schedule, gain)
-        x_0 = samplers.sample(KEYS[:4], denoise_fn, step_fn, schedule, x_T)
-        return jnp.sum(x_0 * normal(1, 4, 6))
-
     at = (normal(0, 4, 6), jnp.float32(0.5), jnp.float32(0.7))
-    _, grad = total(at)
-    for i, direction in enumerate(direction_of):
+    _, grad = weighted_sum(sampler, at)
+    for i, direction in enumerate((normal(2, 4, 6), 1.0, 1.0)):
         ahead, behind = (
-            total((*at[:i], at[i] + h * direction, *at[i + 1 :]))[0]
+            weighted_sum(sampler, (*at[:i], at[i] + h * direction, *at[i + 1 :]))[0]
             for h in (1e-2, -1e-2)
         )
         slope = (ahead - behind) / 2e-2
@@ -634,12 +629,8 @@ def test_gradients_through_sampling_equal_finite_differences(sampler):
     assert sampler == "ddpm" or grad[2] != 0
 
 
-def test_gradients_by_eta_are_finite_at_its_ends():
-    @jax.jit
-    @jax.grad
-    def gradient(eta):
-        step_fn = functools.partial(samplers.ddim_step, eta=eta)
-        args = (KEYS[:4], tanh_denoiser(SHORT), step_fn, SHORT, normal(0, 4, 6))
-        return jnp.sum(samplers.sample(*args))
-
-    assert np.isfinite(gradient(0.0)) and np.isfinite(gradient(1.0))
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_gradients_are_finite_at_the_ends_of_eta(eta):
+    at = (normal(0, 4, 6), jnp.float32(0.5), jnp.float32(eta))
+    _, grads = weighted_sum("ddim", at)
+    assert all(np.all(np.isfinite(grad)) for grad in grads)

@@ -117,7 +117,9 @@ def test_the_log_has_terms_norms_and_quartiles(whole):
 
 
 def test_the_run_ends_in_a_picture(whole):
-    assert np.asarray(Image.open(whole[0] / "samples" / "000012.png")).std() > 0
+    for name in ("samples/000012.png", "loss.png"):
+        with Image.open(whole[0] / name) as picture:
+            assert np.asarray(picture).std() > 0
 
 
 def test_the_start_line_tells_device_parameters_memory_and_compile_time(tmp_path):
