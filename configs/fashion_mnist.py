@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.model = dict(
         name="unet",
         channels=16,
-        multipliers=(1, 2, 4),
+        multipliers=(1, 2, 2),
         num_res_blocks=1,
         attention_resolutions=(7,),
         num_groups=8,

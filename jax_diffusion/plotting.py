@@ -6,6 +6,7 @@ imported when they are needed.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def _picture(image, min_size):
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def save_loss_curve(path: str | Path, rows: Sequence[Mapping[str, float]]) -> None:
+def save_loss_curve(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draws the loss, and its quartiles of t, from the lines of metrics.jsonl."""
     names = ["loss", *(f"loss_q{q}" for q in range(4))]
     curves = {

@@ -150,16 +150,7 @@ def write_images(out: Path, images: np.ndarray, labels: np.ndarray) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """The program: everything is checked before the first image is drawn."""
-    if args.n < 1 or args.batch_size < 1:
-        raise ValueError(
-            "--n and --batch-size must be positive, got "
-            f"{args.n} and {args.batch_size}."
-        )
-    if not 0 <= args.eta <= 1:
-        raise ValueError(f"--eta must be in [0, 1], got {args.eta}.")
-    if args.eta and args.sampler != "ddim":
-        raise ValueError(f"--eta is for the sampler ddim, got {args.sampler!r}.")
-    settings.choose("--sampler", args.sampler, SAMPLERS)
+    _check(args)
     run = load_run(args.workdir, args.ema)
     steps = args.steps if args.steps or args.sampler == "ddpm" else 50
     schedule = settings.make_schedule(
@@ -193,6 +184,19 @@ def sample(args: argparse.Namespace) -> None:
         f"{args.n} images by {args.sampler} in {schedule.num_steps} steps, "
         f"ema {args.ema or ema_name(run.config.ema_decays[0])}: {out}"
     )
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.n < 1 or args.batch_size < 1:
+        raise ValueError(
+            "--n and --batch-size must be positive, got "
+            f"{args.n} and {args.batch_size}."
+        )
+    if not 0 <= args.eta <= 1:
+        raise ValueError(f"--eta must be in [0, 1], got {args.eta}.")
+    if args.eta and args.sampler != "ddim":
+        raise ValueError(f"--eta is for the sampler ddim, got {args.sampler!r}.")
+    settings.choose("--sampler", args.sampler, SAMPLERS)
 
 
 def main() -> None:

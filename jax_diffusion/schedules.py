@@ -306,8 +306,10 @@ def tabulate(
 ) -> NoiseSchedule:
     """`make_schedule` before the cast: NumPy arrays of float64."""
     betas = np.asarray(betas, np.float64)
-    if betas.ndim != 1 or not np.all((betas > 0) & (betas <= 1)):
-        raise ValueError(f"betas must be a vector of values in (0, 1], got {betas!r}.")
+    wrong = betas[~((betas > 0) & (betas <= 1))]
+    if betas.ndim != 1 or wrong.size:
+        got = f"shape {betas.shape}" if betas.ndim != 1 else f"{wrong[0]}"
+        raise ValueError(f"betas must be a vector of values in (0, 1], got {got}.")
     if len(betas) < 2:
         raise ValueError(f"a diffusion needs at least 2 steps, got {len(betas)}.")
     scale = 1000 / len(betas) if rescale_timesteps else 1.0

@@ -63,8 +63,11 @@ def stratified(num_steps: int) -> TimestepSampler:
     """
 
     def draw(key, b):
-        u = (jax.random.uniform(key) + jnp.arange(b) / b) % 1
-        return jnp.minimum(jnp.floor(u * num_steps), num_steps - 1)
+        key_whole, key_part = jax.random.split(key)  # of the shift
+        whole = jax.random.randint(key_whole, (), 0, num_steps)
+        part = jax.random.uniform(key_part)
+        steps = jnp.floor(part + jnp.arange(b) * (num_steps / b)).astype(jnp.int32)
+        return (whole + steps) % num_steps
 
     return _stateless(draw)
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from jaxtyping import TypeCheckError
 from PIL import Image
 
 from jax_diffusion import plotting
@@ -121,9 +120,6 @@ def curve(path, save, what):
     return pixels
 
 
-@pytest.mark.xfail(
-    raises=TypeCheckError, strict=True, reason="the annotation wants float steps"
-)
 def test_loss_curve_draws_the_loss_and_its_quartiles_and_leaves_gaps(tmp_path):
     rows = [{"step": i, "loss": 0.8 - 0.1 * i, "loss_q3": 0.2} for i in range(5)]
     other_loss = [rows[0], {**rows[1], "loss": 0.5}, *rows[2:]]

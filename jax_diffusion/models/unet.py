@@ -203,16 +203,7 @@ class UNet(Layers):
         train: bool = False,
     ) -> Float[Array, "b h w c_out"]:
         self._check(x, label)
-        shared = dict(
-            init_style=self.init_style,
-            num_groups=self.num_groups,
-            norm_epsilon=self.norm_epsilon,
-            dtype=self.dtype,
-        )
-        block = functools.partial(
-            ResBlock, dropout=self.dropout, scale_shift=self.scale_shift, **shared
-        )
-        attention = functools.partial(Attention, num_heads=self.num_heads, **shared)
+        block, attention = self._blocks()
         emb = self._embed(timesteps, label)
         top = len(self.multipliers) - 1
 
@@ -246,6 +237,19 @@ class UNet(Layers):
         h = nn.silu(self.norm(h, name="norm_out"))
         h = self.conv(h, self.out_channels, name="conv_out", zero=True)
         return h.astype(jnp.float32)
+
+    def _blocks(self):
+        """ResBlock and Attention with all that they share filled in."""
+        shared = dict(
+            init_style=self.init_style,
+            num_groups=self.num_groups,
+            norm_epsilon=self.norm_epsilon,
+            dtype=self.dtype,
+        )
+        block = functools.partial(
+            ResBlock, dropout=self.dropout, scale_shift=self.scale_shift, **shared
+        )
+        return block, functools.partial(Attention, num_heads=self.num_heads, **shared)
 
     def _embed(self, timesteps, label):
         """The timestep, and the label if there is one, as [b, 4 channels]."""
