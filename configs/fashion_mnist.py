@@ -3,9 +3,11 @@ r"""The annotated DDPM's setting on Fashion-MNIST: T = 200, Huber loss, Adam 1e-
 The tutorial's schedule is linear from 1e-4 to 0.02 whatever T, which leaves a third of
 the signal in x_T at T = 200; here it is scaled by 1000 / T, so that x_T is noise.
 
-Command (the folder holds train-images-idx3-ubyte.gz and the other three files):
+Command:
     python -m jax_diffusion.train --config configs/fashion_mnist.py \
         --workdir runs/fashion --config.data.path=/usr/share/datasets/fashion-mnist
+
+The folder, here that of Debian's package dataset-fashion-mnist, holds the four IDX files.
 
 Hardware: 
 Time: 

@@ -152,57 +152,6 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = _averages(state, params, ema_decays, ema_warmup)
-        timestep_state=timestep_sampler.init(),
-    )
-
-
-def ema_decay_at(decay: float, step: Array, warmup: bool = True) -> Array | float:
-    """The decay in force at an update: min(decay, (1 + n) / (10 + n)) if warming up.
-
-    Without it an average remembers the random start for 1 / (1 - decay) updates.
-    """
-    return jnp.minimum(decay, (1.0 + step) / (10.0 + step)) if warmup else decay
-
-
-def make_train_step(
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    schedule: NoiseSchedule,
-    objective: Objective,
-    timestep_sampler: TimestepSampler,
-    *,
-    ema_decays: Sequence[float],
-    ema_warmup: bool = True,
-) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """Builds train_step(key, state, batch) -> (state, metrics), pure and jit-able.
-
-    The key is the run's, the same at every step. `batch["image"]` is uint8
-    [b, h, w, c], `batch["label"]` int32 [b]; means over them are global: the step is
-    one program, not one per device. Metrics are means over the batch, except that
-    `quartiles` holds sums and counts by quartile of t.
-    """
-
-    def train_step(key, state, batch):
-        key = jax.random.fold_in(key, state.step)
-        key_t, key_eps, key_dropout = jax.random.split(key, 3)
-        x_0 = data.from_uint8(batch["image"])
-        t, weight = timestep_sampler.sample(key_t, state.timestep_state, x_0.shape[0])
-
-        def loss_fn(params):
-            rngs = {"dropout": key_dropout}
-            model_fn = bind(model, params, batch["label"], train=True, rngs=rngs)
-            terms = losses.training_loss(key_eps, model_fn, schedule, objective, x_0, t)
-            return jnp.mean(weight * terms.loss), terms
-
-        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = {}
-        for decay in ema_decays:
-            name, now = ema_name(decay), ema_decay_at(decay, state.step, ema_warmup)
-            ema_params[name] = optax.incremental_update(
-                params, state.ema_params[name], 1 - now
-            )
         timestep_state = timestep_sampler.update(state.timestep_state, t, terms.loss)
         metrics = {
             "loss": loss,
