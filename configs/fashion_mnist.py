@@ -10,8 +10,8 @@ Command:
 The folder holds the four IDX files; here it is that of Debian's dataset-fashion-mnist.
 
 Hardware: 2 CPU cores.
-Time: not run to the end.
-Result: not run to the end.
+Time: one epoch, 468 steps, in 30 minutes on a busy machine; five were not run.
+Result: after one epoch a Huber loss of 0.024; see README.md.
 """
 
 from ml_collections import ConfigDict
