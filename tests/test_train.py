@@ -300,8 +300,8 @@ def test_the_published_networks_have_the_published_size(name, count):
     objective = settings.make_objective(config.objective, schedule)
     model = settings.make_model(config.model, objective, 3)
     x, t = (
-        jax.ShapeDtypeStruct((1, 32, 32, 3), float),
-        jax.ShapeDtypeStruct((1,), float),
+        jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32),
+        jax.ShapeDtypeStruct((1,), np.float32),
     )
     params = jax.eval_shape(model.init, jax.random.key(0), x, t)
     assert sum(a.size for a in jax.tree.leaves(params)) == count
