@@ -54,14 +54,10 @@ def load_record(workdir: str | Path) -> dict[str, Any]:
 def restore_or_init(
     manager: ocp.CheckpointManager, init_fn: Callable[[], PyTree]
 ) -> PyTree:
-    """The newest saved state if there is one, else `init_fn()`, which is jit-able."""
+    """The newest saved state if there is one, else `init_fn()`."""
     step = manager.latest_step()
     if step is None:
-        # Drawing hundreds of small arrays compiles slowly, and runs once: on the CPU,
-        # optimising it costs more than the rest of the start-up.
-        quick = {"xla_backend_optimization_level": "0"}
-        on_cpu = jax.default_backend() == "cpu"
-        return jax.jit(init_fn, compiler_options=quick if on_cpu else None)()
+        return init_fn()
     target = jax.eval_shape(init_fn)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(

@@ -29,11 +29,9 @@ class BitsPerDim(NamedTuple):
 
 
 def prior_bpd(schedule: NoiseSchedule, x_0: Float[Array, "b *d"]) -> Float[Array, "b"]:
-    """KL(q(x_T | x_0) || N(0, I)) in bits/dim: what the last image still tells of x_0.
-
-    The schedule must not be padded.
-    """
-    last = jnp.full(x_0.shape[:1], schedule.num_steps - 1, jnp.int32)
+    """KL(q(x_T | x_0) || N(0, I)) in bits/dim: what x_T still tells of x_0."""
+    last = jnp.sum(schedule.visited, dtype=jnp.int32) - 1
+    last = jnp.broadcast_to(last, x_0.shape[:1])
     mean, log_var = diffusion.q_mean_log_var(schedule, x_0, last)
     zero = jnp.zeros_like(mean)
     return losses.mean_flat(losses.normal_kl(mean, log_var, zero, zero)) / np.log(2.0)
@@ -58,7 +56,7 @@ def bits_per_dim(
     num_images = x_0.shape[0]
     keys = key if key.ndim else samplers.image_keys(key, jnp.arange(num_images))
 
-    def term(_, step: Int[Array, ""]):
+    def terms_at(step):
         t = jnp.full((num_images,), step, jnp.int32)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
         eps = samplers.normal(step_keys, x_0.shape[1:])
@@ -67,7 +65,12 @@ def bits_per_dim(
         vlb = losses.vlb_terms(schedule, prediction, x_0, x_t, t)
         eps_hat = diffusion.eps_from_x_0(schedule, x_t, t, prediction.x_0)
         x_0_mse = losses.mean_flat((prediction.x_0 - x_0) ** 2)
-        return None, (vlb, x_0_mse, losses.mean_flat((eps_hat - eps) ** 2))
+        return vlb, x_0_mse, losses.mean_flat((eps_hat - eps) ** 2)
+
+    def term(_, step: Int[Array, ""]):  # zero in rows added by `schedules.pad`
+        none = (jnp.zeros(num_images),) * 3
+        visited = schedule.visited[step]
+        return None, jax.lax.cond(visited, terms_at, lambda _: none, step)
 
     _, terms = jax.lax.scan(term, None, jnp.arange(schedule.num_steps))
     vlb, x_0_mse, eps_mse = (a.T for a in terms)

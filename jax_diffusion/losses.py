@@ -75,6 +75,7 @@ def discretized_gaussian_log_likelihood(
 
 
 def _approx_normal_cdf(x):
+    x = jnp.clip(x, -10.0, 10.0)  # 0 or 1 beyond in any precision; the cube overflows
     return 0.5 * (1 + jnp.tanh(np.sqrt(2 / np.pi).item() * (x + 0.044715 * x**3)))
 
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import diffusion
@@ -163,7 +165,7 @@ def sample_frames(
     """
     if ts is None:
         rows = jnp.arange(schedule.num_steps, dtype=jnp.int32)
-        ts = jnp.where(schedule.timesteps < 0, -1, rows)[::-1]
+        ts = jnp.where(schedule.visited, rows, -1)[::-1]
     num_steps = ts.shape[0]
     if num_frames < 1 or num_steps % num_frames:
         raise ValueError(f"num_frames must divide {num_steps} steps, got {num_frames}.")
@@ -218,8 +220,8 @@ def invert(
     denoiser.
     """
     rows = jnp.arange(schedule.num_steps, dtype=jnp.int32)
-    above = jnp.append(schedule.timesteps[1:], -1.0)  # the last row goes nowhere
-    ts = jnp.where(above < 0, -1, rows)
+    above = jnp.append(schedule.visited[1:], False)  # the last row goes nowhere
+    ts = jnp.where(above, rows, -1)
     keys = image_keys(jax.random.key(0), rows[:1].repeat(x_0.shape[0]))  # not used
     return sample(keys, denoise_fn, ddim_inversion_step, schedule, x_0, ts=ts)
 
@@ -234,11 +236,12 @@ def slerp(
     """
     shape = (-1,) + (1,) * (x.ndim - 1)
     flat_x, flat_y = (a.reshape(a.shape[0], -1) for a in (x, y))
-    norms = jnp.linalg.norm(flat_x, axis=-1) * jnp.linalg.norm(flat_y, axis=-1)
-    cosine = jnp.sum(flat_x * flat_y, axis=-1) / jnp.maximum(norms, 1e-30)
-    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
+    squares = jnp.sum(flat_x**2, axis=-1) * jnp.sum(flat_y**2, axis=-1)
+    cosine = jnp.sum(flat_x * flat_y, axis=-1) / jnp.sqrt(jnp.maximum(squares, 1e-30))
+    largest = 1 - 1e-7  # arccos has no derivative at 1, and float32 no angle below 3e-4
+    angle = jnp.arccos(jnp.clip(cosine, -largest, largest))
     sine = jnp.sin(angle)
-    straight = sine < 1e-4
+    straight = sine < 1e-3
     safe = jnp.where(straight, 1.0, sine)
     of_x = jnp.where(straight, 1 - weight, jnp.sin((1 - weight) * angle) / safe)
     of_y = jnp.where(straight, weight, jnp.sin(weight * angle) / safe)
@@ -265,10 +268,13 @@ def interpolate(
         One row of images for each weight; 0 gives reconstructions of x_a, 1 of x_b.
 
     Raises:
-        ValueError: unless 0 <= t < T.
+        ValueError: unless 0 <= t < T, rows added by `schedules.pad` not counted.
     """
-    if not 0 <= t < schedule.num_steps:
-        raise ValueError(f"t must be in [0, {schedule.num_steps}), got {t}.")
+    num_steps = schedule.num_steps
+    if not isinstance(schedule.timesteps, Tracer):  # else there is nothing to look at
+        num_steps = int(np.sum(np.asarray(schedule.timesteps) >= 0))
+    if not 0 <= t < num_steps:
+        raise ValueError(f"t must be in [0, {num_steps}), got {t}.")
     keys_a, keys_b, keys_steps = (_step_keys(keys, i) for i in range(3))
     level = jnp.full(x_a.shape[:1], t, jnp.int32)
     noised_a, noised_b = (

@@ -52,6 +52,11 @@ class NoiseSchedule:
         """T, the number of rows."""
         return self.betas.shape[0]
 
+    @property
+    def visited(self) -> Table:
+        """Which rows are steps of the diffusion, and not added by `pad`: bool [T]."""
+        return self.timesteps >= 0
+
 
 def linear_betas(
     num_steps: int, *, start: float = 1e-4, end: float = 0.02, rescale: bool = True
@@ -59,21 +64,19 @@ def linear_betas(
     """Variances that grow linearly (Ho et al. 2020, sec. 4).
 
     Args:
-        num_steps: T.
-        start: first variance, meant for T = 1000.
-        end: last variance, likewise.
+        start, end: first and last variance, meant for T = 1000.
         rescale: multiply both by 1000 / T, so that the last image is noise whatever T
             (improved-diffusion). Off: the numbers as they stand (Ho et al., DDIM).
 
     Raises:
         ValueError: if rescaling takes a variance above 1, which happens below T = 20.
     """
+    _check_length(num_steps)
     scale = 1000 / num_steps if rescale else 1.0
     if scale * max(start, end) > 1:
         raise ValueError(
-            "linear betas times 1000 / num_steps must not exceed 1, got "
-            f"{scale * max(start, end):.4g} for num_steps = {num_steps}; "
-            "take more steps or rescale=False."
+            f"linear betas times 1000 / {num_steps} must not exceed 1, got "
+            f"{scale * max(start, end):.4g}; take more steps or rescale=False."
         )
     return np.linspace(scale * start, scale * end, num_steps, dtype=np.float64)
 
@@ -97,7 +100,6 @@ def cosine_betas(
         alpha_bar(u) = cos((u + offset) / (1 + offset) * pi / 2)^2,   u = t / T
 
     Args:
-        num_steps: T.
         offset: keeps the first betas from vanishing.
         min_beta: floor; the annotated DDPM has 1e-4, the paper none.
         max_beta: cap, reached only near u = 1 where alpha_bar goes to zero.
@@ -116,10 +118,7 @@ def cosine_betas(
 def sigmoid_betas(
     num_steps: int, *, start: float = 1e-4, end: float = 0.02
 ) -> np.ndarray:
-    """Variances that are a sigmoid of u in [-6, 6] (DDIM repository, annotated DDPM).
-
-    Not to be confused with `sigmoid_alpha_bar_betas`, which others also call "sigmoid".
-    """
+    """Variances that are a sigmoid of u in [-6, 6] (DDIM code, annotated DDPM)."""
     return start + (end - start) * _sigmoid(np.linspace(-6, 6, num_steps))
 
 
@@ -131,10 +130,8 @@ def sigmoid_alpha_bar_betas(
     tau: float = 1.0,
     max_beta: float = 0.999,
 ) -> np.ndarray:
-    """Variances whose alpha_bar is a sigmoid (Jabri et al. 2022; lucidrains' default).
-
-    alpha_bar falls from 1 to 0 as the piece of a sigmoid of temperature tau between
-    `start` and `end`, shifted and scaled to those two values.
+    """Variances whose alpha_bar is a piece of a sigmoid of temperature tau, from
+    `start` to `end`, made to fall from 1 to 0 (Jabri et al. 2022; lucidrains).
     """
     first, last = _sigmoid(start / tau), _sigmoid(end / tau)
 
@@ -152,10 +149,7 @@ def constant_betas(num_steps: int, *, value: float = 0.02) -> np.ndarray:
 def warmup_betas(
     num_steps: int, *, fraction: float = 0.1, start: float = 1e-4, end: float = 0.02
 ) -> np.ndarray:
-    """Linear over the first `fraction` of the steps, then constant.
-
-    "warmup10" and "warmup50" of Ho et al. are fractions 0.1 and 0.5.
-    """
+    """Linear over a fraction of the steps, then constant (Ho et al., 0.1 and 0.5)."""
     betas = np.full(num_steps, end, np.float64)
     num_warmup = int(num_steps * fraction)
     betas[:num_warmup] = np.linspace(start, end, num_warmup, dtype=np.float64)
@@ -174,6 +168,7 @@ def betas_from_alpha_bar(
     max_beta: float = 0.999,
 ) -> np.ndarray:
     """Variances of alpha_bar(u), u in [0, 1], which need not be 1 at u = 0."""
+    _check_length(num_steps)
     alpha_bar = alpha_bar_fn(np.arange(num_steps + 1) / num_steps)
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
 
@@ -183,6 +178,7 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
     The last beta becomes 1, where a network must predict v or x_0, not eps.
     """
+    _check_length(len(betas))
     signal = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
     signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
     alpha_bar = signal**2
@@ -249,8 +245,7 @@ def spaced_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarray:
 def uniform_steps(num_steps: int, n: int) -> np.ndarray:
     """floor(i T / n): exactly n steps from 0 on (Song et al. 2021, app. D.2, linear).
 
-    Equal to the DDIM repository's "uniform" where n divides T; elsewhere that one takes
-    more steps than asked.
+    The DDIM repository's "uniform" where n divides T; elsewhere that takes more steps.
     """
     return np.arange(_count(num_steps, n)) * num_steps // n
 
@@ -287,7 +282,7 @@ def make_schedule(
     the original ones. Its posterior and variances are those of the shorter chain.
 
     Args:
-        betas: float64 of shape [T], each in (0, 1], T >= 2.
+        betas: float64 [T], T >= 2, each in (0, 1), the last one perhaps 1.
         keep: increasing indices into [0, T); default all of them.
         rescale_timesteps: tell the network t * 1000 / T instead of t.
 
@@ -310,8 +305,11 @@ def tabulate(
     if betas.ndim != 1 or wrong.size:
         got = f"shape {betas.shape}" if betas.ndim != 1 else f"{wrong[0]}"
         raise ValueError(f"betas must be a vector of values in (0, 1], got {got}.")
-    if len(betas) < 2:
-        raise ValueError(f"a diffusion needs at least 2 steps, got {len(betas)}.")
+    _check_length(len(betas))
+    if np.any(betas[:-1] == 1):
+        raise ValueError(
+            f"no beta but the last may be 1, got it at t = {np.argmax(betas)}."
+        )
     scale = 1000 / len(betas) if rescale_timesteps else 1.0
     timesteps = _checked_steps(len(betas), keep)
     if keep is not None:
@@ -342,6 +340,11 @@ def tabulate(
         )
 
 
+def _check_length(num_steps: int) -> None:
+    if num_steps < 2:
+        raise ValueError(f"a diffusion needs at least 2 steps, got {num_steps}.")
+
+
 def _checked_steps(num_steps: int, keep: Any) -> np.ndarray:
     every = np.arange(num_steps)
     kept = every if keep is None else np.asarray(keep)
@@ -355,11 +358,8 @@ def _checked_steps(num_steps: int, keep: Any) -> np.ndarray:
 def pad(schedule: NoiseSchedule, length: int) -> NoiseSchedule:
     """Adds rows that no step visits, so that every schedule has the same shape.
 
-    Samplers skip the added rows, whose `timesteps` are -1. One compiled sampler then
-    serves every number of steps up to `length`.
-
-    Raises:
-        ValueError: if the schedule is longer than `length`.
+    Samplers and `likelihood` skip the added rows, whose `timesteps` are -1. One
+    compiled sampler then serves every number of steps up to `length`, at least T.
     """
     extra = length - schedule.num_steps
     if extra < 0:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 
@@ -63,11 +64,8 @@ def stratified(num_steps: int) -> TimestepSampler:
     """
 
     def draw(key, b):
-        key_whole, key_part = jax.random.split(key)  # of the shift
-        whole = jax.random.randint(key_whole, (), 0, num_steps)
-        part = jax.random.uniform(key_part)
-        steps = jnp.floor(part + jnp.arange(b) * (num_steps / b)).astype(jnp.int32)
-        return (whole + steps) % num_steps
+        shift = jax.random.randint(key, (), 0, num_steps)
+        return (shift + np.arange(b) * num_steps // b) % num_steps
 
     return _stateless(draw)
 

@@ -71,8 +71,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     """
     settings.check_config(config)
     record = {"config": json.loads(config.to_json()), "window": []}
-    resuming = checkpoint.latest_step(workdir) is not None
-    if resuming:
+    if checkpoint.latest_step(workdir) is not None:
         saved = checkpoint.load_record(workdir)
         record["window"] = saved["window"]
         _check_same_run(saved["config"], record["config"], workdir)
@@ -120,6 +119,11 @@ def train(config: Config, workdir: str | Path) -> TrainState:
             config.ema_decays,
         )
 
+    # Drawing hundreds of small arrays runs once and compiles slowly: on the CPU,
+    # optimising it costs more than the rest of the start.
+    quick = {"xla_backend_optimization_level": "0"}
+    on_cpu = jax.default_backend() == "cpu"
+    init = jax.jit(init, compiler_options=quick if on_cpu else None)
     # Compiled first: whatever does not fit is found before anything is written.
     step_fn, summary = compile_step(
         train_step, key, jax.eval_shape(init), batches.batch(0)

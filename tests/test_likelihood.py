@@ -139,3 +139,19 @@ def test_distortion_is_the_root_mean_squared_error_in_pixel_values(shown):
     _, distortion = likelihood.progressive_coding(constant_bits(PIXELS[shown], 1.0))
     of_row = np.sqrt(((np.arange(256) - shown) ** 2).reshape(4, 64).mean(axis=1))
     np.testing.assert_allclose(distortion, np.tile(of_row[:, None], 50), **F32_SUM)
+
+
+def test_a_padded_schedule_has_the_same_bound_and_zeros_in_its_rows():
+    schedule = schedules.make_schedule(schedules.linear_betas(50, rescale=False))
+    padded = schedules.pad(schedule, 70)
+    x_0 = jnp.linspace(-1, 1, 24).reshape(2, 12)
+
+    def bound(schedule):
+        denoise_fn = oracles.gaussian_denoiser(schedule, 0.1, 0.5)
+        return likelihood.bits_per_dim(jax.random.key(0), denoise_fn, schedule, x_0)
+
+    plain, with_rows = bound(schedule), bound(padded)
+    np.testing.assert_allclose(with_rows.total, plain.total, **F32)
+    np.testing.assert_allclose(with_rows.prior, plain.prior, **F32)
+    np.testing.assert_allclose(with_rows.vlb[:, :50], plain.vlb, **F32)
+    assert not np.any(with_rows.vlb[:, 50:])

@@ -634,3 +634,28 @@ def test_gradients_are_finite_at_the_ends_of_eta(eta):
     at = (normal(0, 4, 6), jnp.float32(0.5), jnp.float32(eta))
     _, grads = weighted_sum("ddim", at)
     assert all(np.all(np.isfinite(grad)) for grad in grads)
+
+
+def test_interpolating_at_a_row_that_padding_added_is_refused():
+    schedule = schedules.pad(schedules.make_schedule(schedules.cosine_betas(50)), 60)
+    keys = samplers.image_keys(jax.random.key(0), jnp.arange(1))
+    x = jnp.zeros((1, 2))
+    with pytest.raises(ValueError, match=r"t must be in \[0, 50\), got 55"):
+        samplers.interpolate(
+            keys, None, samplers.ddim_step, schedule, x, x, jnp.ones(1), t=55
+        )
+
+
+def test_slerp_of_equal_opposite_and_zero_images_has_finite_gradients():
+    x = jnp.array([[3.0, 4.0]])
+    for y in (x, -x, 0 * x):
+        grads = jax.grad(
+            lambda a, b: samplers.slerp(a, b, jnp.array([0.25])).sum(), argnums=(0, 1)
+        )(x, y)
+        assert all(np.isfinite(g).all() for g in grads)
+
+
+def test_slerp_of_opposite_images_goes_straight_through_the_middle():
+    x = jnp.array([[3.0, 4.0]])
+    middle = samplers.slerp(x, -x, jnp.array([0.25]))
+    np.testing.assert_allclose(middle, 0.5 * x, **F32)

@@ -387,3 +387,22 @@ def test_the_ddim_error_offers_a_count_that_works():
 def test_linear_betas_accept_the_shortest_length_and_any_without_rescaling():
     assert schedules.linear_betas(20)[-1] == 1.0
     assert schedules.linear_betas(2, rescale=False)[-1] == 0.02
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: schedules.linear_betas(0),
+        lambda: schedules.cosine_betas(1),
+        lambda: schedules.zero_terminal_snr(np.array([0.5])),
+    ],
+    ids=["linear", "cosine", "zero terminal snr"],
+)
+def test_fewer_than_two_steps_are_refused_by_name(call):
+    with pytest.raises(ValueError, match=r"at least 2 steps, got [01]\."):
+        call()
+
+
+def test_a_beta_of_1_before_the_last_is_refused():  # its respaced betas would be 0 / 0
+    with pytest.raises(ValueError, match=r"the last may be 1, got it at t = 1\."):
+        schedules.make_schedule(np.array([0.1, 1.0, 0.5]), keep=[1, 2])

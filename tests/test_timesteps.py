@@ -151,3 +151,12 @@ def test_one_update_equals_as_many_updates_of_one():
     for i in range(40):
         one_by_one = update(one_by_one, t[i : i + 1], loss[i : i + 1])
     jax.tree.map(np.testing.assert_array_equal, at_once, one_by_one)
+
+
+@pytest.mark.parametrize("num_steps", [1000, 4000])
+def test_large_stratified_batches_visit_every_step_once(num_steps):
+    sampler = timesteps.stratified(num_steps)
+    draw = jax.jit(lambda key: sampler.sample(key, (), num_steps)[0])
+    for seed in range(50):
+        t = np.sort(draw(jax.random.key(seed)))
+        np.testing.assert_array_equal(t, np.arange(num_steps))

@@ -8,6 +8,7 @@ rounding error.
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -470,6 +471,14 @@ def test_bfloat16_network_outputs_float32_near_the_float32_network():
     assert 1e-4 < error < 0.05  # bfloat16 rounds by up to 0.004
 
 
+def test_bfloat16_network_convolves_in_that_but_norms_and_softmaxes_in_float32():
+    trace = apply_small.trace(random_params(), IMAGES, T, dtype=jnp.bfloat16)
+    ops = re.findall(r":(\w+)\[[\d,]*\] = (\w+)", str(trace.jaxpr))
+    of = {name: [dtype for dtype, op in ops if op == name] for _, name in ops}
+    assert set(of["conv_general_dilated"][:-1]) == {"bf16"}  # the output may be either
+    assert set(of["rsqrt"]) == set(of["exp"]) == set(of["logistic"]) == {"f32"}
+
+
 def test_bfloat16_network_tells_neighbouring_timesteps_apart():
     x = jnp.stack([IMAGES[0]] * 2)
     ours = jnp.diff(apply_small(random_params(), x, T, dtype=jnp.bfloat16), axis=0)
@@ -526,19 +535,20 @@ def test_dropout_needs_an_rng_when_training_only():
 
 
 @pytest.mark.parametrize(
-    ("options", "height", "label", "message"),
+    ("options", "size", "label", "message"),
     [
-        (dict(multipliers=(1, 2, 2)), 6, None, "divisible by 4 .* got 6 x 8"),
-        (dict(channels=10), 8, None, "divisible by num_groups = 4 .* got 10"),
-        (dict(num_heads=3), 8, None, "by num_heads = 3, got 8"),
-        (dict(num_classes=7), 8, None, "num_classes = 7 needs labels, got none"),
-        (dict(), 8, [1, 2], "num_classes = None takes no labels, got some"),
+        (dict(multipliers=(1, 2, 2)), (6, 8), None, "divisible by 4 .* got 6 x 8"),
+        (dict(multipliers=(1, 2, 2)), (8, 6), None, "divisible by 4 .* got 8 x 6"),
+        (dict(channels=10), (8, 8), None, "divisible by num_groups = 4 .* got 10"),
+        (dict(num_heads=3), (8, 8), None, "by num_heads = 3, got 8"),
+        (dict(num_classes=7), (8, 8), None, "num_classes = 7 needs labels, got none"),
+        (dict(), (8, 8), [1, 2], "num_classes = None takes no labels, got some"),
     ],
 )
 def test_wrong_shapes_and_labels_are_named_in_one_sentence(
-    options, height, label, message
+    options, size, label, message
 ):
     label = None if label is None else jnp.array(label)
-    model = UNet(**SMALL | options)
+    model, x = UNet(**SMALL | options), IMAGES[:, : size[0], : size[1]]
     with pytest.raises(ValueError, match=rf"^[^.]*{message}\.(\n|$)"):
-        model.init(jax.random.key(0), IMAGES[:, :height], T, label)
+        model.init(jax.random.key(0), x, T, label)
