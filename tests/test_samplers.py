@@ -640,9 +640,10 @@ def test_interpolating_at_a_row_that_padding_added_is_refused():
     schedule = schedules.pad(schedules.make_schedule(schedules.cosine_betas(50)), 60)
     keys = samplers.image_keys(jax.random.key(0), jnp.arange(1))
     x = jnp.zeros((1, 2))
+    denoise_fn = oracles.gaussian_denoiser(schedule, 0.0, 1.0)
     with pytest.raises(ValueError, match=r"t must be in \[0, 50\), got 55"):
         samplers.interpolate(
-            keys, None, samplers.ddim_step, schedule, x, x, jnp.ones(1), t=55
+            keys, denoise_fn, samplers.ddim_step, schedule, x, x, jnp.ones(1), t=55
         )
 
 
