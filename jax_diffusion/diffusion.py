@@ -42,6 +42,7 @@ MeanType = Literal["eps", "x_0", "v", "mu"]
 VarType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 LossType = Literal["l2", "l1", "huber", "vlb", "hybrid"]
 Weighting = Literal["uniform", "snr", "min_snr", "truncated_snr", "p2"]
+Reduction = Literal["mean", "sum"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Objective:
     loss: l2, l1 or huber of the output; vlb, the variational bound; hybrid, l2 plus the
         bound, whose gradient then reaches the variance only.
     weighting: of the l2, l1 or huber term over noise levels; see `losses.loss_weight`.
+    reduction: of the l2, l1 or huber term over an image: mean, or sum (the DDIM
+        repository), which is as many times larger as an image has numbers; the learning
+        rate hardly feels it under Adam, clipping the gradient and its epsilon do.
     vlb_scale: the bound counts vlb_scale * T times its term at the sampled t, that is
         vlb_scale times L_vlb on average. Default 1e-3 in "hybrid" (Improved DDPM;
         OpenAI's RESCALED_MSE) and 1 in "vlb" (RESCALED_KL); 1 / T gives their MSE
@@ -69,12 +73,14 @@ class Objective:
     min_snr_gamma: float = 5.0  # "min_snr" only
     p2_gamma: float = 1.0  # "p2" only
     p2_k: float = 1.0  # "p2" only
+    reduction: Reduction = "mean"
 
     def __post_init__(self):  # not a pytree, so checking here is safe
         _check_choice("mean_type", self.mean_type, MeanType)
         _check_choice("var_type", self.var_type, VarType)
         _check_choice("loss", self.loss, LossType)
         _check_choice("weighting", self.weighting, Weighting)
+        _check_choice("reduction", self.reduction, Reduction)
         if self.loss == "hybrid" and not self.learns_variance:
             raise ValueError(
                 f"loss 'hybrid' needs a learned variance, got {self.var_type!r}."

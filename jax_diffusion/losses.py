@@ -195,7 +195,8 @@ def _combine(schedule, objective, t, error, vlb):
         case "l1":
             simple = jnp.abs(error)
         case "huber":  # quadratic within 1, linear outside (the annotated DDPM)
-            size = jnp.abs(error)
-            simple = jnp.where(size < 1, 0.5 * error**2, size - 0.5)
-    simple = loss_weight(schedule, objective, t) * mean_flat(simple)
+            far = jnp.abs(error)
+            simple = jnp.where(far < 1, 0.5 * error**2, far - 0.5)
+    size = simple[0].size if objective.reduction == "sum" else 1
+    simple = size * loss_weight(schedule, objective, t) * mean_flat(simple)
     return simple + vlb if objective.loss == "hybrid" else simple
