@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
         dropout=0.1,
         # Where Ho et al. differ from Improved DDPM:
         scale_shift=False,
-        init_style="ddpm",
+        init_style="ho",
         norm_epsilon=1e-6,
         embedding_order="sin_cos",
         embedding_endpoint=True,

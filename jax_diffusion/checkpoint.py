@@ -40,6 +40,20 @@ def save(
     manager.save(step, args=items, force=True)
 
 
+def save_params(
+    workdir: str | Path, params: PyTree, record: dict[str, Any], *, step: int = 0
+) -> None:
+    """Makes `workdir` one from which `load_params` and `load_record` read.
+
+    Raises:
+        ValueError: if it holds checkpoints already.
+    """
+    if latest_step(workdir) is not None:
+        raise ValueError(f"workdir must be new, and {str(workdir)!r} holds a run.")
+    with make_manager(workdir) as manager:
+        save(manager, step, {"params": params, "ema_params": {}}, record)
+
+
 def load_record(workdir: str | Path) -> dict[str, Any]:
     """The JSON record of the newest checkpoint.
 

@@ -4,7 +4,8 @@
 
 frechet: Frechet distance between samples and data, on raw pixels in [-1, 1], beside
 that of two random halves of the data. bpd: the variational bound in bits/dim on a
-split, with all of its terms.
+split, with all of its terms. accuracy: of a classifier, on images of a split at every
+level of noise.
 """
 
 import argparse
@@ -21,19 +22,26 @@ from jax_diffusion import (
     data,
     diffusion,
     likelihood,
+    losses,
     metrics,
     plotting,
     sample,
     samplers,
     settings,
+    timesteps,
     training,
 )
 from jax_diffusion.sample import Run
 
-METRICS = ("frechet", "bpd")
+METRICS = ("frechet", "bpd", "accuracy")
+NOISINGS = 16  # times that each image is shown to a classifier
 FRECHET_LINE = (
     "Frechet distance in raw pixels, {n} samples by DDIM in {steps} steps: "
     "{frechet:.4f}; two halves of the data: {frechet_halves:.4f}; ratio {ratio:.2f}"
+)
+ACCURACY_LINE = (
+    "accuracy on {images} images of {split!r} at random noise: {accuracy:.3f}, by "
+    "quartile of t {accuracy_by_quartile}; cross-entropy {cross_entropy:.3f} nats"
 )
 BPD_LINE = (
     "bits/dim of {images} images of {split!r}: {bits_per_dim:.4f} +- "
@@ -122,17 +130,47 @@ def bits_per_dim(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def accuracy(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """How often a classifier is right, over a split and all t, and by quartile of t."""
+    batches = load_images(run, args.split, args.batch_size)
+    schedule = settings.make_schedule(run.config.schedule)
+    draw_t = timesteps.stratified(schedule.num_steps).sample
+
+    @jax.jit
+    def score(params, key, x_0, label):
+        key_t, key_eps = jax.random.split(key)
+        t, _ = draw_t(key_t, (), len(x_0))
+        logits_fn = training.bind(run.model, params, label)
+        terms = losses.classifier_loss(key_eps, logits_fn, schedule, x_0, t, label)
+        return terms, 4 * t // schedule.num_steps
+
+    key, rows = jax.random.key(args.seed), []
+    for i in tqdm(range(NOISINGS), disable=None):
+        for j, batch in enumerate(batches):
+            key_ij = jax.random.fold_in(jax.random.fold_in(key, i), j)
+            x_0 = data.from_uint8(batch["image"])
+            scored = score(run.params, key_ij, x_0, batch["label"])
+            rows.append(jax.device_get(scored))
+    terms, quartile = jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
+    right = [round(float(terms.accuracy[quartile == q].mean()), 4) for q in range(4)]
+    return {
+        "accuracy": float(terms.accuracy.mean()),
+        "top_5": float(terms.top_5.mean()),
+        "accuracy_by_quartile": right,
+        "cross_entropy": float(terms.loss.mean()),
+        "split": args.split,
+        "images": batches.num_examples,
+    }
+
+
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """The program: prints one line a metric and writes evaluation/scores.json."""
-    names = args.metrics.split(",")
-    for name in names:
-        if name not in METRICS:
-            raise ValueError(f"--metrics must be of {METRICS}, got {name!r}.")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be positive, got {args.batch_size}.")
     run = sample.load_run(args.workdir, args.ema)
+    names = _metrics_of(run, args.metrics)
     args.out = Path(args.workdir) / "evaluation"
-    scores: dict[str, Any] = {"ema": args.ema or str(run.config.ema_decays[0])}
+    scores: dict[str, Any] = {"ema": run.ema}
     args.out.mkdir(exist_ok=True)
     if "frechet" in names:
         scores |= frechet(run, args)
@@ -140,8 +178,25 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if "bpd" in names:
         scores |= bits_per_dim(run, args)
         print(BPD_LINE.format(**scores))
+    if "accuracy" in names:
+        scores |= accuracy(run, args)
+        print(ACCURACY_LINE.format(**scores))
     (args.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     return scores
+
+
+def _metrics_of(run: Run, asked: str | None) -> list[str]:
+    """The metrics asked for, or all that the run's network can have."""
+    allowed = ["accuracy"] if run.objective is None else ["frechet", "bpd"]
+    names = allowed if asked is None else asked.split(",")
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"--metrics must be of {METRICS}, got {name!r}.")
+        if name not in allowed:
+            raise ValueError(
+                f"--metrics of this run must be of {allowed}, got {name!r}."
+            )
+    return names
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
@@ -156,8 +211,10 @@ def main() -> None:
         description=__doc__,
     )
     parser.add_argument("--workdir", required=True, help="of a training run")
-    parser.add_argument("--metrics", default="frechet,bpd", help="of frechet, bpd")
-    parser.add_argument("--split", default="test", help="for bpd")
+    parser.add_argument(
+        "--metrics", help="of frechet, bpd; of a classifier accuracy; default all"
+    )
+    parser.add_argument("--split", default="test", help="for bpd and accuracy")
     parser.add_argument(
         "--frechet-split", default="all", help="to compare samples with"
     )

@@ -1,4 +1,5 @@
 """Training losses: simple, variational and hybrid, and their weights over noise levels.
+And the cross-entropy of a classifier of noisy images, for guidance.
 
     L_simple = E_t || target - output ||^2                        (DDPM eq. 14)
     L_vlb    = sum_t L_t,  L_t = KL(q(x_{t-1} | x_t, x_0) || p), L_0 = -log p(x_0 | x_1)
@@ -27,6 +28,14 @@ class LossTerms(NamedTuple):
     loss: Array  # [b] what is minimised
     mse: Array  # [b] plain mean squared error of the network output, for logging
     vlb: Array  # [b] bits/dim of the sampled term; zero unless "vlb" or "hybrid"
+
+
+class ClassifierTerms(NamedTuple):
+    """Per-example loss of a classifier, and whether it was right."""
+
+    loss: Array  # [b] cross-entropy in nats
+    accuracy: Array  # [b] 1 where the label has the highest logit, else 0
+    top_5: Array  # [b] 1 where it is among the five highest
 
 
 def mean_flat(x: Float[Array, "b *d"]) -> Float[Array, "b"]:
@@ -179,6 +188,35 @@ def training_loss(
         prediction = diffusion.predict(schedule, objective, output, x_t, t)
         vlb = vlb_terms(schedule, prediction, x_0, x_t, t)
     return LossTerms(_combine(schedule, objective, t, error, vlb), mse, vlb)
+
+
+def classifier_loss(
+    key: Key[Array, ""],
+    logits_fn: Callable[..., Array],
+    schedule: NoiseSchedule,
+    x_0: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    label: Int[Array, "b"],
+    *,
+    eps: Float[Array, "b *d"] | None = None,
+) -> ClassifierTerms:
+    """Noises x_0 to level t and scores -log p(label | x_t) (Dhariwal & Nichol 2021).
+
+    Args:
+        logits_fn: the classifier, (x_t [b, ...], timesteps [b]) -> logits [b, labels].
+        label: within the logits; one beyond them makes the loss NaN.
+        eps: the noise; drawn from `key` if not given.
+    """
+    if eps is None:
+        eps = jax.random.normal(key, x_0.shape)
+    x_t = diffusion.q_sample(schedule, x_0, t, eps)
+    logits = logits_fn(x_t, schedule.timesteps[t]).astype(jnp.float32)
+    log_probs = jax.nn.log_softmax(logits)
+    loss = -jnp.take_along_axis(log_probs, label[:, None], axis=-1)[:, 0]
+    # Equal logits rank by their place: a constant classifier is right by chance only.
+    _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    right = (best == label[:, None]).astype(jnp.float32)
+    return ClassifierTerms(loss, right[:, 0], right.sum(axis=-1))
 
 
 def _combine(schedule, objective, t, error, vlb):

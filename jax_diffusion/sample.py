@@ -38,8 +38,9 @@ class Run:
     config: Config
     model: nn.Module
     params: PyTree
-    objective: Objective
+    objective: Objective | None  # None of a classifier
     image_shape: tuple[int, ...]
+    ema: str  # which average `params` are, or "none"
 
 
 def load_run(workdir: str | Path, ema: str | None = None) -> Run:
@@ -58,14 +59,15 @@ def load_run(workdir: str | Path, ema: str | None = None) -> Run:
     objective = settings.make_objective(config.objective, schedule)
     image_shape = tuple(record["image_shape"])
     model = settings.make_model(config.model, objective, image_shape[-1])
-    ema = ema_name(config.ema_decays[0]) if ema is None else ema
+    if ema is None:  # a converted checkpoint is one average already
+        ema = ema_name(config.ema_decays[0]) if config.ema_decays else "none"
     params = checkpoint.load_params(workdir, ema=None if ema == "none" else ema)
-    return Run(config, model, params, objective, image_shape)
+    return Run(config, model, params, objective, image_shape, ema)
 
 
 def make_sampler(
     model: nn.Module,
-    objective: Objective,
+    objective: Objective | None,
     image_shape: tuple[int, ...],
     *,
     sampler: str = "ddim",
@@ -77,8 +79,10 @@ def make_sampler(
     Schedules padded to one length, and all eta, share one compilation.
 
     Raises:
-        ValueError: for an unknown sampler.
+        ValueError: for an unknown sampler, or for a classifier.
     """
+    if objective is None:
+        raise ValueError("the run must be of a denoiser, got a classifier's.")
     step_fn = settings.choose("sampler", sampler, SAMPLERS)
 
     @jax.jit
@@ -182,7 +186,7 @@ def sample(args: argparse.Namespace) -> None:
         plotting.save_gif(out / "denoising.gif", [plotting.grid(f) for f in gif])
     print(
         f"{args.n} images by {args.sampler} in {schedule.num_steps} steps, "
-        f"ema {args.ema or ema_name(run.config.ema_decays[0])}: {out}"
+        f"ema {run.ema}: {out}"
     )
 
 

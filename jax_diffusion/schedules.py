@@ -34,8 +34,7 @@ class NoiseSchedule:
 
     Every leaf is float32 of shape [T], or [b, 1, ...] after `take`. `make_schedule`
     computes them in float64 on the host: formed in float32, `1 - alpha_bar[0]` is wrong
-    in the fourth digit already. As a pytree it is an argument like any other: to vmap
-    over, to differentiate, to change without a new compilation.
+    in the fourth digit already.
     """
 
     betas: Table  # variance of q(x_t | x_{t-1})
@@ -161,6 +160,13 @@ def jsd_betas(num_steps: int) -> np.ndarray:
     return 1.0 / np.linspace(num_steps, 1, num_steps, dtype=np.float64)
 
 
+def given_betas(num_steps: int, *, betas: Any) -> np.ndarray:
+    """Variances as they stand, as somebody else's checkpoint has them."""
+    if len(betas) != num_steps:
+        raise ValueError(f"there must be {num_steps} betas, got {len(betas)}.")
+    return np.asarray(betas, np.float64)
+
+
 def betas_from_alpha_bar(
     alpha_bar_fn: Callable[[np.ndarray], np.ndarray],
     num_steps: int,
@@ -194,6 +200,7 @@ BETAS: dict[str, Callable[..., np.ndarray]] = {
     "constant": constant_betas,
     "warmup": warmup_betas,
     "jsd": jsd_betas,
+    "given": given_betas,
 }
 
 
@@ -213,10 +220,8 @@ def spaced_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarray:
         try:
             numbers = [int(part) for part in spec.removeprefix("ddim").split(",")]
         except ValueError:
-            raise ValueError(
-                "steps must be an integer, integers between commas, or 'ddim' and an "
-                f"integer, got {spec!r}."
-            ) from None
+            rule = "steps must be like 50, '50', '10,15,20' or 'ddim50'"
+            raise ValueError(f"{rule}, got {spec!r}.") from None
         if spec.startswith("ddim"):
             return np.arange(0, num_steps, _ddim_stride(num_steps, numbers))
         spec = numbers
@@ -229,10 +234,8 @@ def spaced_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarray:
     for i, count in enumerate(counts):
         length = size + (i < extra)
         if not 0 <= count <= length:
-            raise ValueError(
-                f"a section of {length} steps cannot keep {count}, got {spec!r} "
-                f"for {num_steps} steps."
-            )
+            rule = f"a section of {length} steps cannot keep {count}"
+            raise ValueError(f"{rule}, got {spec!r}.")
         stride = 1.0 if count <= 1 else (length - 1) / (count - 1)
         position = 0.0  # accumulated and rounded half to even, as the original does
         for _ in range(count):
@@ -253,8 +256,8 @@ def uniform_steps(num_steps: int, n: int) -> np.ndarray:
 def quadratic_steps(num_steps: int, n: int) -> np.ndarray:
     """floor(c i^2) up to 0.8 T: dense near the image ("quad" of the DDIM repository).
 
-    The original visits some small steps twice when n is large, to no effect; here they
-    occur once, so that there may be fewer than n (49 for n = 50 and T = 1000).
+    The original visits some small steps twice, to no effect; here they occur once, so
+    that there may be fewer than n (49 for n = 50 and T = 1000).
     """
     n = _count(num_steps, n)
     roots = np.linspace(0, np.sqrt(num_steps * 0.8), n)
@@ -307,9 +310,8 @@ def tabulate(
         raise ValueError(f"betas must be a vector of values in (0, 1], got {got}.")
     _check_length(len(betas))
     if np.any(betas[:-1] == 1):
-        raise ValueError(
-            f"no beta but the last may be 1, got it at t = {np.argmax(betas)}."
-        )
+        first = np.argmax(betas)
+        raise ValueError(f"no beta but the last may be 1, got it at t = {first}.")
     scale = 1000 / len(betas) if rescale_timesteps else 1.0
     timesteps = _checked_steps(len(betas), keep)
     if keep is not None:
@@ -324,8 +326,7 @@ def tabulate(
         return Level(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), log_snr)
 
     posterior_var = betas * (1 - prev) / (1 - now)
-    # Row 0 is zero, and its log -inf. A chain of one step has no row 1 to repeat; its
-    # only finite variance is beta.
+    # Row 0 is zero, its log -inf; a chain of one step has only beta to put there.
     posterior_var[0] = posterior_var[1] if len(betas) > 1 else betas[0]
     with np.errstate(divide="ignore"):  # the infinities at both ends are meant
         return NoiseSchedule(
@@ -393,8 +394,6 @@ def _ddim_stride(num_steps: int, counts: Sequence[int]) -> int:
     strides = {len(range(0, num_steps, k)): k for k in range(num_steps - 1, 0, -1)}
     if len(counts) > 1 or counts[0] not in strides:
         near = min(strides or [num_steps], key=lambda m: abs(m - counts[0]))
-        raise ValueError(
-            f"no integer stride visits exactly {','.join(map(str, counts))} of "
-            f"{num_steps} steps; the nearest count is {near}."
-        )
+        rule = f"no integer stride visits exactly {','.join(map(str, counts))} of"
+        raise ValueError(f"{rule} {num_steps} steps; the nearest count is {near}.")
     return strides[counts[0]]

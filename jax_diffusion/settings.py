@@ -14,23 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jax_diffusion import schedules, timesteps
 from jax_diffusion.diffusion import Objective, check_signal
+from jax_diffusion.models.annotated import AnnotatedUNet
+from jax_diffusion.models.encoder import Encoder
+from jax_diffusion.models.lucidrains import LucidrainsUNet
 from jax_diffusion.models.unet import UNet
 from jax_diffusion.schedules import NoiseSchedule
 
 Config = Any  # a ConfigDict or a dict: neither has fields of static types
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "unet": UNet,
+    "annotated": AnnotatedUNet,
+    "lucidrains": LucidrainsUNet,
+    "encoder": Encoder,
+}
+CLASSIFIERS = ("encoder",)  # of noisy images; they have no objective and no samples
 
 FIELDS = {
     "seed": "of parameters, data order, noise and dropout",
     "data": "arguments of data.load",
     "schedule": "name in BETAS, its arguments, rescale_timesteps, zero_terminal_snr",
-    "objective": "arguments of Objective",
+    "objective": "arguments of Objective; None for a classifier",
     "timesteps": "name in timesteps.SAMPLERS, and its arguments",
     "model": "name in MODELS, and its arguments but out_channels",
     "optimizer": "arguments of training.make_optimizer but total_steps",
@@ -40,7 +50,7 @@ FIELDS = {
     "log_every": "updates between two lines of metrics.jsonl",
     "save_every": "updates between two checkpoints",
     "sample_every": "updates between two sample grids",
-    "sampling": "of the grids: sampler, steps, spacing, eta, n",
+    "sampling": "of the grids: sampler, steps, spacing, eta, n; None for a classifier",
 }
 
 # What may change between two starts of one run. All else must be as it was.
@@ -94,6 +104,13 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"config.ema_decays must be numbers in [0, 1), got {config.ema_decays}."
         )
+    classifies = dict(config.model).get("name") in CLASSIFIERS
+    for name in ("objective", "sampling"):
+        if (config[name] is None) != classifies:
+            raise ValueError(
+                f"config.{name} must be None for a classifier and for no other model, "
+                f"got {config[name]}."
+            )
 
 
 def make_schedule(
@@ -108,20 +125,23 @@ def make_schedule(
     Raises:
         ValueError: for an unknown name, a misspelt argument or too many steps.
     """
-    group = dict(config)
-    rescale_timesteps = group.pop("rescale_timesteps", False)
-    zero_terminal_snr = group.pop("zero_terminal_snr", False)
-    betas = call_by_name(schedules.BETAS, group, "config.schedule")
-    if zero_terminal_snr:
-        betas = schedules.zero_terminal_snr(betas)
-    keep = None
+    betas, keep = make_betas(config), None
     if steps is not None:
         if not 1 <= steps <= len(betas):
             raise ValueError(f"steps must be in [1, T = {len(betas)}], got {steps}.")
         keep = choose("spacing", spacing, STEPS)(len(betas), steps)
     return schedules.make_schedule(
-        betas, keep=keep, rescale_timesteps=rescale_timesteps
+        betas, keep=keep, rescale_timesteps=config.get("rescale_timesteps", False)
     )
+
+
+def make_betas(config: Config) -> np.ndarray:
+    """The variances, float64 [T], that `config.schedule` describes."""
+    group = dict(config)
+    group.pop("rescale_timesteps", None)
+    zero_terminal_snr = group.pop("zero_terminal_snr", False)
+    betas = call_by_name(schedules.BETAS, group, "config.schedule")
+    return schedules.zero_terminal_snr(betas) if zero_terminal_snr else betas
 
 
 STEPS: dict[str, Callable[..., Any]] = {
@@ -132,18 +152,26 @@ STEPS: dict[str, Callable[..., Any]] = {
 }
 
 
-def make_objective(config: Config, schedule: NoiseSchedule) -> Objective:
-    """The objective that `config.objective` describes, checked against the schedule."""
+def make_objective(config: Config, schedule: NoiseSchedule) -> Objective | None:
+    """The objective that `config.objective` describes, checked against the schedule.
+
+    A classifier has none.
+    """
+    if config is None:
+        return None
     objective = call(Objective, config, "config.objective")
     check_signal(schedule, objective)
     return objective
 
 
-def make_model(config: Config, objective: Objective, num_channels: int) -> nn.Module:
+def make_model(
+    config: Config, objective: Objective | None, num_channels: int
+) -> nn.Module:
     """The network that `config.model` describes, its outputs fit to the objective."""
     group = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config).items()}
-    out_channels = num_channels * (2 if objective.learns_variance else 1)
-    group["out_channels"] = out_channels
+    if objective is not None:
+        factor = 2 if objective.learns_variance else 1
+        group["out_channels"] = factor * num_channels
     return call_by_name(MODELS, group, "config.model")
 
 

@@ -96,17 +96,19 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         ema_decays=config.ema_decays,
         ema_warmup=config.ema_warmup,
     )
-    preview = settings.call(
-        make_preview,
-        config.sampling,
-        "config.sampling",
-        schedule=config.schedule,
-        model=model,
-        objective=objective,
-        image_shape=batches.image_shape,
-        ema=training.ema_name(config.ema_decays[0]),
-        seed=config.seed,
-    )
+    preview = None
+    if objective is not None:  # a classifier has nothing to draw
+        preview = settings.call(
+            make_preview,
+            config.sampling,
+            "config.sampling",
+            schedule=config.schedule,
+            model=model,
+            objective=objective,
+            image_shape=batches.image_shape,
+            ema=training.ema_name(config.ema_decays[0]),
+            seed=config.seed,
+        )
     key_init, key = jax.random.split(jax.random.key(config.seed))
 
     def init():
@@ -161,7 +163,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                 clock, images_seen = now, 0
                 if step % config.log_every == 0:
                     window = []  # else kept: total_steps may be raised later
-            if step % config.sample_every == 0 or last:
+            if preview and (step % config.sample_every == 0 or last):
                 preview(state, Path(workdir) / "samples" / f"{step:06d}.png")
             if step % config.save_every == 0 or last or stop.name:
                 record["window"] = plain(window)
@@ -174,7 +176,8 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     if stop.name:
         print(f"{stop.name}: saved step {step}; the same command continues.")
     elif step > first:
-        print(f"step {step} of {step}: {workdir}/samples/{step:06d}.png")
+        picture = f"samples/{step:06d}.png" if preview else "loss.png"
+        print(f"step {step} of {step}: {workdir}/{picture}")
     else:
         print(f"{workdir} has made its {first} steps already.")
     return state
@@ -262,12 +265,13 @@ def _check_same_run(saved, now, workdir):
 
 
 def _check_labels(model: nn.Module, batches: data.Batches) -> None:
-    wanted = training.num_classes(model)
-    if wanted is not None and batches.num_classes > wanted:
-        raise ValueError(
-            f"labels must be below config.model.num_classes = {wanted}, got "
-            f"{batches.num_classes - 1}."
-        )
+    for name in ("num_classes", "num_labels"):  # a classifier answers with the latter
+        known = getattr(model, name, None)
+        if known is not None and batches.num_classes > known:
+            raise ValueError(
+                f"labels must be below config.model.{name} = {known}, got "
+                f"{batches.num_classes - 1}."
+            )
 
 
 def main() -> None:

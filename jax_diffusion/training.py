@@ -97,10 +97,8 @@ def init_state(
     ema_decays: Sequence[float],
 ) -> TrainState:
     """Fresh parameters, every average a copy of them, and an empty history."""
-    x = jnp.zeros((1, *image_shape))
-    label = {} if num_classes(model) is None else {"label": jnp.zeros(1, jnp.int32)}
     init: Any = model.init
-    params = init(key, x, jnp.zeros(1), **label)["params"]
+    params = init(key, **example_inputs(model, image_shape))["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -122,13 +120,15 @@ def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
     schedule: NoiseSchedule,
-    objective: Objective,
+    objective: Objective | None,
     timestep_sampler: TimestepSampler,
     *,
     ema_decays: Sequence[float],
     ema_warmup: bool = True,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Builds train_step(key, state, batch) -> (state, metrics), pure and jit-able.
+
+    Without an objective, the model is trained to classify noisy images.
 
     The key is the run's, the same at every step. `batch["image"]` is uint8
     [b, h, w, c], `batch["label"]` int32 [b]; means over them are global: the step is
@@ -139,13 +139,13 @@ def make_train_step(
     def train_step(key, state, batch):
         key = jax.random.fold_in(key, state.step)
         key_t, key_eps, key_dropout = jax.random.split(key, 3)
-        x_0 = data.from_uint8(batch["image"])
+        x_0, label = data.from_uint8(batch["image"]), batch["label"]
         t, weight = timestep_sampler.sample(key_t, state.timestep_state, x_0.shape[0])
 
         def loss_fn(params):
             rngs = {"dropout": key_dropout}
-            model_fn = bind(model, params, batch["label"], train=True, rngs=rngs)
-            terms = losses.training_loss(key_eps, model_fn, schedule, objective, x_0, t)
+            model_fn = bind(model, params, label, train=True, rngs=rngs)
+            terms = _terms(key_eps, model_fn, schedule, objective, x_0, t, label)
             return jnp.mean(weight * terms.loss), terms
 
         (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -173,6 +173,16 @@ def num_classes(model: nn.Module) -> int | None:
     return getattr(model, "num_classes", None)
 
 
+def example_inputs(model: nn.Module, image_shape: Sequence[int]) -> dict[str, Array]:
+    """A batch of one of all that the network takes, zeros, by name."""
+    inputs = {"x": jnp.zeros((1, *image_shape)), "timesteps": jnp.zeros(1)}
+    if num_classes(model) is not None:
+        inputs["label"] = jnp.zeros(1, jnp.int32)
+    if getattr(model, "low_res", False):
+        inputs["low_res"] = jnp.zeros((1, *image_shape))
+    return inputs
+
+
 def bind(
     model: nn.Module, params: PyTree, label: Any, **options: Any
 ) -> Callable[..., Any]:
@@ -188,6 +198,12 @@ def bind(
     return model_fn
 
 
+def _terms(key, model_fn, schedule, objective, x_0, t, label):
+    if objective is None:
+        return losses.classifier_loss(key, model_fn, schedule, x_0, t, label)
+    return losses.training_loss(key, model_fn, schedule, objective, x_0, t)
+
+
 def _averages(state, params, decays, warmup):
     """Every average after one more update."""
     averages = {}
@@ -199,13 +215,12 @@ def _averages(state, params, decays, warmup):
     return averages
 
 
-def _summary(terms: losses.LossTerms, t: Array, num_steps: int) -> dict[str, Any]:
-    """Means of the terms, and their sums and counts over each quartile of t."""
+def _summary(terms: Any, t: Array, num_steps: int) -> dict[str, Any]:
+    """Means of the terms but the loss, which the weights of t enter; and the sums and
+    counts of all over each quartile of t."""
     member = (4 * t // num_steps)[:, None] == jnp.arange(4)[None, :]
     member = member.astype(jnp.float32)
-    sums = {name: value @ member for name, value in terms._asdict().items()}
-    return {
-        "mse": jnp.mean(terms.mse),
-        "vlb": jnp.mean(terms.vlb),
-        "quartiles": {"count": member.sum(axis=0), **sums},
-    }
+    terms = terms._asdict()
+    sums = {name: value @ member for name, value in terms.items()}
+    means = {name: jnp.mean(terms[name]) for name in terms if name != "loss"}
+    return {**means, "quartiles": {"count": member.sum(axis=0), **sums}}

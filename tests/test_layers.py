@@ -20,7 +20,10 @@ CORE = {  # imports only what is below it
     "guidance": 2,
     "likelihood": 3,
 }
-MODELS = {"unet", "annotated", "encoder", "inception", "weights"}  # in models/
+MODELS = {  # in models/
+    *("layers", "unet", "annotated", "lucidrains", "encoder", "inception"),
+    *("weights", "torch_files", "diffusers_config", "released"),
+}
 APART = {"checkpoint", "data", "logs", "metrics", "plotting", "sharding"}
 TRAINING = {"training", "export"}  # level 4: on the core, whatever the model
 PROGRAMS = {"train", "sample", "evaluate", "convert", "settings"}  # level 5

@@ -16,7 +16,13 @@ linear_raw = functools.partial(schedules.linear_betas, rescale=False)
 floored = functools.partial(schedules.cosine_betas, min_beta=1e-4, max_beta=0.9999)
 warmup50 = functools.partial(schedules.warmup_betas, fraction=0.5)
 
+
+def given(num_steps):
+    return schedules.given_betas(num_steps, betas=np.full(num_steps, 0.02))
+
+
 ALL_BETAS = {**schedules.BETAS, "linear_raw": linear_raw, "floored": floored}
+ALL_BETAS |= {"given": given}
 SPACINGS = {
     "sections": schedules.spaced_steps,
     "uniform": schedules.uniform_steps,
@@ -66,7 +72,7 @@ def test_schedule_has_the_published_constants(
 
 
 def test_every_named_schedule_is_float64_in_the_unit_interval_for_any_length():
-    for name, betas_fn in schedules.BETAS.items():
+    for name, betas_fn in ALL_BETAS.items():
         for num_steps in (20, 50, 1000):
             betas = betas_fn(num_steps)
             assert betas.dtype == np.float64 and betas.shape == (num_steps,), name

@@ -1,9 +1,10 @@
 """The U-Net: parity with the official code, its sizes, and what must hold of any.
 
 golden/unet/ holds small networks with random weights and what they compute, made by
-improved_diffusion/unet.py of openai/improved-diffusion at 1bc7bbb and by
-models/diffusion.py of ermongroup/ddim at e8df66c, in float32; noise_floor.json their
-rounding error.
+improved_diffusion/unet.py of openai/improved-diffusion at 1bc7bbb, guided_diffusion/
+unet.py of openai/guided-diffusion at 22e0df8, models/diffusion.py of ermongroup/ddim at
+e8df66c and UNet2DModel of diffusers 0.42.1, in float32; noise_floor.json their rounding
+error.
 """
 
 import functools
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.errors import InvalidRngError
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from oracles import F32, F32_SUM, assert_mean, assert_moments
 
+from jax_diffusion.models import weights
 from jax_diffusion.models.unet import Attention, ResBlock, UNet, timestep_embedding
 
 GOLDEN = Path(__file__).parent / "golden" / "unet"
@@ -32,156 +34,54 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 ALL = dict(
     channels=32, multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(8,)
 )
-NETWORKS = {
-    "improved_a": UNet(**ALL, scale_shift=False),
-    "improved_b": UNet(**ALL, num_heads=2, num_classes=7, out_channels=6),
-    "ermongroup_e": UNet(
-        **ALL,
-        scale_shift=False,
-        embedding_order="sin_cos",
-        embedding_endpoint=True,
-        norm_epsilon=1e-6,
-        down_padding="bottom_right",
+HO = UNet(
+    **ALL,
+    scale_shift=False,
+    embedding_order="sin_cos",
+    embedding_endpoint=True,
+    norm_epsilon=1e-6,
+    down_padding="bottom_right",
+)
+GUIDED = UNet(**ALL, head_channels=16, out_channels=6, resample="resblock")
+NETWORKS = {  # file / prefix of its results -> layout, network
+    "improved_a": ("openai", UNet(**ALL, scale_shift=False)),
+    "improved_b": (
+        "openai",
+        UNet(**ALL, num_heads=2, num_classes=7, out_channels=6),
     ),
+    "ermongroup_e": ("ddpm", HO),
+    "diffusers_d": ("diffusers", HO),
+    "guided_c/legacy_order": ("openai", GUIDED),
+    "guided_c/new_order": ("openai_new", GUIDED),
 }
 networks = pytest.mark.parametrize("network", NETWORKS)
-
-# Their names of modules, and of the layers of a block, and ours.
-IMPROVED = {
-    "time_embed.0": "time_0",
-    "time_embed.2": "time_1",
-    "label_emb": "label",
-    "input_blocks.0.0": "conv_in",
-    "input_blocks.1.0": "down_0_0",
-    "input_blocks.2.0.op": "down_0_halve",
-    "input_blocks.3.0": "down_1_0",
-    "input_blocks.3.1": "down_1_0_attention",
-    "middle_block.0": "mid_0",
-    "middle_block.1": "mid_attention",
-    "middle_block.2": "mid_1",
-    "output_blocks.0.0": "up_1_0",
-    "output_blocks.0.1": "up_1_0_attention",
-    "output_blocks.1.0": "up_1_1",
-    "output_blocks.1.1": "up_1_1_attention",
-    "output_blocks.1.2.conv": "up_1_double",
-    "output_blocks.2.0": "up_0_0",
-    "output_blocks.3.0": "up_0_1",
-    "out.0": "norm_out",
-    "out.2": "conv_out",
-}
-IMPROVED_LAYERS = {
-    "in_layers.0": "norm_in",
-    "in_layers.2": "conv_in",
-    "emb_layers.1": "emb",
-    "out_layers.0": "norm_out",
-    "out_layers.3": "conv_out",
-    "skip_connection": "skip",
-    "norm": "norm",
-    "qkv": "qkv",
-    "proj_out": "out",
-}
-ERMONGROUP = {
-    "temb.dense.0": "time_0",
-    "temb.dense.1": "time_1",
-    "conv_in": "conv_in",
-    "down.0.block.0": "down_0_0",
-    "down.0.downsample.conv": "down_0_halve",
-    "down.1.block.0": "down_1_0",
-    "down.1.attn.0": "down_1_0_attention",
-    "mid.block_1": "mid_0",
-    "mid.attn_1": "mid_attention",
-    "mid.block_2": "mid_1",
-    "up.1.block.0": "up_1_0",
-    "up.1.attn.0": "up_1_0_attention",
-    "up.1.block.1": "up_1_1",
-    "up.1.attn.1": "up_1_1_attention",
-    "up.1.upsample.conv": "up_1_double",
-    "up.0.block.0": "up_0_0",
-    "up.0.block.1": "up_0_1",
-    "norm_out": "norm_out",
-    "conv_out": "conv_out",
-}
-ERMONGROUP_LAYERS = {
-    "norm1": "norm_in",
-    "conv1": "conv_in",
-    "temb_proj": "emb",
-    "norm2": "norm_out",
-    "conv2": "conv_out",
-    "nin_shortcut": "skip",
-    "norm": "norm",
-    "qkv": "qkv",
-    "proj_out": "out",
-}
 
 
 @functools.cache
 def golden(network):
-    with np.load(GOLDEN / f"{network}.npz") as arrays:
-        return dict(arrays)
+    """All arrays of a network; of guided_c the results of one order of qkv only."""
+    file, _, order = network.partition("/")
+    with np.load(GOLDEN / f"{file}.npz") as arrays:
+        part = f"{order}/" if order else "//"
+        return {name.replace(part, ""): a for name, a in arrays.items()}
 
 
-def from_torch(network, tensors):
-    """Tensors by their torch names, some or all, as ours: (module, ..., leaf) -> array.
-
-    Linear in the tensors, so gradients go the same way as parameters.
-    """
-    improved = network.startswith("improved")
-    names = IMPROVED if improved else ERMONGROUP
-    layers = IMPROVED_LAYERS if improved else ERMONGROUP_LAYERS
-    if not improved:
-        tensors = fuse_qkv(tensors)
-    ours = {}
-    for name, tensor in tensors.items():
-        name, _, leaf = name.rpartition(".")
-        if name in names:
-            path = (names[name],)
-        else:
-            block = next(b for b in names if name.startswith(f"{b}."))
-            path = names[block], layers[name.removeprefix(f"{block}.")]
-        if improved and path[-1] == "qkv":
-            tensor = heads_inside(tensor, NETWORKS[network].num_heads)
-        ours[*path, our_leaf(path, leaf, tensor)] = our_layout(path, tensor)
-    return ours
+def floors(network):
+    file, _, order = network.partition("/")
+    found = NOISE_FLOOR[f"{file}.npz"].items()
+    return {name.replace(f"{order}/" if order else "//", ""): f for name, f in found}
 
 
-def heads_inside(tensor, num_heads):
-    """Rows [head, (q, k, v), channel] -> [(q, k, v), head, channel]."""
-    split = tensor.reshape(num_heads, 3, -1, *tensor.shape[1:])
-    return split.swapaxes(0, 1).reshape(tensor.shape)
+def heads_of(model):
+    size = model.head_channels
+    return lambda channels: channels // size if size else model.num_heads
 
 
-def fuse_qkv(tensors):
-    fused = {}
-    for name, tensor in tensors.items():
-        if ".q." in name:
-            parts = [
-                tensors[name.replace(".q.", part)] for part in (".q.", ".k.", ".v.")
-            ]
-            fused[name.replace(".q.", ".qkv.")] = np.concatenate(parts)
-        elif ".k." not in name and ".v." not in name:
-            fused[name] = tensor
-    return fused
-
-
-def our_leaf(path, leaf, tensor):
-    if leaf == "bias":
-        return "bias"
-    if path == ("label",):
-        return "embedding"
-    return "scale" if tensor.ndim == 1 else "kernel"
-
-
-def our_layout(path, tensor):
-    if path == ("label",) or tensor.ndim == 1:
-        return tensor
-    if path[-1] in ("qkv", "out"):  # 1x1 convolutions there, dense here
-        tensor = tensor.reshape(tensor.shape[:2])
-    return np.moveaxis(tensor, (0, 1), (-1, -2))
-
-
-def our_params(network):
-    tensors = golden_below(network, "params/")
-    return unflatten_dict(from_torch(network, tensors))
+@functools.cache
+def leaves(network):
+    layout, model = NETWORKS[network]
+    shapes = param_shapes(model, (16, 16, 3))
+    return weights.leaves(shapes, layout, heads_of(model))
 
 
 def golden_below(network, prefix):
@@ -189,35 +89,68 @@ def golden_below(network, prefix):
     return {k.removeprefix(prefix): v for k, v in arrays if k.startswith(prefix)}
 
 
+def our_params(network):
+    return weights.from_torch(golden_below(network, "params/"), leaves(network))
+
+
 @functools.cache
 def computed(network):
-    """What golden/ holds of a network, computed by ours: by the names there, or, of
-    gradients by parameters, by our paths."""
-    arrays, model = golden(network), NETWORKS[network]
+    """What golden/ holds of a network, computed by ours, by the names there."""
+    arrays, (_, model) = golden(network), NETWORKS[network]
     label = jnp.asarray(arrays["y"]) if model.num_classes else None
-    paths = from_torch(network, golden_below(network, "run0/grad/params/"))
+    cotangent = arrays.get("run0/grad/g", np.zeros(arrays["run0/output"].shape))
 
     @jit
     def grads_and_output(params, x, t):
         def loss(params, x):
-            output = model.apply({"params": params}, x, t, label)
-            return jnp.sum(output * arrays["run0/grad/g"]), output
+            output, seen = model.apply(
+                {"params": params}, x, t, label, capture_intermediates=True
+            )
+            return jnp.sum(output * cotangent), (output, seen["intermediates"])
 
-        grads, output = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-        by_path = flatten_dict(grads[0])
-        return {path: by_path[path] for path in paths}, grads[1], output
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
-    params = our_params(network)
+    found = {}
     with jax.default_matmul_precision("highest"):
-        x, t = (jnp.asarray(arrays[f"run0/{name}"]) for name in "xt")
-        by_params, by_x, output = grads_and_output(params, x, t)
-        x, t = (jnp.asarray(arrays[f"run1/{name}"]) for name in "xt")
-        *_, output_1 = grads_and_output(params, x, t)
-    return by_params | {
-        "run0/output": output,
-        "run0/grad/x": by_x,
-        "run1/output": output_1,
-    }
+        for run in ("run0", "run1"):
+            x, t = (jnp.asarray(arrays[f"{run}/{name}"]) for name in "xt")
+            grads, (output, seen) = grads_and_output(our_params(network), x, t)
+            found |= {f"{run}/output": output, f"{run}/grad/x": grads[1]}
+            modules = (name for name in seen if name != "__call__")
+            found |= {f"{run}/{name}": seen[name]["__call__"][0] for name in modules}
+            by_name = weights.to_torch(grads[0], leaves(network))
+            found |= {f"{run}/grad/params/{k}": v for k, v in by_name.items()}
+    return found
+
+
+# Modules whose output golden/ holds, by the names of each layout, and ours. Some of
+# theirs are sequences of ours: the last of them.
+HOOKS = {
+    "time_embed": "time_1",
+    "input_blocks.0": "conv_in",
+    "input_blocks.1": "down_0_0",
+    "input_blocks.2": "down_0_halve",
+    "input_blocks.3": "down_1_0_attention",
+    "middle_block.0": "mid_0",
+    "middle_block.1": "mid_attention",
+    "middle_block": "mid_1",
+    "output_blocks.0": "up_1_0_attention",
+    "output_blocks.1": "up_1_double",
+    "output_blocks.2": "up_0_0",
+    "output_blocks.3": "up_0_1",
+    "temb.dense.1": "time_1",
+    "conv_in": "conv_in",
+    "down.0.downsample": "down_0_halve",
+    "mid.block_1": "mid_0",
+    "mid.attn_1": "mid_attention",
+    "mid.block_2": "mid_1",
+    "up.1.upsample": "up_1_double",
+    "norm_out": "norm_out",
+    "time_embedding": "time_1",
+    "down_blocks.0.downsamplers.0": "down_0_halve",
+    "mid_block.attentions.0": "mid_attention",
+    "mid_block": "mid_1",
+}
 
 
 def assert_near(ours, official, floor):
@@ -229,29 +162,40 @@ def assert_near(ours, official, floor):
 
 
 @networks
-def test_every_official_parameter_has_its_place_and_no_place_is_empty(network):
-    shapes = jax.tree.map(jnp.shape, our_params(network))
-    assert shapes == jax.tree.map(
-        jnp.shape, param_shapes(NETWORKS[network], (16, 16, 3))
-    )
+def test_every_official_parameter_has_its_place_and_comes_back_bit_for_bit(network):
+    official = golden_below(network, "params/")
+    ours = weights.from_torch(official, leaves(network))
+    shapes = jax.tree.map(jnp.shape, param_shapes(NETWORKS[network][1], (16, 16, 3)))
+    assert jax.tree.map(jnp.shape, ours) == shapes
+    back = weights.to_torch(ours, leaves(network))
+    assert back.keys() == official.keys()
+    assert all(np.array_equal(back[name], official[name]) for name in official)
 
 
 @networks
 @pytest.mark.parametrize("key", ["run0/output", "run1/output"])
 def test_output_is_the_official_one(network, key):
-    floor = NOISE_FLOOR[f"{network}.npz"][key]
-    assert_near(computed(network)[key], golden(network)[key], floor)
+    assert_near(computed(network)[key], golden(network)[key], floors(network)[key])
 
 
 @networks
+def test_what_comes_out_of_modules_is_official_too(network):
+    hooks = golden_below(network, "run0/hooks/")
+    hooks.pop("time_proj", None)  # the sinusoids, which are no module of ours
+    assert hooks
+    for name, official in hooks.items():
+        ours = computed(network)[f"run0/{HOOKS[name]}"]
+        assert_near(ours, official, floors(network)[f"run0/hooks/{name}"])
+
+
+@pytest.mark.parametrize("network", [n for n in NETWORKS if "guided" not in n])
 def test_gradients_are_the_official_ones(network):
-    ours, prefix = computed(network), "run0/grad/params/"
-    floors = NOISE_FLOOR[f"{network}.npz"]
-    by_x = "run0/grad/x"
-    assert_near(ours[by_x], golden(network)[by_x], floors[by_x])
-    for name, grad in golden_below(network, prefix).items():
-        ((path, official),) = from_torch(network, {name: grad}).items()
-        assert_near(ours[path], official, floors[prefix + name])
+    found, grads = computed(network), golden_below(network, "run0/grad/")
+    del grads["g"]
+    assert "x" in grads
+    for name, official in grads.items():
+        key = f"run0/grad/{name}"
+        assert_near(found[key], official, floors(network)[key])
 
 
 @pytest.mark.parametrize("dim", [32, 33, 128])
@@ -352,9 +296,9 @@ IMAGES = X[..., :3]
 EMB = jax.random.normal(jax.random.key(2), (2, 16))
 T = jnp.array([999.0, 1000.0])
 
-styles = pytest.mark.parametrize("style", ["torch", "ddpm"])
+styles = pytest.mark.parametrize("style", ["openai", "ho"])
 # Glorot scaled by 1e-10 draws weights below 1e-5; sums of a hundred stay below this.
-NEARLY_ZERO = {"torch": 0.0, "ddpm": 1e-4}
+NEARLY_ZERO = {"openai": 0.0, "ho": 1e-4}
 # Layers of each kind: drawing the numbers of all of them takes long to compile.
 DRAWN = "time_0", "conv_in", "down_0_halve", "down_1_0", "mid_attention", "conv_out"
 
@@ -403,7 +347,7 @@ def kernels(params):
 
 def test_torch_style_draws_uniformly_up_to_the_root_of_one_over_fan_in():
     biases = []
-    for _, kernel, bias in kernels(new_params("torch")):
+    for _, kernel, bias in kernels(new_params("openai")):
         root = kernel[..., 0].size ** 0.5
         assert max(np.abs(kernel).max(), np.abs(bias).max()) * root <= 1 + 1e-6
         assert_moments(kernel.ravel() * root, 0, 1 / 3)
@@ -412,7 +356,7 @@ def test_torch_style_draws_uniformly_up_to_the_root_of_one_over_fan_in():
 
 
 def test_ddpm_style_has_the_variance_of_glorot_each_of_q_k_and_v_for_itself():
-    for name, kernel, bias in kernels(new_params("ddpm")):
+    for name, kernel, bias in kernels(new_params("ho")):
         parts = np.split(kernel, 3, axis=-1) if name == "qkv" else [kernel]
         for part in parts:
             fans = part[..., 0].size + part[..., 0, :].size

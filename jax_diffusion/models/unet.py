@@ -1,6 +1,6 @@
-"""The U-Net of Ho et al. (2020) and of Improved DDPM (Nichol & Dhariwal 2021).
+"""The U-Net of DDPM, DDIM, Improved DDPM, guided diffusion and `google/ddpm-*`.
 
-    emb = MLP(sinusoids of t)
+    emb = MLP(sinusoids of t) + embedding of the label
     down: per level num_res_blocks x (ResBlock, attention at some sizes), halve
     mid:  ResBlock, attention, ResBlock
     up:   per level (num_res_blocks + 1) x (ResBlock on [h, skip], attention), double
@@ -9,9 +9,8 @@ The systems differ in small ways, each a field of `UNet`; the defaults are Impro
 DDPM's. Norms, softmax, time embedding and output are float32 whatever the dtype.
 """
 
-import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,7 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-InitStyle = Literal["torch", "ddpm"]
+from jax_diffusion.models.layers import Layers, pool, repeat
+
+CHOICES = {
+    "resample": ("conv", "pool", "resblock"),
+    "embedding_order": ("cos_sin", "sin_cos"),
+    "down_padding": ("symmetric", "bottom_right"),
+    "init_style": ("openai", "ho", "torch"),
+}
 
 
 def timestep_embedding(
@@ -27,7 +33,7 @@ def timestep_embedding(
     dim: int,
     *,
     max_period: float = 10_000.0,
-    order: Literal["cos_sin", "sin_cos"] = "cos_sin",
+    order: str = "cos_sin",
     endpoint: bool = False,
 ) -> Float[Array, "b dim"]:
     """Sinusoids of t at frequencies from 1 down to 1 / max_period, in float32.
@@ -49,95 +55,31 @@ def timestep_embedding(
     return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, dim % 2)))
 
 
-def layer_init(
-    style: InitStyle, fan_in: int, *, zero: bool = False, fused: int = 1
-) -> dict[str, Any]:
-    """Initialisers of one linear or convolutional layer.
-
-    Args:
-        style: "torch": uniform up to 1 / sqrt(fan_in), biases too (OpenAI); "ddpm":
-            Glorot uniform, zero biases (Ho et al.).
-        zero: for a layer whose output should vanish at first; exactly in "torch",
-            to a variance of 1e-10 in "ddpm".
-        fused: how many layers of equal size the kernel holds side by side.
-    """
-    if style == "ddpm":
-        # Glorot's fan_out counts one of the fused layers, not all.
-        scale = 1e-10 if zero else (1 + fused) / 2
-        kernel = nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
-        return {"kernel_init": kernel, "bias_init": nn.initializers.zeros}
-    if zero:
-        zeros = nn.initializers.zeros
-        return {"kernel_init": zeros, "bias_init": zeros}
-    bound = fan_in**-0.5
-
-    def bias(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    return {"kernel_init": kernel, "bias_init": bias}
-
-
-class Layers(nn.Module):
-    """What every block shares: how its layers are made. Has no parameters itself."""
-
-    init_style: InitStyle = "torch"
-    num_groups: int = 32
-    norm_epsilon: float = 1e-5
-    dtype: Any = jnp.float32
-
-    def conv(self, x, features, *, name, size=3, stride=1, zero=False, padding=None):
-        """A convolution of `size` x `size`, padded symmetrically unless told."""
-        init = layer_init(self.init_style, size * size * x.shape[-1], zero=zero)
-        padding = (size // 2, size // 2) if padding is None else padding
-        return nn.Conv(
-            features,
-            (size, size),
-            strides=stride,
-            padding=(padding, padding),
-            dtype=self.dtype,
-            name=name,
-            **init,
-        )(x)
-
-    def dense(self, x, features, *, name, dtype=jnp.float32, **init_options):
-        """A linear layer over the last axis."""
-        init = layer_init(self.init_style, x.shape[-1], **init_options)
-        return nn.Dense(features, dtype=dtype, name=name, **init)(x)
-
-    def norm(self, x, *, name):
-        """Group norm in float32. The true variance, as PyTorch: the faster formula
-        E[x^2] - E[x]^2 cancels."""
-        return nn.GroupNorm(
-            self.num_groups,
-            epsilon=self.norm_epsilon,
-            use_fast_variance=False,
-            dtype=jnp.float32,
-            name=name,
-        )(x)
-
-
 class ResBlock(Layers):
-    """Two 3x3 convolutions with a skip, modulated by the timestep embedding.
+    """Two convolutions of size 3 with a skip, modulated by the timestep embedding.
 
     The last convolution starts at zero, so a new block is the identity (up to its skip
-    projection).
+    projection). With `resample`, both ways are resampled before the first convolution.
     """
 
     channels: int = 128
     dropout: float = 0.0
     scale_shift: bool = True  # emb modulates the norm (Improved), else is added (Ho)
+    resample: str | None = None  # "halve" or "double"
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], train: bool
-    ) -> Float[Array, "b h w c_out"]:
-        h = self.conv(
-            nn.silu(self.norm(x, name="norm_in")), self.channels, name="conv_in"
-        )
+        self, x: Float[Array, "b *d c"], emb: Float[Array, "b e"], train: bool
+    ) -> Float[Array, "b *d_out c_out"]:
+        h = nn.silu(self.norm(x, name="norm_in"))
+        if self.resample is not None:
+            change = pool if self.resample == "halve" else repeat
+            h, x = change(h), change(x)
+        h = self.conv(h, self.channels, name="conv_in")
 
         width = (1 + self.scale_shift) * self.channels
-        emb = self.dense(nn.silu(emb), width, name="emb")[:, None, None, :]
+        emb = self.dense(nn.silu(emb), width, name="emb")
+        emb = emb.reshape(emb.shape[:1] + (1,) * (x.ndim - 2) + emb.shape[1:])
         if self.scale_shift:
             scale, shift = jnp.split(emb, 2, axis=-1)
             h = self.norm(h, name="norm_out") * (1 + scale) + shift
@@ -147,7 +89,7 @@ class ResBlock(Layers):
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
         h = self.conv(h, self.channels, name="conv_out", zero=True)
         if x.shape[-1] != self.channels:
-            x = self.conv(x, self.channels, name="skip", size=1)
+            x = self.dense(x, self.channels, name="skip", dtype=self.dtype)
         return x + h
 
 
@@ -155,104 +97,54 @@ class Attention(Layers):
     """Self-attention over all pixels, with a skip; the output starts at zero."""
 
     num_heads: int = 1
+    head_channels: int | None = None  # decides num_heads by the channels, if given
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, height, width, c = x.shape
-        h = self.norm(x, name="norm").reshape(b, height * width, c)
+    def __call__(self, x: Float[Array, "b *d c"]) -> Float[Array, "b *d c"]:
+        b, c = x.shape[0], x.shape[-1]
+        size = self.head_channels or c // self.num_heads
+        h = self.norm(x, name="norm").reshape(b, -1, c)
         qkv = self.dense(h, 3 * c, name="qkv", dtype=self.dtype, fused=3)
         # [b, pixels, head, channels of a head] each; softmax is float32 inside.
-        q, k, v = jnp.moveaxis(
-            qkv.reshape(b, -1, 3, self.num_heads, c // self.num_heads), 2, 0
-        )
+        q, k, v = jnp.moveaxis(qkv.reshape(b, -1, 3, c // size, size), 2, 0)
         h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
         return x + self.dense(h, c, name="out", dtype=self.dtype, zero=True)
 
 
-class UNet(Layers):
-    """Predicts from x_t and its timestep; see the module's docstring.
+class Trunk(Layers):
+    """The way down and the middle, and all that a U-Net and a classifier share."""
 
-    Args of the call: x float32 [b, h, w, c]; timesteps float32 [b]; label int32 [b] if
-    num_classes is set. Returns float32 [b, h, w, out_channels].
-
-    Raises:
-        ValueError: if the image cannot be halved often enough, if the channels cannot
-            be grouped, or if labels are missing or not wanted.
-    """
-
-    out_channels: int = 3
     channels: int = 128
-    multipliers: Sequence[int] = (1, 2, 2, 2)
+    multipliers: Sequence[int | float] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_resolutions: Sequence[int] = (16,)  # heights in pixels
     num_heads: int = 1
-    num_classes: int | None = None
+    head_channels: int | None = None  # instead of num_heads
     dropout: float = 0.0
     scale_shift: bool = True
-    embedding_order: Literal["cos_sin", "sin_cos"] = "cos_sin"
+    resample: str = "conv"  # of RESAMPLES: how levels are halved and doubled
+    embedding_order: str = "cos_sin"  # or "sin_cos"
     embedding_endpoint: bool = False
-    down_padding: Literal["symmetric", "bottom_right"] = "symmetric"
+    down_padding: str = "symmetric"  # or "bottom_right"
+    # What the backward pass computes again: the blocks but for what a policy of
+    # `jax.checkpoint_policies` saves, such as "nothing_saveable"; None, nothing.
+    remat: str | None = None
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        timesteps: Float[Array, "b"],
-        label: Int[Array, "b"] | None = None,
-        *,
-        train: bool = False,
-    ) -> Float[Array, "b h w c_out"]:
-        self._check(x, label)
-        block, attention = self._blocks()
-        emb = self._embed(timesteps, label)
-        top = len(self.multipliers) - 1
+    def widths(self) -> list[int]:
+        """Channels of every level."""
+        return [round(m * self.channels) for m in self.multipliers]
 
-        h = self.conv(x, self.channels, name="conv_in")
-        skips = [h]
-        for level, multiplier in enumerate(self.multipliers):
-            for i in range(self.num_res_blocks):
-                name = f"down_{level}_{i}"
-                h = block(channels=multiplier * self.channels, name=name)(h, emb, train)
-                if h.shape[1] in self.attention_resolutions:
-                    h = attention(name=f"{name}_attention")(h)
-                skips.append(h)
-            if level < top:
-                h = self._halve(h, f"down_{level}_halve")
-                skips.append(h)
+    def shared(self) -> dict[str, Any]:
+        """The fields of `Layers`, for the blocks inside."""
+        names = ("init_style", "num_groups", "norm_epsilon", "dtype")
+        return {name: getattr(self, name) for name in names}
 
-        h = block(channels=h.shape[-1], name="mid_0")(h, emb, train)
-        h = attention(name="mid_attention")(h)
-        h = block(channels=h.shape[-1], name="mid_1")(h, emb, train)
+    def heads(self) -> dict[str, Any]:
+        """The fields that tell how attention is split."""
+        return dict(num_heads=self.num_heads, head_channels=self.head_channels)
 
-        for level, multiplier in reversed(list(enumerate(self.multipliers))):
-            for i in range(self.num_res_blocks + 1):
-                name = f"up_{level}_{i}"
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = block(channels=multiplier * self.channels, name=name)(h, emb, train)
-                if h.shape[1] in self.attention_resolutions:
-                    h = attention(name=f"{name}_attention")(h)
-            if level > 0:
-                h = self._double(h, f"up_{level}_double")
-
-        h = nn.silu(self.norm(h, name="norm_out"))
-        h = self.conv(h, self.out_channels, name="conv_out", zero=True)
-        return h.astype(jnp.float32)
-
-    def _blocks(self):
-        """ResBlock and Attention with all that they share filled in."""
-        shared = dict(
-            init_style=self.init_style,
-            num_groups=self.num_groups,
-            norm_epsilon=self.norm_epsilon,
-            dtype=self.dtype,
-        )
-        block = functools.partial(
-            ResBlock, dropout=self.dropout, scale_shift=self.scale_shift, **shared
-        )
-        return block, functools.partial(Attention, num_heads=self.num_heads, **shared)
-
-    def _embed(self, timesteps, label):
-        """The timestep, and the label if there is one, as [b, 4 channels]."""
+    def embed(self, timesteps):
+        """The timesteps as [b, 4 channels]."""
         emb = timestep_embedding(
             timesteps,
             self.channels,
@@ -260,38 +152,173 @@ class UNet(Layers):
             endpoint=self.embedding_endpoint,
         )
         emb = nn.silu(self.dense(emb, 4 * self.channels, name="time_0"))
-        emb = self.dense(emb, 4 * self.channels, name="time_1")
-        if self.num_classes is None:
-            return emb
-        init = nn.initializers.normal(1.0)  # as torch.nn.Embedding
-        table = nn.Embed(
-            self.num_classes, 4 * self.channels, embedding_init=init, name="label"
-        )
-        return emb + table(label)
+        return self.dense(emb, 4 * self.channels, name="time_1")
 
-    def _halve(self, h, name):
+    def blocks(self, emb, train):
+        """block(h, channels, name) and attend(h, name), with all that they share."""
+        res_block, attention = ResBlock, Attention
+        if self.remat is not None:
+            policy = getattr(jax.checkpoint_policies, self.remat)
+            res_block = nn.remat(ResBlock, policy=policy, static_argnums=(3,))
+            attention = nn.remat(Attention, policy=policy)
+
+        def block(h, channels, name, resample=None):
+            return res_block(
+                channels=channels,
+                dropout=self.dropout,
+                scale_shift=self.scale_shift,
+                resample=resample,
+                name=name,
+                **self.shared(),
+            )(h, emb, train)
+
+        def attend(h, name, always=False):
+            height = h.shape[max(1, h.ndim - 3)]
+            if not always and height not in self.attention_resolutions:
+                return h
+            options = self.shared() | self.heads()
+            return attention(name=f"{name}_attention", **options)(h)
+
+        return block, attend
+
+    def descend(self, x, block, attend):
+        """The output of every stage on the way down, and of the middle."""
+        widths = self.widths()
+        stages = [h := self.conv(x, widths[0], name="conv_in")]
+        for level, width in enumerate(widths):
+            for i in range(self.num_res_blocks):
+                h = attend(block(h, width, f"down_{level}_{i}"), f"down_{level}_{i}")
+                stages.append(h)
+            if level < len(widths) - 1:
+                stages.append(h := self._halve(h, f"down_{level}_halve", block))
+        h = block(h, h.shape[-1], "mid_0")
+        h = attend(h, "mid", always=True)
+        return stages, block(h, h.shape[-1], "mid_1")
+
+    def _halve(self, h, name, block):
+        if self.resample == "resblock":
+            return block(h, h.shape[-1], name, resample="halve")
+        if self.resample == "pool":
+            return pool(h)
         padding = (0, 1) if self.down_padding == "bottom_right" else (1, 1)
         return self.conv(h, h.shape[-1], name=name, stride=2, padding=padding)
 
-    def _double(self, h, name):
-        h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)  # nearest neighbour
-        return self.conv(h, h.shape[-1], name=name)
+    def check(self, x):
+        """Raises ValueError unless the image fits the levels and the widths split."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {choices}, got {getattr(self, name)!r}."
+                )
+        halvings = len(self.multipliers) - 1
+        resampled = x.shape[-3:-1] if x.ndim > 3 else x.shape[1:2]
+        if any(size % 2**halvings for size in resampled):
+            raise ValueError(
+                f"height and width must be divisible by {2**halvings} to be halved "
+                f"{halvings} times, got {' x '.join(map(str, resampled))}."
+            )
+        name = "num_heads" if self.head_channels is None else "head_channels"
+        heads = getattr(self, name)
+        for width in self.widths():
+            if not width or width % self.num_groups or width % heads:
+                raise ValueError(
+                    f"channels must be divisible by num_groups = {self.num_groups} and "
+                    f"by {name} = {heads}, got {width}."
+                )
 
-    def _check(self, x, label):
-        factor = 2 ** (len(self.multipliers) - 1)
-        if x.shape[1] % factor or x.shape[2] % factor:
-            raise ValueError(
-                f"height and width must be divisible by {factor} to be halved "
-                f"{len(self.multipliers) - 1} times, got {x.shape[1]} x {x.shape[2]}."
-            )
-        if self.channels % self.num_groups or self.channels % self.num_heads:
-            raise ValueError(
-                f"channels must be divisible by num_groups = {self.num_groups} and by "
-                f"num_heads = {self.num_heads}, got {self.channels}."
-            )
+
+class UNet(Trunk):
+    """Predicts from x_t and its timestep; see the module's docstring.
+
+    Args of the call: x float32 [b, *spatial, c], mostly [b, h, w, c]; timesteps float32
+    [b]; label int32 [b] if num_classes is set; low_res [b, h_low, w_low, c] if that is
+    set. Returns float32 [b, *spatial, out_channels].
+
+    Raises:
+        ValueError: if the image cannot be halved often enough, if the channels cannot
+            be grouped, or if label or low_res are missing or not wanted.
+    """
+
+    out_channels: int = 3
+    num_classes: int | None = None
+    low_res: bool = False  # sees a smaller image too: super-resolution
+    block_size: int = 1  # pixels folded into channels, Ho et al.'s space_to_depth
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b *d c"],
+        timesteps: Float[Array, "b"],
+        label: Int[Array, "b"] | None = None,
+        *,
+        low_res: Float[Array, "b *d_low c_low"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b *d c_out"]:
+        self._check_inputs(label, low_res)
+        if low_res is not None:
+            shape = x.shape[:-1] + low_res.shape[-1:]
+            small = jax.image.resize(low_res, shape, "bilinear")
+            x = jnp.concatenate([x, small], axis=-1)
+        x = fold(x, self.block_size)
+        self.check(x)
+        emb = self.embed(timesteps)
+        if label is not None and self.num_classes is not None:
+            init = nn.initializers.normal(1.0)  # as torch.nn.Embedding
+            size = 4 * self.channels
+            table = nn.Embed(self.num_classes, size, embedding_init=init, name="label")
+            emb = emb + table(label)
+        block, attend = self.blocks(emb, train)
+
+        skips, h = self.descend(x, block, attend)
+        for level, width in reversed(list(enumerate(self.widths()))):
+            for i in range(self.num_res_blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = attend(block(h, width, f"up_{level}_{i}"), f"up_{level}_{i}")
+            if level > 0:
+                h = self._double(h, f"up_{level}_double", block)
+
+        h = nn.silu(self.norm(h, name="norm_out"))
+        features = self.out_channels * self.block_size**2
+        h = self.conv(h, features, name="conv_out", zero=True, dtype=jnp.float32)
+        return unfold(h, self.block_size)
+
+    def _double(self, h, name, block):
+        if self.resample == "resblock":
+            return block(h, h.shape[-1], name, resample="double")
+        if self.resample == "pool":
+            return repeat(h)
+        return self.conv(repeat(h), h.shape[-1], name=name)
+
+    def _check_inputs(self, label, low_res):
         if (label is None) != (self.num_classes is None):
             wanted = "needs" if self.num_classes else "takes no"
             raise ValueError(
                 f"a U-Net with num_classes = {self.num_classes} {wanted} labels, "
                 f"got {'none' if label is None else 'some'}."
             )
+        if (low_res is None) == self.low_res:
+            wanted = "needs" if self.low_res else "takes no"
+            raise ValueError(
+                f"a U-Net with low_res = {self.low_res} {wanted} low_res images, "
+                f"got {'none' if low_res is None else 'some'}."
+            )
+
+
+def fold(x: Float[Array, "b *d c"], size: int) -> Float[Array, "b *d_out c_out"]:
+    """Moves blocks of size x size pixels into channels, [row, column, channel]."""
+    if size == 1:
+        return x
+    b, h, w, c = x.shape
+    if h % size or w % size:
+        raise ValueError(f"images must divide into blocks of {size}, got {h} x {w}.")
+    x = x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)
+    return x.reshape(b, h // size, w // size, size * size * c)
+
+
+def unfold(x: Float[Array, "b *d c"], size: int) -> Float[Array, "b *d_out c_out"]:
+    """The inverse of `fold`."""
+    if size == 1:
+        return x
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, size, size, c // size**2).swapaxes(2, 3)
+    return x.reshape(b, h * size, w * size, c // size**2)

@@ -1,0 +1,200 @@
+"""diffusers' JSON files and our keyword arguments, each as the other.
+
+Only what both can say, and say equally, is translated; all else is a ValueError that
+names the field, so that no checkpoint ever means something else on the other side.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Json = Mapping[str, Any]
+
+BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"}
+# Fields of UNet2DModel of which we know one value; missing ones have it.
+FIXED_FIELDS = {
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "mid_block_type": "UNetMidBlock2D",
+    "mid_block_scale_factor": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "act_fn": "silu",
+    "attn_norm_num_groups": None,
+    "add_attention": True,
+    "class_embed_type": None,
+}
+# Fields of UNet of which diffusers knows one value.
+PLAIN_FIELDS = {"resample": "conv", "low_res": False, "block_size": 1}
+PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")  # its "learned" is no log
+
+
+def unet_from_config(config: Json) -> dict[str, Any]:
+    """Arguments of `UNet` that compute what diffusers' UNet2DModel does.
+
+    Raises:
+        ValueError: if the config has a field that no published checkpoint needs.
+    """
+    differing = [
+        f"{name} = {config[name]!r}"
+        for name, value in FIXED_FIELDS.items()
+        if config.get(name, value) != value
+    ]
+    types = [*config["down_block_types"], *config["up_block_types"]]
+    differing += sorted(set(types) - BLOCKS)
+    attends = [kind.startswith("Attn") for kind in config["down_block_types"]]
+    if attends[::-1] != [k.startswith("Attn") for k in config["up_block_types"]]:
+        differing.append("attention on the way down at other sizes than up")
+    if differing:
+        raise ValueError(
+            "a UNet2DModel must be of the kind of google/ddpm-*, got "
+            f"{', '.join(differing)}."
+        )
+    widths = config["block_out_channels"]
+    size = config["sample_size"]
+    size = size if isinstance(size, int) else size[0]
+    return dict(
+        channels=widths[0],
+        multipliers=tuple(_ratio(width, widths[0]) for width in widths),
+        num_res_blocks=config.get("layers_per_block", 2),
+        attention_resolutions=tuple(size >> i for i, a in enumerate(attends) if a),
+        head_channels=config.get("attention_head_dim", 8),
+        num_classes=config.get("num_class_embeds"),
+        dropout=config.get("dropout", 0.0),
+        scale_shift=config.get("resnet_time_scale_shift", "default") == "scale_shift",
+        embedding_order="cos_sin" if config.get("flip_sin_to_cos", True) else "sin_cos",
+        embedding_endpoint=bool(config.get("freq_shift", 0)),
+        down_padding="symmetric"
+        if config.get("downsample_padding", 1)
+        else "bottom_right",
+        num_groups=config.get("norm_num_groups", 32),
+        norm_epsilon=config.get("norm_eps", 1e-5),
+        init_style="torch",
+    )
+
+
+def config_from_unet(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """config.json of the UNet2DModel that computes what a `UNet` does.
+
+    Raises:
+        ValueError: if diffusers has no such network.
+    """
+    size, _, channels = image_shape
+    widths = [round(m * model.channels) for m in model.multipliers]
+    attends = [size >> i in model.attention_resolutions for i in range(len(widths))]
+    _check_unet(model, image_shape, widths, attends)
+    head = model.head_channels
+    if head is None and model.num_heads > 1:
+        head = widths[-1] // model.num_heads
+    kinds = ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends]
+    return {
+        "_class_name": "UNet2DModel",
+        **FIXED_FIELDS,
+        "sample_size": size,
+        "in_channels": channels,
+        "out_channels": model.out_channels,
+        "freq_shift": int(model.embedding_endpoint),
+        "flip_sin_to_cos": model.embedding_order == "cos_sin",
+        "down_block_types": kinds,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
+        "block_out_channels": widths,
+        "layers_per_block": model.num_res_blocks,
+        "downsample_padding": 0 if model.down_padding == "bottom_right" else 1,
+        "dropout": model.dropout,
+        "attention_head_dim": head,
+        "norm_num_groups": model.num_groups,
+        "norm_eps": model.norm_epsilon,
+        "resnet_time_scale_shift": "scale_shift" if model.scale_shift else "default",
+        "num_class_embeds": model.num_classes,
+        "num_train_timesteps": None,
+    }
+
+
+def _check_unet(model, image_shape, widths, attends):
+    differing = [
+        f"{name} = {getattr(model, name)!r}"
+        for name, value in PLAIN_FIELDS.items()
+        if getattr(model, name) != value
+    ]
+    if model.multipliers[0] != 1:
+        differing.append(f"multipliers = {model.multipliers}")
+    attending = {w for w, a in zip(widths, attends, strict=True) if a} | {widths[-1]}
+    if model.head_channels is None and model.num_heads > 1 and len(attending) > 1:
+        differing.append(f"num_heads = {model.num_heads} at several widths")
+    if image_shape[0] != image_shape[1]:
+        differing.append(f"images of {image_shape[0]} x {image_shape[1]}")
+    if differing:
+        raise ValueError(
+            f"diffusers must have such a U-Net, got {', '.join(differing)}, "
+            "which it has not."
+        )
+
+
+def process_from_scheduler(config: Json) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `settings.make_schedule` and of `Objective`, of a scheduler's JSON.
+
+    Raises:
+        ValueError: if it has a schedule or an output that we do not know.
+    """
+    num_steps = config.get("num_train_timesteps", 1000)
+    ends = dict(
+        num_steps=num_steps,
+        start=config.get("beta_start", 1e-4),
+        end=config.get("beta_end", 0.02),
+    )
+    kind, given = config.get("beta_schedule", "linear"), config.get("trained_betas")
+    schedules = {
+        "linear": dict(name="linear", rescale=False, **ends),
+        "scaled_linear": dict(name="quadratic", **ends),
+        "sigmoid": dict(name="sigmoid", **ends),
+        "squaredcos_cap_v2": dict(name="cosine", num_steps=num_steps),
+    }
+    if given is not None:
+        schedules[kind] = dict(name="given", num_steps=num_steps, betas=tuple(given))
+    means = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+    mean = config.get("prediction_type", "epsilon")
+    variance = config.get("variance_type", "fixed_small")
+    if kind not in schedules or mean not in means or variance not in VARIANCES:
+        raise ValueError(
+            f"a scheduler must have a beta_schedule of {sorted(schedules)}, a "
+            f"prediction_type of {sorted(means)} and a variance_type of {VARIANCES}, "
+            f"got {kind!r}, {mean!r} and {variance!r}."
+        )
+    loss = "hybrid" if variance == "learned_range" else "l2"
+    return schedules[kind], dict(mean_type=means[mean], var_type=variance, loss=loss)
+
+
+def scheduler_from_process(
+    betas: np.ndarray, objective: Any, rescale_timesteps: bool
+) -> dict[str, Any]:
+    """scheduler_config.json of a DDPMScheduler with these betas.
+
+    Raises:
+        ValueError: if it would read the network's output in another way.
+    """
+    if objective.mean_type not in PREDICTIONS or objective.var_type not in VARIANCES:
+        raise ValueError(
+            f"diffusers must know how to read the output, of {sorted(PREDICTIONS)} and "
+            f"{VARIANCES}, got {objective.mean_type!r} and {objective.var_type!r}."
+        )
+    if rescale_timesteps and len(betas) != 1000:
+        raise ValueError(
+            "diffusers tells the network t itself, so that a schedule with "
+            f"rescale_timesteps must have 1000 steps, got {len(betas)}."
+        )
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": len(betas),
+        "trained_betas": [float(beta) for beta in betas],
+        "prediction_type": PREDICTIONS[objective.mean_type],
+        "variance_type": objective.var_type,
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+    }
+
+
+def _ratio(width: int, first: int) -> int | float:
+    return width // first if width % first == 0 else width / first

@@ -1,0 +1,198 @@
+"""The U-Net of lucidrains' denoising-diffusion-pytorch, version 2.3.1.
+
+    emb  = MLP(sinusoids of t)
+    stem: 7x7 convolution
+    down: per level block, keep, block, attention, keep, halve and widen
+    mid:  block, attention, block
+    up:   per level 2 x (block on [h, skip]), attention, double and narrow
+    out:  block on [h, stem], 1x1 convolution
+
+Attention is linear at all levels but the innermost, where it is full, as in the middle;
+both see a few learned keys and values beside the pixels. Norms are RMS over channels.
+The first and last convolutions within a level keep its size: the innermost level is not
+halved but widened. The defaults are its README's network of 35,711,491 parameters.
+
+Left out: self-conditioning and random or learned Fourier features of t.
+
+Layers start as PyTorch's do, none at zero; kernels are PyTorch's with the axes in the
+order (2, 3, 1, 0). Norms, softmax, time embedding and output are float32 whatever the
+dtype.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jax_diffusion.models.annotated import TorchLayers, linear_attention
+from jax_diffusion.models.layers import repeat
+
+
+def pixel_unshuffle(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c4"]:
+    """2x2 pixels become channels, in PyTorch's order: channel, row, column."""
+    b, height, width, c = x.shape
+    x = x.reshape(b, height // 2, 2, width // 2, 2, c)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, height // 2, width // 2, 4 * c)
+
+
+class RMSNorm(nn.Module):
+    """gain sqrt(c) x / |x| over the c channels, in float32."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        c = x.shape[-1]
+        gain = self.param("scale", nn.initializers.ones, (c,)).reshape(1, 1, 1, c)
+        x = x.astype(jnp.float32)
+        square = jnp.sum(x**2, axis=-1, keepdims=True)
+        # PyTorch's bound on |x|, squared; the root of it has a gradient at x = 0.
+        return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24)) * gain * c**0.5
+
+
+class Block(TorchLayers):
+    """Two of 3x3, norm and SiLU, with a skip; emb modulates the first norm."""
+
+    channels: int = 64
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], train: bool
+    ) -> Float[Array, "b h w c_out"]:
+        h = RMSNorm(name="norm_in")(self.conv(x, self.channels, name="conv_in"))
+        emb = self.dense(nn.silu(emb), 2 * self.channels, name="emb")
+        scale, shift = jnp.split(emb[:, None, None, :], 2, axis=-1)
+        h = nn.silu(h * (1 + scale) + shift)
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = RMSNorm(name="norm_out")(self.conv(h, self.channels, name="conv_out"))
+        if x.shape[-1] != self.channels:
+            x = self.conv(x, self.channels, name="skip", size=1)
+        return x + nn.silu(h)
+
+
+class MemoryAttention(TorchLayers):
+    """Attention of all pixels to each other and to learned keys and values.
+
+    It is added to x. The linear kind ends with another norm.
+    """
+
+    linear: bool = False
+    num_heads: int = 4
+    head_dim: int = 32
+    num_memory: int = 4
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, height, width, c = x.shape
+        h, inner = RMSNorm(name="norm")(x), self.num_heads * self.head_dim
+        qkv = self.conv(h, 3 * inner, name="qkv", size=1, bias=False)
+        # [b, pixels, head, channels of a head] each
+        q, k, v = jnp.moveaxis(
+            qkv.reshape(b, height * width, 3, self.num_heads, self.head_dim), 2, 0
+        )
+        memory = self.param(
+            "memory",
+            nn.initializers.normal(1.0),
+            (2, self.num_memory, self.num_heads, self.head_dim),
+        )
+        memory = jnp.broadcast_to(
+            memory.astype(self.dtype)[:, None], (2, b, *memory.shape[1:])
+        )
+        k = jnp.concatenate([memory[0], k], axis=1)
+        v = jnp.concatenate([memory[1], v], axis=1)
+        attend = linear_attention if self.linear else jax.nn.dot_product_attention
+        h = self.conv(
+            attend(q, k, v).reshape(b, height, width, inner), c, name="out", size=1
+        )
+        return x + (RMSNorm(name="norm_out")(h) if self.linear else h)
+
+
+class LucidrainsUNet(TorchLayers):
+    """Predicts from x_t and its timestep; see the module's docstring.
+
+    Args of the call: x float32 [b, h, w, c]; timesteps float32 [b]. Returns float32
+    [b, h, w, out_channels]; a learned variance takes twice the image's channels.
+
+    Raises:
+        ValueError: if the image cannot be halved often enough.
+    """
+
+    out_channels: int = 3
+    channels: int = 64
+    multipliers: Sequence[int] = (1, 2, 4, 8)
+    num_heads: int = 4
+    head_dim: int = 32
+    num_memory: int = 4
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        timesteps: Float[Array, "b"],
+        *,
+        train: bool = False,
+    ) -> Float[Array, "b h w c_out"]:
+        self._check(x)
+        emb = self.embed(timesteps, self.channels)
+        block, attention = self._blocks(emb, train)
+        inner = [self.channels * multiplier for multiplier in self.multipliers]
+        outer = [self.channels, *inner[:-1]]
+        top = len(inner) - 1
+
+        stem = h = self.conv(x, self.channels, name="conv_in", size=7)
+        skips = []
+        for level, width in enumerate(outer):
+            h = block(h, width, f"down_{level}_0")
+            skips.append(h)
+            h = block(h, width, f"down_{level}_1")
+            h = attention(linear=level < top, name=f"down_{level}_attention")(h)
+            skips.append(h)
+            if level < top:
+                h = pixel_unshuffle(h)
+                h = self.conv(h, inner[level], name=f"down_{level}_halve", size=1)
+            else:
+                h = self.conv(h, inner[level], name=f"down_{level}_widen")
+
+        h = block(h, inner[-1], "mid_0")
+        h = attention(name="mid_attention")(h)
+        h = block(h, inner[-1], "mid_1")
+
+        for level in reversed(range(len(inner))):
+            for i in range(2):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = block(h, inner[level], f"up_{level}_{i}")
+            h = attention(linear=level < top, name=f"up_{level}_attention")(h)
+            h = repeat(h) if level > 0 else h
+            name = f"up_{level}_{'double' if level > 0 else 'narrow'}"
+            h = self.conv(h, outer[level], name=name)
+
+        h = block(jnp.concatenate([h, stem], axis=-1), self.channels, "block_out")
+        h = self.conv(h, self.out_channels, name="conv_out", size=1)
+        return h.astype(jnp.float32)
+
+    def _blocks(self, emb, train):
+        """Block and attention with all that they share filled in."""
+        attention = functools.partial(
+            MemoryAttention,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            num_memory=self.num_memory,
+            dtype=self.dtype,
+        )
+
+        def block(h, width, name):
+            layers = Block(self.dtype, channels=width, dropout=self.dropout, name=name)
+            return layers(h, emb, train)
+
+        return block, attention
+
+    def _check(self, x):
+        halvings = len(self.multipliers) - 1
+        if x.shape[1] % 2**halvings or x.shape[2] % 2**halvings:
+            raise ValueError(
+                f"height and width must be divisible by {2**halvings} to be halved "
+                f"{halvings} times, got {x.shape[1]} x {x.shape[2]}."
+            )
