@@ -12,7 +12,7 @@ config inside, which can come in again.
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from jax_diffusion.models.unet import UNet
 from jax_diffusion.sample import Run
 from jax_diffusion.settings import Config
 
-FORMATS = ("openai", "diffusers", "safetensors")
+Network = tuple[PyTree, Config, tuple[int, ...]]  # parameters, config, image shape
+
 # What improved-diffusion's U-Net has fixed.
 OPENAI_FIELDS = dict(
     embedding_order="cos_sin",
@@ -42,6 +43,9 @@ OPENAI_FIELDS = dict(
     head_channels=None,
     block_size=1,
 )
+OPENAI_MEANS = {"eps": "EPSILON", "x_0": "START_X", "mu": "PREVIOUS_X"}
+WEIGHTS = "diffusion_pytorch_model"  # of a diffusers folder, and .safetensors or .bin
+RECORD = "jax_diffusion"  # metadata of our own .safetensors: the config, as JSON
 # Names under which a training checkpoint holds its network, the average first.
 STATE_DICTS = ("ema", "ema_model", "state_dict", "model")
 
@@ -67,27 +71,34 @@ def from_checkpoint(
             written then.
     """
     path = Path(path)
-    if path.is_dir():
-        tensors, config, image_shape = _read_folder(path)
-        params = _params(tensors, config, image_shape, "diffusers")
-    elif path.suffix == ".safetensors" and (ours := _read_ours(path)) is not None:
-        params, config, image_shape = ours
-    else:
-        if config is None:
-            config, image_shape, layout = _released(name or path.stem)
-        else:
-            batches = settings.call(data.load, config.data, "config.data")
-            image_shape = batches.image_shape
-        params = _params(_read_file(path), config, image_shape, layout)
+    params, known, image_shape = _read(path, name, config, layout)
+    known = {**known, "ema_decays": ()}  # it is one average, or none
     record = {
-        "config": json.loads(ConfigDict(config).to_json()),
+        "config": json.loads(ConfigDict(known).to_json()),
         "image_shape": list(image_shape),
         "window": [],
         "source": path.name,
     }
     checkpoint.save_params(workdir, params, record)
     count = sum(array.size for array in jax.tree.leaves(params))
-    print(f"{path}: {count:,} parameters of a {config['model']['name']} in {workdir}")
+    print(f"{path}: {count:,} parameters of a {known['model']['name']} in {workdir}")
+
+
+def _read(path: Path, name: str | None, config: Config, layout: str) -> Network:
+    """Parameters, config and image shape of a checkpoint of any kind."""
+    if not path.exists():
+        raise ValueError(f"a checkpoint must be a file or folder, got {str(path)!r}.")
+    if path.is_dir():
+        return _read_folder(path)
+    tensors, record = _read_file(path)
+    if record is not None:
+        return _read_ours(tensors, json.loads(record))
+    if config is None:
+        config, image_shape, layout = _released(name or path.stem)
+    else:
+        batches = settings.call(data.load, config["data"], "config.data")
+        image_shape = batches.image_shape
+    return _params(tensors, config, image_shape, layout), config, image_shape
 
 
 def _released(name: str) -> tuple[Config, tuple[int, ...], str]:
@@ -123,12 +134,13 @@ def _shapes(config: Config, image_shape: tuple[int, ...]) -> tuple[Any, PyTree]:
     objective = settings.make_objective(config["objective"], schedule)
     model = settings.make_model(config["model"], objective, image_shape[-1])
     inputs = training.example_inputs(model, image_shape)
-    return model, jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs))
+    init: Any = model.init
+    return model, jax.eval_shape(lambda: init(jax.random.key(0), **inputs))["params"]
 
 
 def _params(tensors, config, image_shape, layout) -> PyTree:
     model, shapes = _shapes(config, image_shape)
-    wanted = weights.leaves(shapes["params"], layout, _heads_of(model))
+    wanted = weights.leaves(shapes, layout, _heads_of(model))
     return weights.from_torch(tensors, wanted)
 
 
@@ -142,87 +154,66 @@ def _heads_of(model):
     return lambda channels: channels // size if size else model.num_heads
 
 
-def _read_file(path: Path) -> dict[str, np.ndarray]:
-    """The state dict in a file, however it is wrapped."""
+def _read_file(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
+    """The state dict in a file, however it is wrapped, and our own record if any."""
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)[0]
-    tree = torch_files.read_torch(path)
-    if isinstance(tree, list):  # the DDIM repository: model, ..., average
+        tensors, metadata = torch_files.read_safetensors(path)
+        return tensors, metadata.get(RECORD)
+    tree: Any = torch_files.read_torch(path)
+    if isinstance(tree, list):  # the DDIM repository: model, optimiser, ..., average
         dicts = [item for item in tree if _is_state_dict(item)]
-        tree = dicts[-1] if dicts else {}
+        tree = dicts[-1] if dicts else tree
     for name in STATE_DICTS:
         if isinstance(tree, Mapping) and _is_state_dict(tree.get(name)):
             tree = tree[name]
     if not _is_state_dict(tree):
         raise ValueError(
-            f"{path} must hold tensors by name, got {type(tree).__name__}."
+            f"{path} must hold tensors by name, got a {type(tree).__name__} of others."
         )
-    return {name.removeprefix("module."): array for name, array in tree.items()}
+    return {name.removeprefix("module."): array for name, array in tree.items()}, None
 
 
 def _is_state_dict(tree: Any) -> bool:
     return (
         isinstance(tree, Mapping)
         and bool(tree)
+        and all(isinstance(name, str) for name in tree)
         and all(isinstance(array, np.ndarray) for array in tree.values())
     )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="flax") as file:
-            names = list(file.keys())
-            tensors = {name: np.asarray(file.get_tensor(name)) for name in names}
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} must be a whole .safetensors file, got {error}."
-        ) from None
-
-
-def _read_ours(path: Path):
+def _read_ours(tensors: Mapping[str, np.ndarray], record: Any) -> Network:
     """Parameters, config and image shape of a file that `to_safetensors` wrote."""
-    tensors, metadata = _read_safetensors(path)
-    if "jax_diffusion" not in metadata:
-        return None
-    record = json.loads(metadata["jax_diffusion"])
-    params = unflatten_dict(tensors, sep=".")
     config, image_shape = record["config"], tuple(record["image_shape"])
-    expected = jax.tree.map(
-        lambda a: a.shape, _shapes(config, image_shape)[1]["params"]
+    wanted: dict[str, Any] = flatten_dict(_shapes(config, image_shape)[1], sep=".")
+    weights.check_same(
+        {name: leaf.shape for name, leaf in wanted.items()},
+        {name: array.shape for name, array in tensors.items()},
     )
-    if jax.tree.map(np.shape, params) != expected:
-        raise ValueError(
-            f"{path} must have the parameters of its own config, got others."
-        )
-    return params, config, image_shape
+    return unflatten_dict(tensors, sep="."), config, image_shape
 
 
-def _read_folder(path: Path):
-    """Tensors, config and image shape of a Hugging Face folder, pipeline or model."""
+def _read_folder(path: Path) -> Network:
+    """Parameters, config and image shape of a Hugging Face pipeline or model."""
     model = path / "unet" if (path / "unet").is_dir() else path
     scheduler = path / "scheduler" if (path / "scheduler").is_dir() else path
     unet = _read_json(model / "config.json")
+    kwargs = dict(name="unet", **diffusers_config.unet_from_config(unet))
     schedule, objective = diffusers_config.process_from_scheduler(
         _read_json(scheduler / "scheduler_config.json")
     )
-    kwargs = dict(name="unet", **diffusers_config.unet_from_config(unet))
-    size, channels = unet["sample_size"], unet["in_channels"]
-    config = _config(
-        kwargs,
-        schedule,
-        objective,
-        dict(name="folder", path="data", image_size=size, batch_size=64),
-    )
-    stem = "diffusion_pytorch_model"
-    found = [model / f"{stem}{end}" for end in (".safetensors", ".bin")]
+    size = diffusers_config.side_of(unet)
+    images = dict(name="folder", path="data", image_size=size, batch_size=64)
+    config = _config(kwargs, schedule, objective, images)
+    found = [model / f"{WEIGHTS}{end}" for end in (".safetensors", ".bin")]
     found = [file for file in found if file.is_file()]
     if not found:
-        raise ValueError(f"{model} must hold {stem}.safetensors or .bin, got neither.")
-    tensors = weights.new_diffusers_names(_read_file(found[0]))
-    return tensors, config, (size, size, channels)
+        raise ValueError(
+            f"{model} must hold {WEIGHTS}.safetensors or .bin, got neither."
+        )
+    tensors = weights.new_diffusers_names(_read_file(found[0])[0])
+    image_shape = (size, size, unet["in_channels"])
+    return _params(tensors, config, image_shape, "diffusers"), config, image_shape
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -233,29 +224,65 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def to_openai(run: Run, out: Path) -> None:
-    """Writes a `.pt` for improved-diffusion, and its flags in a `.json` beside it.
+    """Writes a `.pt` for improved-diffusion, and beside it a `.json`.
+
+    That holds the arguments of its UNetModel, or SuperResModel of a network with
+    low_res, and of its GaussianDiffusion.
 
     Raises:
-        ValueError: if improved-diffusion's U-Net cannot compute what this one does.
+        ValueError: if improved-diffusion cannot compute what this run does.
     """
+    flags = out.with_suffix(".json")
+    if out.suffix not in (".pt", ".pth") or flags.exists():
+        raise ValueError(f"--out must end in .pt and be new, got {str(out)!r}.")
+    tensors = _tensors(run, "openai")
+    content = {"model": _openai_model(run), "diffusion": _openai_diffusion(run)}
+    torch_files.write_torch(out, tensors)
+    flags.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _openai_model(run: Run) -> dict[str, Any]:
     model: Any = run.model
-    _check_fields(model, OPENAI_FIELDS, "improved-diffusion")
-    torch_files.write_torch(out, _tensors(run, "openai"))
-    height = run.image_shape[0]
-    flags = dict(
-        image_size=height,
+    differing = [
+        f"{name} = {getattr(model, name)!r}"
+        for name, value in OPENAI_FIELDS.items()
+        if getattr(model, name) != value
+    ]
+    if model.multipliers[0] != 1 or any(m != int(m) for m in model.multipliers):
+        differing.append(f"multipliers = {model.multipliers}")
+    if differing:
+        raise ValueError(
+            "the network must be one that improved-diffusion can compute, got "
+            f"{', '.join(differing)}."
+        )
+    heights = [run.image_shape[0] >> i for i in range(len(model.multipliers))]
+    return dict(
         in_channels=run.image_shape[-1],
         model_channels=model.channels,
         out_channels=model.out_channels,
         num_res_blocks=model.num_res_blocks,
-        attention_resolutions=[height // r for r in model.attention_resolutions],
-        channel_mult=list(model.multipliers),
+        attention_resolutions=[
+            2**i for i, h in enumerate(heights) if h in model.attention_resolutions
+        ],
+        channel_mult=[int(m) for m in model.multipliers],
         num_heads=model.num_heads,
         num_classes=model.num_classes,
         use_scale_shift_norm=model.scale_shift,
         dropout=model.dropout,
     )
-    out.with_suffix(".json").write_text(json.dumps(flags, indent=2) + "\n")
+
+
+def _openai_diffusion(run: Run) -> dict[str, Any]:
+    objective: Any = run.objective
+    schedule = run.config.schedule
+    return dict(
+        betas=settings.make_betas(schedule).tolist(),
+        model_mean_type=settings.choose(
+            "the mean_type for improved-diffusion", objective.mean_type, OPENAI_MEANS
+        ),
+        model_var_type=objective.var_type.upper(),
+        rescale_timesteps=schedule.get("rescale_timesteps", False),
+    )
 
 
 def to_diffusers(run: Run, out: Path) -> None:
@@ -264,60 +291,55 @@ def to_diffusers(run: Run, out: Path) -> None:
     Raises:
         ValueError: if diffusers cannot compute what this network or process does.
     """
-    from safetensors.numpy import save_file
-
-    unet = diffusers_config.config_from_unet(run.model, run.image_shape)
-    table = settings.make_betas(run.config.schedule)
-    scheduler = diffusers_config.scheduler_from_process(
-        table, run.objective, run.config.schedule.get("rescale_timesteps", False)
-    )
-    index = {
-        "_class_name": "DDPMPipeline",
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
-    }
     tensors = _tensors(run, "diffusers")
+    schedule = run.config.schedule
+    scheduler = diffusers_config.scheduler_from_process(
+        settings.make_betas(schedule),
+        run.objective,
+        schedule.get("rescale_timesteps", False),
+    )
     files = {
-        "model_index.json": index,
-        "unet/config.json": unet,
+        "unet/config.json": diffusers_config.config_from_unet(
+            run.model, run.image_shape
+        ),
         "scheduler/scheduler_config.json": scheduler,
+        "model_index.json": {
+            "_class_name": "DDPMPipeline",
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        },
     }
     for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
-    save_file(tensors, out / "unet" / "diffusion_pytorch_model.safetensors")
+    file = out / "unet" / f"{WEIGHTS}.safetensors"
+    torch_files.write_safetensors(file, tensors, {"format": "pt"})
 
 
 def to_safetensors(run: Run, out: Path) -> None:
     """Writes parameters under our own names, and config and image shape as metadata."""
-    from safetensors.numpy import save_file
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out must end in .safetensors, got {str(out)!r}.")
+    record = dict(config=json.loads(run.config.to_json()), image_shape=run.image_shape)
+    tensors: dict[str, Any] = flatten_dict(run.params, sep=".")
+    torch_files.write_safetensors(out, tensors, {RECORD: json.dumps(record)})
 
-    record = {
-        "config": json.loads(run.config.to_json()),
-        "image_shape": run.image_shape,
-    }
-    tensors = {
-        k: np.ascontiguousarray(v) for k, v in flatten_dict(run.params, sep=".").items()
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out, metadata={"jax_diffusion": json.dumps(record)})
+
+WRITERS: dict[str, Callable[[Run, Path], None]] = {
+    "openai": to_openai,
+    "diffusers": to_diffusers,
+    "safetensors": to_safetensors,
+}
 
 
 def _tensors(run: Run, layout: str) -> dict[str, np.ndarray]:
+    if not isinstance(run.model, UNet):
+        raise ValueError(
+            "only the network 'unet' can be written for others, got "
+            f"{type(run.model).__name__}."
+        )
     wanted = weights.leaves(run.params, layout, _heads_of(run.model))
     return weights.to_torch(run.params, wanted)
-
-
-def _check_fields(model: Any, fields: Mapping[str, Any], who: str) -> None:
-    differing = [
-        f"{name} = {getattr(model, name)!r}"
-        for name, value in fields.items()
-        if getattr(model, name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"{who} must have such a U-Net, got {', '.join(differing)}, which it has not."
-        )
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -337,12 +359,7 @@ def convert(args: argparse.Namespace) -> None:
             layout=args.layout,
         )
         return
-    write = {
-        "openai": to_openai,
-        "diffusers": to_diffusers,
-        "safetensors": to_safetensors,
-    }
-    writer = settings.choose("--to", args.to, write)
+    writer = settings.choose("--to", args.to, WRITERS)
     if args.out is None or Path(args.out).exists():
         raise ValueError(f"--out must name a new file or folder, got {args.out!r}.")
     writer(sample.load_run(args.workdir, args.ema), Path(args.out))
@@ -363,7 +380,7 @@ def main() -> None:
     parser.add_argument(
         "--layout", default="openai", help=f"with --config: {sorted(weights.LAYOUTS)}"
     )
-    parser.add_argument("--to", help=f"what to write: {', '.join(FORMATS)}")
+    parser.add_argument("--to", help=f"what to write: {', '.join(WRITERS)}")
     parser.add_argument("--out", help="where to write it")
     parser.add_argument("--ema", help="such as 0.999; none for the raw parameters")
     convert(parser.parse_args())

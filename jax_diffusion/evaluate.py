@@ -49,15 +49,24 @@ BPD_LINE = (
 )
 
 
-def load_images(run: Run, split: str, batch_size: int) -> data.Batches:
-    """The run's own data set, one split in order, unflipped."""
-    group = dict(run.config.data, split=split, batch_size=batch_size, flip=False)
-    return settings.call(data.load, group, "config.data", train=False)
+def load_images(run: Run, args: argparse.Namespace, split: str) -> data.Batches:
+    """The run's own data set or that of --data, one split in order, unflipped."""
+    group = dict(run.config.data, split=split, batch_size=args.batch_size, flip=False)
+    if args.data is not None:
+        name, _, path = args.data.partition(":")
+        group |= dict(name=name, path=path or None, image_size=run.image_shape[0])
+    batches = settings.call(data.load, group, "config.data", train=False)
+    if batches.image_shape != run.image_shape:
+        raise ValueError(
+            f"images must be {run.image_shape}, as the run's, got "
+            f"{batches.image_shape}."
+        )
+    return batches
 
 
 def frechet(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """Distance of as many samples as there are images to those images."""
-    images = load_images(run, args.frechet_split, args.batch_size).images
+    images = load_images(run, args, args.frechet_split).images
     n = args.n or len(images)
     schedule = settings.make_schedule(run.config.schedule, steps=args.steps)
     draw = sample.make_sampler(
@@ -95,13 +104,14 @@ def frechet(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 def bits_per_dim(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """The bound over a split; writes its terms (.npz) and their curve (.png)."""
-    batches = load_images(run, args.split, args.batch_size)
+    batches = load_images(run, args, args.split)
     schedule = settings.make_schedule(run.config.schedule)
+    objective: Any = run.objective
 
     @jax.jit
     def bpd(params, keys, x_0, label):
         model_fn = training.bind(run.model, params, label)
-        denoise_fn = diffusion.denoiser(model_fn, schedule, run.objective)
+        denoise_fn = diffusion.denoiser(model_fn, schedule, objective)
         denoise_fn = diffusion.clip_x_0(denoise_fn)
         return likelihood.bits_per_dim(keys, denoise_fn, schedule, x_0)
 
@@ -116,6 +126,7 @@ def bits_per_dim(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     bits = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
     rate, distortion = likelihood.progressive_coding(bits)
     terms = {**bits._asdict(), "rate": rate, "distortion": distortion}
+    args.out.mkdir(exist_ok=True)
     np.savez(args.out / "bpd_terms.npz", **terms)
     means = {name: np.mean(value, axis=0) for name, value in bits._asdict().items()}
     plotting.save_vlb_curve(args.out / "bpd_terms.png", {"vlb": means["vlb"]})
@@ -132,7 +143,7 @@ def bits_per_dim(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 def accuracy(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """How often a classifier is right, over a split and all t, and by quartile of t."""
-    batches = load_images(run, args.split, args.batch_size)
+    batches = load_images(run, args, args.split)
     schedule = settings.make_schedule(run.config.schedule)
     draw_t = timesteps.stratified(schedule.num_steps).sample
 
@@ -171,7 +182,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     names = _metrics_of(run, args.metrics)
     args.out = Path(args.workdir) / "evaluation"
     scores: dict[str, Any] = {"ema": run.ema}
-    args.out.mkdir(exist_ok=True)
     if "frechet" in names:
         scores |= frechet(run, args)
         print(FRECHET_LINE.format(**scores))
@@ -181,12 +191,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if "accuracy" in names:
         scores |= accuracy(run, args)
         print(ACCURACY_LINE.format(**scores))
+    args.out.mkdir(exist_ok=True)
     (args.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     return scores
 
 
 def _metrics_of(run: Run, asked: str | None) -> list[str]:
     """The metrics asked for, or all that the run's network can have."""
+    if getattr(run.model, "low_res", False):
+        raise ValueError("the run must be of a network without low_res, got one with.")
     allowed = ["accuracy"] if run.objective is None else ["frechet", "bpd"]
     names = allowed if asked is None else asked.split(",")
     for name in names:
@@ -213,6 +226,10 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, help="of a training run")
     parser.add_argument(
         "--metrics", help="of frechet, bpd; of a classifier accuracy; default all"
+    )
+    parser.add_argument(
+        "--data",
+        help="NAME:PATH, a data set other than the run's: folder:DIR, npz:FILE",
     )
     parser.add_argument("--split", default="test", help="for bpd and accuracy")
     parser.add_argument(

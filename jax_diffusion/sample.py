@@ -74,9 +74,10 @@ def make_sampler(
     clip: bool = True,
     num_frames: int = 1,
 ) -> Callable[..., samplers.SampleState]:
-    """Builds a compiled f(params, schedule, keys, eta, label) -> frames.
+    """Builds a compiled f(params, schedule, keys, eta, label, low_res) -> frames.
 
-    Schedules padded to one length, and all eta, share one compilation.
+    Schedules padded to one length, and all eta, share one compilation. `low_res` is
+    left out but for a network that wants it.
 
     Raises:
         ValueError: for an unknown sampler, or for a classifier.
@@ -86,8 +87,9 @@ def make_sampler(
     step_fn = settings.choose("sampler", sampler, SAMPLERS)
 
     @jax.jit
-    def draw(params, schedule, keys, eta, label):
-        model_fn = bind(model, params, label)
+    def draw(params, schedule, keys, eta, label, low_res=None):
+        options = {} if low_res is None else {"low_res": low_res}
+        model_fn = bind(model, params, label, **options)
         denoise_fn = diffusion.denoiser(model_fn, schedule, objective)
         if clip:
             denoise_fn = diffusion.clip_x_0(denoise_fn)
@@ -119,19 +121,25 @@ def generate(
     seed: int = 0,
     eta: float = 0.0,
     num_labels: int | None = None,
+    low_res: data.Arrays | None = None,
     batch_size: int = 256,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields batches of frames, uint8 [num_frames, b, h, w, c], and their labels [b].
 
     Images are numbered 0 to n - 1. Labels, if the network wants them, go round.
+
+    Args:
+        low_res: uint8 images to enlarge and their labels, which go round too.
     """
     key = jax.random.key(seed)
     batch_size = min(batch_size, n)
+    small, labels = low_res or (None, np.arange(num_labels or 1, dtype=np.int32))
     for first in range(0, n, batch_size):
         ids = np.arange(first, first + batch_size, dtype=np.int32)  # one shape for all
-        label = ids % (num_labels or 1)
+        label = labels[ids % len(labels)]
         keys = samplers.image_keys(key, jnp.asarray(ids))
-        frames = draw(params, schedule, keys, eta, label)
+        shown = () if small is None else (data.from_uint8(small[ids % len(small)]),)
+        frames = draw(params, schedule, keys, eta, label, *shown)
         keep = min(batch_size, n - first)
         yield data.to_uint8(frames.x)[:, :keep], label[:keep]
 
@@ -150,6 +158,33 @@ def write_images(out: Path, images: np.ndarray, labels: np.ndarray) -> None:
     )
     for i, image in enumerate(images):
         plotting.save_png(out / f"{i:05d}.png", image)
+
+
+def read_low_res(path: str | None, run: Run) -> data.Arrays | None:
+    """Images to enlarge and their labels, if the run's network does that.
+
+    Raises:
+        ValueError: if the file does not fit the network, or only one of them is there.
+    """
+    enlarges, classes = getattr(run.model, "low_res", False), num_classes(run.model)
+    if (path is not None) != enlarges:
+        raise ValueError(
+            "--low-res must be given for a network with low_res and for no other, got "
+            f"{path!r}."
+        )
+    if path is None:
+        return None
+    images, labels = data.DATASETS["npz"]("all", path, None)
+    if images.shape[-1] != run.image_shape[-1]:
+        raise ValueError(
+            f"images of --low-res must have {run.image_shape[-1]} channels, got "
+            f"{images.shape[-1]}."
+        )
+    if classes is not None and labels.max() >= classes:
+        raise ValueError(
+            f"labels of --low-res must be below {classes}, got {labels.max()}."
+        )
+    return images, labels
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -174,6 +209,7 @@ def sample(args: argparse.Namespace) -> None:
         n=args.n, seed=args.seed, eta=args.eta, batch_size=args.batch_size
     )
     options["num_labels"] = num_classes(run.model)
+    options["low_res"] = read_low_res(args.low_res, run)
     parts, labels, gif = [], [], None
     with tqdm(total=args.n, unit="image", disable=None) as bar:
         for frames, label in generate(draw, run.params, schedule, **options):
@@ -221,6 +257,9 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=64, help="number of images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument(
+        "--low-res", help="images to enlarge: a .npz of arr_0 and perhaps labels arr_1"
+    )
     parser.add_argument("--ema", help="such as 0.999; none for the raw parameters")
     parser.add_argument(
         "--no-clip", action="store_true", help="do not clip the predicted x_0"

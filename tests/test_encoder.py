@@ -291,7 +291,7 @@ def test_attention_follows_each_block_of_the_heights_asked_for_and_the_middle():
         (dict(channels=10), (8, 8), "divisible by num_groups = 4 .* got 10"),
         (dict(num_heads=3), (8, 8), "by num_heads = 3, got 8"),
         (dict(head_channels=16), (8, 8), "by head_channels = 16, got 8"),
-        (dict(multipliers=(0.1, 1)), (8, 8), "num_groups = 4 .* got 0"),
+        (dict(multipliers=(0.01, 1)), (8, 8), "num_groups = 4 .* got 0"),
     ],
 )
 def test_wrong_names_and_shapes_are_named_in_one_sentence(options, size, message):

@@ -12,6 +12,8 @@ import numpy as np
 Json = Mapping[str, Any]
 
 BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"}
+NEEDED = ("sample_size", "in_channels", "out_channels", "block_out_channels")
+NEEDED += ("down_block_types", "up_block_types")
 # Fields of UNet2DModel of which we know one value; missing ones have it.
 FIXED_FIELDS = {
     "center_input_sample": False,
@@ -22,12 +24,30 @@ FIXED_FIELDS = {
     "downsample_type": "conv",
     "upsample_type": "conv",
     "act_fn": "silu",
-    "attn_norm_num_groups": None,
     "add_attention": True,
     "class_embed_type": None,
 }
 # Fields of UNet of which diffusers knows one value.
 PLAIN_FIELDS = {"resample": "conv", "low_res": False, "block_size": 1}
+# Fields with two or three values, and what each of them is for `UNet`.
+CHOICES = {
+    "freq_shift": {0: False, 1: True},
+    "flip_sin_to_cos": {True: "cos_sin", False: "sin_cos"},
+    "downsample_padding": {1: "symmetric", 0: "bottom_right"},
+    "resnet_time_scale_shift": {"default": False, "scale_shift": True},
+}
+DEFAULTS = {  # of UNet2DModel
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "downsample_padding": 1,
+    "resnet_time_scale_shift": "default",
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "dropout": 0.0,
+    "layers_per_block": 2,
+    "num_class_embeds": None,
+}
 PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")  # its "learned" is no log
 
@@ -38,11 +58,59 @@ def unet_from_config(config: Json) -> dict[str, Any]:
     Raises:
         ValueError: if the config has a field that no published checkpoint needs.
     """
+    config = DEFAULTS | dict(config)
+    attends = _check_config(config)
+    chosen = {name: CHOICES[name][config[name]] for name in CHOICES}
+    widths = config["block_out_channels"]
+    return dict(
+        channels=widths[0],
+        multipliers=tuple(_ratio(width, widths[0]) for width in widths),
+        num_res_blocks=config["layers_per_block"],
+        attention_resolutions=tuple(
+            side_of(config) >> i for i, attend in enumerate(attends) if attend
+        ),
+        head_channels=config["attention_head_dim"],
+        num_classes=config["num_class_embeds"],
+        dropout=config["dropout"],
+        scale_shift=chosen["resnet_time_scale_shift"],
+        embedding_order=chosen["flip_sin_to_cos"],
+        embedding_endpoint=chosen["freq_shift"],
+        down_padding=chosen["downsample_padding"],
+        num_groups=config["norm_num_groups"],
+        norm_epsilon=config["norm_eps"],
+        init_style="torch",
+    )
+
+
+def side_of(config: Json) -> int:
+    """Height and width of the images that a UNet2DModel is for."""
+    size = config["sample_size"]
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    if len(sides) != 1 or not isinstance(side := sides.pop(), int):
+        raise ValueError(f"sample_size must be one number, got {size!r}.")
+    return side
+
+
+def _check_config(config: Json) -> list[bool]:
+    """Raises ValueError unless we can compute it; at which levels it attends."""
+    missing = [name for name in NEEDED if name not in config]
+    if missing:
+        raise ValueError(f"a UNet2DModel must have the fields {missing}, got none.")
     differing = [
         f"{name} = {config[name]!r}"
         for name, value in FIXED_FIELDS.items()
         if config.get(name, value) != value
     ]
+    differing += [
+        f"{name} = {config[name]!r}"
+        for name, choices in CHOICES.items()
+        if config[name] not in choices
+    ]
+    # The middle has no norm before its attention if it scales, unless this is given.
+    groups = config.get("attn_norm_num_groups")
+    plain = config["resnet_time_scale_shift"] == "default"
+    if groups != config["norm_num_groups"] and not (groups is None and plain):
+        differing.append(f"attn_norm_num_groups = {groups!r}")
     types = [*config["down_block_types"], *config["up_block_types"]]
     differing += sorted(set(types) - BLOCKS)
     attends = [kind.startswith("Attn") for kind in config["down_block_types"]]
@@ -53,27 +121,7 @@ def unet_from_config(config: Json) -> dict[str, Any]:
             "a UNet2DModel must be of the kind of google/ddpm-*, got "
             f"{', '.join(differing)}."
         )
-    widths = config["block_out_channels"]
-    size = config["sample_size"]
-    size = size if isinstance(size, int) else size[0]
-    return dict(
-        channels=widths[0],
-        multipliers=tuple(_ratio(width, widths[0]) for width in widths),
-        num_res_blocks=config.get("layers_per_block", 2),
-        attention_resolutions=tuple(size >> i for i, a in enumerate(attends) if a),
-        head_channels=config.get("attention_head_dim", 8),
-        num_classes=config.get("num_class_embeds"),
-        dropout=config.get("dropout", 0.0),
-        scale_shift=config.get("resnet_time_scale_shift", "default") == "scale_shift",
-        embedding_order="cos_sin" if config.get("flip_sin_to_cos", True) else "sin_cos",
-        embedding_endpoint=bool(config.get("freq_shift", 0)),
-        down_padding="symmetric"
-        if config.get("downsample_padding", 1)
-        else "bottom_right",
-        num_groups=config.get("norm_num_groups", 32),
-        norm_epsilon=config.get("norm_eps", 1e-5),
-        init_style="torch",
-    )
+    return attends
 
 
 def config_from_unet(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
@@ -106,6 +154,7 @@ def config_from_unet(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]
         "dropout": model.dropout,
         "attention_head_dim": head,
         "norm_num_groups": model.num_groups,
+        "attn_norm_num_groups": model.num_groups,
         "norm_eps": model.norm_epsilon,
         "resnet_time_scale_shift": "scale_shift" if model.scale_shift else "default",
         "num_class_embeds": model.num_classes,
@@ -128,8 +177,8 @@ def _check_unet(model, image_shape, widths, attends):
         differing.append(f"images of {image_shape[0]} x {image_shape[1]}")
     if differing:
         raise ValueError(
-            f"diffusers must have such a U-Net, got {', '.join(differing)}, "
-            "which it has not."
+            "the network must be one that diffusers' UNet2DModel can compute, got "
+            f"{', '.join(differing)}."
         )
 
 
@@ -154,6 +203,9 @@ def process_from_scheduler(config: Json) -> tuple[dict[str, Any], dict[str, Any]
     }
     if given is not None:
         schedules[kind] = dict(name="given", num_steps=num_steps, betas=tuple(given))
+    options = {}
+    if config.get("rescale_betas_zero_snr"):
+        options["zero_terminal_snr"] = True
     means = {theirs: ours for ours, theirs in PREDICTIONS.items()}
     mean = config.get("prediction_type", "epsilon")
     variance = config.get("variance_type", "fixed_small")
@@ -164,7 +216,8 @@ def process_from_scheduler(config: Json) -> tuple[dict[str, Any], dict[str, Any]
             f"got {kind!r}, {mean!r} and {variance!r}."
         )
     loss = "hybrid" if variance == "learned_range" else "l2"
-    return schedules[kind], dict(mean_type=means[mean], var_type=variance, loss=loss)
+    objective = dict(mean_type=means[mean], var_type=variance, loss=loss)
+    return schedules[kind] | options, objective
 
 
 def scheduler_from_process(

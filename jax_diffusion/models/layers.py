@@ -4,12 +4,12 @@ Images are [b, *spatial, c] with one, two or three spatial axes. Of three, the f
 not resampled (guided-diffusion's video networks).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 
@@ -60,13 +60,15 @@ class Layers(nn.Module):
         padding: tuple[int, int] = (1, 1),
         zero: bool = False,
         dtype: Any = None,
-        convolve: Callable[..., Array] | None = None,
+        double: bool = False,
     ) -> Float[Array, "b *d_out c_out"]:
-        """A convolution of size 3 over every spatial axis, padded symmetrically.
-
-        `convolve` computes it in another way than XLA's own convolution.
-        """
-        n = x.ndim - 2
+        """A convolution of size 3 over every spatial axis, padded symmetrically; with
+        `double`, of images doubled before."""
+        n, convolve = x.ndim - 2, None
+        if double and n == 2 and jax.default_backend() == "cpu":
+            convolve = conv_of_doubled
+        elif double:
+            x = repeat(x)
         init = layer_init(self.init_style, 3**n * x.shape[-1], zero=zero)
         return nn.Conv(
             features,
@@ -84,16 +86,51 @@ class Layers(nn.Module):
         init = layer_init(self.init_style, x.shape[-1], **init_options)
         return nn.Dense(features, dtype=dtype, name=name, **init)(x)
 
-    def norm(self, x, *, name):
-        """Group norm in float32. The true variance, as PyTorch: the faster formula
-        E[x^2] - E[x]^2 cancels."""
-        return nn.GroupNorm(
-            self.num_groups,
-            epsilon=self.norm_epsilon,
-            use_fast_variance=False,
-            dtype=jnp.float32,
-            name=name,
-        )(x)
+    def norm(self, x, *, name, scale=None, shift=None):
+        """Group norm, times 1 + scale and plus shift if those [b, c] are given."""
+        return GroupNorm(self.num_groups, self.norm_epsilon, name=name)(x, scale, shift)
+
+
+class GroupNorm(nn.Module):
+    """Group norm in float32 whatever comes in (Wu & He 2018).
+
+    Sums over pixels come first, channel by channel, as they lie in memory side by side;
+    groups are made of the few numbers that are left. All that follows is one product
+    and one sum a pixel. The variance is that of the centred values, as in PyTorch:
+    E[x^2] - E[x]^2 would cancel.
+    """
+
+    num_groups: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b *d c"],
+        scale: Float[Array, "b c"] | None = None,
+        shift: Float[Array, "b c"] | None = None,
+    ) -> Float[Array, "b *d c"]:
+        b, c, pixels = x.shape[0], x.shape[-1], tuple(range(1, x.ndim - 1))
+        gain = self.param("scale", nn.initializers.ones, (c,))[None]
+        bias = self.param("bias", nn.initializers.zeros, (c,))[None]
+
+        def of_group(means):  # [b, c], the mean of each channel's group
+            groups = means.reshape(b, self.num_groups, c // self.num_groups)
+            means = jnp.mean(groups, axis=-1, keepdims=True)
+            return jnp.broadcast_to(means, groups.shape).reshape(b, c)
+
+        def everywhere(row):  # [b, c] -> [b, 1, ..., c]
+            return jnp.expand_dims(row, pixels)
+
+        x = x.astype(jnp.float32)
+        x = x - everywhere(of_group(jnp.mean(x, axis=pixels)))
+        variance = of_group(jnp.mean(x**2, axis=pixels))
+        gain = gain * jax.lax.rsqrt(variance + self.epsilon)
+        if scale is not None:
+            gain, bias = gain * (1 + scale), bias * (1 + scale)
+        if shift is not None:
+            bias = bias + shift
+        return x * everywhere(gain) + everywhere(jnp.broadcast_to(bias, (b, c)))
 
 
 def scales(num_axes: int) -> tuple[int, ...]:
@@ -112,3 +149,35 @@ def repeat(x: Float[Array, "b *d c"]) -> Float[Array, "b *d_out c"]:
     for axis, factor in enumerate(scales(x.ndim - 2), start=1):
         x = jnp.repeat(x, factor, axis=axis) if factor > 1 else x
     return x
+
+
+def conv_of_doubled(
+    x: Array, kernel: Array, strides: Any, padding: Any, **options: Any
+) -> Array:
+    """A convolution of `layers.repeat(x)`, without ever doubling x.
+
+    Of the three rows that an output sees, two are the same row of x, so their weights
+    may be added first: four convolutions of 2 x 2 at the low resolution, one for each
+    place in a block of 2 x 2 outputs, take 16 products in place of 36. On the CPU
+    forward and backward take half the time; accelerators are left with one convolution.
+    """
+
+    def convolve(x, kernel, padding):
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def halves(kernel, axis):
+        """Its three rows, added up as an output in an even and an odd row sees x."""
+        above, middle, below = jnp.split(kernel, 3, axis)
+        even = jnp.concatenate([above, middle + below], axis)
+        return even, jnp.concatenate([above + middle, below], axis)
+
+    outputs = [
+        convolve(x, part, [(1 - i, i), (1 - j, j)])
+        for i, rows in enumerate(halves(kernel, 0))
+        for j, part in enumerate(halves(rows, 1))
+    ]
+    b, h, w, c = outputs[0].shape
+    y = jnp.stack(outputs, axis=3).reshape(b, h, w, 2, 2, c)
+    return y.swapaxes(2, 3).reshape(b, 2 * h, 2 * w, c)

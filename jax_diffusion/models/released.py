@@ -20,10 +20,10 @@ class Released(NamedTuple):
 
 
 LINEAR = dict(name="linear", num_steps=1000)
+COSINE = dict(name="cosine", num_steps=1000)
 COSINE_4000 = dict(name="cosine", num_steps=4000, rescale_timesteps=True)
 LEARNED = dict(mean_type="eps", var_type="learned_range")
-# OpenAI's MSE, RESCALED_MSE and RESCALED_KL, for those who train on.
-MSE = LEARNED | dict(loss="hybrid", vlb_scale=1e-3)
+# improved-diffusion's RESCALED_MSE and RESCALED_KL, for those who train on.
 HYBRID, VLB = LEARNED | dict(loss="hybrid"), LEARNED | dict(loss="vlb")
 SMALL = dict(mean_type="eps", var_type="fixed_small", loss="l2")
 LARGE = dict(mean_type="eps", var_type="fixed_large", loss="l2")
@@ -36,6 +36,11 @@ MULTIPLIERS = {
     256: (1, 1, 2, 2, 4, 4),
     512: (0.5, 1, 1, 2, 2, 4, 4),
 }
+
+
+def _mse(num_steps: int) -> dict[str, Any]:
+    """OpenAI's MSE: it counts the bound once, without the factor T / 1000."""
+    return LEARNED | dict(loss="hybrid", vlb_scale=1 / num_steps)
 
 
 def _folder(name: str, size: int) -> dict[str, Any]:
@@ -82,10 +87,14 @@ def _improved(
 
 
 def _guided(
-    size: int, *, schedule: dict[str, Any] = LINEAR, **options: Any
+    size: int,
+    *,
+    schedule: dict[str, Any] = LINEAR,
+    layout: str = "openai",
+    data: str = "imagenet",
+    **options: Any,
 ) -> Released:
     """guided-diffusion, with the flags that all of its networks share."""
-    layout = options.pop("layout", "openai")
     model = dict(
         name="unet",
         channels=256,
@@ -96,10 +105,8 @@ def _guided(
         resample="resblock",
         num_classes=1000,
     )
-    # Its loss counts the bound once, without the factor T / 1000.
-    objective = LEARNED | dict(loss="hybrid", vlb_scale=1 / schedule["num_steps"])
-    data = _folder("imagenet", size)
-    return Released(layout, size, model | options, schedule, objective, data)
+    objective, place = _mse(schedule["num_steps"]), _folder(data, size)
+    return Released(layout, size, model | options, schedule, objective, place)
 
 
 def _classifier(size: int, depth: int = 2) -> Released:
@@ -115,17 +122,13 @@ def _classifier(size: int, depth: int = 2) -> Released:
         resample="resblock",
         pool="attention",
     )
-    schedule = dict(name="cosine", num_steps=1000) if size == 64 else LINEAR
+    schedule = COSINE if size == 64 else LINEAR
     return Released("openai", size, model, schedule, None, _folder("imagenet", size))
 
 
 LSUN = dict(
     num_res_blocks=2, num_heads=1, attention_resolutions=(16,), scale_shift=False
 )
-PLAIN_MSE = LEARNED | dict(loss="hybrid", vlb_scale=1 / 4000)
-RAW_COSINE = dict(name="cosine", num_steps=4000)
-NOT_RESCALED = LEARNED | dict(loss="hybrid", vlb_scale=1 / 1000)
-ONE_HEAD_SIZE = dict(head_channels=64, num_classes=None)
 
 RELEASED: dict[str, Released] = {
     # improved-diffusion
@@ -134,23 +137,27 @@ RELEASED: dict[str, Released] = {
     "imagenet64_uncond_100M_1500K": _improved(64, COSINE_4000, HYBRID),
     "imagenet64_uncond_vlb_100M_1500K": _improved(64, COSINE_4000, VLB),
     "imagenet64_cond_270M_250K": _improved(
-        64, RAW_COSINE, PLAIN_MSE, channels=192, num_classes=1000
+        64,
+        dict(name="cosine", num_steps=4000),
+        _mse(4000),
+        channels=192,
+        num_classes=1000,
     ),
     "upsample_cond_500K": _improved(
         256,
         dict(name="linear", num_steps=4000),
-        PLAIN_MSE,
+        _mse(4000),
         channels=192,
         num_res_blocks=2,
         num_classes=1000,
         low_res=True,
     ),
-    "lsun_uncond_100M_1200K_bs128": _improved(256, LINEAR, NOT_RESCALED, **LSUN),
-    "lsun_uncond_100M_2400K_bs64": _improved(256, LINEAR, NOT_RESCALED, **LSUN),
+    "lsun_uncond_100M_1200K_bs128": _improved(256, LINEAR, _mse(1000), **LSUN),
+    "lsun_uncond_100M_2400K_bs64": _improved(256, LINEAR, _mse(1000), **LSUN),
     # guided-diffusion
     "64x64_diffusion": _guided(
         64,
-        schedule=dict(name="cosine", num_steps=1000),
+        schedule=COSINE,
         layout="openai_new",
         channels=192,
         num_res_blocks=3,
@@ -170,10 +177,10 @@ RELEASED: dict[str, Released] = {
         attention_resolutions=(32, 16),
         low_res=True,
     ),
-    "lsun_bedroom": _guided(256, num_classes=None, dropout=0.1),
-    "lsun_cat": _guided(256, num_classes=None, dropout=0.1),
-    "lsun_horse": _guided(256, num_classes=None, dropout=0.1),
-    "lsun_horse_nodropout": _guided(256, num_classes=None),
+    "lsun_bedroom": _guided(256, data="lsun_bedroom", num_classes=None, dropout=0.1),
+    "lsun_cat": _guided(256, data="lsun_cat", num_classes=None, dropout=0.1),
+    "lsun_horse": _guided(256, data="lsun_horse", num_classes=None, dropout=0.1),
+    "lsun_horse_nodropout": _guided(256, data="lsun_horse", num_classes=None),
     "64x64_classifier": _classifier(64, depth=4),
     "128x128_classifier": _classifier(128),
     "256x256_classifier": _classifier(256),

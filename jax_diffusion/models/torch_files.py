@@ -1,70 +1,117 @@
-"""PyTorch's files without PyTorch: tensors in and out, and nothing is ever executed.
+"""Files of PyTorch tensors without PyTorch: in and out, and nothing is ever executed.
 
 A `.pt` is a pickle, and a pickle may call anything. The reader here knows the handful
-of names that tensors need and refuses all others before they are even imported; what
-stands for a tensor is a plain record, made an array only after its bounds are checked.
+of instructions and names that tensors need, and refuses all others before they are even
+imported; what stands for a tensor is a plain record whose bounds are checked. A
+`.safetensors` is a table of contents in JSON, then the numbers.
+
+Arrays that are read are views of the file's bytes, whatever size and strides they have:
+a file cannot ask for more memory than it takes itself.
 """
 
 import collections
-import dataclasses
+import functools
 import io
+import json
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-DTYPES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(jnp.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(bool),
+Tensors = Mapping[str, np.ndarray]
+
+DTYPES = {  # by the names of their storages; and in .safetensors
+    "DoubleStorage": ("F64", np.dtype(np.float64)),
+    "FloatStorage": ("F32", np.dtype(np.float32)),
+    "HalfStorage": ("F16", np.dtype(np.float16)),
+    "BFloat16Storage": ("BF16", np.dtype(jnp.bfloat16)),
+    "LongStorage": ("I64", np.dtype(np.int64)),
+    "IntStorage": ("I32", np.dtype(np.int32)),
+    "ShortStorage": ("I16", np.dtype(np.int16)),
+    "CharStorage": ("I8", np.dtype(np.int8)),
+    "ByteStorage": ("U8", np.dtype(np.uint8)),
+    "BoolStorage": ("BOOL", np.dtype(bool)),
 }
+STORAGES = {name: dtype for name, (_, dtype) in DTYPES.items()}
+SAFE_DTYPES = dict(DTYPES.values())
 # PyTorch before 1.6 wrote several pickles in a row, these numbers first.
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
+# What pickles of plain containers and tensors are made of.
+OPCODES = set(
+    """
+    PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
+    BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE
+    SETITEM SETITEMS APPEND APPENDS TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT
+    MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID
+    """.split()
+)
 
 
-@dataclasses.dataclass
-class _Tensor:
+class _Storage(NamedTuple):
+    """What a pickle says of a run of numbers."""
+
+    key: str
+    dtype: np.dtype
+    count: int
+
+
+class _Tensor(NamedTuple):
     """What a pickle says of a tensor."""
 
-    storage: tuple[str, np.dtype, int]  # key, type, number of elements
+    storage: _Storage
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
 
-def _rebuild_tensor(storage, offset, size, stride, *rest):
-    return _Tensor(storage, offset, tuple(size), tuple(stride))
+class _RebuildTensor:
+    """In place of `torch._utils._rebuild_tensor_v2`."""
+
+    __slots__ = ()  # nothing that a pickle could change
+
+    def __call__(self, storage, offset, size, stride, *rest):
+        numbers = (offset, *size, *stride)
+        plain = all(type(n) is int and n >= 0 for n in numbers)
+        if not plain or not isinstance(storage, _Storage) or len(size) != len(stride):
+            raise ValueError(f"a tensor of size {size} and stride {stride}")
+        last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+        if math.prod(size) and last >= storage.count:
+            raise ValueError(f"{storage.count} numbers where {last + 1} should be")
+        return _Tensor(storage, offset, tuple(size), tuple(stride))
 
 
-def _rebuild_parameter(tensor, *rest):
-    return tensor
+class _RebuildParameter:
+    """In place of `torch._utils._rebuild_parameter`."""
+
+    __slots__ = ()
+
+    def __call__(self, tensor, *rest):
+        return tensor
 
 
 ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    **{("torch", name): dtype for name, dtype in DTYPES.items()},
+    ("torch._utils", "_rebuild_tensor"): _RebuildTensor(),
+    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+    ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
+    **{("torch", name): name for name in STORAGES},
 }
 
 
 class _Unpickler(pickle.Unpickler):
     """Unpickles tensors as `_Tensor`, and refuses whatever is none."""
+
+    def __init__(self, data: bytes):
+        super().__init__(io.BytesIO(data))
+        self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module, name):
         if (module, name) not in ALLOWED:
@@ -72,17 +119,35 @@ class _Unpickler(pickle.Unpickler):
         return ALLOWED[module, name]
 
     def persistent_load(self, pid):
-        kind, dtype, key, _, size = pid[:5]
-        if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise ValueError(f"it asks for a {kind!r}")
-        return str(key), dtype, int(size)
+        kind, name, key, _, count, *view = pid
+        if kind != "storage" or name not in STORAGES or any(view):
+            raise ValueError(f"it asks for a {kind!r} of {name!r}")
+        storage = _Storage(str(key), STORAGES[name], int(count))
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise ValueError(f"two kinds of numbers in {storage.key!r}")
+        return storage
+
+
+def _unpickle(file: Any) -> tuple[Any, dict[str, _Storage]]:
+    """An object and its storages by key; every instruction is looked at first."""
+    start = file.tell()
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name not in OPCODES:
+            raise ValueError(f"its pickle has the instruction {opcode.name}")
+        if opcode.name == "LONG_BINPUT" and argument > file.tell():
+            raise ValueError(f"its pickle asks for {argument} places")
+    end = file.tell()
+    file.seek(start)
+    unpickler = _Unpickler(file.read(end - start))
+    return unpickler.load(), unpickler.storages
 
 
 def read_torch(path: str | Path) -> Any:
     """Reads a `.pt`, `.pth`, `.ckpt` or `.bin` file, its tensors as NumPy arrays.
 
-    Knows the zip format of PyTorch 1.6 and later, and the one before it. Containers
-    come back as they were saved: mostly a dict from name to array.
+    Knows the zip format of PyTorch 1.6 and later, and the one before it. Dicts and
+    lists (tuples too) come back as such, mostly a dict from name to array.
 
     Raises:
         ValueError: if the file is cut off or corrupted, or if its pickle asks for
@@ -93,10 +158,9 @@ def read_torch(path: str | Path) -> Any:
         raise ValueError(f"a checkpoint must be a file, got {str(path)!r}.")
     try:
         with path.open("rb") as file:
-            if zipfile.is_zipfile(file):
-                return _read_zip(file)
+            zipped = zipfile.is_zipfile(file)
             file.seek(0)
-            return _read_legacy(file)
+            return _read_zip(file) if zipped else _read_legacy(file)
     except Exception as error:  # damage shows as any kind of error
         reason = str(error) or type(error).__name__
         raise ValueError(
@@ -104,83 +168,82 @@ def read_torch(path: str | Path) -> Any:
         ) from error
 
 
-def _read_zip(file: BinaryIO) -> Any:
+def _read_zip(file: Any) -> Any:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
-        (pickled,) = (n for n in names if n.endswith("/data.pkl"))
-        root = pickled.removesuffix("data.pkl")
-        if (
-            f"{root}byteorder" in names
-            and archive.read(f"{root}byteorder") != b"little"
-        ):
+        pickles = [n for n in names if n.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"{len(pickles)} times data.pkl in it")
+        if any(info.compress_type for info in archive.infolist()):
+            raise ValueError("it is compressed")
+        root = pickles[0].removesuffix("data.pkl")
+        order = f"{root}byteorder"
+        if order in names and archive.read(order) != b"little":
             raise ValueError("it is big-endian")
-        tree = _Unpickler(io.BytesIO(archive.read(pickled))).load()
-        return _arrays(tree, lambda key: archive.read(f"{root}data/{key}"))
+        tree, _ = _unpickle(io.BytesIO(archive.read(pickles[0])))
+        return _arrays(tree, lambda storage: archive.read(f"{root}data/{storage.key}"))
 
 
-def _read_legacy(file: BinaryIO) -> Any:
-    magic, version, system = (_Unpickler(file).load() for _ in range(3))
-    if (
-        magic != LEGACY_MAGIC
-        or version != LEGACY_VERSION
-        or not system["little_endian"]
-    ):
+def _read_legacy(file: Any) -> Any:
+    magic, version, system = (_unpickle(file)[0] for _ in range(3))
+    if magic != LEGACY_MAGIC or version != LEGACY_VERSION:
         raise ValueError("no PyTorch file")
-    tree, keys = (_Unpickler(file).load() for _ in range(2))
-    sizes = {s[0]: s[1].itemsize for s in _storages(tree)}
+    if not system["little_endian"]:
+        raise ValueError("it is big-endian")
+    (tree, storages), (keys, _) = _unpickle(file), _unpickle(file)
     data = {}
     for key in keys:  # in this order, each after its number of elements
         (count,) = struct.unpack("<q", file.read(8))
-        data[key] = file.read(count * sizes[key])
-    return _arrays(tree, data.__getitem__)
+        if count != storages[key].count:
+            raise ValueError(f"{count} numbers in {key!r}")
+        data[key] = file.read(count * storages[key].dtype.itemsize)
+    return _arrays(tree, lambda storage: data[storage.key])
 
 
-def _storages(tree):
-    if isinstance(tree, _Tensor):
-        yield tree.storage
-    elif isinstance(tree, Mapping | list | tuple):
-        for item in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from _storages(item)
+def _arrays(tree: Any, read: Callable[[_Storage], bytes]) -> Any:
+    """The tree with arrays in place of `_Tensor`."""
+    done: dict[int, Any] = {}  # what occurs twice in the tree, as it may very often
+
+    @functools.cache
+    def numbers(storage):
+        flat = np.frombuffer(read(storage), storage.dtype)
+        if len(flat) != storage.count:
+            raise ValueError(f"{len(flat)} numbers of {storage.count}")
+        return flat
+
+    def convert(item):
+        if id(item) not in done:
+            done[id(item)] = inside(item)
+        return done[id(item)]
+
+    def inside(item):
+        if isinstance(item, _Tensor):
+            return _view(item, numbers(item.storage))
+        if isinstance(item, Mapping):
+            return {key: convert(value) for key, value in item.items()}
+        if isinstance(item, list | tuple):
+            return [convert(value) for value in item]
+        return item
+
+    return convert(tree)
 
 
-def _arrays(tree, read):
-    """The tree with arrays in place of `_Tensor`, by `read(key) -> bytes`."""
-    if isinstance(tree, _Tensor):
-        return _array(tree, read)
-    if isinstance(tree, Mapping):
-        return {key: _arrays(item, read) for key, item in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_arrays(item, read) for item in tree]
-    return tree
+def _view(tensor: _Tensor, flat: np.ndarray) -> np.ndarray:
+    strides = [stride * flat.itemsize for stride in tensor.stride]
+    start = flat[tensor.offset :]
+    as_strided = np.lib.stride_tricks.as_strided
+    return as_strided(start, tensor.size, strides, writeable=False)
 
 
-def _array(tensor, read):
-    key, dtype, _ = tensor.storage
-    flat = np.frombuffer(read(key), dtype)
-    if (
-        len(tensor.size) != len(tensor.stride)
-        or min((tensor.offset, *tensor.size, *tensor.stride), default=0) < 0
-    ):
-        raise ValueError(f"a tensor of size {tensor.size} and stride {tensor.stride}")
-    steps = zip(tensor.size, tensor.stride, strict=True)
-    last = tensor.offset + sum((size - 1) * stride for size, stride in steps)
-    if math.prod(tensor.size) and last >= len(flat):
-        raise ValueError(f"{len(flat)} numbers where {last + 1} should be")
-    strides = [stride * dtype.itemsize for stride in tensor.stride]
-    view = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.size, strides)
-    return view.copy()
-
-
-def write_torch(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_torch(path: str | Path, tensors: Tensors) -> None:
     """Writes a state dict that `torch.load(path, weights_only=True)` reads."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in STORAGES.items()}
+    _check_dtypes(tensors, names)
     pickled = io.BytesIO()
     # Written opcode by opcode: a pickler would have to import torch to name its types.
     pickled.write(b"\x80\x02ccollections\nOrderedDict\n)R(")
     for key, (name, array) in enumerate(tensors.items()):
-        strides = tuple(
-            s // array.itemsize for s in np.empty(array.shape, array.dtype).strides
-        )
+        strides = np.empty(array.shape, np.uint8).strides
         pickled.write(_string(name) + b"ctorch._utils\n_rebuild_tensor_v2\n((")
         pickled.write(_string("storage") + f"ctorch\n{names[array.dtype]}\n".encode())
         pickled.write(_string(str(key)) + _string("cpu") + _integer(array.size) + b"tQ")
@@ -192,9 +255,7 @@ def write_torch(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
         archive.writestr("archive/data.pkl", pickled.getvalue())
         archive.writestr("archive/byteorder", "little")
         for key, array in enumerate(tensors.values()):
-            archive.writestr(
-                f"archive/data/{key}", np.ascontiguousarray(array).tobytes()
-            )
+            archive.writestr(f"archive/data/{key}", array.tobytes())
         archive.writestr("archive/version", "3\n")
 
 
@@ -203,9 +264,74 @@ def _string(text: str) -> bytes:
 
 
 def _integer(value: int) -> bytes:
-    data = value.to_bytes(8, "little")
-    return b"\x8a\x08" + data
+    return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
 
 
 def _integers(values: tuple[int, ...]) -> bytes:
     return b"(" + b"".join(map(_integer, values)) + b"t"
+
+
+def _check_dtypes(tensors: Tensors, known: Mapping[np.dtype, str]) -> None:
+    for name, array in tensors.items():
+        if array.dtype not in known:
+            raise ValueError(
+                f"tensors must be of {sorted(map(str, known))}, got {array.dtype} "
+                f"in {name!r}."
+            )
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads a `.safetensors` file: its arrays by name, and its metadata.
+
+    Raises:
+        ValueError: if the file is cut off or corrupted.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"a checkpoint must be a file, got {str(path)!r}.")
+    try:
+        data = path.read_bytes()
+        (length,) = struct.unpack_from("<Q", data)
+        if 8 + length > len(data):
+            raise ValueError(f"{len(data)} bytes of more than {length}")
+        entries = json.loads(data[8 : 8 + length])
+        metadata, body = entries.pop("__metadata__", {}), memoryview(data)[8 + length :]
+        return {name: _entry(entry, body) for name, entry in entries.items()}, metadata
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"{path} must be a whole .safetensors file, got {reason!r}."
+        ) from error
+
+
+def _entry(entry: Mapping[str, Any], body: memoryview) -> np.ndarray:
+    dtype, shape = SAFE_DTYPES[entry["dtype"]], entry["shape"]
+    start, end = entry["data_offsets"]
+    size = math.prod(shape) * dtype.itemsize
+    if min([start, *shape]) < 0 or end - start != size or end > len(body):
+        raise ValueError(f"bytes {start} to {end} of {len(body)} for shape {shape}")
+    return np.frombuffer(body[start:end], dtype).reshape(shape)
+
+
+def write_safetensors(
+    path: str | Path, tensors: Tensors, metadata: Mapping[str, str]
+) -> None:
+    """Writes a `.safetensors` file; the metadata are strings, too."""
+    names = {dtype: name for name, dtype in SAFE_DTYPES.items()}
+    _check_dtypes(tensors, names)
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, array in tensors.items():
+        start, end = end, end + array.nbytes
+        entries[name] = {
+            "dtype": names[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)  # so that the numbers are aligned
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for array in tensors.values():
+            file.write(array.tobytes())

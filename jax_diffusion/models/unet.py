@@ -72,18 +72,19 @@ class ResBlock(Layers):
         self, x: Float[Array, "b *d c"], emb: Float[Array, "b e"], train: bool
     ) -> Float[Array, "b *d_out c_out"]:
         h = nn.silu(self.norm(x, name="norm_in"))
-        if self.resample is not None:
-            change = pool if self.resample == "halve" else repeat
-            h, x = change(h), change(x)
-        h = self.conv(h, self.channels, name="conv_in")
+        if self.resample == "halve":
+            h, x = pool(h), pool(x)
+        double = self.resample == "double"
+        h = self.conv(h, self.channels, name="conv_in", double=double)
+        x = repeat(x) if double else x
 
         width = (1 + self.scale_shift) * self.channels
         emb = self.dense(nn.silu(emb), width, name="emb")
-        emb = emb.reshape(emb.shape[:1] + (1,) * (x.ndim - 2) + emb.shape[1:])
         if self.scale_shift:
             scale, shift = jnp.split(emb, 2, axis=-1)
-            h = self.norm(h, name="norm_out") * (1 + scale) + shift
+            h = self.norm(h, name="norm_out", scale=scale, shift=shift)
         else:
+            emb = jnp.expand_dims(emb, tuple(range(1, x.ndim - 1)))
             h = self.norm(h + emb, name="norm_out")
 
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
@@ -287,7 +288,7 @@ class UNet(Trunk):
             return block(h, h.shape[-1], name, resample="double")
         if self.resample == "pool":
             return repeat(h)
-        return self.conv(repeat(h), h.shape[-1], name=name)
+        return self.conv(h, h.shape[-1], name=name, double=True)
 
     def _check_inputs(self, label, low_res):
         if (label is None) != (self.num_classes is None):

@@ -85,7 +85,8 @@ def leaves(
         raise ValueError(f"layout must be one of {sorted(LAYOUTS)}, got {layout!r}.")
     places_of, layers, axes = LAYOUTS[layout]
     places, found = places_of(params), []
-    for path, array in flatten_dict(params).items():
+    flat: dict[tuple[str, ...], Any] = flatten_dict(params)
+    for path, array in flat.items():
         *inside, kind = path[1:]
         layer = inside[0] if inside else ""
         suffixes = layers.get(layer) if inside else [""]
@@ -115,8 +116,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], wanted: list[Leaf]) -> PyTree:
             another shape; nothing is taken in part.
     """
     shapes = {name: leaf.their_shape for leaf in wanted for name in leaf.names}
-    _check_same(shapes, {name: np.shape(array) for name, array in tensors.items()})
-    ours = {}
+    check_same(shapes, {name: np.shape(array) for name, array in tensors.items()})
+    ours: dict[tuple[str, ...], np.ndarray] = {}
     for path, shape, names, _, heads in wanted:
         array = np.concatenate([np.asarray(tensors[n], np.float32) for n in names])
         if heads is not None:
@@ -129,7 +130,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], wanted: list[Leaf]) -> PyTree:
 
 def to_torch(params: PyTree, wanted: list[Leaf]) -> dict[str, np.ndarray]:
     """The state dict of our parameters; the inverse of `from_torch`, bit for bit."""
-    flat, tensors = flatten_dict(params), {}
+    flat: dict[tuple[str, ...], Any] = flatten_dict(params)
+    tensors = {}
     for path, _, names, their_shape, heads in wanted:
         array = np.asarray(flat[path], np.float32)
         if path[-1] in TRANSPOSED:
@@ -157,7 +159,8 @@ def _swap_leading(array, first, second):
     return split.swapaxes(0, 1).reshape(array.shape)
 
 
-def _check_same(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+def check_same(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    """Raises a ValueError that lists all differences between two dicts of shapes."""
     lines = [f"{n} {wanted[n]} is missing" for n in wanted if n not in got]
     lines += [f"{n} {got[n]} is unexpected" for n in got if n not in wanted]
     both = [n for n in wanted if n in got and tuple(got[n]) != tuple(wanted[n])]
@@ -237,7 +240,7 @@ def _ddpm(params: PyTree) -> dict[str, str]:
                 places[f"{way}_{level}_{i}_attention"] = f"{way}.{level}.attn.{i}"
         places[f"down_{level}_halve"] = f"down.{level}.downsample.conv"
         places[f"up_{level}_double"] = f"up.{level}.upsample.conv"
-    return places
+    return _without_blocks(places, params)
 
 
 def _diffusers(params: PyTree) -> dict[str, str]:
@@ -264,7 +267,14 @@ def _diffusers(params: PyTree) -> dict[str, str]:
         places[f"up_{level}_double"] = (
             f"up_blocks.{levels - 1 - level}.upsamplers.0.conv"
         )
-    return places
+    return _without_blocks(places, params)
+
+
+def _without_blocks(places: dict[str, str], params: PyTree) -> dict[str, str]:
+    """Only the places of convolutions that resample, not those of blocks that do."""
+    names = [n for n in params if n.endswith(("_halve", "_double"))]
+    blocks = [name for name in names if "kernel" not in params[name]]
+    return {name: place for name, place in places.items() if name not in blocks}
 
 
 OPENAI_AXES = {"skip": 2, "qkv": 1, "out": 1, "qkv_proj": 1, "c_proj": 1}

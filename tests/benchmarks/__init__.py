@@ -1,0 +1,1 @@
+"""Measurements side by side with PyTorch; not run by the tests."""
