@@ -235,14 +235,13 @@ def to_openai(run: Run, out: Path) -> None:
     flags = out.with_suffix(".json")
     if out.suffix not in (".pt", ".pth") or flags.exists():
         raise ValueError(f"--out must end in .pt and be new, got {str(out)!r}.")
-    tensors = _tensors(run, "openai")
     content = {"model": _openai_model(run), "diffusion": _openai_diffusion(run)}
-    torch_files.write_torch(out, tensors)
+    torch_files.write_torch(out, _tensors(run, "openai"))
     flags.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _openai_model(run: Run) -> dict[str, Any]:
-    model: Any = run.model
+    model = _unet(run)
     differing = [
         f"{name} = {getattr(model, name)!r}"
         for name, value in OPENAI_FIELDS.items()
@@ -291,7 +290,7 @@ def to_diffusers(run: Run, out: Path) -> None:
     Raises:
         ValueError: if diffusers cannot compute what this network or process does.
     """
-    tensors = _tensors(run, "diffusers")
+    unet = diffusers_config.config_from_unet(_unet(run), run.image_shape)
     schedule = run.config.schedule
     scheduler = diffusers_config.scheduler_from_process(
         settings.make_betas(schedule),
@@ -299,9 +298,7 @@ def to_diffusers(run: Run, out: Path) -> None:
         schedule.get("rescale_timesteps", False),
     )
     files = {
-        "unet/config.json": diffusers_config.config_from_unet(
-            run.model, run.image_shape
-        ),
+        "unet/config.json": unet,
         "scheduler/scheduler_config.json": scheduler,
         "model_index.json": {
             "_class_name": "DDPMPipeline",
@@ -309,6 +306,7 @@ def to_diffusers(run: Run, out: Path) -> None:
             "unet": ["diffusers", "UNet2DModel"],
         },
     }
+    tensors = _tensors(run, "diffusers")
     for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -332,12 +330,16 @@ WRITERS: dict[str, Callable[[Run, Path], None]] = {
 }
 
 
-def _tensors(run: Run, layout: str) -> dict[str, np.ndarray]:
+def _unet(run: Run) -> UNet:
     if not isinstance(run.model, UNet):
         raise ValueError(
             "only the network 'unet' can be written for others, got "
             f"{type(run.model).__name__}."
         )
+    return run.model
+
+
+def _tensors(run: Run, layout: str) -> dict[str, np.ndarray]:
     wanted = weights.leaves(run.params, layout, _heads_of(run.model))
     return weights.to_torch(run.params, wanted)
 

@@ -1,48 +1,43 @@
-"""What programs set so that XLA's CPU backend is fast. Accelerators are not touched.
+"""What programs set so that XLA's CPU backend is fast; for accelerators, nothing.
 
 Measured with `tests/benchmarks/unet.py`. A library must not change its user's process,
 so only programs call this.
 """
 
 import ctypes
+import importlib.util
 import os
 import platform
 
-import jax
 import jaxlib
 
 # With these, XLA calls oneDNN for convolutions and matrix products, as PyTorch does,
-# instead of YNNPACK: a train step takes 10% less, in bfloat16 a third. oneDNN is in
-# jaxlib's x86 builds from 0.12 on; before, the second flag would leave nothing but Eigen.
+# instead of YNNPACK: a train step takes 10% less, in bfloat16 a third less. oneDNN is
+# in jaxlib's x86 builds from 0.12 on; before, the second would leave nothing but Eigen.
 ONEDNN_FLAGS = (
     "--xla_cpu_experimental_onednn_custom_call=true",
     "--xla_cpu_experimental_ynn_fusion_type=reduce",
 )
 # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
+ACCELERATORS = ("jax_plugins", "libtpu")  # packages that bring JAX another backend
 
 
-def set_flags() -> None:
-    """Adds to XLA_FLAGS, what is set there already excepted. Before JAX has a device."""
-    has_onednn = jaxlib.version.__version_info__ >= (0, 12)
-    if not has_onednn or platform.machine() not in ("x86_64", "AMD64"):
-        return
-    flags = os.environ.get("XLA_FLAGS", "")
-    for flag in ONEDNN_FLAGS:
-        if flag.split("=")[0] not in flags:
-            flags = f"{flags} {flag}".strip()
-    os.environ["XLA_FLAGS"] = flags
+def tune() -> None:
+    """Sets flags of XLA and of malloc, before JAX has looked for its devices.
 
-
-def keep_memory() -> None:
-    """Lets glibc keep what XLA frees, if the device is a CPU.
-
-    A step allocates its temporary memory in one piece and frees it at the end. glibc
-    would give that back to the system, which hands it out again page by page, cleared:
-    a tenth of the time of a step.
+    XLA_FLAGS that are set already are kept. glibc is told to keep what XLA frees: a
+    step allocates its temporary memory in one piece and frees it at the end, which the
+    system would take back, and hand out again page by page, cleared: a tenth of a step.
     """
+    if any(importlib.util.find_spec(name) for name in ACCELERATORS):
+        return
+    if jaxlib.version.__version_info__ >= (0, 12) and platform.machine() == "x86_64":
+        flags = os.environ.get("XLA_FLAGS", "")
+        new = [flag for flag in ONEDNN_FLAGS if flag.split("=")[0] not in flags]
+        os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *new])
     libc = _glibc()
-    if libc is not None and jax.default_backend() == "cpu":
+    if libc is not None:
         libc.mallopt(ARENA_MAX, 1)  # other arenas cannot hold pieces of this size
         libc.mallopt(MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
@@ -56,6 +51,4 @@ def release_memory() -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    if platform.libc_ver()[0] != "glibc":
-        return None
-    return ctypes.CDLL(None)
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

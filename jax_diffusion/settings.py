@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jax_diffusion import schedules, timesteps
+from jax_diffusion import cpu, schedules, timesteps
 from jax_diffusion.diffusion import Objective, check_signal
 from jax_diffusion.models.annotated import AnnotatedUNet
 from jax_diffusion.models.encoder import Encoder
@@ -224,6 +224,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def run_program(main: Callable[[], Any]) -> None:
     """Runs a command line; bad input becomes one sentence and exit status 2."""
+    cpu.tune()
     try:
         main()
     except ValueError as error:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from jax_diffusion import (
     checkpoint,
+    cpu,
     data,
     logs,
     plotting,
@@ -130,6 +131,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     step_fn, summary = compile_step(
         train_step, key, jax.eval_shape(init), batches.batch(0)
     )
+    cpu.release_memory()
     print(summary, flush=True)
     manager = checkpoint.make_manager(workdir)
     state = checkpoint.restore_or_init(manager, init)

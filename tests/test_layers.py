@@ -24,7 +24,7 @@ MODELS = {  # in models/
     *("layers", "unet", "annotated", "lucidrains", "encoder", "inception"),
     *("weights", "torch_files", "diffusers_config", "released"),
 }
-APART = {"checkpoint", "data", "logs", "metrics", "plotting", "sharding"}
+APART = {"checkpoint", "cpu", "data", "logs", "metrics", "plotting", "sharding"}
 TRAINING = {"training", "export"}  # level 4: on the core, whatever the model
 PROGRAMS = {"train", "sample", "evaluate", "convert", "settings"}  # level 5
 

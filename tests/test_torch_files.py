@@ -271,7 +271,7 @@ MALICE = {  # what a pickle holds, and the words that tell of it
     ),
     "import": (lambda trap: evil("builtins", "__import__", "os"), "__import__"),
     "Python 2's": (lambda trap: evil("__builtin__", "eval", "1"), "__builtin__.eval"),
-    "torch.load": (lambda trap: evil("torch", "load", "/tmp/x"), "torch.load"),
+    "torch.load": (lambda trap: evil("torch", "load", "x.pt"), "torch.load"),
     "numpy": (
         lambda trap: evil("numpy.core.multiarray", "_reconstruct"),
         "_reconstruct",

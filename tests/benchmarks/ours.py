@@ -4,8 +4,7 @@ import functools
 
 from jax_diffusion import cpu
 
-cpu.set_flags()  # as the programs do
-cpu.keep_memory()
+cpu.tune()  # as the programs do
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

@@ -1,4 +1,4 @@
-"""PyTorch's side of `tests.benchmarks.unet`: diffusers' UNet2DModel of the same size."""
+"""PyTorch's side of `tests.benchmarks.unet`: diffusers' UNet2DModel of that size."""
 
 import torch
 import worker

@@ -44,7 +44,9 @@ class Side:
         self.process.wait()
 
 
-def time_in_turns(sides: dict[str, tuple[list[str], str]], rounds: int) -> dict[str, float]:
+def time_in_turns(
+    sides: dict[str, tuple[list[str], str]], rounds: int
+) -> dict[str, float]:
     """Median seconds of each side; one round runs all of them once."""
     opened = {name: Side(command) for name, (command, _) in sides.items()}
     for name, (_, case) in sides.items():

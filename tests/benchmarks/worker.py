@@ -1,7 +1,7 @@
 """One side of a benchmark: a process that times its cases when it is told to.
 
 Reads lines from standard input: `open CASE` builds a case and runs it twice, `time`
-runs it once more, `memory` tells what it has needed at most since the last `open`. It
+runs it twice more and times the second, `memory` tells what it has needed at most since the last `open`. It
 answers each with one number. Two such processes take turns, so that neither side's
 threads, caches or allocator get in the way of the other's.
 """
@@ -26,6 +26,7 @@ def serve(cases: Mapping[str, Callable[[], Case]]) -> None:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
             answer = 0.0
         elif verb == "time":
+            run()  # threads, caches and clocks have rested while the others ran
             begun = time.perf_counter()
             run()
             answer = time.perf_counter() - begun
