@@ -84,7 +84,7 @@ class Encoder(Trunk):
         stages, h = self.descend(x, block, attend)
         if self.pool.startswith("spatial"):
             return self._spatial([*stages, h])
-        h = nn.silu(self.norm(h, name="norm_out"))
+        h = self.norm(h, name="norm_out", silu=True)
         if self.pool == "adaptive":
             h = jnp.mean(h, axis=(1, 2))
             return self.dense(h, self.num_labels, name="conv_logits", zero=True)
@@ -98,5 +98,5 @@ class Encoder(Trunk):
         if self.pool == "spatial":
             h = nn.relu(h)
         else:
-            h = nn.silu(self.norm(h, name="norm_hidden"))
+            h = self.norm(h, name="norm_hidden", silu=True)
         return self.dense(h, self.num_labels, name="logits")

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 
@@ -86,22 +87,25 @@ class Layers(nn.Module):
         init = layer_init(self.init_style, x.shape[-1], **init_options)
         return nn.Dense(features, dtype=dtype, name=name, **init)(x)
 
-    def norm(self, x, *, name, scale=None, shift=None):
-        """Group norm, times 1 + scale and plus shift if those [b, c] are given."""
-        return GroupNorm(self.num_groups, self.norm_epsilon, name=name)(x, scale, shift)
+    def norm(self, x, *, name, scale=None, shift=None, silu=False):
+        """Group norm, times 1 + scale and plus shift if those [b, c] are given, and a
+        SiLU after it if asked for."""
+        norm = GroupNorm(self.num_groups, self.norm_epsilon, silu, name=name)
+        return norm(x, scale, shift)
 
 
 class GroupNorm(nn.Module):
-    """Group norm in float32 whatever comes in (Wu & He 2018).
+    """Group norm in float32 whatever comes in (Wu & He 2018), and a SiLU after it.
 
     Sums over pixels come first, channel by channel, as they lie in memory side by side;
-    groups are made of the few numbers that are left. All that follows is one product
-    and one sum a pixel. The variance is that of the centred values, as in PyTorch:
-    E[x^2] - E[x]^2 would cancel.
+    groups are made of the few numbers that are left. All that follows is elementwise,
+    and the backward pass computes it again from those numbers: that costs less than to
+    write it to memory and to read it back.
     """
 
     num_groups: int
     epsilon: float
+    silu: bool = False
 
     @nn.compact
     def __call__(
@@ -110,9 +114,15 @@ class GroupNorm(nn.Module):
         scale: Float[Array, "b c"] | None = None,
         shift: Float[Array, "b c"] | None = None,
     ) -> Float[Array, "b *d c"]:
+        gain = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        policy = jax.checkpoint_policies.save_only_these_names("rows")
+        return jax.checkpoint(self._normalise, policy=policy)(
+            x, gain[None], bias[None], scale, shift
+        )
+
+    def _normalise(self, x, gain, bias, scale, shift):
         b, c, pixels = x.shape[0], x.shape[-1], tuple(range(1, x.ndim - 1))
-        gain = self.param("scale", nn.initializers.ones, (c,))[None]
-        bias = self.param("bias", nn.initializers.zeros, (c,))[None]
 
         def of_group(means):  # [b, c], the mean of each channel's group
             groups = means.reshape(b, self.num_groups, c // self.num_groups)
@@ -123,14 +133,17 @@ class GroupNorm(nn.Module):
             return jnp.expand_dims(row, pixels)
 
         x = x.astype(jnp.float32)
-        x = x - everywhere(of_group(jnp.mean(x, axis=pixels)))
-        variance = of_group(jnp.mean(x**2, axis=pixels))
-        gain = gain * jax.lax.rsqrt(variance + self.epsilon)
+        mean = checkpoint_name(of_group(jnp.mean(x, axis=pixels)), "rows")
+        x = x - everywhere(mean)
+        # Of the centred values, as PyTorch does: E[x^2] - E[x]^2 would cancel.
+        variance = checkpoint_name(of_group(jnp.mean(x**2, axis=pixels)), "rows")
+        gain = gain * lax.rsqrt(variance + self.epsilon)
         if scale is not None:
             gain, bias = gain * (1 + scale), bias * (1 + scale)
         if shift is not None:
             bias = bias + shift
-        return x * everywhere(gain) + everywhere(jnp.broadcast_to(bias, (b, c)))
+        y = x * everywhere(gain) + everywhere(jnp.broadcast_to(bias, (b, c)))
+        return nn.silu(y) if self.silu else y
 
 
 def scales(num_axes: int) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ class ResBlock(Layers):
     def __call__(
         self, x: Float[Array, "b *d c"], emb: Float[Array, "b e"], train: bool
     ) -> Float[Array, "b *d_out c_out"]:
-        h = nn.silu(self.norm(x, name="norm_in"))
+        h = self.norm(x, name="norm_in", silu=True)
         if self.resample == "halve":
             h, x = pool(h), pool(x)
         double = self.resample == "double"
@@ -82,12 +82,12 @@ class ResBlock(Layers):
         emb = self.dense(nn.silu(emb), width, name="emb")
         if self.scale_shift:
             scale, shift = jnp.split(emb, 2, axis=-1)
-            h = self.norm(h, name="norm_out", scale=scale, shift=shift)
+            h = self.norm(h, name="norm_out", scale=scale, shift=shift, silu=True)
         else:
             emb = jnp.expand_dims(emb, tuple(range(1, x.ndim - 1)))
-            h = self.norm(h + emb, name="norm_out")
+            h = self.norm(h + emb, name="norm_out", silu=True)
 
-        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = self.conv(h, self.channels, name="conv_out", zero=True)
         if x.shape[-1] != self.channels:
             x = self.dense(x, self.channels, name="skip", dtype=self.dtype)
@@ -278,7 +278,7 @@ class UNet(Trunk):
             if level > 0:
                 h = self._double(h, f"up_{level}_double", block)
 
-        h = nn.silu(self.norm(h, name="norm_out"))
+        h = self.norm(h, name="norm_out", silu=True)
         features = self.out_channels * self.block_size**2
         h = self.conv(h, features, name="conv_out", zero=True, dtype=jnp.float32)
         return unfold(h, self.block_size)
