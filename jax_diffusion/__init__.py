@@ -9,12 +9,14 @@ The core needs jax, numpy and jaxtyping, and takes a denoiser from any library:
     samplers    DDPM, DDIM and its inversion, one scan over steps
     likelihood  bits per dim, term by term; progressive coding
 
-Beside it stand, imported only on demand: `models` (Flax U-Nets), `training` (the Optax
-train step), `data`, `checkpoint`, `metrics`, `plotting`, `logs`, and the programs
+Beside it stand, imported only on demand: `models` (Flax networks, and the weights and
+names of those that others have released), `training` (the Optax train step), `data`,
+`checkpoint`, `metrics`, `plotting`, `logs`, `cpu`, and the programs
 
     python -m jax_diffusion.train --config configs/digits.py --workdir runs/digits
     python -m jax_diffusion.sample --workdir runs/digits --out pictures
     python -m jax_diffusion.evaluate --workdir runs/digits
+    python -m jax_diffusion.convert --workdir runs/digits --to diffusers --out digits
 """
 
 from jax_diffusion import (

@@ -152,6 +152,8 @@ def train(config: Config, workdir: str | Path) -> TrainState:
             state, metrics = step_fn(key, state, batches.batch(step))
             window.append(metrics)
             step += 1
+            if step == first + 2:  # the heap has found its shape
+                cpu.release_memory()
             images_seen += batches.batch_size
             bar.update()
             last = step == config.total_steps

@@ -43,6 +43,11 @@ def layer_init(
     return {"kernel_init": kernel, "bias_init": bias}
 
 
+# So many numbers, a MiB of them, are cheaper to norm again in the backward pass than to
+# keep with all that the gradient needs.
+MIN_RECOMPUTED = 2**18
+
+
 class Layers(nn.Module):
     """What every block shares: how its layers are made. Has no parameters itself."""
 
@@ -116,10 +121,11 @@ class GroupNorm(nn.Module):
     ) -> Float[Array, "b *d c"]:
         gain = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        policy = jax.checkpoint_policies.save_only_these_names("rows")
-        return jax.checkpoint(self._normalise, policy=policy)(
-            x, gain[None], bias[None], scale, shift
-        )
+        normalise = self._normalise
+        if x.size >= MIN_RECOMPUTED:
+            policy = jax.checkpoint_policies.save_only_these_names("rows")
+            normalise = jax.checkpoint(normalise, policy=policy)
+        return normalise(x, gain[None], bias[None], scale, shift)
 
     def _normalise(self, x, gain, bias, scale, shift):
         b, c, pixels = x.shape[0], x.shape[-1], tuple(range(1, x.ndim - 1))

@@ -48,7 +48,6 @@ def train_step(model, batch_size, dtype=jnp.float32):
     sampler = timesteps.uniform(1000)
     quick = {"xla_backend_optimization_level": "0"}
 
-    @functools.partial(jax.jit, compiler_options=quick)
     def init(key):
         return training.init_state(key, model, tx, sampler, shape, (0.9999,))
 
@@ -57,15 +56,21 @@ def train_step(model, batch_size, dtype=jnp.float32):
     )
     image = np.random.default_rng(0).integers(0, 256, (batch_size, *shape), np.uint8)
     batch = {"image": image, "label": np.zeros(batch_size, np.int32)}
-    key, state = jax.random.key(1), init(jax.random.key(0))
-    compiled = jax.jit(step, donate_argnums=1).lower(key, state, batch).compile()
+    key = jax.random.key(1)
+    first = jax.jit(init, compiler_options=quick).lower(key).compile()
+    shapes = jax.eval_shape(init, key)
+    compiled = jax.jit(step, donate_argnums=1).lower(key, shapes, batch).compile()
     cpu.release_memory()
+    worker.mark()
+    state = first(key)
 
     def run():
         nonlocal state
         state, metrics = compiled(key, state, batch)
         return jax.block_until_ready(metrics)
 
+    run(), run()
+    cpu.release_memory()  # as `train` does
     return run
 
 

@@ -56,6 +56,7 @@ def noise(config, mode, batch_size):
 
 def train_step(config, batch_size, mode, bf16=False):
     """Forward, backward, Adam and one average."""
+    worker.mark()
     model, call = network(config, mode)
     params = list(model.parameters())
     average = [p.detach().clone() for p in params]
