@@ -312,5 +312,5 @@ def write_safetensors(
 
     _check_dtypes(tensors, {dtype: name for name, dtype in SAFE_DTYPES.items()})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    dense = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    dense = {k: np.asarray(array, order="C") for k, array in tensors.items()}
     save_file(dense, path, metadata=dict(metadata))
