@@ -4,7 +4,7 @@ Command:
     python -m jax_diffusion.train --config configs/fashion_mnist_annotated.py \
         --workdir runs/annotated --config.data.path=/usr/share/datasets/fashion-mnist
 
-Hardware: not run in full; three steps on 2 CPU cores.
+Hardware: not run.
 Time: not run.
 Result: not run.
 """

@@ -307,11 +307,11 @@ def to_diffusers(run: Run, out: Path) -> None:
         },
     }
     tensors = _tensors(run, "diffusers")
+    file = out / "unet" / f"{WEIGHTS}.safetensors"
+    torch_files.write_safetensors(file, tensors, {"format": "pt"})
     for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
-    file = out / "unet" / f"{WEIGHTS}.safetensors"
-    torch_files.write_safetensors(file, tensors, {"format": "pt"})
 
 
 def to_safetensors(run: Run, out: Path) -> None:

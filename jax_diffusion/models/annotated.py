@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jax_diffusion.models.layers import layer_init
+from jax_diffusion.models.layers import check_halvings, layer_init
 from jax_diffusion.models.unet import timestep_embedding
 
 gelu = functools.partial(nn.gelu, approximate=False)
@@ -320,12 +320,7 @@ class AnnotatedUNet(TorchLayers):
         )(h)
 
     def _check(self, x):
-        halvings = len(self.multipliers) - 1
-        if x.shape[1] % 2**halvings or x.shape[2] % 2**halvings:
-            raise ValueError(
-                f"height and width must be divisible by {2**halvings} to be halved "
-                f"{halvings} times, got {x.shape[1]} x {x.shape[2]}."
-            )
+        check_halvings(x, len(self.multipliers) - 1)
         if not self.use_convnext and self.channels % self.num_groups:
             raise ValueError(
                 f"channels of ResNet blocks must be divisible by num_groups = "

@@ -152,6 +152,16 @@ class GroupNorm(nn.Module):
         return nn.silu(y) if self.silu else y
 
 
+def check_halvings(x: Float[Array, "b *d c"], halvings: int) -> None:
+    """Raises ValueError unless the axes that are resampled can be halved so often."""
+    resampled = x.shape[-3:-1] if x.ndim > 3 else x.shape[1:2]
+    if any(size % 2**halvings for size in resampled):
+        raise ValueError(
+            f"height and width must be divisible by {2**halvings} to be halved "
+            f"{halvings} times, got {' x '.join(map(str, resampled))}."
+        )
+
+
 def scales(num_axes: int) -> tuple[int, ...]:
     """By how much each of one, two or three spatial axes is resampled."""
     return (1, 2, 2) if num_axes == 3 else (2,) * num_axes

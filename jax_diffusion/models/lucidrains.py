@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_diffusion.models.annotated import TorchLayers, linear_attention
-from jax_diffusion.models.layers import repeat
+from jax_diffusion.models.layers import check_halvings, repeat
 
 
 def pixel_unshuffle(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c4"]:
@@ -135,7 +135,7 @@ class LucidrainsUNet(TorchLayers):
         *,
         train: bool = False,
     ) -> Float[Array, "b h w c_out"]:
-        self._check(x)
+        check_halvings(x, len(self.multipliers) - 1)
         emb = self.embed(timesteps, self.channels)
         block, attention = self._blocks(emb, train)
         inner = [self.channels * multiplier for multiplier in self.multipliers]
@@ -188,11 +188,3 @@ class LucidrainsUNet(TorchLayers):
             return layers(h, emb, train)
 
         return block, attention
-
-    def _check(self, x):
-        halvings = len(self.multipliers) - 1
-        if x.shape[1] % 2**halvings or x.shape[2] % 2**halvings:
-            raise ValueError(
-                f"height and width must be divisible by {2**halvings} to be halved "
-                f"{halvings} times, got {x.shape[1]} x {x.shape[2]}."
-            )

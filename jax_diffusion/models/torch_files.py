@@ -284,18 +284,17 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
     Raises:
         ValueError: if the file is cut off or corrupted.
     """
-    from safetensors import deserialize, safe_open
-
+    library = _safetensors()
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"a checkpoint must be a file, got {str(path)!r}.")
     try:
-        entries = deserialize(path.read_bytes())
+        entries = library.deserialize(path.read_bytes())
         arrays = {
             name: np.frombuffer(e["data"], SAFE_DTYPES[e["dtype"]]).reshape(e["shape"])
             for name, e in entries
         }
-        with safe_open(path, framework="numpy") as file:
+        with library.safe_open(path, framework="numpy") as file:
             return arrays, file.metadata() or {}
     except Exception as error:
         reason = str(error) or type(error).__name__
@@ -308,9 +307,18 @@ def write_safetensors(
     path: str | Path, tensors: Tensors, metadata: Mapping[str, str]
 ) -> None:
     """Writes a `.safetensors` file; the metadata are strings, too."""
-    from safetensors.numpy import save_file
-
+    library = _safetensors()
     _check_dtypes(tensors, {dtype: name for name, dtype in SAFE_DTYPES.items()})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     dense = {k: np.asarray(array, order="C") for k, array in tensors.items()}
-    save_file(dense, path, metadata=dict(metadata))
+    library.numpy.save_file(dense, path, metadata=dict(metadata))
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise ValueError(
+            "this needs safetensors, `pip install jax_diffusion[convert]`, got none."
+        ) from None
+    return safetensors

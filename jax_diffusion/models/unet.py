@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jax_diffusion.models.layers import Layers, pool, repeat
+from jax_diffusion.models.layers import Layers, check_halvings, pool, repeat
 
 CHOICES = {
     "resample": ("conv", "pool", "resblock"),
@@ -211,13 +211,12 @@ class Trunk(Layers):
                 raise ValueError(
                     f"{name} must be one of {choices}, got {getattr(self, name)!r}."
                 )
-        halvings = len(self.multipliers) - 1
-        resampled = x.shape[-3:-1] if x.ndim > 3 else x.shape[1:2]
-        if any(size % 2**halvings for size in resampled):
+        if self.remat is not None and not hasattr(jax.checkpoint_policies, self.remat):
             raise ValueError(
-                f"height and width must be divisible by {2**halvings} to be halved "
-                f"{halvings} times, got {' x '.join(map(str, resampled))}."
+                f"remat must name a policy of jax.checkpoint_policies, got "
+                f"{self.remat!r}."
             )
+        check_halvings(x, len(self.multipliers) - 1)
         name = "num_heads" if self.head_channels is None else "head_channels"
         heads = getattr(self, name)
         for width in self.widths():
