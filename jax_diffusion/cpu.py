@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 
+import jax
 import jaxlib
 
 # With these, XLA calls oneDNN for convolutions, as PyTorch does, instead of YNNPACK: a
@@ -18,17 +19,18 @@ ONEDNN_FLAGS = (
     "--xla_cpu_experimental_onednn_custom_call=true",
     "--xla_cpu_experimental_ynn_fusion_type=dot,reduce",
 )
-# malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
-TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 ACCELERATORS = ("jax_plugins", "libtpu")  # packages that bring JAX another backend
 
 
 def tune() -> None:
-    """Sets flags of XLA and of malloc, before JAX has looked for its devices.
+    """Sets options of XLA, JAX and malloc, before JAX has looked for its devices.
 
     XLA_FLAGS that are set already are kept. glibc is told to keep what XLA frees: a
     step allocates its temporary memory in one piece and frees it at the end, which the
     system would take back, and hand out again page by page, cleared: a tenth of a step.
+    Only the main thread's heap can hold such a piece, so the main thread runs the step;
+    dispatched to another it would hardly overlap with anything on the same cores.
     """
     if any(importlib.util.find_spec(name) for name in ACCELERATORS):
         return
@@ -36,9 +38,9 @@ def tune() -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         new = [flag for flag in ONEDNN_FLAGS if flag.split("=")[0] not in flags]
         os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *new])
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     libc = _glibc()
     if libc is not None:
-        libc.mallopt(ARENA_MAX, 1)  # other arenas cannot hold pieces of this size
         libc.mallopt(MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
 

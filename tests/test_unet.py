@@ -476,7 +476,8 @@ def test_computing_blocks_again_changes_no_gradient(dtype, resample):
     stored, again = grads(None), grads("nothing_saveable")
     for a, b in zip(*map(jax.tree.leaves, (stored, again)), strict=True):
         assert np.isfinite(a).all()
-        # Sums of bfloat16 numbers have two digits, and are in another order here.
+        # Roundings to bfloat16 and the order of sums are the compiler's: with
+        # xla_allow_excess_precision off, one network differs from itself by 0.046.
         share = 1e-5 if dtype == "float32" else 0.03
         assert np.linalg.norm(a - b) <= share * np.linalg.norm(a) + 1e-12
 
