@@ -9,13 +9,15 @@ level of noise.
 """
 
 import argparse
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 from tqdm import tqdm
 
 from jax_diffusion import (
@@ -28,6 +30,7 @@ from jax_diffusion import (
     sample,
     samplers,
     settings,
+    sharding,
     timesteps,
     training,
 )
@@ -62,6 +65,23 @@ def load_images(run: Run, args: argparse.Namespace, split: str) -> data.Batches:
             f"{batches.image_shape}."
         )
     return batches
+
+
+def scores_of(score: Callable[..., PyTree], params: PyTree, batches: Any) -> PyTree:
+    """score(params, ids=[b], image=[b, ...], label=[b]) of all images, in NumPy.
+
+    All devices share each batch; images are numbered as they come.
+    """
+    mesh, parts, first = sharding.make_mesh(), [], 0
+    params = sharding.spread(mesh, params)
+    for batch in batches:
+        n = len(batch["label"])
+        batch["ids"] = np.arange(first, first + n, dtype=np.int32)
+        shared = sharding.in_parts(mesh, batch, sharding.divisible(mesh, n))
+        scores = sharding.fetch(score(params, **shared))
+        parts.append(jax.tree.map(lambda a, n=n: a[:n], scores))
+        first += n
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def frechet(run: Run, args: argparse.Namespace) -> dict[str, Any]:
@@ -109,27 +129,23 @@ def bits_per_dim(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     objective: Any = run.objective
 
     @jax.jit
-    def bpd(params, keys, x_0, label):
+    def bpd(params, ids, image, label):
+        keys = samplers.image_keys(jax.random.key(args.seed), ids)
+        x_0 = data.from_uint8(image)
         model_fn = training.bind(run.model, params, label)
         denoise_fn = diffusion.denoiser(model_fn, schedule, objective)
         denoise_fn = diffusion.clip_x_0(denoise_fn)
         return likelihood.bits_per_dim(keys, denoise_fn, schedule, x_0)
 
-    key, parts, first = jax.random.key(args.seed), [], 0
-    for batch in tqdm(
-        batches, total=-(-batches.num_examples // args.batch_size), disable=None
-    ):
-        x_0 = data.from_uint8(batch["image"])
-        keys = samplers.image_keys(key, jnp.arange(first, first + len(x_0)))
-        parts.append(jax.device_get(bpd(run.params, keys, x_0, batch["label"])))
-        first += len(x_0)
-    bits = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    count = -(-batches.num_examples // args.batch_size)
+    bits = scores_of(bpd, run.params, tqdm(batches, total=count, disable=None))
     rate, distortion = likelihood.progressive_coding(bits)
     terms = {**bits._asdict(), "rate": rate, "distortion": distortion}
-    args.out.mkdir(exist_ok=True)
-    np.savez(args.out / "bpd_terms.npz", **terms)
     means = {name: np.mean(value, axis=0) for name, value in bits._asdict().items()}
-    plotting.save_vlb_curve(args.out / "bpd_terms.png", {"vlb": means["vlb"]})
+    if jax.process_index() == 0:
+        args.out.mkdir(exist_ok=True)
+        np.savez(args.out / "bpd_terms.npz", **terms)
+        plotting.save_vlb_curve(args.out / "bpd_terms.png", {"vlb": means["vlb"]})
     return {
         "bits_per_dim": float(means["total"]),
         "standard_error": float(bits.total.std(ddof=1) / len(bits.total) ** 0.5),
@@ -148,20 +164,19 @@ def accuracy(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     draw_t = timesteps.stratified(schedule.num_steps).sample
 
     @jax.jit
-    def score(params, key, x_0, label):
-        key_t, key_eps = jax.random.split(key)
+    def score(params, ids, image, label, i):
+        key = jax.random.fold_in(jax.random.key(args.seed), i)
+        key_t, key_eps = jax.random.split(jax.random.fold_in(key, ids[0]))
+        x_0 = data.from_uint8(image)
         t, _ = draw_t(key_t, (), len(x_0))
         logits_fn = training.bind(run.model, params, label)
         terms = losses.classifier_loss(key_eps, logits_fn, schedule, x_0, t, label)
         return terms, 4 * t // schedule.num_steps
 
-    key, rows = jax.random.key(args.seed), []
-    for i in tqdm(range(NOISINGS), disable=None):
-        for j, batch in enumerate(batches):
-            key_ij = jax.random.fold_in(jax.random.fold_in(key, i), j)
-            x_0 = data.from_uint8(batch["image"])
-            scored = score(run.params, key_ij, x_0, batch["label"])
-            rows.append(jax.device_get(scored))
+    rows = [
+        scores_of(functools.partial(score, i=i), run.params, batches)
+        for i in tqdm(range(NOISINGS), disable=None)
+    ]
     terms, quartile = jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
     right = [round(float(terms.accuracy[quartile == q].mean()), 4) for q in range(4)]
     return {
@@ -182,17 +197,18 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     names = _metrics_of(run, args.metrics)
     args.out = Path(args.workdir) / "evaluation"
     scores: dict[str, Any] = {"ema": run.ema}
-    if "frechet" in names:
-        scores |= frechet(run, args)
-        print(FRECHET_LINE.format(**scores))
-    if "bpd" in names:
-        scores |= bits_per_dim(run, args)
-        print(BPD_LINE.format(**scores))
-    if "accuracy" in names:
-        scores |= accuracy(run, args)
-        print(ACCURACY_LINE.format(**scores))
-    args.out.mkdir(exist_ok=True)
-    (args.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    for name, score, line in (
+        ("frechet", frechet, FRECHET_LINE),
+        ("bpd", bits_per_dim, BPD_LINE),
+        ("accuracy", accuracy, ACCURACY_LINE),
+    ):
+        if name in names:
+            scores |= score(run, args)
+            if jax.process_index() == 0:
+                print(line.format(**scores))
+    if jax.process_index() == 0:
+        args.out.mkdir(exist_ok=True)
+        (args.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     return scores
 
 
@@ -240,7 +256,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--ema", help="such as 0.999; none for the raw parameters")
-    evaluate(parser.parse_args())
+    settings.add_hosts(parser)
+    args = parser.parse_args()
+    settings.start_hosts(args)
+    evaluate(args)
 
 
 if __name__ == "__main__":

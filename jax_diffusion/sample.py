@@ -16,11 +16,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jax_diffusion import checkpoint, data, diffusion, plotting, samplers, settings
+from jax_diffusion import (
+    checkpoint,
+    data,
+    diffusion,
+    plotting,
+    samplers,
+    settings,
+    sharding,
+)
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.schedules import NoiseSchedule
 from jax_diffusion.settings import Config
@@ -123,25 +132,38 @@ def generate(
     num_labels: int | None = None,
     low_res: data.Arrays | None = None,
     batch_size: int = 256,
+    mesh: Mesh | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields batches of frames, uint8 [num_frames, b, h, w, c], and their labels [b].
 
-    Images are numbered 0 to n - 1. Labels, if the network wants them, go round.
+    Images are numbered 0 to n - 1. Labels, if the network wants them, go round. On
+    several hosts, all of them call it and get all images.
 
     Args:
         low_res: uint8 images to enlarge and their labels, which go round too.
+        batch_size: made a multiple of the number of devices.
+        mesh: of the devices that share the work; default all.
     """
-    key = jax.random.key(seed)
-    batch_size = min(batch_size, n)
+    mesh = mesh or sharding.make_mesh()
+    batch_size = sharding.divisible(mesh, min(batch_size, n))
+    params = sharding.spread(mesh, params)
     small, labels = low_res or (None, np.arange(num_labels or 1, dtype=np.int32))
     for first in range(0, n, batch_size):
         ids = np.arange(first, first + batch_size, dtype=np.int32)  # one shape for all
         label = labels[ids % len(labels)]
-        keys = samplers.image_keys(key, jnp.asarray(ids))
-        shown = () if small is None else (data.from_uint8(small[ids % len(small)]),)
-        frames = draw(params, schedule, keys, eta, label, *shown)
+        inputs = {"ids": ids, "label": label}
+        if small is not None:
+            inputs["low_res"] = data.from_uint8(small[ids % len(small)])
+        inputs = sharding.in_parts(mesh, inputs, batch_size)
+        keys = _keys(np.uint32(seed % 2**32), inputs.pop("ids"))
+        frames = sharding.fetch(draw(params, schedule, keys, eta, **inputs).x)
         keep = min(batch_size, n - first)
-        yield data.to_uint8(frames.x)[:, :keep], label[:keep]
+        yield data.to_uint8(frames)[:, :keep], label[:keep]
+
+
+@jax.jit
+def _keys(seed, ids):
+    return samplers.image_keys(jax.random.key(seed), ids)
 
 
 def write_images(out: Path, images: np.ndarray, labels: np.ndarray) -> None:
@@ -211,12 +233,15 @@ def sample(args: argparse.Namespace) -> None:
     options["num_labels"] = num_classes(run.model)
     options["low_res"] = read_low_res(args.low_res, run)
     parts, labels, gif = [], [], None
-    with tqdm(total=args.n, unit="image", disable=None) as bar:
+    quiet = True if jax.process_index() > 0 else None
+    with tqdm(total=args.n, unit="image", disable=quiet) as bar:
         for frames, label in generate(draw, run.params, schedule, **options):
             gif = frames[:, :GRID_IMAGES] if gif is None else gif
             parts.append(frames[-1])
             labels.append(label)
             bar.update(len(label))
+    if jax.process_index() > 0:
+        return
     write_images(out, np.concatenate(parts), np.concatenate(labels))
     if as_gif and gif is not None:
         plotting.save_gif(out / "denoising.gif", [plotting.grid(f) for f in gif])
@@ -264,7 +289,10 @@ def main() -> None:
     parser.add_argument(
         "--no-clip", action="store_true", help="do not clip the predicted x_0"
     )
-    sample(parser.parse_args())
+    settings.add_hosts(parser)
+    args = parser.parse_args()
+    settings.start_hosts(args)
+    sample(args)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,25 @@ Each group holds the keyword arguments of one function, so that a misspelt field
 found and named; `FIELDS` lists the rest. Behind this door there are no configs.
 """
 
+import argparse
 import difflib
 import inspect
+import os
 import re
+import runpy
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jax_diffusion import cpu, schedules, timesteps
+from jax_diffusion import cpu, schedules, sharding, timesteps
 from jax_diffusion.diffusion import Objective, check_signal
 from jax_diffusion.models.annotated import AnnotatedUNet
 from jax_diffusion.models.encoder import Encoder
@@ -51,10 +56,30 @@ FIELDS = {
     "save_every": "updates between two checkpoints",
     "sample_every": "updates between two sample grids",
     "sampling": "of the grids: sampler, steps, spacing, eta, n; None for a classifier",
+    "mesh": "arguments of sharding.make_mesh",
+    "microbatches": "parts of a batch whose gradients are averaged, to save memory",
+    "keep": "newest checkpoints that stay",
+    "keep_every": "checkpoints at multiples of it stay too; 0, none",
+    "max_skipped": "updates in a row that were not finite, after which the run stops",
+    "log_to": "of logs.WRITERS, beside metrics.jsonl",
+    "profile_steps": "updates to trace for TensorBoard or Perfetto, from the 11th on",
+}
+OPTIONAL = {  # what fields are that a config leaves out
+    "mesh": {"data": -1, "fsdp": 1},
+    "microbatches": 1,
+    "keep": 3,
+    "keep_every": 0,
+    "max_skipped": 20,
+    "log_to": (),
+    "profile_steps": 0,
 }
 
 # What may change between two starts of one run. All else must be as it was.
-FREE_FIELDS = ("total_steps", "log_every", "save_every", "sample_every", "sampling")
+FREE_FIELDS = (
+    *("total_steps", "log_every", "save_every", "sample_every", "sampling"),
+    *OPTIONAL,
+    "data.in_memory",
+)
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -65,12 +90,16 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """
     if not Path(path).is_file():
         raise ValueError(f"--config must be the path of a config file, got {path!r}.")
-    argv = ["", f"--config={path}", *overrides]
+    make = runpy.run_path(path).get("get_config")
+    config = make() if make else None
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"{path!r} must define get_config() -> ConfigDict.")
+    argv = ["", *overrides]
     values = flags.FlagValues()  # our own: nothing global is defined
-    holder = config_flags.DEFINE_config_file(
-        "config", flag_values=values, sys_argv=argv
-    )
     try:
+        holder = config_flags.DEFINE_config_dict(
+            "config", complete(config), flag_values=values, sys_argv=argv
+        )
         rest = values(argv)[1:]
     except AttributeError as error:
         words = re.findall(r"\w+", str(error).replace(r"\n", " "))  # name, Did you ...
@@ -80,11 +109,13 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{error}".rstrip(".") + ".") from None
     if rest:
         raise ValueError(f"arguments must begin with --, got {' '.join(rest)!r}.")
-    config = holder.value
-    if not isinstance(config, ConfigDict):
-        raise ValueError(f"get_config() of {path!r} must return a ConfigDict.")
-    check_config(config)
-    return config
+    check_config(holder.value)
+    return holder.value
+
+
+def complete(config: Config) -> Config:
+    """A copy with the optional fields that it leaves out."""
+    return ConfigDict(OPTIONAL | dict(ConfigDict(config).items()))
 
 
 def check_config(config: Config) -> None:
@@ -95,10 +126,16 @@ def check_config(config: Config) -> None:
     missing = [name for name in FIELDS if name not in config]
     if missing:
         raise ValueError(f"the config must have the fields {missing}, got none.")
-    for name in ("total_steps", "log_every", "save_every", "sample_every"):
+    counts = ("total_steps", "log_every", "save_every", "sample_every", "microbatches")
+    for name in (*counts, "keep", "max_skipped"):
         if not isinstance(config[name], int) or config[name] < 1:
             raise ValueError(
                 f"config.{name} must be a positive integer, got {config[name]!r}."
+            )
+    for name in ("keep_every", "profile_steps"):
+        if not isinstance(config[name], int) or config[name] < 0:
+            raise ValueError(
+                f"config.{name} must be an integer from 0, got {config[name]!r}."
             )
     if not config.ema_decays or not all(0 <= d < 1 for d in config.ema_decays):
         raise ValueError(
@@ -217,19 +254,59 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     lines = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name, "(none)"), new.get(name, "(none)")
-        if name.split(".")[0] not in FREE_FIELDS and before != after:
+        free = name in FREE_FIELDS or name.split(".")[0] in FREE_FIELDS
+        if before != after and not free:
             lines.append(f"{name}: {before} -> {after}")
     return lines
 
 
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    """The flags of a job with several processes, for `start_hosts`."""
+    group = parser.add_argument_group(
+        "several processes", "found from Cloud TPU, SLURM, Open MPI, Kubernetes; else:"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num-processes", type=int)
+    group.add_argument("--process-id", type=int, help="of this process, from 0")
+
+
+def start_hosts(args: argparse.Namespace) -> None:
+    """Joins the other processes, if there are any."""
+    sharding.start(args.coordinator, args.num_processes, args.process_id)
+
+
 def run_program(main: Callable[[], Any]) -> None:
-    """Runs a command line; bad input becomes one sentence and exit status 2."""
+    """Runs a command line; bad input becomes one sentence and exit status 2.
+
+    So does a run that has to stop, with status 1. Of several processes, one that fails
+    ends at once: the others would wait for it.
+    """
     cpu.tune()
+    status = 0
     try:
         main()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} stops; if "
+            "another was lost, see its log. The same command continues the run.",
+            file=sys.stderr,
+        )
+        status = 1
+    if status and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

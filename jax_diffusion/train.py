@@ -3,39 +3,37 @@
     python -m jax_diffusion.train --config configs/digits.py --workdir runs/digits
 
 The same command continues a run that was stopped, bit for bit on the same device count.
+It is the same on one device, on several, and on every host of a pod.
 """
 
 import argparse
 import contextlib
 import json
 import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from jax_diffusion import (
-    checkpoint,
-    cpu,
-    data,
-    logs,
-    plotting,
-    sample,
-    settings,
-    training,
-)
-from jax_diffusion.diffusion import Objective
+from jax_diffusion import checkpoint, cpu, logs, metrics, plotting, roofline, settings
+from jax_diffusion.plan import Plan, Program, compile_plan, make_plan
 from jax_diffusion.settings import Config
 from jax_diffusion.training import TrainState
 
+COLOUR_BATCHES = 8  # of data, to compare the colours of samples with
+PROFILE_FROM = 10  # updates after the start: what compiles and caches is over by then
+
 
 class StopRequest:
-    """Set by the first SIGTERM or Ctrl-C, while `listen` is in force."""
+    """Set by the first SIGTERM or Ctrl-C, while `listen` is in force.
+
+    Of several processes, one that gets a SIGTERM tells the others through JAX, and all
+    stop at one step.
+    """
 
     name = ""  # of the signal, once it came
 
@@ -52,190 +50,216 @@ class StopRequest:
                 signal.signal(number, handler)
 
         previous = {}
-        with contextlib.suppress(ValueError):  # not the main thread: nothing to catch
-            for number in (signal.SIGTERM, signal.SIGINT):
-                previous[number] = signal.signal(number, catch)
+        if jax.process_count() == 1:
+            with contextlib.suppress(ValueError):  # not the main thread: cannot catch
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    previous[number] = signal.signal(number, catch)
         try:
             yield self
         finally:
             restore()
 
+    def look(self, step: int) -> None:
+        """Of several processes, asks the others; all hear of it after the same step."""
+        if jax.process_count() > 1:
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.name = "SIGTERM"
+
 
 def train(config: Config, workdir: str | Path) -> TrainState:
     """Trains until config.total_steps, or until a signal, and returns the state.
 
-    Writes checkpoints, metrics.jsonl, TensorBoard files and sample grids to `workdir`.
-    Continues from its newest checkpoint if there is one.
+    Writes checkpoints, metrics.jsonl, run.json and sample grids to `workdir`. Continues
+    from its newest whole checkpoint if there is one. On several hosts, all of them call
+    it, with a `workdir` that all of them see.
 
     Raises:
         ValueError: for bad input, before anything is written.
+        FloatingPointError: if too many updates in a row were not finite, after saving.
     """
+    config, workdir = settings.complete(config), Path(workdir)
     settings.check_config(config)
+    logs.check_writers(config.log_to)
     record = {"config": json.loads(config.to_json()), "window": []}
-    if checkpoint.latest_step(workdir) is not None:
-        saved = checkpoint.load_record(workdir)
-        record["window"] = saved["window"]
-        _check_same_run(saved["config"], record["config"], workdir)
-
-    batches = settings.call(data.load, config.data, "config.data", seed=config.seed)
-    record["image_shape"] = list(batches.image_shape)
-    schedule = settings.make_schedule(config.schedule)
-    objective = settings.make_objective(config.objective, schedule)
-    model = settings.make_model(config.model, objective, batches.image_shape[-1])
-    _check_labels(model, batches)
-    timestep_sampler = settings.make_timestep_sampler(
-        config.timesteps, schedule.num_steps
-    )
-    optimizer = dict(config.optimizer, total_steps=config.total_steps)
-    tx, lr_fn = settings.call(training.make_optimizer, optimizer, "config.optimizer")
-    train_step = training.make_train_step(
-        model,
-        tx,
-        schedule,
-        objective,
-        timestep_sampler,
-        ema_decays=config.ema_decays,
-        ema_warmup=config.ema_warmup,
-    )
-    preview = None
-    if objective is not None:  # a classifier has nothing to draw
-        preview = settings.call(
-            make_preview,
-            config.sampling,
-            "config.sampling",
-            schedule=config.schedule,
-            model=model,
-            objective=objective,
-            image_shape=batches.image_shape,
-            ema=training.ema_name(config.ema_decays[0]),
-            seed=config.seed,
-        )
-    key_init, key = jax.random.split(jax.random.key(config.seed))
-
-    def init():
-        return training.init_state(
-            key_init,
-            model,
-            tx,
-            timestep_sampler,
-            batches.image_shape,
-            config.ema_decays,
-        )
-
-    # Drawing hundreds of small arrays runs once and compiles slowly: on the CPU,
-    # optimising it costs more than the rest of the start.
-    quick = {"xla_backend_optimization_level": "0"}
-    on_cpu = jax.default_backend() == "cpu"
-    init = jax.jit(init, compiler_options=quick if on_cpu else None)
+    fresh = checkpoint.latest_step(workdir) is None
+    if not fresh:
+        saved = checkpoint.load_record(workdir)["config"]
+        _check_same_run(saved, record["config"], workdir)
+    plan = make_plan(config)
+    record["image_shape"] = list(plan.batches.image_shape)
     # Compiled first: whatever does not fit is found before anything is written.
-    step_fn, summary = compile_step(
-        train_step, key, jax.eval_shape(init), batches.batch(0)
-    )
+    program = compile_plan(plan, fresh=fresh)
     cpu.release_memory()
-    print(summary, flush=True)
-    manager = checkpoint.make_manager(workdir)
-    state = checkpoint.restore_or_init(manager, init)
-    first = int(state.step)
-
-    writer = logs.MetricWriter(workdir, first)
-    bar = tqdm(
-        total=config.total_steps,
-        initial=first,
-        unit="step",
-        disable=None,
-        smoothing=0.1,
+    if jax.process_index() == 0:
+        print(program.summary, flush=True)
+    manager = checkpoint.make_manager(
+        workdir, keep=config.keep, keep_every=config.keep_every or None
     )
-    window, clock = list(record["window"]), time.perf_counter()
-    images_seen, step = 0, first
-    with StopRequest().listen() as stop:
-        while step < config.total_steps and not stop.name:
-            state, metrics = step_fn(key, state, batches.batch(step))
-            window.append(metrics)
+    state, saved = checkpoint.restore_or_init(manager, program.init, program.shardings)
+    first = step = int(state.step)
+    journal, problem = Journal(config, workdir, plan, program, first), ""
+    journal.window = saved["window"] if saved else []
+    clock, stream = journal.clock, plan.batches.stream(first, plan.rows)
+    with StopRequest().listen() as stop, contextlib.closing(stream), journal:
+        while step < config.total_steps and not problem and not stop.name:
+            with clock.measure("data"):
+                batch = plan.place(next(stream))
+            with clock.measure("dispatch"):
+                state, numbers = program.step(plan.key, state, batch)
+            journal.add(numbers)
             step += 1
+            profile(workdir, step - first, config.profile_steps, numbers)
             if step == first + 2:  # the heap has found its shape
                 cpu.release_memory()
-            images_seen += batches.batch_size
-            bar.update()
-            last = step == config.total_steps
+            last, colours = step == config.total_steps, {}
+            if plan.preview and (step % config.sample_every == 0 or last):
+                with clock.pause():
+                    colours = journal.picture(step, plan.preview(state))
             if step % config.log_every == 0 or last:
-                means = summarise(plain(window))
-                now = time.perf_counter()
-                means["lr"] = float(lr_fn(step - 1))
-                means["images_per_second"] = images_seen / (now - clock)
-                writer.write(step, means)
-                bar.set_postfix(loss=f"{means['loss']:.4f}")
-                clock, images_seen = now, 0
-                if step % config.log_every == 0:
-                    window = []  # else kept: total_steps may be raised later
-            if preview and (step % config.sample_every == 0 or last):
-                preview(state, Path(workdir) / "samples" / f"{step:06d}.png")
-            if step % config.save_every == 0 or last or stop.name:
-                record["window"] = plain(window)
-                checkpoint.save(manager, step, state, record)
-    bar.close()
-    writer.close()
-    if step == config.total_steps:
-        plotting.save_loss_curve(Path(workdir) / "loss.png", logs.read_metrics(workdir))
+                problem = journal.line(step, colours)
+            elif colours:
+                journal.write(step, colours)
+            stop.look(step)
+            if step % config.save_every == 0 or last or problem or stop.name:
+                with clock.pause():
+                    record["window"] = plain(journal.window)
+                    checkpoint.save(manager, step, state, record)
     manager.close()  # waits for the last checkpoint
-    if stop.name:
-        print(f"{stop.name}: saved step {step}; the same command continues.")
-    elif step > first:
-        picture = f"samples/{step:06d}.png" if preview else "loss.png"
-        print(f"step {step} of {step}: {workdir}/{picture}")
-    else:
-        print(f"{workdir} has made its {first} steps already.")
+    if problem:
+        raise FloatingPointError(problem)
+    journal.finish(step, stop.name)
     return state
 
 
-def compile_step(train_step, key, state, batch):
-    """Compiles the train step, its state donated, and says in a line what that took."""
-    begun = time.perf_counter()
-    lowered = jax.jit(train_step, donate_argnums=1).lower(key, state, batch)
-    compiled = lowered.compile()
-    seconds = time.perf_counter() - begun
-    devices = jax.devices()
-    line = f"{len(devices)} x {devices[0].device_kind}"
-    count = sum(a.size for a in jax.tree.leaves(state.params))
-    line += f" | {count:,} parameters"
-    memory = compiled.memory_analysis()
-    if memory is not None:  # not every backend tells
-        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        line += f" | step needs {total / 2**20:,.0f} MiB"
-    return compiled, f"{line} | compiled in {seconds:.1f} s"
+def profile(workdir: Path, made: int, count: int, numbers: Mapping[str, Any]) -> None:
+    """Traces `count` updates on host 0, for TensorBoard and Perfetto."""
+    if not count or jax.process_index() > 0:
+        return
+    if made == PROFILE_FROM:
+        jax.profiler.start_trace(workdir / "profile", create_perfetto_trace=True)
+    elif made == PROFILE_FROM + count:
+        jax.block_until_ready(numbers)
+        jax.profiler.stop_trace()
 
 
-def make_preview(
-    schedule: Config,
-    model: nn.Module,
-    objective: Objective,
-    image_shape: tuple[int, ...],
-    ema: str,
-    seed: int,
-    *,
-    sampler: str,
-    steps: int,
-    spacing: str,
-    eta: float,
-    n: int,
-) -> Callable[[TrainState, Path], None]:
-    """Builds preview(state, path), which draws a grid with one average."""
-    short = settings.make_schedule(schedule, steps=steps, spacing=spacing)
-    draw = sample.make_sampler(model, objective, image_shape, sampler=sampler)
+class Journal:
+    """All that a run writes down but its checkpoints; on host 0, the others keep count.
 
-    def preview(state, path):
-        batches = sample.generate(
-            draw,
-            state.ema_params[ema],
-            short,
-            n=n,
-            eta=eta,
-            seed=seed,
-            num_labels=training.num_classes(model),
+    `window` holds the metrics since the last line of the log, most of them still on the
+    device: only a line of the log waits for it.
+    """
+
+    def __init__(
+        self, config: Config, workdir: Path, plan: Plan, program: Program, first: int
+    ):
+        self.window: list[Any] = []
+        self._config, self._workdir, self._plan = config, workdir, plan
+        self._first = self._since = first
+        self._speed = _roofline(config, plan, program)
+        self._writer, self._colours = None, None
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            description = logs.describe(json.loads(config.to_json()))
+            self._writer = logs.MetricWriter(
+                workdir, first, writers=config.log_to, config=description
+            )
+            logs.write_description(workdir, description)
+        self._bar = tqdm(
+            total=config.total_steps,
+            initial=first,
+            unit="step",
+            disable=None if self._writes else True,
+            smoothing=0.1,
         )
-        images = np.concatenate([frames[-1] for frames, _ in batches])
-        plotting.save_png(path, plotting.grid(images), min_size=512)
+        self.clock = logs.StepClock()
 
-    return preview
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self._writer:
+            self._writer.close()
+
+    def add(self, metrics_: Mapping[str, Any]) -> None:
+        """Takes the metrics of one update, without waiting for them."""
+        self.window.append(metrics_)
+        self._bar.update()
+
+    def line(self, step: int, colours: Mapping[str, float]) -> str:
+        """Writes the means since the last line; waits for the device.
+
+        Args:
+            colours: what `picture` has returned, to stand in the same line.
+
+        Returns:
+            Why the run should stop, or nothing.
+        """
+        with self.clock.measure("device"):
+            rows = plain(self.window)
+        made, self._since = step - self._since, step
+        means = summarise(rows)
+        means["lr"] = float(self._plan.lr_fn(step - 1))
+        means |= self.clock.line(
+            steps=made,
+            images=made * self._plan.batches.batch_size,
+            **self._speed,
+        )
+        self.write(step, means | dict(colours))
+        self._bar.set_postfix(loss=f"{means['loss']:.4f}")
+        if step % self._config.log_every == 0:
+            self.window = []  # else kept: total_steps may be raised later
+        worst = max(row["skipped_in_a_row"] for row in rows)
+        if worst < self._config.max_skipped:
+            return ""
+        return (
+            f"{worst} updates in a row up to step {step} had a loss or a gradient that "
+            "was not finite, and were skipped: look at config.optimizer.lr and "
+            "grad_clip, at the images of these steps, and at the model's dtype. The "
+            f"state before them is saved in {str(self._workdir)!r}."
+        )
+
+    def picture(self, step: int, images: np.ndarray) -> dict[str, float]:
+        """Writes a grid of samples; returns their colours beside those of the data."""
+        if not self._writes:
+            return {}
+        path = self._workdir / "samples" / f"{step:06d}.png"
+        plotting.save_png(path, plotting.grid(images), min_size=512)
+        if self._colours is None:
+            shown = [
+                self._plan.batches.batch(i)["image"] for i in range(COLOUR_BATCHES)
+            ]
+            self._colours = metrics.channel_stats(np.concatenate(shown))
+        return metrics.colour_metrics(metrics.channel_stats(images), self._colours)
+
+    def finish(self, step: int, stopped_by: str) -> None:
+        """Says where the run stands, and draws its losses if it has ended."""
+        if not self._writes:
+            return
+        if stopped_by:
+            print(f"{stopped_by}: saved step {step}; the same command continues.")
+        elif step > self._first:
+            losses = logs.read_metrics(self._workdir)
+            plotting.save_loss_curve(self._workdir / "loss.png", losses)
+            picture = f"samples/{step:06d}.png" if self._plan.preview else "loss.png"
+            print(f"step {step} of {step}: {self._workdir}/{picture}")
+        else:
+            print(f"{self._workdir} has made its {self._first} steps already.")
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """One line of the log."""
+        if self._writer:
+            self._writer.write(step, numbers)
+
+
+def _roofline(config: Config, plan: Plan, program: Program) -> dict[str, float]:
+    """Operations of a step and what the devices could make, if theirs is known."""
+    peak = roofline.peak(jax.devices()[0].device_kind)
+    if peak is None:
+        return {}
+    rate = roofline.flop_rate(peak, config.model.get("dtype", "float32"))
+    flops, count = roofline.cost(program.step).flops, plan.mesh.size
+    return {"flops_per_step": flops * count, "peak_flops": rate * count}
 
 
 def plain(window: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -244,14 +268,21 @@ def plain(window: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def summarise(window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The means of each metric over the window, and of each term by quartile of t."""
-    names = [name for name in window[0] if name != "quartiles"]
-    means = {name: float(np.mean([m[name] for m in window])) for name in names}
+    """The means of each metric over the window, and of each term by quartile of t.
+
+    Of updates that were skipped, only their number enters.
+    """
+    good = [m for m in window if not m["skipped_in_a_row"]]
+    names = [n for n in window[0] if n not in ("quartiles", "skipped_in_a_row")]
+    nan = float("nan")
+    means = {n: float(np.mean([m[n] for m in good])) if good else nan for n in names}
+    means["skipped"] = len(window) - len(good)
     sums = {
-        name: np.sum([m["quartiles"][name] for m in window], axis=0)
+        name: np.sum([m["quartiles"][name] for m in good], axis=0)
         for name in window[0]["quartiles"]
+        if good
     }
-    counts = sums.pop("count")
+    counts = sums.pop("count", ())
     for name, by_quartile in sums.items():
         for q in range(4):
             if counts[q]:
@@ -268,16 +299,6 @@ def _check_same_run(saved, now, workdir):
         )
 
 
-def _check_labels(model: nn.Module, batches: data.Batches) -> None:
-    for name in ("num_classes", "num_labels"):  # a classifier answers with the latter
-        known = getattr(model, name, None)
-        if known is not None and batches.num_classes > known:
-            raise ValueError(
-                f"labels must be below config.model.{name} = {known}, got "
-                f"{batches.num_classes - 1}."
-            )
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -290,7 +311,9 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="such as configs/digits.py")
     parser.add_argument("--workdir", required=True, help="where the run lives")
+    settings.add_hosts(parser)
     args, overrides = parser.parse_known_args()
+    settings.start_hosts(args)
     train(settings.load_config(args.config, overrides), args.workdir)
 
 

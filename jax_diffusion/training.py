@@ -31,11 +31,12 @@ class TrainState:
     as one that never stopped.
     """
 
-    step: Any  # int32 scalar, the number of updates made
+    step: Any  # int32 scalar, the number of updates made or skipped
     params: PyTree
     ema_params: PyTree  # {"0.9999": params, ...}, by `ema_name`
     opt_state: PyTree
     timestep_state: PyTree  # of the TimestepSampler: must survive a restart
+    skipped: Any  # int32 scalar, how many updates in a row were skipped just now
 
 
 def make_optimizer(
@@ -105,6 +106,7 @@ def init_state(
         ema_params={ema_name(d): jax.tree.map(jnp.copy, params) for d in ema_decays},
         opt_state=tx.init(params),
         timestep_state=timestep_sampler.init(),
+        skipped=jnp.zeros((), jnp.int32),
     )
 
 
@@ -125,6 +127,7 @@ def make_train_step(
     *,
     ema_decays: Sequence[float],
     ema_warmup: bool = True,
+    microbatches: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Builds train_step(key, state, batch) -> (state, metrics), pure and jit-able.
 
@@ -134,38 +137,109 @@ def make_train_step(
     [b, h, w, c], `batch["label"]` int32 [b]; means over them are global: the step is
     one program, not one per device. Metrics are means over the batch, except that
     `quartiles` holds sums and counts by quartile of t.
+
+    Where the loss or a gradient is not finite, the step changes nothing but the counts;
+    `metrics["skipped_in_a_row"]` says how often that has now happened.
+
+    Args:
+        microbatches: into how many parts the batch is cut, whose gradients are averaged
+            one after the other, to save memory. But for dropout, the same gradient.
+
+    Raises:
+        ValueError: from the step, unless the batch divides by `microbatches`.
     """
+    loss_fn = _loss_fn(model, schedule, objective)
 
     def train_step(key, state, batch):
         key = jax.random.fold_in(key, state.step)
-        key_t, key_eps, key_dropout = jax.random.split(key, 3)
-        x_0, label = data.from_uint8(batch["image"]), batch["label"]
-        t, weight = timestep_sampler.sample(key_t, state.timestep_state, x_0.shape[0])
-
-        def loss_fn(params):
-            rngs = {"dropout": key_dropout}
-            model_fn = bind(model, params, label, train=True, rngs=rngs)
-            terms = _terms(key_eps, model_fn, schedule, objective, x_0, t, label)
-            return jnp.mean(weight * terms.loss), terms
-
-        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        key, examples = _examples(key, batch, timestep_sampler, state.timestep_state)
+        t = examples[2]
+        loss, terms, grads = _grads(loss_fn, microbatches, state.params, key, examples)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema_params = _averages(state, params, ema_decays, ema_warmup)
-        timestep_state = timestep_sampler.update(state.timestep_state, t, terms.loss)
+        updated = TrainState(
+            state.step + 1,
+            params,
+            _averages(state, params, ema_decays, ema_warmup),
+            opt_state,
+            timestep_sampler.update(state.timestep_state, t, terms.loss),
+            skipped=jnp.zeros_like(state.skipped),
+        )
+        grad_norm = optax.tree.norm(grads)
+        state = _updated_if(jnp.isfinite(loss + grad_norm), updated, state)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
             "update_norm": optax.tree.norm(updates),
+            "skipped_in_a_row": state.skipped,
             **_summary(terms, t, schedule.num_steps),
         }
-        state = TrainState(
-            state.step + 1, params, ema_params, opt_state, timestep_state
-        )
         return state, metrics
 
     return train_step
+
+
+def _examples(key, batch, timestep_sampler, timestep_state):
+    """A key for dropout; and x_0, label, t, weight and eps, which decide the loss."""
+    key_t, key_eps, key_dropout = jax.random.split(key, 3)
+    x_0, label = data.from_uint8(batch["image"]), batch["label"]
+    t, weight = timestep_sampler.sample(key_t, timestep_state, x_0.shape[0])
+    eps = jax.random.normal(key_eps, x_0.shape)
+    return key_dropout, (x_0, label, t, weight, eps)
+
+
+def _loss_fn(model, schedule, objective):
+    """The weighted mean that is minimised, and its terms by example."""
+
+    def loss_fn(params, key, x_0, label, t, weight, eps):
+        model_fn = bind(model, params, label, train=True, rngs={"dropout": key})
+        arguments = (key, model_fn, schedule)
+        if objective is None:
+            terms = losses.classifier_loss(*arguments, x_0, t, label, eps=eps)
+        else:
+            terms = losses.training_loss(*arguments, objective, x_0, t, eps=eps)
+        return jnp.mean(weight * terms.loss), terms
+
+    return loss_fn
+
+
+def _updated_if(finite, updated, state):
+    """The new state, or the old one with one more skipped update."""
+    counts = dict(step=state.step + 1, skipped=state.skipped + 1)
+    skipped = dataclasses.replace(state, **counts)
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), updated, skipped)
+
+
+def _grads(loss_fn, microbatches, params, key, examples):
+    """The loss, its terms by example, and the gradient, of the whole batch."""
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if microbatches == 1:
+        (loss, terms), grads = grad_fn(params, key, *examples)
+        return loss, terms, grads
+    b = examples[0].shape[0]
+    if microbatches < 1 or b % microbatches:
+        raise ValueError(
+            f"microbatches must divide the batch of {b} images, got {microbatches}."
+        )
+
+    # Part i has the examples i, i + microbatches, ...: every device has its share.
+    def split(a):
+        return a.reshape(b // microbatches, microbatches, *a.shape[1:]).swapaxes(0, 1)
+
+    def join(a):
+        return a.swapaxes(0, 1).reshape(b, *a.shape[2:])
+
+    def add(total, part):
+        i, part = part
+        (loss, terms), grads = grad_fn(params, jax.random.fold_in(key, i), *part)
+        return jax.tree.map(jnp.add, total, (loss, grads)), terms
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    parts = (jnp.arange(microbatches), jax.tree.map(split, examples))
+    total, terms = jax.lax.scan(add, zero, parts)
+    loss, grads = jax.tree.map(lambda a: a / microbatches, total)
+    return loss, jax.tree.map(join, terms), grads
 
 
 def num_classes(model: nn.Module) -> int | None:
@@ -196,12 +270,6 @@ def bind(
         return model.apply({"params": params}, x_t, timesteps, *labels, **options)
 
     return model_fn
-
-
-def _terms(key, model_fn, schedule, objective, x_0, t, label):
-    if objective is None:
-        return losses.classifier_loss(key, model_fn, schedule, x_0, t, label)
-    return losses.training_loss(key, model_fn, schedule, objective, x_0, t)
 
 
 def _averages(state, params, decays, warmup):

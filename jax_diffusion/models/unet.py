@@ -108,7 +108,8 @@ class Attention(Layers):
         qkv = self.dense(h, 3 * c, name="qkv", dtype=self.dtype, fused=3)
         # [b, pixels, head, channels of a head] each; softmax is float32 inside.
         q, k, v = jnp.moveaxis(qkv.reshape(b, -1, 3, c // size, size), 2, 0)
-        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        # Its pixels x pixels weights are computed again rather than kept.
+        h = jax.checkpoint(jax.nn.dot_product_attention)(q, k, v).reshape(x.shape)
         return x + self.dense(h, c, name="out", dtype=self.dtype, zero=True)
 
 

@@ -1,0 +1,188 @@
+"""From a config to a compiled program: what `train` runs.
+
+`make_plan` builds the data, the network and the train step, and finds what does not
+fit; `compile_plan` compiles them for the devices that are there.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from jax_diffusion import data, sample, settings, sharding, training
+from jax_diffusion.diffusion import Objective
+from jax_diffusion.settings import Config
+from jax_diffusion.training import TrainState
+
+STEP_OPTIONS = ("ema_decays", "ema_warmup", "microbatches")
+
+
+class Plan(NamedTuple):
+    """What a config describes, on the devices that are there."""
+
+    batches: data.Batches
+    mesh: Mesh
+    rows: np.ndarray  # of a batch, that this host's devices hold
+    train_step: Callable[..., Any]
+    init: Callable[[], TrainState]
+    key: jax.Array  # the run's, replicated
+    lr_fn: Callable[[int], Any]
+    preview: Callable[[TrainState], np.ndarray] | None  # uint8 [n h w c]
+
+    def place(self, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This host's rows of a batch, on the devices."""
+        return sharding.global_batch(self.mesh, local, self.batches.batch_size)
+
+
+def make_plan(config: Config) -> Plan:
+    """Builds everything, and compiles nothing yet.
+
+    Raises:
+        ValueError: for a field that is wrong, or that does not fit the others.
+    """
+    mesh = settings.call(sharding.make_mesh, config.mesh, "config.mesh")
+    batches = settings.call(data.load, config.data, "config.data", seed=config.seed)
+    rows = sharding.host_rows(mesh, batches.batch_size)
+    schedule = settings.make_schedule(config.schedule)
+    objective = settings.make_objective(config.objective, schedule)
+    image_shape = batches.image_shape
+    model = settings.make_model(config.model, objective, image_shape[-1])
+    _check_labels(model, batches)
+    timestep_sampler = settings.make_timestep_sampler(
+        config.timesteps, schedule.num_steps
+    )
+    optimizer = dict(config.optimizer, total_steps=config.total_steps)
+    tx, lr_fn = settings.call(training.make_optimizer, optimizer, "config.optimizer")
+    options = {name: config[name] for name in STEP_OPTIONS}
+    train_step = training.make_train_step(
+        model, tx, schedule, objective, timestep_sampler, **options
+    )
+    preview = None
+    if objective is not None:  # a classifier has nothing to draw
+        arguments = dict(model=model, objective=objective, image_shape=image_shape)
+        arguments |= dict(config=config, mesh=mesh)
+        preview = settings.call(
+            make_preview, config.sampling, "config.sampling", **arguments
+        )
+    # Made on all devices at once: an array of one host is none of the others'.
+    keys = jax.jit(
+        lambda: tuple(jax.random.split(jax.random.key(config.seed))),
+        out_shardings=sharding.replicated(mesh),
+    )
+    key_init, key = keys()
+
+    def init():
+        return training.init_state(
+            key_init, model, tx, timestep_sampler, image_shape, config.ema_decays
+        )
+
+    return Plan(batches, mesh, rows, train_step, init, key, lr_fn, preview)
+
+
+class Program(NamedTuple):
+    """What is compiled of a plan."""
+
+    step: jax.stages.Compiled
+    init: Callable[[], TrainState]
+    shardings: PyTree  # of the state
+    summary: str
+
+
+def compile_plan(plan: Plan, *, fresh: bool) -> Program:
+    """Compiles the step, its state donated, and for a fresh run the initialisation."""
+    begun = time.perf_counter()
+    shapes = jax.eval_shape(plan.init)
+    shardings = sharding.state_sharding(plan.mesh, shapes)
+    whole = sharding.replicated(plan.mesh)
+    batch = sharding.batch_sharding(plan.mesh)
+    step = jax.jit(
+        plan.train_step,
+        in_shardings=(whole, shardings, batch),
+        out_shardings=(shardings, whole),
+        donate_argnums=1,
+    )
+    # Drawing hundreds of small arrays runs once and compiles slowly: on the CPU,
+    # optimising it costs more than the rest of the start.
+    quick = {"xla_backend_optimization_level": "0"}
+    on_cpu = jax.default_backend() == "cpu"
+    init = jax.jit(
+        plan.init, out_shardings=shardings, compiler_options=quick if on_cpu else None
+    )
+    with ThreadPoolExecutor(1) as pool:  # the step's compilation leaves cores idle
+        other = pool.submit(lambda: init.lower().compile()) if fresh else None
+        lowered = step.lower(
+            plan.key, shapes, plan.place(plan.batches.batch(0, plan.rows))
+        )
+        compiled = lowered.compile()
+        first_state = other.result() if other else init
+    count = sum(a.size for a in jax.tree.leaves(shapes.params))
+    line = f"{plan.mesh.size} x {jax.devices()[0].device_kind}"
+    if plan.mesh.shape["fsdp"] > 1 or jax.process_count() > 1:
+        sizes = " x ".join(f"{name} {n}" for name, n in plan.mesh.shape.items())
+        line += f" ({sizes}, {jax.process_count()} hosts)"
+    line += f" | {count:,} parameters"
+    line += _memory_line(compiled)
+    line += f" | compiled in {time.perf_counter() - begun:.1f} s"
+    return Program(compiled, first_state, shardings, line)
+
+
+def _memory_line(compiled: Any) -> str:
+    """What the step needs on a device, and what that has, where they tell."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return ""
+    need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    need += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    stats = jax.local_devices()[0].memory_stats() or {}
+    of = f" of {stats['bytes_limit'] / 2**20:,.0f}" if "bytes_limit" in stats else ""
+    return f" | step needs {need / 2**20:,.0f}{of} MiB a device"
+
+
+def make_preview(
+    config: Config,
+    model: nn.Module,
+    objective: Objective,
+    image_shape: tuple[int, ...],
+    mesh: Mesh,
+    *,
+    sampler: str,
+    steps: int,
+    spacing: str,
+    eta: float,
+    n: int,
+) -> Callable[[TrainState], np.ndarray]:
+    """Builds preview(state) -> uint8 images [n h w c], drawn with the first average."""
+    short = settings.make_schedule(config.schedule, steps=steps, spacing=spacing)
+    draw = sample.make_sampler(model, objective, image_shape, sampler=sampler)
+    ema = training.ema_name(config.ema_decays[0])
+
+    def preview(state):
+        batches = sample.generate(
+            draw,
+            state.ema_params[ema],
+            short,
+            n=n,
+            eta=eta,
+            seed=config.seed,
+            num_labels=training.num_classes(model),
+            mesh=mesh,
+        )
+        return np.concatenate([frames[-1] for frames, _ in batches])
+
+    return preview
+
+
+def _check_labels(model: nn.Module, batches: data.Batches) -> None:
+    for name in ("num_classes", "num_labels"):  # a classifier answers with the latter
+        known = getattr(model, name, None)
+        if known is not None and batches.num_classes > known:
+            raise ValueError(
+                f"labels must be below config.model.{name} = {known}, got "
+                f"{batches.num_classes - 1}."
+            )
