@@ -60,6 +60,7 @@ def make_plan(config: Config) -> Plan:
     optimizer = dict(config.optimizer, total_steps=config.total_steps)
     tx, lr_fn = settings.call(training.make_optimizer, optimizer, "config.optimizer")
     options = {name: config[name] for name in STEP_OPTIONS}
+    options["param_sharding"] = sharding.replicated(mesh)
     train_step = training.make_train_step(
         model, tx, schedule, objective, timestep_sampler, **options
     )

@@ -10,7 +10,8 @@ inserts the exchanges (`jax.jit` with shardings; `pmap` is history).
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -44,10 +45,17 @@ def start(
     """
     given = (coordinator, num_processes, process_id)
     if all(value is None for value in given):
-        if _on_cluster():
+        if not _on_cluster():
+            return
+        try:
             jax.distributed.initialize(
                 heartbeat_timeout_seconds=TIMEOUT, shutdown_timeout_seconds=TIMEOUT
             )
+        except ValueError as error:
+            raise ValueError(
+                "this job's other processes must be known to jax.distributed or be "
+                f"told by --coordinator, --num-processes and --process-id, got: {error}"
+            ) from error
         return
     if coordinator is None or num_processes is None or process_id is None:
         raise ValueError(
@@ -74,20 +82,28 @@ def _on_cluster() -> bool:
     return (
         any(int(os.environ.get(name, 1)) > 1 for name in counts)
         or "JOB_COMPLETION_INDEX" in os.environ
-        or importlib.util.find_spec("libtpu") is not None
+        or (importlib.util.find_spec("libtpu") is not None and _has_tpu())
     )
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
-    """The mesh of all devices of all hosts.
+def _has_tpu() -> bool:
+    return Path("/dev/vfio").exists() or any(Path("/dev").glob("accel*"))
+
+
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh of all devices of all hosts, or of some.
 
     Args:
         data, fsdp: devices along each axis; -1 for all that the other leaves.
+        devices: default `jax.devices()`.
 
     Raises:
         ValueError: unless data * fsdp is the number of devices.
     """
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     sizes = (
         count // fsdp if data == -1 and fsdp > 0 else data,
         count // data if fsdp == -1 and data > 0 else fsdp,
@@ -98,7 +114,8 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
             f"and fsdp = {fsdp}."
         )
     # Explicit axes, the default, would ask for the sharding of every convolution.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2)
+    auto = (AxisType.Auto,) * 2
+    return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -114,7 +131,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def state_sharding(mesh: Mesh, shapes: PyTree) -> PyTree:
     """Where each leaf goes: split over `fsdp` along the largest axis that it divides.
 
-    Small leaves, and those that no axis of which can be split, are copied.
+    Small leaves, and those that no axis of which can be split, are copied: more devices
+    than channels have common divisors save little.
     """
 
     def of_leaf(leaf):

@@ -128,6 +128,7 @@ def make_train_step(
     ema_decays: Sequence[float],
     ema_warmup: bool = True,
     microbatches: int = 1,
+    param_sharding: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Builds train_step(key, state, batch) -> (state, metrics), pure and jit-able.
 
@@ -144,11 +145,13 @@ def make_train_step(
     Args:
         microbatches: into how many parts the batch is cut, whose gradients are averaged
             one after the other, to save memory. But for dropout, the same gradient.
+        param_sharding: under which the network sees its parameters, if not the state's:
+            replicated, those that are split are gathered once and activations never.
 
     Raises:
         ValueError: from the step, unless the batch divides by `microbatches`.
     """
-    loss_fn = _loss_fn(model, schedule, objective)
+    loss_fn = _loss_fn(model, schedule, objective, param_sharding)
 
     def train_step(key, state, batch):
         key = jax.random.fold_in(key, state.step)
@@ -189,10 +192,12 @@ def _examples(key, batch, timestep_sampler, timestep_state):
     return key_dropout, (x_0, label, t, weight, eps)
 
 
-def _loss_fn(model, schedule, objective):
+def _loss_fn(model, schedule, objective, param_sharding):
     """The weighted mean that is minimised, and its terms by example."""
 
     def loss_fn(params, key, x_0, label, t, weight, eps):
+        if param_sharding is not None:
+            params = jax.lax.with_sharding_constraint(params, param_sharding)
         model_fn = bind(model, params, label, train=True, rngs={"dropout": key})
         arguments = (key, model_fn, schedule)
         if objective is None:

@@ -158,3 +158,92 @@ def test_the_loss_aware_sampler_learns_from_unweighted_losses():
     after, _ = jax.jit(step)(jax.random.key(1), state, BATCH)
     assert after.timestep_state.counts.sum() == 8
     assert np.all(after.timestep_state.losses[after.timestep_state.counts > 0, 0] > 0)
+
+
+def quiet_toy(microbatches, sampler=None, **options):
+    """Without dropout, whose masks microbatches draw one by one."""
+    model = Toy(out_channels=1, dropout=0.0)
+    sampler = sampler or timesteps.loss_second_moment(20, history=1)
+    tx, _ = training.make_optimizer(lr=1e-2, total_steps=100, grad_clip=1.0)
+    key = jax.random.key(0)
+    state = training.init_state(key, model, tx, sampler, (4, 4, 1), (0.9,))
+    step = training.make_train_step(
+        model,
+        tx,
+        SCHEDULE,
+        Objective(**options),
+        sampler,
+        ema_decays=(0.9,),
+        microbatches=microbatches,
+    )
+    return jax.jit(step), state
+
+
+@pytest.mark.parametrize("microbatches", [2, 4, 8])
+def test_microbatches_give_the_gradient_of_the_whole_batch(microbatches):
+    (whole, state), (parts, _) = quiet_toy(1), quiet_toy(microbatches)
+    (state_1, one), (state_2, many) = (
+        f(jax.random.key(1), state, BATCH) for f in (whole, parts)
+    )
+    for name in ("loss", "mse", "grad_norm"):
+        np.testing.assert_allclose(one[name], many[name], rtol=1e-6)
+    # The first moment of Adam is a tenth of the gradient.
+    moments = [s.opt_state[1][0].mu for s in (state_1, state_2)]
+    for a, b in zip(*map(jax.tree.leaves, moments), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(a).max())
+    # Losses of examples go back to their places.
+    histories = [s.timestep_state for s in (state_1, state_2)]
+    for a, b in zip(*map(jax.tree.leaves, histories), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("microbatches", [0, 3])
+def test_microbatches_must_divide_the_batch(microbatches):
+    step, state = quiet_toy(microbatches)
+    with pytest.raises(ValueError, match=f"of 8 images, got {microbatches}"):
+        step(jax.random.key(1), state, BATCH)
+
+
+def test_an_update_that_is_not_finite_changes_the_counts_alone():
+    step, state = quiet_toy(1)
+    step = jax.jit(step)
+    broken = dataclasses.replace(
+        state, params=jax.tree.map(lambda a: a.at[0].set(jnp.nan), state.params)
+    )
+    after, metrics = step(jax.random.key(1), broken, BATCH)
+    assert metrics["skipped_in_a_row"] == after.skipped == after.step == 1
+    counts = dict(step=broken.step, skipped=broken.skipped)
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda a, b: np.array_equal(a, b, equal_nan=True),
+            dataclasses.replace(after, **counts),
+            broken,
+        )
+    )
+    again, metrics = step(jax.random.key(1), after, BATCH)
+    assert metrics["skipped_in_a_row"] == again.skipped == 2
+    healed = dataclasses.replace(again, params=state.params)
+    last, metrics = step(jax.random.key(1), healed, BATCH)
+    assert metrics["skipped_in_a_row"] == last.skipped == 0 and last.step == 3
+    assert not same(last.params, healed.params)
+
+
+def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite():
+    class Cusp(nn.Module):
+        """Finite, and its gradient infinite at zero."""
+
+        @nn.compact
+        def __call__(self, x, timesteps, *, train=False):
+            w = self.param("w", nn.initializers.zeros, ())
+            return x * jnp.sqrt(w)
+
+    model, sampler = Cusp(), timesteps.uniform(20)
+    tx, _ = training.make_optimizer(lr=1e-2, total_steps=100)
+    key = jax.random.key(0)
+    state = training.init_state(key, model, tx, sampler, (4, 4, 1), (0.9,))
+    step = training.make_train_step(
+        model, tx, SCHEDULE, Objective(), sampler, ema_decays=(0.9,)
+    )
+    after, metrics = jax.jit(step)(key, state, BATCH)
+    assert np.isfinite(metrics["loss"]) and metrics["skipped_in_a_row"] == 1
+    assert after.params["w"] == 0

@@ -26,9 +26,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
 from jax_diffusion import roofline, settings, sharding, training
 
@@ -51,7 +49,7 @@ QUICK: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 
 @functools.cache
 def program(name):
-    """The train step of a config, and the shapes of its state."""
+    """Of a config: its step on any mesh, and the shapes of its state."""
     config = settings.load_config(str(CONFIGS / f"{name}.py"))
     schedule = settings.make_schedule(config.schedule)
     objective = settings.make_objective(config.objective, schedule)
@@ -60,15 +58,18 @@ def program(name):
     optimizer = dict(config.optimizer, total_steps=config.total_steps)
     tx, _ = training.make_optimizer(**optimizer)
     decays, side = config.ema_decays, IMAGES[name][0]
-    train_step = training.make_train_step(
-        model, tx, schedule, objective, sampler, ema_decays=decays
-    )
+
+    def make_step(mesh):
+        options = dict(ema_decays=decays, param_sharding=sharding.replicated(mesh))
+        return training.make_train_step(
+            model, tx, schedule, objective, sampler, **options
+        )
 
     def init(key):
         shape = (side, side, 3)
         return training.init_state(key, model, tx, sampler, shape, decays)
 
-    return train_step, jax.eval_shape(init, jax.random.key(0))
+    return make_step, jax.eval_shape(init, jax.random.key(0))
 
 
 def devices_of(compiler, count):
@@ -81,9 +82,8 @@ def devices_of(compiler, count):
 
 def compile_step(name, compiler, count, fsdp):
     """The step as `count` devices would run it."""
-    train_step, state = program(name)
-    devices = np.array(devices_of(compiler, count)).reshape(count // fsdp, fsdp)
-    mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 2)
+    make_step, state = program(name)
+    mesh = sharding.make_mesh(fsdp=fsdp, devices=devices_of(compiler, count))
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     states = sharding.state_sharding(mesh, state)
     side, images = IMAGES[name]
@@ -94,7 +94,7 @@ def compile_step(name, compiler, count, fsdp):
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = jax.jit(
-        train_step,
+        make_step(mesh),
         in_shardings=(whole, states, rows),
         out_shardings=(states, whole),
         donate_argnums=1,
