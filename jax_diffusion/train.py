@@ -108,7 +108,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                 state, numbers = program.step(plan.key, state, batch)
             journal.add(numbers)
             step += 1
-            profile(workdir, step - first, config.profile_steps, numbers)
+            profile(workdir, step - first, config, numbers)
             if step == first + 2:  # the heap has found its shape
                 cpu.release_memory()
             last, colours = step == config.total_steps, {}
@@ -131,13 +131,13 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     return state
 
 
-def profile(workdir: Path, made: int, count: int, numbers: Mapping[str, Any]) -> None:
-    """Traces `count` updates on host 0, for TensorBoard and Perfetto."""
-    if not count or jax.process_index() > 0:
+def profile(workdir: Path, made: int, config: Config, numbers: Any) -> None:
+    """Traces some updates on host 0, after the first few of this start."""
+    if not config.profile_steps or jax.process_index() > 0:
         return
     if made == PROFILE_FROM:
         jax.profiler.start_trace(workdir / "profile", create_perfetto_trace=True)
-    elif made == PROFILE_FROM + count:
+    elif made == PROFILE_FROM + config.profile_steps:
         jax.block_until_ready(numbers)
         jax.profiler.stop_trace()
 

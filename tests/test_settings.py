@@ -121,3 +121,32 @@ def test_differences_show_both_values_and_spare_what_may_change():
     old = {"seed": 0, "total_steps": 10, "model": {"channels": 8, "depth": [1, 2]}}
     new = {"seed": 1, "total_steps": 99, "model": {"channels": 8, "depth": (1, 2)}}
     assert settings.differences(old, new) == ["seed: 0 -> 1"]
+
+
+def test_optional_fields_need_not_be_in_a_config_and_can_be_overridden():
+    config = settings.load_config(
+        SMOKE, ["--config.microbatches=4", "--config.mesh.fsdp=2"]
+    )
+    assert config.microbatches == 4 and config.mesh.to_dict() == {"data": -1, "fsdp": 2}
+    assert config.keep == settings.OPTIONAL["keep"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError, 2), (FloatingPointError, 1)]
+)
+def test_programs_end_in_one_sentence_and_a_status(error, status, capsys, monkeypatch):
+    monkeypatch.setattr(settings.cpu, "tune", lambda: None)  # that is for a process
+
+    def main():
+        raise error("the rule, and what came.")
+
+    with pytest.raises(SystemExit) as stop:
+        settings.run_program(main)
+    assert stop.value.code == status
+    assert capsys.readouterr().err == "error: the rule, and what came.\n"
+
+
+def test_what_changes_no_result_may_change_between_two_starts():
+    now = {"mesh": {"fsdp": 2}, "microbatches": 4, "data": {"in_memory": False}}
+    assert settings.differences({"data": {}}, now) == []
+    assert settings.differences({"seed": 0}, {"seed": 1}) == ["seed: 0 -> 1"]

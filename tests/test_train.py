@@ -148,6 +148,95 @@ def test_another_config_in_the_same_workdir_is_refused_with_the_difference(whole
         train.train(config_of("--config.optimizer.lr=0.1"), whole[0])
 
 
+class Watch:
+    """A compiled step that looks at how the loop treats it."""
+
+    def __init__(self, program, reads):
+        self.step, self.reads, self.made = program.step, reads, 0
+
+    def __call__(self, key, state, batch):
+        self.made += 1
+        with jax.transfer_guard("disallow"):  # all that it needs is on the devices
+            out = self.step(key, state, batch)
+        given_away = [a.is_deleted() for a in jax.tree.leaves(state)]
+        # On the CPU, the save after step 6 is of the very memory.
+        assert all(given_away) or self.made == 7
+        return out
+
+
+def test_the_loop_waits_at_lines_of_the_log_and_saves_alone(tmp_path, monkeypatch):
+    watches, reads = [], []
+
+    def compile_plan(plan, *, fresh):
+        program = compile_(plan, fresh=fresh)
+        watches.append(Watch(program, reads))
+        return program._replace(step=watches[0])
+
+    def value(array):  # what any read of a number goes through
+        reads.append(watches[0].made if watches else 0)
+        return value_.__get__(array)
+
+    compile_ = train.compile_plan
+    value_ = type(jax.numpy.ones(1))._value
+    monkeypatch.setattr(train, "compile_plan", compile_plan)
+    monkeypatch.setattr(type(jax.numpy.ones(1)), "_value", property(value))
+    train.train(config_of("--config.sample_every=1000"), tmp_path)
+    assert watches[0].made == 12
+    assert {4, 8, 12} <= set(reads) <= {0, 4, 6, 8, 12}  # lines at 4s, a save at 6
+
+
+def poison(monkeypatch, steps):
+    """Labels that the network has no embedding for, and is not a number with."""
+    batch = data.Batches.batch
+
+    def poisoned(self, i, rows=None):
+        found = batch(self, i, rows)
+        return dict(found, label=found["label"] + 99) if i in steps else found
+
+    monkeypatch.setattr(data.Batches, "batch", poisoned)
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+    poison(monkeypatch, [5])
+    state = train.train(config_of(), tmp_path)
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(state.params))
+    rows = logs.read_metrics(tmp_path)
+    assert [row["skipped"] for row in rows] == [0, 1, 0]
+    assert all(row["loss"] > 0 for row in rows)
+    assert int(state.step) == 12 and int(state.skipped) == 0
+
+
+def test_batches_that_are_never_finite_end_the_run_in_a_sentence(tmp_path, monkeypatch):
+    poison(monkeypatch, range(5, 1000))
+    config = config_of("--config.max_skipped=3", "--config.total_steps=100")
+    with pytest.raises(FloatingPointError, match=r"3 updates in a row.*optimizer\.lr"):
+        train.train(config, tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 8
+    params = checkpoint.load_params(tmp_path, ema=None)
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(params))
+    monkeypatch.undo()  # the data are mended, and the run goes on
+    state = train.train(config_of("--config.max_skipped=3"), tmp_path)
+    assert int(state.step) == 12 and int(state.skipped) == 0
+
+
+def test_a_few_steps_are_traced_for_perfetto(tmp_path):
+    overrides = ("--config.profile_steps=1", "--config.sample_every=1000")
+    train.train(config_of(*overrides), tmp_path)
+    assert list((tmp_path / "profile").rglob("perfetto_trace.json.gz"))
+
+
+def test_each_start_describes_itself(whole):
+    starts = json.loads((whole[0] / "run.json").read_text())["starts"]
+    assert starts[0]["config"]["total_steps"] == 12
+    assert starts[0]["versions"]["jax"] == jax.__version__
+    assert starts[0]["hardware"]["devices"] == 8
+
+
+def test_samples_colours_stand_beside_those_of_the_data(whole):
+    last = lines_of(whole[0])[-1]
+    assert -1 <= last["samples_mean_0"] <= 1 and last["data_std_0"] > 0
+
+
 def bad(*overrides):
     return ["--config", "configs/smoke.py", *SMALL, *overrides]
 
