@@ -8,6 +8,7 @@ Nothing here changes what is computed: programs are written for one device, and 
 inserts the exchanges (`jax.jit` with shardings; `pmap` is history).
 """
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
@@ -204,6 +205,14 @@ def in_parts(
 def divisible(mesh: Mesh, batch_size: int) -> int:
     """The next batch size that divides by the number of devices."""
     return -(-batch_size // mesh.size) * mesh.size
+
+
+def agree(text: str) -> bool:
+    """Whether all processes have the same text."""
+    if jax.process_count() == 1:
+        return True
+    mine = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    return bool((multihost_utils.process_allgather(mine) == mine).all())
 
 
 def fetch(tree: PyTree) -> PyTree:

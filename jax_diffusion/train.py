@@ -19,7 +19,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from jax_diffusion import checkpoint, cpu, logs, metrics, plotting, roofline, settings
+from jax_diffusion import (
+    checkpoint,
+    cpu,
+    logs,
+    metrics,
+    plotting,
+    roofline,
+    settings,
+    sharding,
+)
 from jax_diffusion.plan import Plan, Program, compile_plan, make_plan
 from jax_diffusion.settings import Config
 from jax_diffusion.training import TrainState
@@ -81,6 +90,8 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     settings.check_config(config)
     logs.check_writers(config.log_to)
     record = {"config": json.loads(config.to_json()), "window": []}
+    if not sharding.agree(json.dumps(record["config"], sort_keys=True)):
+        raise ValueError("all processes must be given one config, got several.")
     fresh = checkpoint.latest_step(workdir) is None
     if not fresh:
         saved = checkpoint.load_record(workdir)["config"]
@@ -108,10 +119,10 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                 state, numbers = program.step(plan.key, state, batch)
             journal.add(numbers)
             step += 1
-            profile(workdir, step - first, config, numbers)
+            last, colours = step == config.total_steps, {}
+            profile(workdir, step - first, last, config, numbers)
             if step == first + 2:  # the heap has found its shape
                 cpu.release_memory()
-            last, colours = step == config.total_steps, {}
             if plan.preview and (step % config.sample_every == 0 or last):
                 with clock.pause():
                     colours = journal.picture(step, plan.preview(state))
@@ -131,13 +142,15 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     return state
 
 
-def profile(workdir: Path, made: int, config: Config, numbers: Any) -> None:
+def profile(
+    workdir: Path, made: int, last: bool, config: Config, numbers: Mapping[str, Any]
+) -> None:
     """Traces some updates on host 0, after the first few of this start."""
     if not config.profile_steps or jax.process_index() > 0:
         return
     if made == PROFILE_FROM:
         jax.profiler.start_trace(workdir / "profile", create_perfetto_trace=True)
-    elif made == PROFILE_FROM + config.profile_steps:
+    elif made == PROFILE_FROM + config.profile_steps or (last and made > PROFILE_FROM):
         jax.block_until_ready(numbers)
         jax.profiler.stop_trace()
 

@@ -34,16 +34,20 @@ LONG = "--config.total_steps=100000"
 
 
 class Job:
-    """A training run by one or several processes."""
+    """A training run, or another program on it, by one or several processes."""
 
-    def __init__(self, workdir, *overrides, processes=1, devices=4):
+    def __init__(
+        self, workdir, *options, processes=1, devices=4, program="train", last=()
+    ):
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices // processes),
         }
-        command = [sys.executable, "-m", "jax_diffusion.train"]
-        command += ["--config", "configs/smoke.py", "--workdir", str(workdir)]
-        command += [*SMALL, *overrides]
+        command = [sys.executable, "-m", f"jax_diffusion.{program}"]
+        command += ["--workdir", str(workdir)]
+        if program == "train":
+            command += ["--config", "configs/smoke.py", *SMALL]
+        command += options
         self.workdir, self.processes = workdir, []
         self.logs = [
             workdir.parent / f"{workdir.name}.{i}.log" for i in range(processes)
@@ -52,7 +56,8 @@ class Job:
         for i, log in enumerate(self.logs):
             told = ["--coordinator", f"localhost:{port}", "--num-processes", processes]
             told += ["--process-id", i]
-            told = map(str, told if processes > 1 else ())
+            told = [*map(str, told if processes > 1 else ())]
+            told += last if i == processes - 1 else ()
             with log.open("w") as out:
                 self.processes.append(
                     subprocess.Popen(
@@ -161,6 +166,34 @@ def test_the_first_process_alone_writes_and_speaks(two):
     assert "--process-id 0" in start["command"]
 
 
+def test_two_processes_draw_and_score_as_one(two, four, folder):
+    drawn = {}
+    for processes in (1, 2):
+        out = folder / f"drawn_{processes}.npz"
+        options = ("--out", str(out), "--n", "6", "--steps", "3")
+        Job(two.workdir, *options, program="sample", processes=processes).finish()
+        drawn[processes] = np.load(out)["arr_0"].astype(int)
+    difference = np.abs(drawn[1] - drawn[2])
+    assert drawn[1].shape == (6, 8, 8, 1) and drawn[1].std() > 0
+    assert difference.max() <= 1 and difference.mean() < 0.01  # roundings tip a few
+    options = ("--metrics", "bpd")
+    job = Job(two.workdir, *options, program="evaluate", processes=2)
+    job.finish()
+    several = json.loads((two.workdir / "evaluation" / "scores.json").read_text())
+    Job(two.workdir, *options, program="evaluate").finish()
+    alone = json.loads((two.workdir / "evaluation" / "scores.json").read_text())
+    np.testing.assert_allclose(
+        several["bits_per_dim"], alone["bits_per_dim"], rtol=1e-6
+    )
+
+
+def test_processes_with_different_configs_stop_at_once(folder):
+    job = Job(folder / "quarrel", processes=2, last=["--config.optimizer.lr=1.0"])
+    assert job.wait() == [2, 2]
+    assert "must be given one config" in job.logs[0].read_text()
+    assert not (folder / "quarrel").exists()
+
+
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_what_two_processes_saved_another_number_of_devices_continues(
     two, four, folder, devices
@@ -239,7 +272,7 @@ def test_a_damaged_checkpoint_changes_nothing(folder, four, damage):
     files = [p for p in newest.rglob("*") if p.is_file()]
     files.sort(key=lambda p: p.stat().st_size, reverse=True)
     record = newest / "record" / "metadata"
-    for file in {*files[:3], record}:
+    for file in {*files[:2], record, files[-1]}:
         workdir = folder / f"{damage.__name__}_{len(list(folder.iterdir()))}"
         shutil.copytree(intact, workdir)
         damage(workdir / file.relative_to(intact))

@@ -220,7 +220,7 @@ def test_batches_that_are_never_finite_end_the_run_in_a_sentence(tmp_path, monke
 
 
 def test_a_few_steps_are_traced_for_perfetto(tmp_path):
-    overrides = ("--config.profile_steps=1", "--config.sample_every=1000")
+    overrides = ("--config.profile_steps=5", "--config.sample_every=1000")
     train.train(config_of(*overrides), tmp_path)
     assert list((tmp_path / "profile").rglob("perfetto_trace.json.gz"))
 
