@@ -1,122 +1,17 @@
-"""Two real processes of two devices each, beside one of four; and what both survive.
+"""Two real processes of two devices each, beside one of four, through JAX's runtime."""
 
-All runs are programs of their own, on fake CPU devices, through JAX's own runtime.
-"""
-
-import functools
 import json
-import os
-import pathlib
-import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jobs import LONG, Job, assert_same_losses, losses, saved
 
-from jax_diffusion import checkpoint, logs
-
-# smoke.py, smaller still, with its loss-aware sampler; dropout too.
-SMALL = (
-    *("--config.model.multipliers=(1,)", "--config.model.attention_resolutions=(8,)"),
-    *("--config.schedule.num_steps=10", "--config.timesteps.history=1"),
-    *("--config.model.channels=32", "--config.sampling.n=4"),
-    *("--config.sampling.steps=2", "--config.total_steps=12", "--config.log_every=2"),
-    *("--config.save_every=4", "--config.sample_every=100", "--config.keep=10"),
-)
-LONG = "--config.total_steps=100000"
-
-
-class Job:
-    """A training run, or another program on it, by one or several processes."""
-
-    def __init__(
-        self, workdir, *options, processes=1, devices=4, program="train", last=()
-    ):
-        env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices // processes),
-        }
-        command = [sys.executable, "-m", f"jax_diffusion.{program}"]
-        command += ["--workdir", str(workdir)]
-        if program == "train":
-            command += ["--config", "configs/smoke.py", *SMALL]
-        command += options
-        self.workdir, self.processes = workdir, []
-        self.logs = [
-            workdir.parent / f"{workdir.name}.{i}.log" for i in range(processes)
-        ]
-        port = free_port()
-        for i, log in enumerate(self.logs):
-            told = ["--coordinator", f"localhost:{port}", "--num-processes", processes]
-            told += ["--process-id", i]
-            told = [*map(str, told if processes > 1 else ())]
-            told += last if i == processes - 1 else ()
-            with log.open("w") as out:
-                self.processes.append(
-                    subprocess.Popen(
-                        [*command, *told], env=env, stdout=out, stderr=subprocess.STDOUT
-                    )
-                )
-
-    def wait(self, timeout=300):
-        """Exit statuses."""
-        return [process.wait(timeout) for process in self.processes]
-
-    def finish(self):
-        status = self.wait()
-        assert not any(status), "\n".join(log.read_text() for log in self.logs)
-
-    def kill(self, which=0):
-        """Without warning, as a machine that is taken away."""
-        self.processes[which].kill()
-        self.wait()
-
-    def wait_for(self, what, timeout=200):
-        """Until `what()` holds, while the run goes on."""
-        begun = time.monotonic()
-        while not what():
-            running = [process.poll() is None for process in self.processes]
-            text = "\n".join(log.read_text() for log in self.logs)
-            assert all(running) and time.monotonic() - begun < timeout, text
-            time.sleep(0.01)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def saved(workdir):
-    return checkpoint.latest_step(workdir) or 0
-
-
-def saves_after(workdir, step):
-    """Whether it is in the midst of a save, or just after one."""
-    return any(workdir.glob("checkpoints/*tmp*")) or saved(workdir) > step
-
-
-def sealed(workdir, step):
-    path = workdir / "checkpoints" / str(step) / "record" / "metadata"
-    return json.loads(path.read_text())
-
-
-def losses(workdir):
-    return {row["step"]: row["loss"] for row in logs.read_metrics(workdir)}
-
-
-def assert_same_losses(workdir, other, rtol):
-    rows, others = losses(workdir), losses(other)
-    assert rows.keys() == others.keys() and len(rows) == 6
-    for step, loss in rows.items():
-        np.testing.assert_allclose(loss, others[step], rtol=rtol)
+from jax_diffusion import logs
 
 
 @pytest.fixture(scope="module")
@@ -232,51 +127,3 @@ def test_a_lost_process_ends_the_others_and_the_job_continues(folder, four):
     assert saved(workdir) == total
     for step, loss in losses(four).items():
         np.testing.assert_allclose(losses(workdir)[step], loss, rtol=1e-5)
-
-
-def test_ten_kills_change_nothing(folder, four):
-    """Between steps, before the first checkpoint, and in the midst of saves."""
-    workdir, rng = folder / "killed", random.Random(0)
-    for i in range(10):
-        job = Job(workdir)
-        if i == 0:  # at any time, nothing saved yet
-            time.sleep(rng.uniform(1, 4))
-        elif i < 4:
-            job.wait_for(functools.partial(saves_after, workdir, saved(workdir)))
-        else:
-            time.sleep(rng.uniform(2, 8))
-        if job.processes[0].poll() is None:
-            job.kill()
-    Job(workdir).finish()
-    assert sealed(workdir, 12)["digests"] == sealed(four, 12)["digests"]
-    assert_same_losses(workdir, four, rtol=0)
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize("damage", [flip, truncate, pathlib.Path.unlink])
-def test_a_damaged_checkpoint_changes_nothing(folder, four, damage):
-    """The newest is damaged in one file after the other, and the run goes on."""
-    intact = folder / f"intact_{damage.__name__}"
-    shutil.copytree(four, intact)
-    shutil.rmtree(intact / "checkpoints" / "12")
-    newest = intact / "checkpoints" / "8"
-    files = [p for p in newest.rglob("*") if p.is_file()]
-    files.sort(key=lambda p: p.stat().st_size, reverse=True)
-    record = newest / "record" / "metadata"
-    for file in {*files[:2], record, files[-1]}:
-        workdir = folder / f"{damage.__name__}_{len(list(folder.iterdir()))}"
-        shutil.copytree(intact, workdir)
-        damage(workdir / file.relative_to(intact))
-        job = Job(workdir)
-        job.finish()
-        assert sealed(workdir, 12)["digests"] == sealed(four, 12)["digests"]
-        assert_same_losses(workdir, four, rtol=0)
