@@ -30,6 +30,7 @@ def libc(monkeypatch):
     monkeypatch.setattr(cpu.jaxlib.version, "__version_info__", (0, 12, 0))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     dispatch = jax.config.read("jax_cpu_enable_async_dispatch")
+    jax.config.update("jax_cpu_enable_async_dispatch", True)
     yield found
     jax.config.update("jax_cpu_enable_async_dispatch", dispatch)
 
