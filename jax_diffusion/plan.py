@@ -60,7 +60,8 @@ def make_plan(config: Config) -> Plan:
     optimizer = dict(config.optimizer, total_steps=config.total_steps)
     tx, lr_fn = settings.call(training.make_optimizer, optimizer, "config.optimizer")
     options = {name: config[name] for name in STEP_OPTIONS}
-    options["param_sharding"] = sharding.replicated(mesh)
+    if mesh.shape["fsdp"] > 1:
+        options["param_sharding"] = sharding.replicated(mesh)
     train_step = training.make_train_step(
         model, tx, schedule, objective, timestep_sampler, **options
     )
@@ -78,6 +79,7 @@ def make_plan(config: Config) -> Plan:
     )
     key_init, key = keys()
 
+    @jax.jit  # so that its shapes and its program share one trace
     def init():
         return training.init_state(
             key_init, model, tx, timestep_sampler, image_shape, config.ema_decays
