@@ -117,8 +117,11 @@ def compile_plan(plan: Plan, *, fresh: bool) -> Program:
     init = jax.jit(
         plan.init, out_shardings=shardings, compiler_options=quick if on_cpu else None
     )
-    with ThreadPoolExecutor(1) as pool:  # the step's compilation leaves cores idle
-        other = pool.submit(lambda: init.lower().compile()) if fresh else None
+    # On the CPU, the step's compilation leaves a core idle. Several hosts must compile
+    # in one order: they may exchange what they have found out.
+    beside = fresh and on_cpu and jax.process_count() == 1
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: init.lower().compile()) if beside else None
         lowered = step.lower(
             plan.key, shapes, plan.place(plan.batches.batch(0, plan.rows))
         )
