@@ -13,6 +13,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,7 +93,7 @@ def _has_tpu() -> bool:
 
 
 def make_mesh(
-    *, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
+    *, data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """The mesh of all devices of all hosts, or of some.
 
