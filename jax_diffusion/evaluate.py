@@ -77,7 +77,7 @@ def scores_of(score: Callable[..., PyTree], params: PyTree, batches: Any) -> PyT
     for batch in batches:
         n = len(batch["label"])
         batch["ids"] = np.arange(first, first + n, dtype=np.int32)
-        shared = sharding.in_parts(mesh, batch, sharding.divisible(mesh, n))
+        shared = sharding.in_parts(mesh, batch)
         scores = sharding.fetch(score(params, **shared))
         parts.append(jax.tree.map(lambda a, n=n: a[:n], scores))
         first += n

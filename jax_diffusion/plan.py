@@ -101,15 +101,7 @@ def compile_plan(plan: Plan, *, fresh: bool) -> Program:
     """Compiles the step, its state donated, and for a fresh run the initialisation."""
     begun = time.perf_counter()
     shapes = jax.eval_shape(plan.init)
-    shardings = sharding.state_sharding(plan.mesh, shapes)
-    whole = sharding.replicated(plan.mesh)
-    batch = sharding.batch_sharding(plan.mesh)
-    step = jax.jit(
-        plan.train_step,
-        in_shardings=(whole, shardings, batch),
-        out_shardings=(shardings, whole),
-        donate_argnums=1,
-    )
+    step, shardings = sharding.jit_step(plan.mesh, plan.train_step, shapes)
     # Drawing hundreds of small arrays runs once and compiles slowly: on the CPU,
     # optimising it costs more than the rest of the start.
     quick = {"xla_backend_optimization_level": "0"}

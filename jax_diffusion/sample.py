@@ -141,11 +141,10 @@ def generate(
 
     Args:
         low_res: uint8 images to enlarge and their labels, which go round too.
-        batch_size: made a multiple of the number of devices.
         mesh: of the devices that share the work; default all.
     """
     mesh = mesh or sharding.make_mesh()
-    batch_size = sharding.divisible(mesh, min(batch_size, n))
+    batch_size = min(batch_size, n)
     params = sharding.spread(mesh, params)
     small, labels = low_res or (None, np.arange(num_labels or 1, dtype=np.int32))
     for first in range(0, n, batch_size):
@@ -154,7 +153,7 @@ def generate(
         inputs = {"ids": ids, "label": label}
         if small is not None:
             inputs["low_res"] = data.from_uint8(small[ids % len(small)])
-        inputs = sharding.in_parts(mesh, inputs, batch_size)
+        inputs = sharding.in_parts(mesh, inputs)
         keys = _keys(np.uint32(seed % 2**32), inputs.pop("ids"))
         frames = sharding.fetch(draw(params, schedule, keys, eta, **inputs).x)
         keep = min(batch_size, n - first)

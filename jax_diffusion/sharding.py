@@ -11,7 +11,7 @@ inserts the exchanges (`jax.jit` with shardings; `pmap` is history).
 import hashlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,29 @@ def state_sharding(mesh: Mesh, shapes: PyTree) -> PyTree:
     return jax.tree.map(of_leaf, shapes)
 
 
+def jit_step(
+    mesh: Mesh, train_step: Callable[..., Any], state: PyTree
+) -> tuple[Any, PyTree]:
+    """A train step (key, state, batch) -> (state, metrics) under `jax.jit` on a mesh.
+
+    The state it is given is donated; key and metrics are on every device.
+
+    Args:
+        state: shapes of the leaves.
+
+    Returns:
+        The step, not yet compiled, and where each leaf of the state goes.
+    """
+    whole, states = replicated(mesh), state_sharding(mesh, state)
+    step = jax.jit(
+        train_step,
+        in_shardings=(whole, states, batch_sharding(mesh)),
+        out_shardings=(states, whole),
+        donate_argnums=1,
+    )
+    return step, states
+
+
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """The rows of a global batch that this host's devices hold, in increasing order.
 
@@ -194,18 +217,14 @@ def spread(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.tree.map(put, tree)
 
 
-def in_parts(
-    mesh: Mesh, arrays: Mapping[str, np.ndarray], batch_size: int
-) -> dict[str, jax.Array]:
-    """Global arrays of rows that every host has, the last repeated to fill a batch."""
-    rows = host_rows(mesh, batch_size)
-    local = {name: a[np.minimum(rows, len(a) - 1)] for name, a in arrays.items()}
+def in_parts(mesh: Mesh, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Global arrays of rows [n, ...] that every host has; the last is repeated until
+    their number divides by that of the devices."""
+    n = len(next(iter(arrays.values())))
+    batch_size = -(-n // mesh.size) * mesh.size
+    rows = np.minimum(host_rows(mesh, batch_size), n - 1)
+    local = {name: a[rows] for name, a in arrays.items()}
     return global_batch(mesh, local, batch_size)
-
-
-def divisible(mesh: Mesh, batch_size: int) -> int:
-    """The next batch size that divides by the number of devices."""
-    return -(-batch_size // mesh.size) * mesh.size
 
 
 def agree(text: str) -> bool:

@@ -5,6 +5,7 @@ import tempfile
 import typing
 
 import jax
+import pytest
 
 if "JAX_PLATFORMS" not in os.environ:  # say JAX_PLATFORMS=cuda to test on a GPU
     jax.config.update("jax_platforms", "cpu")
@@ -24,3 +25,18 @@ from jax_diffusion import diffusion  # noqa: E402
 # jaxtyping's import hook checks the arguments of dataclasses before these can, and
 # `Objective` has its own words for a wrong name.
 typing.no_type_check(diffusion.Objective)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the runs of `jobs` live."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def four(folder):
+    """A run by one process of four devices."""
+    from jobs import Job
+
+    Job(folder / "four").finish()
+    return folder / "four"

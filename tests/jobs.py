@@ -60,11 +60,14 @@ class Job:
 
     def finish(self):
         status = self.wait()
-        assert not any(status), "\n".join(log.read_text() for log in self.logs)
+        assert not any(status), self.said()
 
-    def kill(self, which=0):
+    def said(self):
+        return "\n".join(log.read_text() for log in self.logs)
+
+    def kill(self):
         """Without warning, as a machine that is taken away."""
-        self.processes[which].kill()
+        self.processes[0].kill()
         self.wait()
 
     def wait_for(self, what, timeout=200):
@@ -72,8 +75,7 @@ class Job:
         begun = time.monotonic()
         while not what():
             running = [process.poll() is None for process in self.processes]
-            text = "\n".join(log.read_text() for log in self.logs)
-            assert all(running) and time.monotonic() - begun < timeout, text
+            assert all(running) and time.monotonic() - begun < timeout, self.said()
             time.sleep(0.01)
 
 
@@ -90,6 +92,15 @@ def saved(workdir):
 def sealed(workdir, step):
     path = workdir / "checkpoints" / str(step) / "record" / "metadata"
     return json.loads(path.read_text())
+
+
+def lines_of(workdir):
+    """metrics.jsonl without the timings."""
+    timings = ("images_per_second", "seconds_per_step")
+    return [
+        {k: v for k, v in r.items() if k not in timings and not k.endswith("_share")}
+        for r in logs.read_metrics(workdir)
+    ]
 
 
 def losses(workdir):

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jobs import lines_of
 from oracles import F32, F32_SUM, assert_moments, normal
 
 from jax_diffusion import (
     data,
     diffusion,
     evaluate,
-    logs,
     losses,
     sample,
     schedules,
@@ -454,15 +454,6 @@ def whole(tmp_path_factory):
     """A run that nobody stopped: its workdir and its last state."""
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, jax.device_get(train.train(config_of(), workdir))
-
-
-def lines_of(workdir):
-    """metrics.jsonl without the timings."""
-    timings = ("images_per_second", "seconds_per_step")
-    return [
-        {k: v for k, v in r.items() if k not in timings and not k.endswith("_share")}
-        for r in logs.read_metrics(workdir)
-    ]
 
 
 def test_a_stopped_and_resumed_run_is_bit_identical(whole, tmp_path, monkeypatch):

@@ -15,18 +15,6 @@ from jax_diffusion import logs
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("hosts")
-
-
-@pytest.fixture(scope="module")
-def four(folder):
-    """One process of four devices."""
-    Job(folder / "four").finish()
-    return folder / "four"
-
-
-@pytest.fixture(scope="module")
 def two(folder):
     """Two processes of two devices, parameters split over all four."""
     job = Job(folder / "two", "--config.mesh.fsdp=4", processes=2)
@@ -61,7 +49,7 @@ def test_the_first_process_alone_writes_and_speaks(two):
     assert "--process-id 0" in start["command"]
 
 
-def test_two_processes_draw_and_score_as_one(two, four, folder):
+def test_two_processes_draw_and_score_as_one(two, folder):
     drawn = {}
     for processes in (1, 2):
         out = folder / f"drawn_{processes}.npz"
@@ -101,7 +89,7 @@ def test_what_two_processes_saved_another_number_of_devices_continues(
     assert_same_losses(workdir, four, rtol=1e-5)
 
 
-def test_sigterm_to_one_process_makes_both_save_one_step_and_exit(folder, four):
+def test_sigterm_to_one_process_makes_both_save_one_step_and_exit(folder):
     workdir = folder / "stopped"
     job = Job(workdir, LONG, processes=2)
     job.wait_for(lambda: saved(workdir) >= 4)

@@ -320,7 +320,6 @@ def compile_step(**sizes):
     tx, _ = training.make_optimizer(lr=1e-3, total_steps=100, grad_clip=1.0)
     sampler = timesteps.uniform(20)
     mesh = sharding.make_mesh(**sizes)
-    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     train_step = training.make_train_step(
         MODEL,
         tx,
@@ -328,7 +327,7 @@ def compile_step(**sizes):
         objective,
         sampler,
         ema_decays=(0.9,),
-        param_sharding=whole,
+        param_sharding=sharding.replicated(mesh),
     )
 
     def init(key):
@@ -336,17 +335,11 @@ def compile_step(**sizes):
 
     key = jax.random.key(0)
     state = jax.eval_shape(init, key)
-    states = sharding.state_sharding(mesh, state)
     batch = {
         "image": jax.ShapeDtypeStruct((IMAGES, 8, 8, 1), jnp.uint8),
         "label": jax.ShapeDtypeStruct((IMAGES,), jnp.int32),
     }
-    step = jax.jit(
-        train_step,
-        in_shardings=(whole, states, rows),
-        out_shardings=(states, whole),
-        donate_argnums=1,
-    )
+    step, _ = sharding.jit_step(mesh, train_step, state)
     # The network as accelerators run it: on the CPU, a doubling convolution makes four
     # kernels of size 2 of its own, and their gradients are the ones summed.
     with mock.patch("jax.default_backend", lambda: "tpu"):

@@ -76,8 +76,7 @@ def test_a_batch_that_devices_cannot_share_is_refused():
 
 def test_a_short_batch_is_filled_with_its_last_row():
     mesh = mesh_of(4)
-    size = sharding.divisible(mesh, 5)
-    shared = sharding.in_parts(mesh, {"x": np.arange(5)}, size)["x"]
+    shared = sharding.in_parts(mesh, {"x": np.arange(5)})["x"]
     assert shared.tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
 
 
@@ -126,18 +125,13 @@ def train_on(mesh, steps=4):
     step = training.make_train_step(
         MODEL, tx, SCHEDULE, Objective(), SAMPLER, ema_decays=(0.9,)
     )
-    shardings = sharding.state_sharding(mesh, jax.eval_shape(init))
-    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    step = jax.jit(
-        step,
-        in_shardings=(whole, shardings, rows),
-        out_shardings=(shardings, whole),
-        donate_argnums=1,
-    )
+    step, shardings = sharding.jit_step(mesh, step, jax.eval_shape(init))
     state, losses = jax.jit(init, out_shardings=shardings)(), []
     for _ in range(steps):
         batch = sharding.global_batch(mesh, BATCH, 8)
-        state, metrics = step(jax.device_put(key, whole), state, batch)
+        state, metrics = step(
+            jax.device_put(key, sharding.replicated(mesh)), state, batch
+        )
         losses.append(metrics["loss"])
     split = [not a.sharding.is_fully_replicated for a in jax.tree.leaves(state.params)]
     return np.array(losses), jax.device_get(state), any(split)

@@ -10,18 +10,6 @@ import pytest
 from jobs import Job, assert_same_losses, losses, saved, sealed
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("hosts")
-
-
-@pytest.fixture(scope="module")
-def four(folder):
-    """One process of four devices."""
-    Job(folder / "four").finish()
-    return folder / "four"
-
-
 def saves_after(workdir, step):
     """Whether it is in the midst of a save, or just after one."""
     return any(workdir.glob("checkpoints/*tmp*")) or saved(workdir) > step

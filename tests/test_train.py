@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from jobs import lines_of
 from PIL import Image
 
 from jax_diffusion import checkpoint, data, evaluate, logs, sample, settings, train
@@ -52,15 +53,6 @@ def whole(tmp_path_factory):
     """A run that nobody stopped: its workdir and its last state."""
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, jax.device_get(train.train(config_of(), workdir))
-
-
-def lines_of(workdir):
-    """metrics.jsonl without the timings."""
-    timings = ("images_per_second", "seconds_per_step")
-    return [
-        {k: v for k, v in r.items() if k not in timings and not k.endswith("_share")}
-        for r in logs.read_metrics(workdir)
-    ]
 
 
 def assert_same_run(workdir, state, whole):

@@ -84,8 +84,6 @@ def compile_step(name, compiler, count, fsdp):
     """The step as `count` devices would run it."""
     make_step, state = program(name)
     mesh = sharding.make_mesh(fsdp=fsdp, devices=devices_of(compiler, count))
-    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    states = sharding.state_sharding(mesh, state)
     side, images = IMAGES[name]
     b = images * count
     batch = {
@@ -93,12 +91,7 @@ def compile_step(name, compiler, count, fsdp):
         "label": jax.ShapeDtypeStruct((b,), jnp.int32),
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
-    step = jax.jit(
-        make_step(mesh),
-        in_shardings=(whole, states, rows),
-        out_shardings=(states, whole),
-        donate_argnums=1,
-    )
+    step, _ = sharding.jit_step(mesh, make_step(mesh), state)
     # The network as accelerators run it: on the CPU, layers.py saves operations.
     with mock.patch("jax.default_backend", lambda: "tpu"):
         lowered = step.lower(key, state, batch)
