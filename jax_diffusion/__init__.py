@@ -2,12 +2,15 @@
 
 The core needs jax, numpy and jaxtyping, and takes a denoiser from any library:
 
-    schedules   betas in float64 -> NoiseSchedule; subsets of steps
+    schedules   betas in float64 -> NoiseSchedule
+    spacing     which steps of it to take
     diffusion   forward process, conversions between eps, x_0, v, mu; the denoiser
     timesteps   which t to train on
     losses      simple, variational and hybrid; weightings
-    samplers    DDPM, DDIM and its inversion, one scan over steps
+    samplers    DDPM, DDIM, DPM-Solver++, Heun, inpainting; one scan over steps
+    guidance    what a label or a classifier adds to a denoiser
     likelihood  bits per dim, term by term; progressive coding
+    editing     completing, changing and joining images
 
 Beside it stand, imported only on demand: `models` (Flax networks, and the weights and
 names of those that others have released), `training` (the Optax train step), `sharding`
@@ -22,12 +25,25 @@ names of those that others have released), `training` (the Optax train step), `s
 
 from jax_diffusion import (
     diffusion,
+    editing,
+    guidance,
     likelihood,
     losses,
     samplers,
     schedules,
+    spacing,
     timesteps,
 )
 
 __version__ = "0.1.0"
-__all__ = ["diffusion", "likelihood", "losses", "samplers", "schedules", "timesteps"]
+__all__ = [
+    "diffusion",
+    "editing",
+    "guidance",
+    "likelihood",
+    "losses",
+    "samplers",
+    "schedules",
+    "spacing",
+    "timesteps",
+]

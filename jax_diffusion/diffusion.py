@@ -34,6 +34,7 @@ class Prediction(NamedTuple):
 
     x_0: Array  # [b, ...] estimate of the clean data
     log_var: Array  # [b, ...] or broadcastable; log variance of p(x_{t-1} | x_t)
+    grad: Any = None  # [b, ...] what guidance adds to the score of x_t; None, nothing
 
 
 DenoiseFn = Callable[..., Prediction]  # (x_t, t, **conditioning) -> Prediction
@@ -190,6 +191,40 @@ def score_from_x_0(
     """grad_x log q(x_t | x_0) = -eps / noise."""
     level = take(schedule, t, x_t.ndim).now
     return -eps_from_x_0(schedule, x_t, t, x_0) / level.noise
+
+
+def guided_x_0(
+    schedule: NoiseSchedule, prediction: Prediction, t: Int[Array, "b"]
+) -> Float[Array, "b *d"]:
+    """The predicted x_0 after guidance, for samplers that follow the score.
+
+    eps - noise grad instead of eps (Dhariwal & Nichol 2021, algorithm 2) is x_0 +
+    noise^2 / signal grad. It is not clipped again. Where there is no signal, x_t knows
+    nothing of x_0 and x_0 stays.
+    """
+    if prediction.grad is None:
+        return prediction.x_0
+    level = take(schedule, t, prediction.x_0.ndim).now
+    has_signal = level.signal > 0
+    shift = level.noise**2 / jnp.where(has_signal, level.signal, 1.0)
+    return prediction.x_0 + jnp.where(has_signal, shift, 0.0) * prediction.grad
+
+
+def guided_mean(
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+) -> Float[Array, "b *d"]:
+    """The mean of p(x_{t-1} | x_t): that of q at the predicted x_0, plus guidance.
+
+    Guidance shifts it by the variance times its gradient (Dhariwal & Nichol 2021,
+    algorithm 1).
+    """
+    mean, _ = q_posterior(schedule, prediction.x_0, x_t, t)
+    if prediction.grad is None:
+        return mean
+    return mean + jnp.exp(prediction.log_var) * prediction.grad
 
 
 def target(

@@ -9,6 +9,7 @@ There is one key per image. The noise of an image at a step depends on its key a
 the steps still to go, not on the batch around it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,6 +40,11 @@ def image_keys(key: Key[Array, ""], ids: Int[Array, "b"]) -> Key[Array, "b"]:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)
 
 
+def fold_in(keys: Key[Array, "b"], number: int | Int[Array, ""]) -> Key[Array, "b"]:
+    """Other keys of the same images, for another purpose or step."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+
+
 def normal(keys: Key[Array, "b"], shape: tuple[int, ...]) -> Float[Array, "b *d"]:
     """Standard normal noise, one draw of the given shape for each key: x_T."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
@@ -57,7 +63,7 @@ def ddpm_step(
     predicted one. The last step, t = 0, adds no noise.
     """
     prediction = denoise_fn(state.x, t)
-    mean, _ = diffusion.q_posterior(schedule, prediction.x_0, state.x, t)
+    mean = diffusion.guided_mean(schedule, prediction, state.x, t)
     level = take(schedule, t, state.x.ndim).now
     std = jnp.where(t.reshape(level.noise.shape) == 0, 0.0, 1.0)
     std = std * jnp.exp(0.5 * prediction.log_var)
@@ -81,7 +87,7 @@ def ddim_step(
     of the predicted x_0 after any clipping, as in improved-diffusion.
     """
     c = take(schedule, t, state.x.ndim)
-    x_0 = denoise_fn(state.x, t).x_0
+    x_0 = diffusion.guided_x_0(schedule, denoise_fn(state.x, t), t)
     eps = (state.x - c.now.signal * x_0) / c.now.noise
     ratio = c.prev.noise / c.now.noise
     sigma = eta * ratio * jnp.sqrt(c.betas)  # eq. 16
@@ -106,9 +112,91 @@ def ddim_inversion_step(
     """
     del keys
     c = take(schedule, t, state.x.ndim)
-    x_0 = denoise_fn(state.x, t).x_0
+    x_0 = diffusion.guided_x_0(schedule, denoise_fn(state.x, t), t)
     eps = (state.x - c.now.signal * x_0) / c.now.noise
     return SampleState(c.next.signal * x_0 + c.next.noise * eps, x_0, c.now.log_snr)
+
+
+def dpmpp_2m_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: SampleState,
+    t: Int[Array, "b"],
+) -> SampleState:
+    """One step of DPM-Solver++(2M) from t to t - 1 (Lu et al. 2022, algorithm 2).
+
+    A step of DDIM with eta = 0 and, for x_0, the line in log-SNR through this
+    prediction and the last one, at the middle of the step. Deterministic and of second order. The
+    first step and the last, which is endless in log-SNR, are of first order.
+    """
+    del keys
+    c = take(schedule, t, state.x.ndim)
+    x_0 = diffusion.guided_x_0(schedule, denoise_fn(state.x, t), t)
+    step = c.prev.log_snr - c.now.log_snr
+    last_step = c.now.log_snr - state.log_snr  # infinite before there is a last x_0
+    finite = jnp.isfinite(step) & jnp.isfinite(last_step) & (last_step > 0)
+    weight = jnp.where(finite, step, 0.0) / jnp.where(finite, 2 * last_step, 1.0)
+    ahead = x_0 + weight * (x_0 - state.x_0)
+    x = c.prev.signal * ahead
+    x = x + c.prev.noise * (state.x - c.now.signal * ahead) / c.now.noise
+    return SampleState(x, x_0, c.now.log_snr)
+
+
+def heun_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: SampleState,
+    t: Int[Array, "b"],
+) -> SampleState:
+    """One step of Heun's method from t to t - 1 (Karras et al. 2022, algorithm 1).
+
+    x / signal moves along noise / signal by eps: a step of DDIM with eta = 0, then
+    again with the mean of eps at both its ends. Deterministic, of second order, two
+    evaluations. A step that ends in the clean image, or begins without any signal, is
+    one of DDIM.
+    """
+    x, x_0, log_snr = ddim_step(keys, denoise_fn, schedule, state, t)
+    c = take(schedule, t, x.ndim)
+    eps = (state.x - c.now.signal * x_0) / c.now.noise
+    end = denoise_fn(x, jnp.maximum(t - 1, 0))
+    end_x_0 = diffusion.guided_x_0(schedule, end, jnp.maximum(t - 1, 0))
+    inside = (c.prev.noise > 0) & (c.now.signal > 0)
+    noise, signal = (jnp.where(inside, a, 1.0) for a in (c.prev.noise, c.now.signal))
+    change = ((x - c.prev.signal * end_x_0) / noise - eps) / 2
+    slope = c.prev.noise - c.prev.signal * c.now.noise / signal
+    return SampleState(x + jnp.where(inside, slope * change, 0.0), x_0, log_snr)
+
+
+def inpaint(
+    step_fn: StepFn,
+    x_known: Float[Array, "b *d"],
+    mask: Array | Callable[[Array], Array],
+) -> StepFn:
+    """Steps that end in what is known, at the noise of their end (Song et al. 2021).
+
+    The last step returns known pixels exactly. What is generated sees the known part
+    only as it is then; see `editing.repaint`.
+
+    Args:
+        x_known: data; what is not known of them is ignored.
+        mask: 1 where pixels are known, else 0, to broadcast against data; or a function
+            of images, an orthogonal projection on what is known of them.
+
+    Raises:
+        ValueError: if the mask does not fit the data.
+    """
+    project = mask if callable(mask) else functools.partial(_masked, mask, x_known)
+
+    def step(keys, denoise_fn, schedule, state, t):
+        state = step_fn(keys, denoise_fn, schedule, state, t)
+        prev = take(schedule, t, x_known.ndim).prev
+        keys = fold_in(keys, 1)  # the step itself has drawn with the keys as they are
+        known = prev.signal * x_known + prev.noise * normal(keys, x_known.shape[1:])
+        return state._replace(x=state.x + project(known - state.x))
+
+    return step
 
 
 def share_noise(step_fn: StepFn, key: Key[Array, ""], *, until: int) -> StepFn:
@@ -172,7 +260,7 @@ def sample_frames(
 
     def visit(state, to_go_and_t):
         to_go, t = to_go_and_t
-        step_keys = _step_keys(keys, to_go)
+        step_keys = fold_in(keys, to_go)
         t = jnp.full(x_T.shape[:1], t, jnp.int32)
         return step_fn(step_keys, denoise_fn, schedule, state, t)
 
@@ -275,7 +363,7 @@ def interpolate(
         num_steps = int(np.sum(np.asarray(schedule.timesteps) >= 0))
     if not 0 <= t < num_steps:
         raise ValueError(f"t must be in [0, {num_steps}), got {t}.")
-    keys_a, keys_b, keys_steps = (_step_keys(keys, i) for i in range(3))
+    keys_a, keys_b, keys_steps = (fold_in(keys, i) for i in range(3))
     level = jnp.full(x_a.shape[:1], t, jnp.int32)
     noised_a, noised_b = (
         diffusion.q_sample(schedule, x_0, level, normal(k, x_0.shape[1:]))
@@ -290,5 +378,11 @@ def interpolate(
     return jax.lax.map(at, weights)
 
 
-def _step_keys(keys, to_go):
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, to_go)
+def _masked(mask, x_known, x):
+    known = x_known.shape
+    shape = (1,) * (len(known) - np.ndim(mask)) + np.shape(mask)
+    if len(shape) > len(known) or any(
+        n not in (1, m) for n, m in zip(shape, known, strict=True)
+    ):
+        raise ValueError(f"the mask must fit data {known}, got shape {np.shape(mask)}.")
+    return jnp.reshape(mask, shape) * x

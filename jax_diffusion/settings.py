@@ -166,7 +166,7 @@ def make_schedule(
     if steps is not None:
         if not 1 <= steps <= len(betas):
             raise ValueError(f"steps must be in [1, T = {len(betas)}], got {steps}.")
-        keep = choose("spacing", spacing, STEPS)(len(betas), steps)
+        keep = choose("spacing", spacing, STEPS)(betas, steps)
     return schedules.make_schedule(
         betas, keep=keep, rescale_timesteps=config.get("rescale_timesteps", False)
     )
@@ -181,11 +181,13 @@ def make_betas(config: Config) -> np.ndarray:
     return schedules.zero_terminal_snr(betas) if zero_terminal_snr else betas
 
 
-STEPS: dict[str, Callable[..., Any]] = {
-    "sections": schedules.spaced_steps,
-    "uniform": schedules.uniform_steps,
-    "quadratic": schedules.quadratic_steps,
-    "trailing": schedules.trailing_steps,
+STEPS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "sections": lambda betas, n: schedules.spaced_steps(len(betas), n),
+    "uniform": lambda betas, n: schedules.uniform_steps(len(betas), n),
+    "quadratic": lambda betas, n: schedules.quadratic_steps(len(betas), n),
+    "trailing": lambda betas, n: schedules.trailing_steps(len(betas), n),
+    "karras": schedules.karras_steps,
+    "log_snr": schedules.log_snr_steps,
 }
 
 

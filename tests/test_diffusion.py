@@ -215,7 +215,7 @@ def test_the_network_is_told_the_steps_that_the_schedule_kept():
 def test_clip_limits_x_0_and_leaves_the_variance_alone():
     x = jnp.array([[-3.0, -0.5, 0.5, 3.0]])
     denoise_fn = diffusion.clip_x_0(lambda x_t, t: Prediction(x_t, 2 * x_t))
-    x_0, log_var = denoise_fn(x, jnp.zeros(1, jnp.int32))
+    x_0, log_var, _ = denoise_fn(x, jnp.zeros(1, jnp.int32))
     np.testing.assert_array_equal(x_0, [[-1.0, -0.5, 0.5, 1.0]])
     np.testing.assert_array_equal(log_var, 2 * x)
 
@@ -224,7 +224,7 @@ def test_threshold_scales_each_image_by_its_own_quantile_if_above_one():
     ramp = jnp.linspace(-4.0, 4.0, 101)  # its 0.5 quantile of |x| is 2
     images = jnp.stack([ramp, ramp / 4]).reshape(2, 101, 1)
     denoise_fn = diffusion.threshold_x_0(lambda x_t, t: Prediction(x_t, x_t), 0.5)
-    x_0, log_var = denoise_fn(images, jnp.zeros(2, jnp.int32))
+    x_0, log_var, _ = denoise_fn(images, jnp.zeros(2, jnp.int32))
     np.testing.assert_allclose(x_0[0, :, 0], np.clip(ramp / 2, -1, 1), **F32)
     np.testing.assert_allclose(
         x_0[1, :, 0], ramp / 4, **F32

@@ -174,7 +174,7 @@ def test_forward_process_posterior_and_conversions_are_the_official_ones(account
 
 def compare_reverse_step(account, case, prefix, s, model_fn, x_t, t):
     """p(x_{t-1} | x_t) and the predicted x_0."""
-    x_0, log_var = official.network(account, case).denoiser(s, model_fn)(x_t, t)
+    x_0, log_var, _ = official.network(account, case).denoiser(s, model_fn)(x_t, t)
     log_var = spread(log_var, x_0)
     account.compare(f"{prefix}pred_xstart", x_0)
     if f"{prefix}log_variance" in account.arrays:

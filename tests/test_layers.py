@@ -12,13 +12,15 @@ PACKAGE = ROOT / "jax_diffusion"
 
 # A new module fails until it has its place here.
 CORE = {  # imports only what is below it
-    "schedules": 0,
-    "diffusion": 1,
-    "timesteps": 1,
-    "losses": 2,
-    "samplers": 2,
-    "guidance": 2,
-    "likelihood": 3,
+    "spacing": 0,
+    "schedules": 1,
+    "diffusion": 2,
+    "timesteps": 2,
+    "losses": 3,
+    "samplers": 3,
+    "guidance": 3,
+    "likelihood": 4,
+    "editing": 4,
 }
 MODELS = {  # in models/
     *("layers", "unet", "annotated", "lucidrains", "encoder", "inception"),

@@ -74,9 +74,9 @@ class Network(NamedTuple):
         denoise_fn = diffusion.denoiser(model_fn, schedule, self.objective)
 
         def changed(x_t, t):
-            x_0, log_var = denoise_fn(x_t, t)
+            prediction = denoise_fn(x_t, t)
             scale, shift = self.denoised
-            return Prediction(scale * x_0 + shift, log_var)
+            return prediction._replace(x_0=scale * prediction.x_0 + shift)
 
         changed = changed if self.denoised else denoise_fn
         return diffusion.clip_x_0(changed) if self.clip else changed

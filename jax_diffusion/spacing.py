@@ -1,0 +1,127 @@
+"""Which steps of a diffusion to take: increasing int [n], for `make_schedule(keep=)`.
+
+Each rule gives exactly as many distinct steps as asked, but for `quadratic_steps`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def spaced_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarray:
+    """Steps to keep, by the section rule of improved-diffusion.
+
+    Args:
+        num_steps: T.
+        spec: 250, or "250": that many, first and last included; "10,15,20" or
+            [10, 15, 20]: the steps are cut in equal sections and that many are kept of
+            each; "ddim50": every k-th step from 0, for the k that gives exactly 50.
+
+    Raises:
+        ValueError: if a section is shorter than asked, or no stride gives the count.
+    """
+    if isinstance(spec, str):
+        try:
+            numbers = [int(part) for part in spec.removeprefix("ddim").split(",")]
+        except ValueError:
+            rule = "steps must be like 50, '50', '10,15,20' or 'ddim50'"
+            raise ValueError(f"{rule}, got {spec!r}.") from None
+        if spec.startswith("ddim"):
+            return np.arange(0, num_steps, _ddim_stride(num_steps, numbers))
+        spec = numbers
+    counts = [spec] if isinstance(spec, int | np.integer) else list(spec)
+    if not counts or sum(counts) < 1:
+        raise ValueError(f"the sections must keep at least one step, got {spec!r}.")
+
+    size, extra = divmod(num_steps, len(counts))
+    steps, start = [], 0
+    for i, count in enumerate(counts):
+        length = size + (i < extra)
+        if not 0 <= count <= length:
+            rule = f"a section of {length} steps cannot keep {count}"
+            raise ValueError(f"{rule}, got {spec!r}.")
+        stride = 1.0 if count <= 1 else (length - 1) / (count - 1)
+        position = 0.0  # accumulated and rounded half to even, as the original does
+        for _ in range(count):
+            steps.append(start + round(position))
+            position += stride
+        start += length
+    return np.array(steps)
+
+
+def uniform_steps(num_steps: int, n: int) -> np.ndarray:
+    """floor(i T / n): exactly n steps from 0 on (Song et al. 2021, app. D.2, linear).
+
+    The DDIM repository's "uniform" where n divides T; elsewhere that takes more steps.
+    """
+    return np.arange(_count(num_steps, n)) * num_steps // n
+
+
+def quadratic_steps(num_steps: int, n: int) -> np.ndarray:
+    """floor(c i^2) up to 0.8 T: dense near the image ("quad" of the DDIM repository).
+
+    The original visits some small steps twice, to no effect; here they occur once, so
+    that there may be fewer than n (49 for n = 50 and T = 1000).
+    """
+    n = _count(num_steps, n)
+    roots = np.linspace(0, np.sqrt(num_steps * 0.8), n)
+    return np.unique((roots**2).astype(int))
+
+
+def trailing_steps(num_steps: int, n: int) -> np.ndarray:
+    """floor(i T / n) - 1 for i = 1 .. n: exactly n steps that end in T - 1.
+
+    Starts sampling at pure noise, where x_T was drawn (Lin et al. 2023; lucidrains).
+    """
+    return np.arange(1, _count(num_steps, n) + 1) * num_steps // n - 1
+
+
+def karras_steps(betas: np.ndarray, n: int, *, rho: float = 7.0) -> np.ndarray:
+    """n steps whose (noise / signal)^(1 / rho) are evenly spaced (Karras et al. 2022).
+
+    Nearly so: the nearest steps, or, where two would fall on one, the next ones. Step 0
+    and T - 1 are among them.
+    """
+    return _nearest(np.exp(_log_ratio(betas) / rho), len(betas), n)
+
+
+def log_snr_steps(betas: np.ndarray, n: int) -> np.ndarray:
+    """n steps that are evenly spaced in log-SNR (Lu et al. 2022).
+
+    Nearly so: the nearest steps, or, where two would fall on one, the next ones. Step 0
+    and T - 1 are among them.
+    """
+    return _nearest(_log_ratio(betas), len(betas), n)
+
+
+def _log_ratio(betas: np.ndarray) -> np.ndarray:
+    """log(noise / signal) of every step but a last one without signal."""
+    betas = np.asarray(betas, np.float64)
+    log_alpha_bar = np.cumsum(np.log1p(-betas[betas < 1]))
+    return (np.log(-np.expm1(log_alpha_bar)) - log_alpha_bar) / 2
+
+
+def _nearest(scale: np.ndarray, num_steps: int, n: int) -> np.ndarray:
+    """n distinct steps next to an even spacing of an increasing scale."""
+    wanted = np.linspace(scale[0], scale[-1], _count(num_steps, n))
+    steps = np.abs(scale[None, :] - wanted[:, None]).argmin(axis=1)
+    steps[-1] = num_steps - 1
+    rows = np.arange(n)
+    steps = np.maximum.accumulate(steps - rows) + rows  # distinct, from below
+    return np.minimum(steps, num_steps - n + rows)  # and none beyond the end
+
+
+def _count(num_steps: int, n: int) -> int:
+    if not 1 <= n <= num_steps:
+        raise ValueError(f"steps must be between 1 and T = {num_steps}, got {n}.")
+    return n
+
+
+def _ddim_stride(num_steps: int, counts: Sequence[int]) -> int:
+    """The smallest stride that visits exactly as many steps as asked."""
+    strides = {len(range(0, num_steps, k)): k for k in range(num_steps - 1, 0, -1)}
+    if len(counts) > 1 or counts[0] not in strides:
+        near = min(strides or [num_steps], key=lambda m: abs(m - counts[0]))
+        rule = f"no integer stride visits exactly {','.join(map(str, counts))} of"
+        raise ValueError(f"{rule} {num_steps} steps; the nearest count is {near}.")
+    return strides[counts[0]]
