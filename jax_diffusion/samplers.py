@@ -127,8 +127,8 @@ def dpmpp_2m_step(
     """One step of DPM-Solver++(2M) from t to t - 1 (Lu et al. 2022, algorithm 2).
 
     A step of DDIM with eta = 0 and, for x_0, the line in log-SNR through this
-    prediction and the last one, at the middle of the step. Deterministic and of second order. The
-    first step and the last, which is endless in log-SNR, are of first order.
+    prediction and the last one, at the middle of the step. Deterministic, of second
+    order; the first step and the last, endless in log-SNR, are of first order.
     """
     del keys
     c = take(schedule, t, state.x.ndim)
