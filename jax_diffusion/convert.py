@@ -22,12 +22,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from jax_diffusion import checkpoint, data, sample, settings, training
+from jax_diffusion import checkpoint, data, runs, settings, training
 from jax_diffusion.models import diffusers_config, torch_files, weights
 from jax_diffusion.models.encoder import Encoder
 from jax_diffusion.models.released import RELEASED
 from jax_diffusion.models.unet import UNet
-from jax_diffusion.sample import Run
+from jax_diffusion.runs import Run
 from jax_diffusion.settings import Config
 
 Network = tuple[PyTree, Config, tuple[int, ...]]  # parameters, config, image shape
@@ -364,7 +364,7 @@ def convert(args: argparse.Namespace) -> None:
     writer = settings.choose("--to", args.to, WRITERS)
     if args.out is None or Path(args.out).exists():
         raise ValueError(f"--out must name a new file or folder, got {args.out!r}.")
-    writer(sample.load_run(args.workdir, args.ema), Path(args.out))
+    writer(runs.load_run(args.workdir, args.ema), Path(args.out))
     print(f"{args.workdir} as {args.to}: {args.out}")
 
 

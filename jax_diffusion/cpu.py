@@ -8,6 +8,9 @@ import ctypes
 import importlib.util
 import os
 import platform
+import zlib
+from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
@@ -23,8 +26,11 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_TH
 ACCELERATORS = ("jax_plugins", "libtpu")  # packages that bring JAX another backend
 
 
-def tune() -> None:
+def tune(*, onednn: bool = True) -> None:
     """Sets options of XLA, JAX and malloc, before JAX has looked for its devices.
+
+    With oneDNN, what runs long runs faster, but programs cannot be kept on disk (jaxlib
+    0.12 runs out of memory writing them): see `keep_compiled`.
 
     XLA_FLAGS that are set already are kept. glibc is told to keep what XLA frees: a
     step allocates its temporary memory in one piece and frees it at the end, which the
@@ -34,7 +40,8 @@ def tune() -> None:
     """
     if any(importlib.util.find_spec(name) for name in ACCELERATORS):
         return
-    if jaxlib.version.__version_info__ >= (0, 12) and platform.machine() == "x86_64":
+    there = jaxlib.version.__version_info__ >= (0, 12)
+    if onednn and there and platform.machine() == "x86_64":
         flags = os.environ.get("XLA_FLAGS", "")
         new = [flag for flag in ONEDNN_FLAGS if flag.split("=")[0] not in flags]
         os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *new])
@@ -43,6 +50,33 @@ def tune() -> None:
     if libc is not None:
         libc.mallopt(MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs on disk for the next process, unless JAX is told where.
+
+    Not those of oneDNN, see `tune`. In ~/.cache/jax_diffusion, apart for each kind of
+    machine: code that was compiled for one CPU may not run on another.
+    $JAX_COMPILATION_CACHE_DIR is another place.
+    """
+    told: Any = jax.config
+    told = told.jax_compilation_cache_dir is not None
+    if told or ONEDNN_FLAGS[0] in os.environ.get("XLA_FLAGS", ""):
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(home).expanduser() / "jax_diffusion" / _machine()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def _machine() -> str:
+    """Eight digits that two machines share if they can run the same code."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    wanted = ("model name", "flags", "Features")
+    told = [line for line in lines if line.startswith(wanted)][: len(wanted)]
+    text = "\n".join([platform.machine(), platform.processor(), *sorted(set(told))])
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def release_memory() -> None:

@@ -30,6 +30,7 @@ Batch = dict[str, np.ndarray]  # {"image": uint8 [b h w c], "label": int32 [b]}
 MAX_IN_MEMORY = 2 * 2**30  # bytes of images that `load` decodes unless told to
 THREADS = 2  # that make batches ahead, each with decoders on all cores
 READY = 4  # batches that are made ahead
+ROUNDINGS = ("floor", "round")
 
 
 def from_uint8(images: Any) -> Any:
@@ -39,13 +40,24 @@ def from_uint8(images: Any) -> Any:
     return images.astype(np.float32) / 127.5 - 1
 
 
-def to_uint8(x: Any) -> np.ndarray:
-    """Scales [-1, 1] to uint8, (x + 1) * 127.5 clipped to [0, 255] and truncated.
+def to_uint8(x: Any, rounding: str = "floor") -> np.ndarray:
+    """Scales [-1, 1] to uint8, (x + 1) * 127.5 clipped to [0, 255].
 
-    As improved-diffusion does; no exact inverse of `from_uint8`: in float32, 1..63 come
-    back as 0..62. So compare samples with real images as they are stored.
+    No exact inverse of `from_uint8`: in float32, "floor" takes 1..63 to 0..62. So
+    compare samples with real images as they are stored.
+
+    Args:
+        rounding: "floor" truncates, as the codes of Ho et al. and OpenAI do; "round"
+            takes the nearest, as that of DDIM.
+
+    Raises:
+        ValueError: for another rounding.
     """
-    return ((np.asarray(x, np.float32) + 1) * 127.5).clip(0, 255).astype(np.uint8)
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}.")
+    half = 0.5 if rounding == "round" else 0.0
+    scaled = (np.asarray(x, np.float32) + 1) * 127.5 + half
+    return scaled.clip(0, 255).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=4)  # a batch may straddle two epochs

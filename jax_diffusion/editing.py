@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import diffusion, samplers
@@ -83,7 +85,8 @@ def repaint(
 
     Every `jump` steps are made `resamples` times, with noise added in between that
     takes the image back to where they begin, so that what is generated comes to fit
-    what is known. resamples = 1 is `samplers.inpaint`.
+    what is known. resamples = 1 is `samplers.inpaint`. A step that remembers the last
+    prediction (`samplers.dpmpp_2m_step`) begins anew each time.
 
     Raises:
         ValueError: unless both numbers are positive.
@@ -99,21 +102,22 @@ def repaint(
     def stretch(x, number_and_ts):
         number, ts = number_and_ts
         keys_here = samplers.fold_in(keys, number)
-        # Steps that are skipped stand first, so that the last is where they end.
-        first, last = (jnp.full(x.shape[:1], f(ts)) for f in (jnp.max, lambda a: a[-1]))
+        # Steps that are skipped stand first: the largest is where the others begin.
+        first, last = jnp.max(ts), ts[-1]
 
         def once(x, i):
             keys_once = samplers.fold_in(keys_here, 2 * i)
             x = samplers.sample(keys_once, denoise_fn, step_fn, schedule, x, ts=ts)
-            back = renoise(
-                samplers.fold_in(keys_here, 2 * i + 1), schedule, x, last, first
-            )
+            keys_back = samplers.fold_in(keys_here, 2 * i + 1)
+            rows = (jnp.full(x.shape[:1], t) for t in (last, first))
+            back = renoise(keys_back, schedule, x, *rows)
             return jnp.where(i < resamples - 1, back, x), None
 
         done, _ = jax.lax.scan(once, x, jnp.arange(resamples))
-        return jnp.where(last.reshape((-1,) + (1,) * (x.ndim - 1)) < 0, x, done), None
+        return jnp.where(last < 0, x, done), None
 
-    x, _ = jax.lax.scan(stretch, x_T, (jnp.arange(len(ts)), ts))
+    # Noise is keyed by the stretches to go, so that skipped ones do not change it.
+    x, _ = jax.lax.scan(stretch, x_T, (jnp.arange(len(ts))[::-1], ts))
     return x
 
 
@@ -129,7 +133,11 @@ def edit(
     """Takes an image up to level t with noise, and down again (Meng et al. 2022).
 
     SDEdit. The larger t, in [0, T), the more is made up. It may be traced.
+
+    Raises:
+        ValueError: if t is no step of the schedule, where both have values.
     """
+    _check_step(schedule, t)
     level = jnp.full(x.shape[:1], t, jnp.int32)
     eps = samplers.normal(samplers.fold_in(keys, 0), x.shape[1:])
     x_t = diffusion.q_sample(schedule, x, level, eps)
@@ -148,7 +156,11 @@ def descend(
     """Samples from level t, which may be traced, down to the image.
 
     From one x_t repeated for several keys: the completions of Ho et al. 2020, figure 7.
+
+    Raises:
+        ValueError: if t is no step of the schedule, where both have values.
     """
+    _check_step(schedule, t)
     rows = jnp.arange(schedule.num_steps, dtype=jnp.int32)
     ts = jnp.where(schedule.visited & (rows <= t), rows, -1)[::-1]
     return samplers.sample(keys, denoise_fn, step_fn, schedule, x_t, ts=ts)
@@ -188,3 +200,11 @@ def between_noises(
         return samplers.sample(keys, denoise_fn, step_fn, schedule, z_T)
 
     return jax.lax.map(at, weights)
+
+
+def _check_step(schedule, t):
+    if isinstance(t, Tracer) or isinstance(schedule.timesteps, Tracer):
+        return
+    num_steps = int(np.sum(np.asarray(schedule.visited)))
+    if not 0 <= t < num_steps:
+        raise ValueError(f"t must be in [0, {num_steps}), got {t}.")

@@ -27,19 +27,19 @@ from jax_diffusion import (
     losses,
     metrics,
     plotting,
-    sample,
+    runs,
     samplers,
     settings,
     sharding,
     timesteps,
     training,
 )
-from jax_diffusion.sample import Run
+from jax_diffusion.runs import Run
 
 METRICS = ("frechet", "bpd", "accuracy")
 NOISINGS = 16  # times that each image is shown to a classifier
 FRECHET_LINE = (
-    "Frechet distance in raw pixels, {n} samples by DDIM in {steps} steps: "
+    "Frechet distance in raw pixels, {n} samples by {sampler} in {steps} steps: "
     "{frechet:.4f}; two halves of the data: {frechet_halves:.4f}; ratio {ratio:.2f}"
 )
 ACCURACY_LINE = (
@@ -50,21 +50,6 @@ BPD_LINE = (
     "bits/dim of {images} images of {split!r}: {bits_per_dim:.4f} +- "
     "{standard_error:.4f} = prior {prior:.2e} + KL {kl:.4f} + decoder {decoder:.4f}"
 )
-
-
-def load_images(run: Run, args: argparse.Namespace, split: str) -> data.Batches:
-    """The run's own data set or that of --data, one split in order, unflipped."""
-    group = dict(run.config.data, split=split, batch_size=args.batch_size, flip=False)
-    if args.data is not None:
-        name, _, path = args.data.partition(":")
-        group |= dict(name=name, path=path or None, image_size=run.image_shape[0])
-    batches = settings.call(data.load, group, "config.data", train=False)
-    if batches.image_shape != run.image_shape:
-        raise ValueError(
-            f"images must be {run.image_shape}, as the run's, got "
-            f"{batches.image_shape}."
-        )
-    return batches
 
 
 def scores_of(score: Callable[..., PyTree], params: PyTree, batches: Any) -> PyTree:
@@ -86,20 +71,23 @@ def scores_of(score: Callable[..., PyTree], params: PyTree, batches: Any) -> PyT
 
 def frechet(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """Distance of as many samples as there are images to those images."""
-    images = load_images(run, args, args.frechet_split).images
+    images = _images(run, args, args.frechet_split).images
     n = args.n or len(images)
-    schedule = settings.make_schedule(run.config.schedule, steps=args.steps)
-    draw = sample.make_sampler(
-        run.model, run.objective, run.image_shape, sampler="ddim"
+    schedule = settings.make_schedule(
+        run.config.schedule, steps=args.steps, spacing=args.spacing
     )
-    batches = sample.generate(
+    draw = runs.make_sampler(
+        run.model, run.objective, run.image_shape, sampler=args.sampler
+    )
+    batches = runs.generate(
         draw,
-        run.params,
+        {"model": run.params},
         schedule,
+        {"label": np.arange(run.num_labels, dtype=np.int32)},
         n=n,
         seed=args.seed,
-        num_labels=training.num_classes(run.model),
-        batch_size=args.batch_size,
+        numbers={"eta": args.eta},
+        batch_size=min(args.batch_size, n),
     )
     drawn = [
         b[-1] for b, _ in tqdm(batches, total=-(-n // args.batch_size), disable=None)
@@ -119,12 +107,13 @@ def frechet(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         "frechet_split": args.frechet_split,
         "n": n,
         "steps": schedule.num_steps,
+        "sampler": args.sampler,
     }
 
 
 def bits_per_dim(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """The bound over a split; writes its terms (.npz) and their curve (.png)."""
-    batches = load_images(run, args, args.split)
+    batches = _images(run, args, args.split)
     schedule = settings.make_schedule(run.config.schedule)
     objective: Any = run.objective
 
@@ -159,7 +148,7 @@ def bits_per_dim(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 def accuracy(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """How often a classifier is right, over a split and all t, and by quartile of t."""
-    batches = load_images(run, args, args.split)
+    batches = _images(run, args, args.split)
     schedule = settings.make_schedule(run.config.schedule)
     draw_t = timesteps.stratified(schedule.num_steps).sample
 
@@ -193,7 +182,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """The program: prints one line a metric and writes evaluation/scores.json."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be positive, got {args.batch_size}.")
-    run = sample.load_run(args.workdir, args.ema)
+    run = runs.load_run(args.workdir, args.ema)
     names = _metrics_of(run, args.metrics)
     args.out = Path(args.workdir) / "evaluation"
     scores: dict[str, Any] = {"ema": run.ema}
@@ -228,6 +217,10 @@ def _metrics_of(run: Run, asked: str | None) -> list[str]:
     return names
 
 
+def _images(run: Run, args: argparse.Namespace, split: str) -> data.Batches:
+    return runs.load_images(run, args.data, split, batch_size=args.batch_size)
+
+
 def _pixels(images: np.ndarray) -> np.ndarray:
     return data.from_uint8(images).reshape(len(images), -1)
 
@@ -252,7 +245,12 @@ def main() -> None:
         "--frechet-split", default="all", help="to compare samples with"
     )
     parser.add_argument("--n", type=int, help="samples; default as many as images")
-    parser.add_argument("--steps", type=int, default=50, help="of DDIM")
+    parser.add_argument(
+        "--sampler", default="ddim", help=f"of {', '.join(runs.SAMPLERS)}"
+    )
+    parser.add_argument("--steps", type=int, default=50, help="of the sampler")
+    parser.add_argument("--spacing", default="sections", help="of the steps")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--ema", help="such as 0.999; none for the raw parameters")
@@ -263,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    settings.run_program(main)
+    settings.run_program(main, long=True)

@@ -15,12 +15,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jax_diffusion import data, sample, settings, sharding, training
+from jax_diffusion import data, editing, runs, settings, sharding, training
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.settings import Config
 from jax_diffusion.training import TrainState
 
-STEP_OPTIONS = ("ema_decays", "ema_warmup", "microbatches")
+STEP_OPTIONS = (
+    *("ema_decays", "ema_warmup", "microbatches"),
+    *("label_dropout", "low_res_size"),
+)
+PREVIEW_BATCH = 256
 
 
 class Plan(NamedTuple):
@@ -53,7 +57,8 @@ def make_plan(config: Config) -> Plan:
     objective = settings.make_objective(config.objective, schedule)
     image_shape = batches.image_shape
     model = settings.make_model(config.model, objective, image_shape[-1])
-    _check_labels(model, batches)
+    _check_labels(config, model, batches)
+    _check_low_res(config, model, image_shape)
     timestep_sampler = settings.make_timestep_sampler(
         config.timesteps, schedule.num_steps
     )
@@ -69,6 +74,7 @@ def make_plan(config: Config) -> Plan:
     if objective is not None:  # a classifier has nothing to draw
         arguments = dict(model=model, objective=objective, image_shape=image_shape)
         arguments |= dict(config=config, mesh=mesh)
+        arguments |= dict(arrays=_preview_rows(config, model, batches))
         preview = settings.call(
             make_preview, config.sampling, "config.sampling", **arguments
         )
@@ -148,6 +154,7 @@ def make_preview(
     objective: Objective,
     image_shape: tuple[int, ...],
     mesh: Mesh,
+    arrays: Mapping[str, np.ndarray],
     *,
     sampler: str,
     steps: int,
@@ -157,18 +164,19 @@ def make_preview(
 ) -> Callable[[TrainState], np.ndarray]:
     """Builds preview(state) -> uint8 images [n h w c], drawn with the first average."""
     short = settings.make_schedule(config.schedule, steps=steps, spacing=spacing)
-    draw = sample.make_sampler(model, objective, image_shape, sampler=sampler)
+    draw = runs.make_sampler(model, objective, image_shape, sampler=sampler)
     ema = training.ema_name(config.ema_decays[0])
 
     def preview(state):
-        batches = sample.generate(
+        batches = runs.generate(
             draw,
-            state.ema_params[ema],
+            {"model": state.ema_params[ema]},
             short,
+            arrays,
             n=n,
-            eta=eta,
             seed=config.seed,
-            num_labels=training.num_classes(model),
+            numbers={"eta": eta},
+            batch_size=min(n, PREVIEW_BATCH),
             mesh=mesh,
         )
         return np.concatenate([frames[-1] for frames, _ in batches])
@@ -176,11 +184,50 @@ def make_preview(
     return preview
 
 
-def _check_labels(model: nn.Module, batches: data.Batches) -> None:
+def _preview_rows(
+    config: Config, model: nn.Module, batches: data.Batches
+) -> dict[str, np.ndarray]:
+    """Labels, which go round, and what is to be enlarged, of the first batch."""
+    if config.low_res_size:
+        first = batches.batch(0)
+        large = data.from_uint8(first["image"])
+        size = large.shape[1] // config.low_res_size
+        return {
+            "low_res": np.asarray(editing.shrink(large, size=size)),
+            "label": first["label"],
+        }
+    hidden = 1 if config.label_dropout else 0
+    count = (training.num_classes(model) or 1) - hidden
+    return {"label": np.arange(count, dtype=np.int32)}
+
+
+def _check_low_res(config: Config, model: nn.Module, image_shape) -> None:
+    size = config.low_res_size
+    if bool(size) != getattr(model, "low_res", False):
+        raise ValueError(
+            "config.low_res_size must be given for a model with low_res and for no "
+            f"other, got {size}."
+        )
+    if size and (size < 0 or any(n % size for n in image_shape[:2])):
+        raise ValueError(
+            f"config.low_res_size must divide images {image_shape}, got {size}."
+        )
+
+
+def _check_labels(config: Config, model: nn.Module, batches: data.Batches) -> None:
+    share = config.label_dropout
+    if not 0 <= share < 1 or (share and training.num_classes(model) is None):
+        raise ValueError(
+            "config.label_dropout must be in [0, 1), and 0 for a network that knows no "
+            f"labels, got {share}."
+        )
     for name in ("num_classes", "num_labels"):  # a classifier answers with the latter
         known = getattr(model, name, None)
-        if known is not None and batches.num_classes > known:
+        if known is None:
+            continue
+        hidden = ", the last being for hidden labels," if share else ""
+        if batches.num_classes > known - bool(share):
             raise ValueError(
-                f"labels must be below config.model.{name} = {known}, got "
+                f"labels must be below config.model.{name} = {known}{hidden} got "
                 f"{batches.num_classes - 1}."
             )

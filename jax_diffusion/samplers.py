@@ -199,19 +199,31 @@ def inpaint(
     return step
 
 
-def share_noise(step_fn: StepFn, key: Key[Array, ""], *, until: int) -> StepFn:
-    """The steps t >= until draw the same noise for every image of every batch.
+def share_noise(
+    step_fn: StepFn, key: Key[Array, ""] | Key[Array, "b"], *, until: int
+) -> StepFn:
+    """The steps t >= until draw the same noise for all images that have the same key.
 
     With a shared x_T, images then share their first steps and part ways after (the
     `repeat_noise_steps` of Ho et al.: until = T - repeat_noise_steps).
     """
 
     def step(keys, denoise_fn, schedule, state, t):
-        shared = image_keys(key, t)  # t is the same in every row of a scan
+        shared = jax.vmap(jax.random.fold_in)(jnp.broadcast_to(key, t.shape), t)
         data = jnp.where(
             t[:, None] >= until, jax.random.key_data(shared), jax.random.key_data(keys)
         )
         keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
+        return step_fn(keys, denoise_fn, schedule, state, t)
+
+    return step
+
+
+def watch(step_fn: StepFn, on_step: Callable[[Array], None]) -> StepFn:
+    """Steps that tell the host their t, as they are made: for a progress bar."""
+
+    def step(keys, denoise_fn, schedule, state, t):
+        jax.debug.callback(on_step, t[0])
         return step_fn(keys, denoise_fn, schedule, state, t)
 
     return step

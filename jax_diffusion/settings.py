@@ -56,6 +56,9 @@ FIELDS = {
     "save_every": "updates between two checkpoints",
     "sample_every": "updates between two sample grids",
     "sampling": "of the grids: sampler, steps, spacing, eta, n; None for a classifier",
+    "label_dropout": "share of labels hidden from the network, for guidance; it then "
+    "has one class more, the last, which means hidden",
+    "low_res_size": "side of the small images that a network with low_res enlarges; 0",
     "mesh": "arguments of sharding.make_mesh",
     "microbatches": "parts of a batch whose gradients are averaged, to save memory",
     "keep": "newest checkpoints that stay",
@@ -65,6 +68,8 @@ FIELDS = {
     "profile_steps": "updates to trace for TensorBoard or Perfetto, from the 11th on",
 }
 OPTIONAL = {  # what fields are that a config leaves out
+    "label_dropout": 0.0,
+    "low_res_size": 0,
     "mesh": {"data": -1, "fsdp": 1},
     "microbatches": 1,
     "keep": 3,
@@ -77,7 +82,7 @@ OPTIONAL = {  # what fields are that a config leaves out
 # What may change between two starts of one run. All else must be as it was.
 FREE_FIELDS = (
     *("total_steps", "log_every", "save_every", "sample_every", "sampling"),
-    *OPTIONAL,
+    *(OPTIONAL.keys() - {"label_dropout", "low_res_size"}),
     "data.in_memory",
 )
 
@@ -132,7 +137,7 @@ def check_config(config: Config) -> None:
             raise ValueError(
                 f"config.{name} must be a positive integer, got {config[name]!r}."
             )
-    for name in ("keep_every", "profile_steps"):
+    for name in ("keep_every", "profile_steps", "low_res_size"):
         if not isinstance(config[name], int) or config[name] < 0:
             raise ValueError(
                 f"config.{name} must be an integer from 0, got {config[name]!r}."
@@ -273,17 +278,22 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
 
 
 def start_hosts(args: argparse.Namespace) -> None:
-    """Joins the other processes, if there are any."""
+    """Joins the other processes, if there are any; else compiles nothing twice."""
     sharding.start(args.coordinator, args.num_processes, args.process_id)
+    if jax.process_count() == 1:  # others could wait for one that finds its programs
+        cpu.keep_compiled()
 
 
-def run_program(main: Callable[[], Any]) -> None:
+def run_program(main: Callable[[], Any], *, long: bool = False) -> None:
     """Runs a command line; bad input becomes one sentence and exit status 2.
 
     So does a run that has to stop, with status 1. Of several processes, one that fails
     ends at once: the others would wait for it.
+
+    Args:
+        long: whether the program is worth compiling anew for a little more speed.
     """
-    cpu.tune()
+    cpu.tune(onednn=long)
     status = 0
     try:
         main()

@@ -235,6 +235,13 @@ def agree(text: str) -> bool:
     return bool((multihost_utils.process_allgather(mine) == mine).all())
 
 
+def of_first(number: int) -> int:
+    """The number that process 0 has, on all."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def fetch(tree: PyTree) -> PyTree:
     """NumPy copies, on every host, of arrays that may lie on several."""
     if jax.process_count() == 1:

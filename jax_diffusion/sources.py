@@ -80,11 +80,13 @@ def _rows_of(split: str, held_out: np.ndarray) -> np.ndarray:
 
 
 def _digits(split: str, path: Source, image_size: int | None) -> Arrays:
-    """The 1,797 digits of scikit-learn, 8 x 8 x 1."""
+    """The 1,797 digits of scikit-learn, 8 x 8 x 1; or means of blocks, 4 x 4 x 1."""
     spec: Any = importlib.util.find_spec("sklearn")  # its import takes half a second
     file = Path(spec.submodule_search_locations[0], "datasets/data/digits.csv.gz")
     pixels, labels = np.split(np.loadtxt(file, delimiter=","), [64], axis=1)
-    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    size = 4 if image_size == 4 else 8
+    pixels = pixels.reshape(-1, size, 8 // size, size, 8 // size, 1).mean(axis=(2, 4))
+    images = np.rint(pixels * (255 / 16)).astype(np.uint8)
     rows = _rows_of(split, np.arange(len(images)) % 10 == 9)
     return images[rows], labels[rows, 0].astype(int)
 
@@ -95,8 +97,8 @@ def _synthetic(split: str, path: Source, image_size: int | None) -> Arrays:
     draws = np.concatenate([draw(DISCS, seed, 0, 512 * 6) for seed in seeds])
     colours = np.array([[240, 80, 60], [80, 220, 100], [90, 110, 250], [250, 220, 80]])
     labels = np.arange(512 * len(seeds)) % len(colours)
-    x, images = np.linspace(0, 1, image_size or 16), []
-    for colour, u in zip(colours[labels], draws.reshape(-1, 6) / 2.0**64, strict=True):
+    x, images, draws = np.linspace(0, 1, image_size or 16), [], draws.reshape(-1, 6)
+    for colour, u in zip(colours[labels], draws / 2.0**64, strict=True):
         dx, dy = x - 0.3 - 0.4 * u[0], x[:, None] - 0.3 - 0.4 * u[1]
         square = (dx * dx + dy * dy) / (0.1 + 0.15 * u[2]) ** 2
         disc = np.clip(2 - square, 0, 1)[..., None]
@@ -391,10 +393,5 @@ def _decoded(name: str) -> Callable[..., Arrays]:
     return lambda *args: LAZY[name](*args).read_all()
 
 
-DATASETS: dict[str, Callable[..., Arrays]] = dict(
-    digits=_digits,
-    synthetic=_synthetic,
-    idx=_idx,
-    npz=_npz,
-    **{k: _decoded(k) for k in LAZY},
-)
+DATASETS: dict[str, Callable[..., Arrays]] = {k: _decoded(k) for k in LAZY}
+DATASETS |= dict(digits=_digits, synthetic=_synthetic, idx=_idx, npz=_npz)

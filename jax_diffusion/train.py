@@ -331,4 +331,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    settings.run_program(main)
+    settings.run_program(main, long=True)

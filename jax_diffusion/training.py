@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key, PyTree
 
-from jax_diffusion import data, losses
+from jax_diffusion import data, editing, guidance, losses
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.schedules import NoiseSchedule
 from jax_diffusion.timesteps import TimestepSampler
@@ -129,6 +129,8 @@ def make_train_step(
     ema_warmup: bool = True,
     microbatches: int = 1,
     param_sharding: Any = None,
+    label_dropout: float = 0.0,
+    low_res_size: int = 0,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Builds train_step(key, state, batch) -> (state, metrics), pure and jit-able.
 
@@ -147,16 +149,20 @@ def make_train_step(
             one after the other, to save memory. But for dropout, the same gradient.
         param_sharding: under which the network sees its parameters, if not the state's:
             replicated, those that are split are gathered once and activations never.
+        label_dropout: the share of labels that the network is not told: it is told its
+            last class instead (`guidance.classifier_free`).
+        low_res_size: side of the small images, block means of the images, from which a
+            network with low_res makes them; 0 for any other network.
 
     Raises:
         ValueError: from the step, unless the batch divides by `microbatches`.
     """
-    loss_fn = _loss_fn(model, schedule, objective, param_sharding)
+    loss_fn = _loss_fn(model, schedule, objective, param_sharding, low_res_size)
 
     def train_step(key, state, batch):
         key = jax.random.fold_in(key, state.step)
-        key, examples = _examples(key, batch, timestep_sampler, state.timestep_state)
-        t = examples[2]
+        batch = _hide_labels(key, model, batch, label_dropout)
+        key, t, examples = _examples(key, batch, timestep_sampler, state.timestep_state)
         loss, terms, grads = _grads(loss_fn, microbatches, state.params, key, examples)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -168,13 +174,11 @@ def make_train_step(
             timestep_sampler.update(state.timestep_state, t, terms.loss),
             skipped=jnp.zeros_like(state.skipped),
         )
-        grad_norm = optax.tree.norm(grads)
-        state = _updated_if(jnp.isfinite(loss + grad_norm), updated, state)
+        norms = _norms(grad=grads, param=params, update=updates)
+        state = _updated_if(jnp.isfinite(loss + norms["grad_norm"]), updated, state)
         metrics = {
             "loss": loss,
-            "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(params),
-            "update_norm": optax.tree.norm(updates),
+            **norms,
             "skipped_in_a_row": state.skipped,
             **_summary(terms, t, schedule.num_steps),
         }
@@ -184,21 +188,34 @@ def make_train_step(
 
 
 def _examples(key, batch, timestep_sampler, timestep_state):
-    """A key for dropout; and x_0, label, t, weight and eps, which decide the loss."""
+    """A key for dropout, t, and x_0, label, t, weight and eps: all of the loss."""
     key_t, key_eps, key_dropout = jax.random.split(key, 3)
     x_0, label = data.from_uint8(batch["image"]), batch["label"]
     t, weight = timestep_sampler.sample(key_t, timestep_state, x_0.shape[0])
     eps = jax.random.normal(key_eps, x_0.shape)
-    return key_dropout, (x_0, label, t, weight, eps)
+    return key_dropout, t, (x_0, label, t, weight, eps)
 
 
-def _loss_fn(model, schedule, objective, param_sharding):
+def _hide_labels(key, model, batch, share):
+    """The batch with some labels hidden from the network."""
+    if not share:
+        return batch
+    key = jax.random.fold_in(key, 1)  # what follows splits the key itself
+    null = model.num_classes - 1
+    return {**batch, "label": guidance.drop_labels(key, batch["label"], null, share)}
+
+
+def _loss_fn(model, schedule, objective, param_sharding, low_res_size):
     """The weighted mean that is minimised, and its terms by example."""
 
     def loss_fn(params, key, x_0, label, t, weight, eps):
         if param_sharding is not None:
             params = jax.lax.with_sharding_constraint(params, param_sharding)
-        model_fn = bind(model, params, label, train=True, rngs={"dropout": key})
+        options: dict[str, Any] = dict(train=True, rngs={"dropout": key})
+        if low_res_size:
+            blocks = x_0.shape[1] // low_res_size
+            options["low_res"] = editing.shrink(x_0, size=blocks)
+        model_fn = bind(model, params, label, **options)
         arguments = (key, model_fn, schedule)
         if objective is None:
             terms = losses.classifier_loss(*arguments, x_0, t, label, eps=eps)
@@ -207,6 +224,11 @@ def _loss_fn(model, schedule, objective, param_sharding):
         return jnp.mean(weight * terms.loss), terms
 
     return loss_fn
+
+
+def _norms(**trees):
+    """The global norm of each tree."""
+    return {f"{name}_norm": optax.tree.norm(tree) for name, tree in trees.items()}
 
 
 def _updated_if(finite, updated, state):

@@ -17,8 +17,8 @@ from jax_diffusion import (
     data,
     diffusion,
     evaluate,
+    runs,
     sample,
-    samplers,
     settings,
     training,
 )
@@ -193,7 +193,7 @@ def test_a_folder_of_diffusers_computes_the_same_here(kind, tmp_path, program):
         assert any(".query." in name for name in tensors)
         torch_files.write_torch(file, tensors)
     program("--checkpoint", source, "--workdir", tmp_path / "run")
-    run = sample.load_run(tmp_path / "run")
+    run = runs.load_run(tmp_path / "run")
     assert_same_output(output(run, images(3)), their_output(unet, images(3)))
     assert run.image_shape == (SIZE, SIZE, 3)
     schedule = settings.make_schedule(run.config.schedule)
@@ -215,7 +215,7 @@ def test_a_folder_of_diffusers_computes_the_same_here(kind, tmp_path, program):
 def test_every_switch_of_diffusers_computes_the_same(options, tmp_path, program):
     unet = hub_pipeline(tmp_path / "hub", True, **options)
     program("--checkpoint", tmp_path / "hub", "--workdir", tmp_path / "run")
-    run = sample.load_run(tmp_path / "run")
+    run = runs.load_run(tmp_path / "run")
     label = LABEL if "num_class_embeds" in options else None
     theirs = their_output(unet, images(3), label=label)
     assert_same_output(output(run, images(3)), theirs)
@@ -296,7 +296,7 @@ def test_a_run_computes_the_same_in_diffusers(changes, channels, tmp_path, progr
     make_run(tmp_path / "run", image_shape=shape, **changes)
     program("--workdir", tmp_path / "run", "--to", "diffusers", "--out", tmp_path / "d")
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "d")
-    run = sample.load_run(tmp_path / "run")
+    run = runs.load_run(tmp_path / "run")
     label = LABEL if training.num_classes(run.model) else None
     x = images(channels)
     theirs = their_output(pipeline.unet.eval(), x, label=label)
@@ -346,7 +346,7 @@ def test_a_folder_for_diffusers_comes_back(tmp_path, program):
     make_run(tmp_path / "run", image_shape=(SIZE, SIZE, 3), **changes)
     program("--workdir", tmp_path / "run", "--to", "diffusers", "--out", tmp_path / "d")
     program("--checkpoint", tmp_path / "d", "--workdir", tmp_path / "back")
-    run, back = (sample.load_run(tmp_path / name) for name in ("run", "back"))
+    run, back = (runs.load_run(tmp_path / name) for name in ("run", "back"))
     assert trees_equal(run.params, back.params)
     np.testing.assert_allclose(
         *(settings.make_betas(r.config.schedule) for r in (run, back))
@@ -407,7 +407,7 @@ def back_by_name(tmp_path, program, monkeypatch, file, *args):
     """Converts a file of `openai_run` by the registry; it must be as it was."""
     monkeypatch.setitem(convert.RELEASED, "tiny", TINY)
     program("--checkpoint", file, "--workdir", tmp_path / "back", *args)
-    run, back = (sample.load_run(tmp_path / name) for name in ("run", "back"))
+    run, back = (runs.load_run(tmp_path / name) for name in ("run", "back"))
     assert trees_equal(run.params, back.params)
     assert (run.model, run.objective) == (back.model, back.objective)
     assert back.ema == "none" and back.image_shape == (SIZE, SIZE, 3)
@@ -416,7 +416,7 @@ def back_by_name(tmp_path, program, monkeypatch, file, *args):
 
 def openai_tensors(tmp_path):
     openai_run(tmp_path / "run")
-    return convert._tensors(sample.load_run(tmp_path / "run"), "openai")
+    return convert._tensors(runs.load_run(tmp_path / "run"), "openai")
 
 
 def test_a_file_is_known_by_its_name_and_then_used(
@@ -487,7 +487,7 @@ def get_config():
 def test_a_network_of_ones_own_is_described_by_a_config(layout, tmp_path, program):
     changes = dict(model=dict(scale_shift=False, num_heads=2))
     make_run(tmp_path / "run", **changes)
-    run = sample.load_run(tmp_path / "run")
+    run = runs.load_run(tmp_path / "run")
     (tmp_path / "config.py").write_text(CONFIG.format(config=config_of(**changes)))
     wanted = weights.leaves(run.params, layout, lambda channels: 2)
     file = tmp_path / "own.pth"
@@ -496,7 +496,7 @@ def test_a_network_of_ones_own_is_described_by_a_config(layout, tmp_path, progra
         *("--checkpoint", file, "--workdir", tmp_path / "back"),
         *("--config", tmp_path / "config.py", "--layout", layout),
     )
-    back = sample.load_run(tmp_path / "back")
+    back = runs.load_run(tmp_path / "back")
     assert trees_equal(run.params, back.params) and back.model == run.model
 
 
@@ -512,7 +512,7 @@ def test_a_classifier_is_converted(tmp_path, program, monkeypatch):
         *("--checkpoint", file, "--workdir", tmp_path / "back"),
         *("--config", tmp_path / "config.py"),
     )
-    back = sample.load_run(tmp_path / "back")
+    back = runs.load_run(tmp_path / "back")
     assert trees_equal(params, back.params)
     assert back.model == model and back.objective is None
     run_main(monkeypatch, evaluate, "--workdir", tmp_path / "back")
@@ -532,8 +532,8 @@ def test_safetensors_and_back_is_bit_exact(ema, tmp_path, program):
     )
     program("--checkpoint", out, "--workdir", tmp_path / "back")
     run, back = (
-        sample.load_run(tmp_path / "run", ema),
-        sample.load_run(tmp_path / "back"),
+        runs.load_run(tmp_path / "run", ema),
+        runs.load_run(tmp_path / "back"),
     )
     assert trees_equal(run.params, back.params)
     assert bool(np.any(back.params["conv_in"]["kernel"])) == (ema is None)
@@ -552,7 +552,7 @@ def test_annotated_networks_come_back_from_safetensors_too(tmp_path, program):
     out = tmp_path / "a.safetensors"
     program("--workdir", tmp_path / "run", "--to", "safetensors", "--out", out)
     program("--checkpoint", out, "--workdir", tmp_path / "back")
-    assert trees_equal(params, sample.load_run(tmp_path / "back").params)
+    assert trees_equal(params, runs.load_run(tmp_path / "back").params)
 
 
 def test_safetensors_with_other_parameters_are_refused(tmp_path, program, fails):
@@ -701,7 +701,7 @@ def write_low_res(path, n=3, labels=(4, 0, 2), channels=3):
 
 
 def test_small_images_are_enlarged_and_go_round(tmp_path, monkeypatch):
-    run = sample.load_run(make_run(tmp_path / "run", **LOW_RES))
+    run = runs.load_run(make_run(tmp_path / "run", **LOW_RES))
     small = write_low_res(tmp_path / "low.npz")
     arguments = ("--workdir", tmp_path / "run", "--low-res", tmp_path / "low.npz")
     out = ("--out", tmp_path / "a.npz", "--n", 5, "--batch-size", 2, "--steps", 2)
@@ -712,13 +712,13 @@ def test_small_images_are_enlarged_and_go_round(tmp_path, monkeypatch):
 
     # Images 3 and 4 again, by hand: from the first two small images and their labels.
     schedule = settings.make_schedule(run.config.schedule, steps=2)
-    draw = sample.make_sampler(run.model, run.objective, run.image_shape)
-    keys = samplers.image_keys(jax.random.key(0), jnp.array([3, 4], jnp.int32))
+    draw = runs.make_sampler(run.model, run.objective, run.image_shape)
 
     def by_hand(low_res):
-        label = np.array([4, 0], np.int32)
-        frames = draw(run.params, schedule, keys, 0.0, label, low_res)
-        return data.to_uint8(frames.x)[-1].astype(int)
+        rows = {"ids": [3, 4], "label": [4, 0], "low_res": low_res}
+        rows = {name: jnp.asarray(a) for name, a in rows.items()}
+        frames = draw({"model": run.params}, schedule, 0, rows, {"eta": 0.0})
+        return data.to_uint8(frames)[-1].astype(int)
 
     low_res = data.from_uint8(small[:2])
     assert np.abs(by_hand(low_res) - drawn[3:]).max() <= 1

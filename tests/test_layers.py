@@ -28,10 +28,12 @@ MODELS = {  # in models/
 }
 APART = {
     *("checkpoint", "cpu", "data", "logs"),
-    *("metrics", "plotting", "roofline", "sharding", "sources"),
+    *("metrics", "parts", "plotting", "roofline", "sharding", "sources"),
 }
-TRAINING = {"training", "export"}  # level 4: on the core, whatever the model
-PROGRAMS = {"train", "plan", "sample", "evaluate", "convert", "settings"}  # level 5
+TRAINING = {"training", "export", "tasks"}  # level 4: on the core, whatever the model
+PROGRAMS = {  # level 5
+    *("train", "plan", "sample", "asked", "runs", "evaluate", "convert", "settings"),
+}
 
 STANDARD = set(sys.stdlib_module_names)
 CORE_LIBRARIES = STANDARD | {"jax", "numpy", "jaxtyping"}

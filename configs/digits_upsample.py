@@ -1,0 +1,23 @@
+r"""Digits of 4 x 4 pixels enlarged to 8 x 8: the second stage of a cascade.
+
+improved-diffusion's super-resolution, smaller: the network sees the small image too.
+
+Command:
+    python -m jax_diffusion.train --config configs/digits_upsample.py \
+        --workdir runs/upsample
+
+Hardware: 2 CPU cores. Time: not run. Result: not run.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import digits
+
+
+def get_config() -> ConfigDict:
+    config: Any = digits.get_config()
+    config.low_res_size = 4
+    config.model.low_res = True
+    return config

@@ -1,0 +1,317 @@
+"""A sampler as one portable file, which runs without this package and without Flax.
+
+`write` leaves FILE, what `jax.export` serialises and the SHA-256 of that; FILE.json,
+which says what it is, takes and gives; and, for weights that are not inside, FILE.npz.
+One file serves any number of images, on a CPU, a GPU or a TPU. Where it is read,
+
+    pip install jax flatbuffers
+
+is all it takes (here: `pip install jax_diffusion[export]`), and the jax must be as new
+as the one that wrote it. The script below, saved as draw.py, draws images 0 to N - 1 of
+a seed: `python draw.py FILE SEED N images.npy`. Its labels go round, as in `sample`.
+
+    import hashlib
+    import json
+    import sys
+
+    import jax.export
+    import numpy as np
+
+    path, seed, n, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    data, record = open(path, "rb").read(), json.load(open(path + ".json"))
+    if hashlib.sha256(data).hexdigest() != record["sha256"]:
+        sys.exit("error: the file is not the one that its .json describes.")
+    weights = dict(np.load(path + ".npz")) if record["weights"] else {}
+    draw = jax.jit(jax.export.deserialize(bytearray(data)).call)
+    ids = np.arange(n, dtype=np.int32)
+    label = ids % (record["inputs"]["label"]["num_labels"] or 1)
+    images = draw(weights, np.uint32(seed), ids, label)  # [n, h, w, c] in [-1, 1]
+    np.save(out, images)
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+from jaxtyping import Array, PyTree
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+MAX_INSIDE = 2**31 - 2**24  # bytes of weights; a flatbuffer holds less than 2 GiB
+MAX_CONVENTION = jax.export.maximum_supported_calling_convention_version
+DIGEST = hashlib.sha256().digest_size
+
+DrawFn = Callable[..., Array]  # (params, seed, ids [b], label [b]) -> images [b, ...]
+Sampler = Callable[..., Array]  # (seed, ids [b], label [b] = None) -> images [b, ...]
+
+
+def export_sampler(draw: DrawFn, params: PyTree, *, beside: bool = False) -> bytes:
+    """Serialises draw(params, seed, ids, label) -> images for batches of any size.
+
+    What is serialised is f(weights, seed, ids, label), whatever the network: `weights`
+    is {} if they are inside, else a flat {"a/b/c": array}.
+
+    Args:
+        draw: pure; from a uint32 scalar and int32 [b] twice to float32 [b, h, w, c] in
+            [-1, 1]. Image i may depend on seed, ids[i] and label[i] only: draw is
+            traced for one image, so that no network need know of symbolic sizes.
+        params: arrays that this process holds in full.
+        beside: leave the weights out; the caller of f passes them.
+
+    Raises:
+        ValueError: without `flatbuffers`, for weights too large to be inside or of a
+            type that an .npz cannot hold, or if draw returns something else.
+    """
+    _check_flatbuffers()
+    inside, structure = _flat(params), jax.tree.structure(params)
+    size = sum(array.nbytes for array in inside.values())
+    if size > MAX_INSIDE and not beside:
+        raise ValueError(
+            f"weights of over {MAX_INSIDE} bytes must lie beside the sampler, got "
+            f"{size}."
+        )
+
+    def sampler(weights, seed, ids, label):
+        source = weights if beside else inside
+        tree = jax.tree.unflatten(structure, [source[name] for name in inside])
+
+        def one(number, its_label):
+            return draw(tree, seed, number[None], its_label[None])[0]
+
+        return jax.vmap(one)(ids, label)
+
+    (b,) = jax.export.symbolic_shape("b")
+    numbers = jax.ShapeDtypeStruct((b,), np.int32)
+    exported = jax.export.export(jax.jit(sampler), platforms=PLATFORMS)(
+        inside if beside else {}, np.uint32(0), numbers, numbers
+    )
+    if [a.dtype for a in exported.out_avals] != [np.float32]:
+        raise ValueError(
+            f"draw must return one float32 array, got {exported.out_avals}."
+        )
+    body = bytes(exported.serialize())
+    # Readers of a flatbuffer do not look behind its end, nor would they see damage.
+    return body + hashlib.sha256(body).digest()
+
+
+def load_sampler(
+    data: bytes,
+    *,
+    record: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Any] | None = None,
+) -> Sampler:
+    """Makes sampler(seed, ids, label=None) -> images of what `export_sampler` returned.
+
+    The sampler takes an integer and integers [b], compiles once for each b, and returns
+    float32 [b, h, w, c] in [-1, 1] on the default device. It raises ValueError for
+    other shapes and, knowing the record, for labels that are missing or out of range.
+
+    Args:
+        data: trusted, as it is a program.
+        record: of the side-car, to check against.
+        weights: {"a/b/c": array}, if they are not inside.
+
+    Raises:
+        ValueError: without `flatbuffers`, for data that are damaged, not the record's
+            or not for this jax or device, or for weights that do not fit.
+    """
+    _check_flatbuffers()
+    record = dict(record or {})
+    if hashlib.sha256(data[:-DIGEST]).digest() != data[-DIGEST:]:
+        raise ValueError(
+            "a sampler must be whole and written by jax_diffusion.export, got "
+            f"{len(data)} bytes that are damaged or something else."
+        )
+    if record and record.get("sha256") != _sha256(data):
+        raise ValueError(
+            f"the sampler must be that of its side-car, sha256 {record.get('sha256')}, "
+            f"got {_sha256(data)}."
+        )
+    call, weights = _call(data, record, dict(weights or {}))
+    num_labels = record["inputs"]["label"]["num_labels"] if record else None
+
+    def sampler(seed, ids, label=None):
+        ids = _numbers("ids", ids)
+        if label is None and not num_labels:
+            label = np.zeros_like(ids)  # nothing looks at it
+        label = _numbers("label", label)
+        if ids.shape != label.shape:
+            raise ValueError(
+                f"label must have the shape of ids, {ids.shape}, got {label.shape}."
+            )
+        if num_labels and not np.all((label >= 0) & (label < num_labels)):
+            raise ValueError(f"labels must be in [0, {num_labels}), got {label}.")
+        return call(weights, np.uint32(seed % 2**32), ids, label)
+
+    return sampler
+
+
+def write(
+    path: str | Path,
+    draw: DrawFn,
+    params: PyTree,
+    *,
+    beside: bool = False,
+    num_labels: int | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes a sampler, its side-car and perhaps its weights; see `export_sampler`.
+
+    No file is ever half written, and files of two exports are told apart when read.
+
+    Args:
+        num_labels: labels are in [0, num_labels); None if draw ignores them.
+        about: what else the side-car shall say, in words of JSON.
+
+    Returns:
+        What the side-car says.
+
+    Raises:
+        ValueError: as `export_sampler` does.
+    """
+    path = Path(path)
+    data = export_sampler(draw, params, beside=beside)
+    record = {"file": path.name, "sha256": _sha256(data), "weights": None}
+    files = {path: data}
+    if beside:
+        buffer = io.BytesIO()
+        np.savez(buffer, **_flat(params))  # type: ignore[arg-type]
+        file = Path(f"{path}.npz")
+        files[file] = buffer.getvalue()
+        record["weights"] = {"file": file.name, "sha256": _sha256(files[file])}
+    record |= {**_describe(data, num_labels), "about": dict(about or {})}
+    files[Path(f"{path}.json")] = json.dumps(record, indent=1).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_all(files)
+    return record
+
+
+def read(path: str | Path) -> Sampler:
+    """The sampler that `write` wrote; see `load_sampler`.
+
+    Raises:
+        ValueError: as `load_sampler` does, or if a file is missing or another's.
+    """
+    try:
+        data, text = Path(path).read_bytes(), Path(f"{path}.json").read_bytes()
+        record, weights = json.loads(text), None
+        if record["weights"]:
+            content = Path(f"{path}.npz").read_bytes()
+            if _sha256(content) != record["weights"]["sha256"]:
+                raise ValueError("the weights are not those of the sampler")
+            weights = dict(np.load(io.BytesIO(content)))
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename} must be there: {error.strerror}."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read with its side-car: {error}."
+        ) from error
+    return load_sampler(data, record=record, weights=weights)
+
+
+def _call(data, record, weights):
+    """The compiled call and the weights on the device, both known to work."""
+    mine = f"jax {jax.__version__} on {jax.default_backend()}"
+    theirs = f"jax {record['versions']['jax']}" if record else "another jax"
+    try:
+        exported = jax.export.deserialize(bytearray(data))
+        if exported.calling_convention_version > MAX_CONVENTION:  # JAX does not look
+            raise ValueError("its calling convention is newer")
+        (wanted, *numbers), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        one = [np.zeros((1,) * len(a.shape), a.dtype) for a in numbers]
+        call = jax.jit(exported.call)
+        call.lower(wanted, *one)  # only here is the module itself read
+    except Exception as error:  # of many kinds, from as many layers of JAX
+        raise ValueError(
+            f"{mine} cannot run the sampler that {theirs} exported: "
+            f"{str(error).splitlines()[0].rstrip('.')}."
+        ) from error
+    if {n: (a.shape, a.dtype) for n, a in wanted.items()} != {
+        n: (np.shape(a), a.dtype) for n, a in weights.items()
+    }:
+        raise ValueError(
+            f"weights must be the {len(wanted)} arrays that lie beside the sampler, "
+            f"got {len(weights)} that are not those."
+        )
+    return call, jax.device_put(weights)
+
+
+def _describe(data, num_labels):
+    exported = jax.export.deserialize(bytearray(data))
+
+    def shaped(aval):
+        sizes = [d if isinstance(d, int) else str(d) for d in aval.shape]
+        return {"shape": sizes, "dtype": str(aval.dtype)}
+
+    avals, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    names = ("weights", "seed", "ids", "label")
+    inputs = dict(zip(names, jax.tree.map(shaped, avals), strict=True))
+    inputs["label"]["num_labels"] = num_labels
+    return {
+        "usage": "jax.export.deserialize(data).call(weights, seed, ids, label) -> "
+        "images, after pip install jax flatbuffers; see jax_diffusion/export.py",
+        "versions": {
+            "jax": jax.__version__,
+            "jaxlib": importlib.metadata.version("jaxlib"),
+            "jax_diffusion": sys.modules[__name__.partition(".")[0]].__version__,
+        },
+        "calling_convention_version": exported.calling_convention_version,
+        "platforms": list(exported.platforms),
+        "inputs": inputs,
+        "output": {**shaped(exported.out_avals[0]), "range": [-1, 1]},
+    }
+
+
+def _flat(params):
+    """The leaves of a tree by name, {"a/b/c": array}."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(params))
+    name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    weights = {name_of(path): np.asarray(array) for path, array in leaves}
+    for name, array in weights.items():
+        if array.dtype.kind == "V":  # bfloat16 and the like
+            raise ValueError(f"weights must be float32, got {array.dtype}: {name}.")
+    return weights
+
+
+def _check_flatbuffers():
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ValueError(
+            "exported samplers need the package flatbuffers: pip install "
+            "'jax_diffusion[export]'."
+        )
+
+
+def _numbers(name, value):
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu" or array.ndim != 1 or not array.size:
+        raise ValueError(f"{name} must be a vector of integers, got {value!r}.")
+    return array.astype(np.int32)
+
+
+def _sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_all(files):
+    """All of them or, but for a kill between two renames, none."""
+    temporary = {path: Path(f"{path}.{os.getpid()}.tmp") for path in files}
+    try:
+        for path, content in files.items():
+            temporary[path].write_bytes(content)
+        for path in files:
+            os.replace(temporary[path], path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
