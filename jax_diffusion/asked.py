@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags, in groups."""
     add = parser.add_argument
     add("--workdir", required=True, help="of a training run")
-    add("--out", required=True, help="a folder, or a file FILE.npz")
+    add("--out", help="a folder, or a file FILE.npz")
+    add("--export", metavar="FILE", help="write the sampler itself, see export.py")
+    add("--weights-beside", action="store_true", help="of the export, in FILE.npz")
     add("--task", default="generate", help=f"of {', '.join(tasks.TASKS)}")
     add("--n", type=int, default=64, help="number of images")
     add("--seed", type=int, default=0)
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance-interval", help="LOW,HIGH of noise / signal; default everywhere")
     add("--classifier", help="workdir of a classifier of noisy images")
     add("--classifier-scale", type=float, default=1.0)
+    add("--no-reclip", action="store_true", help="after a classifier, as OpenAI's DDIM")
     add = parser.add_argument_group("tasks").add_argument
     add("--images", help="NAME:PATH, as folder:DIR or npz:FILE; default the run's data")
     add("--split", default="test", help="of the images")
@@ -87,6 +90,11 @@ def check(args: argparse.Namespace) -> None:
         if not 0 <= getattr(args, name) <= 1:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} must be in [0, 1], got {getattr(args, name)}.")
+    if (args.out is None) == (args.export is None):
+        raise ValueError(
+            "one of --out and --export must be given, got "
+            f"{args.out!r} and {args.export!r}."
+        )
     settings.choose("--sampler", args.sampler, runs.SAMPLERS)
     settings.choose("--task", args.task, tasks.TASKS)
     settings.choose("--quantize", args.quantize, dict.fromkeys(data.ROUNDINGS))
@@ -94,6 +102,14 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--eta is for the sampler ddim, got {args.sampler!r}.")
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise ValueError(f"--threshold must be in (0, 1], got {args.threshold}.")
+    if args.export is not None:
+        for name in ("low_res", "upsample"):
+            if getattr(args, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"--export takes no images, got {flag}.")
+        if args.task != "generate":
+            raise ValueError(f"--export is of the task generate, got {args.task!r}.")
+        return
     if args.task in tasks.STRIPS and Path(args.out).suffix == ".npz":
         raise ValueError(f"--out of {args.task} must be a folder, got {args.out!r}.")
     if args.task == "complete" and args.sampler != "ddpm" and not args.eta:
@@ -149,8 +165,10 @@ def _drawing(args, run, arrays, params, classifier, task) -> Drawing:
     )
     num_steps = schedule.num_steps
     options = _options(args, run, num_steps, task)
-    if options.num_frames == 1:  # then one program serves every number of steps
+    # Then one program serves every number of steps; an export is of one.
+    if options.num_frames == 1 and args.export is None:
         schedule = schedules.pad(schedule, total)
+    watched = num_steps > LONG and args.export is None
     draw = runs.make_sampler(
         run.model,
         run.objective,
@@ -160,9 +178,10 @@ def _drawing(args, run, arrays, params, classifier, task) -> Drawing:
         threshold=args.threshold,
         null_label=run.null_label,
         classifier=classifier,
+        reclip=not args.no_reclip,
         task=task,
         options=options,
-        on_step=_step_bar(num_steps) if num_steps > LONG else None,
+        on_step=_step_bar(num_steps) if watched else None,
     )
     return Drawing((draw, params, schedule, arrays), _numbers(args, run), num_steps)
 
@@ -288,7 +307,8 @@ def _read_low_res(path: str | None, run: Run) -> data.Arrays | None:
 
 def _options(args, run: Run, num_steps: int, task: str) -> tasks.Options:
     frames = args.frames if task in tasks.STRIPS else 1
-    if task == "generate" and Path(args.out).suffix != ".npz" and not args.upsample:
+    in_folder = args.out is not None and Path(args.out).suffix != ".npz"
+    if task == "generate" and in_folder and not args.upsample:
         frames = GIF_FRAMES
     if task in ("generate", "sequence", "progress"):
         frames = min(frames, num_steps)

@@ -5,7 +5,6 @@ What is known of an image may be given as a mask or as a projection, see
 `samplers.inpaint`; `grey` and `block_mean` are projections.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -171,14 +170,19 @@ def reconstruct(
     denoise_fn: DenoiseFn,
     schedule: NoiseSchedule,
     x: Float[Array, "b *d"],
+    *,
+    t: int | Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "b *d"], Float[Array, "b *d"]]:
-    """The noise that stands for an image, and the image that DDIM makes of it.
+    """The noise at level t that stands for an image, and what DDIM makes of it.
 
-    Do not clip the denoiser: what is clipped cannot be found again.
+    Do not clip the denoiser: what is clipped cannot be found again. Without clipping, a
+    network that predicts eps cannot come down from where hardly any signal is left, as
+    at the end of a cosine schedule: choose a lower t than T - 1, the default.
     """
-    x_T = samplers.invert(denoise_fn, schedule, x)
-    step = functools.partial(samplers.ddim_step, eta=0.0)
-    return x_T, samplers.sample(keys, denoise_fn, step, schedule, x_T)
+    if t is None:
+        t = jnp.sum(schedule.visited) - 1
+    x_t = samplers.invert(denoise_fn, schedule, x, t=t)
+    return x_t, descend(keys, denoise_fn, samplers.ddim_step, schedule, x_t, t=t)
 
 
 def between_noises(

@@ -1,8 +1,9 @@
 """Guidance: functions that take a denoiser and return one that a label or another
 network has a say in.
 
-They nest, in any order, with each other and with `diffusion.clip_x_0`. Clipping inside
-`classifier_free` bounds both of its predictions, outside the result.
+They nest with each other and with `diffusion.clip_x_0`, which inside `classifier_free`
+bounds both of its predictions and outside the result. A `classifier` that knows labels
+of single images goes outside `classifier_free`, whose network sees two rows an image.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from jax_diffusion import diffusion
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.schedules import NoiseSchedule, take
 
@@ -88,6 +90,21 @@ def classifier(
         return prediction._replace(grad=grad)
 
     return guided
+
+
+def shift_x_0(denoise_fn: DenoiseFn, schedule: NoiseSchedule) -> DenoiseFn:
+    """Moves x_0 by what a classifier has added to the score, so that it can be clipped.
+
+    Clipped after that, guidance is bounded where steps are long and the signal is weak:
+    a cosine schedule begins with both. The official DDIM does not clip again.
+    """
+
+    def shifted(x_t, t, **conditioning):
+        prediction = denoise_fn(x_t, t, **conditioning)
+        x_0 = diffusion.guided_x_0(schedule, prediction, t)
+        return prediction._replace(x_0=x_0, grad=None)
+
+    return shifted
 
 
 def label_log_prob(

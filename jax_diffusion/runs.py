@@ -117,6 +117,7 @@ def make_sampler(
     threshold: float | None = None,
     null_label: int | None = None,
     classifier: nn.Module | None = None,
+    reclip: bool = True,
     task: str = "generate",
     options: tasks.Options | None = None,
     on_step: Callable[[Any], None] | None = None,
@@ -133,6 +134,8 @@ def make_sampler(
     Args:
         clip: the predicted x_0, to [-1, 1], or to its own quantile `threshold`.
         null_label: of classifier-free guidance.
+        reclip: clip x_0 again after a classifier has shifted it, which guided-diffusion
+            does not; "ddpm" shifts its mean, and there is nothing to clip.
         on_step: called on the host with the timestep of every step.
 
     Raises:
@@ -143,29 +146,36 @@ def make_sampler(
     step_fn = settings.choose("sampler", sampler, SAMPLERS)
     run_task = settings.choose("task", task, tasks.TASKS)
     options = options or tasks.Options()
+    clipped = _clipping(clip, threshold)
 
     @jax.jit
     def draw(params, schedule, seed, rows, numbers):
         denoise_fn = _labelled(
             model, objective, params["model"], schedule, rows, numbers, null_label
         )
-        if clip and threshold is not None:
-            denoise_fn = diffusion.threshold_x_0(denoise_fn, threshold)
-        elif clip:
-            denoise_fn = diffusion.clip_x_0(denoise_fn)
+        denoise_fn = clipped(denoise_fn)
         if classifier is not None:
             denoise_fn = _classified(
                 denoise_fn, classifier, params["classifier"], schedule, rows, numbers
             )
-        step = step_fn
-        if sampler == "ddim":
-            step = functools.partial(step_fn, eta=numbers["eta"])
+            if reclip and sampler != "ddpm":  # which shifts its mean instead
+                denoise_fn = clipped(guidance.shift_x_0(denoise_fn, schedule))
+        eta = {"eta": numbers["eta"]} if sampler == "ddim" else {}
+        step = functools.partial(step_fn, **eta)
         if on_step is not None:
             step = samplers.watch(step, on_step)
         job = tasks.Job(seed, rows, denoise_fn, step, schedule, image_shape)
         return run_task(job, options)
 
     return draw
+
+
+def _clipping(clip, threshold) -> Callable[[DenoiseFn], DenoiseFn]:
+    if not clip:
+        return lambda denoise_fn: denoise_fn
+    if threshold is None:
+        return diffusion.clip_x_0
+    return functools.partial(diffusion.threshold_x_0, quantile=threshold)
 
 
 def _within(schedule, numbers, name, *, outside):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from jax_diffusion import (
     asked,
     checkpoint,
+    export,
     parts,
     plotting,
     runs,
@@ -28,6 +29,8 @@ from jax_diffusion import (
     tasks,
 )
 from jax_diffusion.asked import Drawing
+from jax_diffusion.runs import Run
+from jax_diffusion.training import num_classes
 
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # frames [k b h w c], labels [b]
 
@@ -43,6 +46,9 @@ def sample(args: argparse.Namespace) -> None:
     asked.check(args)
     run = runs.load_run(args.workdir, args.ema)
     first = asked.prepare(args, run)
+    if args.export is not None:
+        _export(args, run, first)
+        return
     second = None
     if args.upsample is not None:
         second = asked.prepare_upsampler(args, run)
@@ -55,6 +61,30 @@ def sample(args: argparse.Namespace) -> None:
         print(
             f"{args.n} images by {args.sampler} in {first.num_steps} steps, "
             f"ema {run.ema}: {out}"
+        )
+
+
+def _export(args: argparse.Namespace, run: Run, drawing: Drawing) -> None:
+    """Writes the sampler as a file of its own."""
+    draw, params, schedule, arrays = drawing.arguments
+
+    def draw_one_size(params, seed, ids, label):
+        rows = {"ids": ids, "label": label}
+        return draw(params, schedule, seed, rows, drawing.numbers)[-1]
+
+    if jax.process_index() == 0:
+        labels = num_classes(run.model) is not None or args.classifier is not None
+        about = {k: v for k, v in vars(args).items() if k not in (*FREE, "export")}
+        export.write(
+            args.export,
+            draw_one_size,
+            params,
+            beside=args.weights_beside,
+            num_labels=int(arrays["label"].max()) + 1 if labels else None,
+            about=about | {"ema": run.ema, "steps": drawing.num_steps},
+        )
+        print(
+            f"{args.sampler} in {drawing.num_steps} steps, ema {run.ema}: {args.export}"
         )
 
 

@@ -176,8 +176,7 @@ def inpaint(
 ) -> StepFn:
     """Steps that end in what is known, at the noise of their end (Song et al. 2021).
 
-    The last step returns known pixels exactly. What is generated sees the known part
-    only as it is then; see `editing.repaint`.
+    The last step returns known pixels exactly. See `editing.repaint`, too.
 
     Args:
         x_known: data; what is not known of them is ignored.
@@ -194,7 +193,7 @@ def inpaint(
         prev = take(schedule, t, x_known.ndim).prev
         keys = fold_in(keys, 1)  # the step itself has drawn with the keys as they are
         known = prev.signal * x_known + prev.noise * normal(keys, x_known.shape[1:])
-        return state._replace(x=state.x + project(known - state.x))
+        return state._replace(x=state.x - project(state.x) + project(known))
 
     return step
 
@@ -204,8 +203,7 @@ def share_noise(
 ) -> StepFn:
     """The steps t >= until draw the same noise for all images that have the same key.
 
-    With a shared x_T, images then share their first steps and part ways after (the
-    `repeat_noise_steps` of Ho et al.: until = T - repeat_noise_steps).
+    With a shared x_T too, they part ways after (until = T - repeat_noise_steps of Ho).
     """
 
     def step(keys, denoise_fn, schedule, state, t):
@@ -253,8 +251,7 @@ def sample_frames(
     Args:
         keys: one per image, see `image_keys`.
         x_T: where to start; noise for generation, or data for inversion.
-        ts: timesteps in the order visited, negative ones skipped; default T - 1 down to
-            0 without the rows that `schedules.pad` added.
+        ts: timesteps as they are visited, negative ones skipped; default T - 1 to 0.
         num_frames: a divisor of the length of `ts`.
 
     Returns:
@@ -311,17 +308,20 @@ def sample(
 
 
 def invert(
-    denoise_fn: DenoiseFn, schedule: NoiseSchedule, x_0: Float[Array, "b *d"]
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    x_0: Float[Array, "b *d"],
+    *,
+    t: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "b *d"]:
-    """The x_T from which DDIM with eta = 0 returns to x_0, up to the step size.
+    """The x_t from which DDIM with eta = 0 returns to x_0, up to the step size.
 
-    x_0 is taken to be at the level of t = 0, and steps go up from t = 0 to T - 2, so
-    that the result is at the level of T - 1, where `sample` starts. Do not clip the
-    denoiser.
+    x_0 is taken to be at the level of step 0, from which steps go up to that of step t,
+    by default T - 1, where `sample` starts. Do not clip the denoiser.
     """
     rows = jnp.arange(schedule.num_steps, dtype=jnp.int32)
     above = jnp.append(schedule.visited[1:], False)  # the last row goes nowhere
-    ts = jnp.where(above, rows, -1)
+    ts = jnp.where(above if t is None else above & (rows < t), rows, -1)
     keys = image_keys(jax.random.key(0), rows[:1].repeat(x_0.shape[0]))  # not used
     return sample(keys, denoise_fn, ddim_inversion_step, schedule, x_0, ts=ts)
 
@@ -331,8 +331,8 @@ def slerp(
 ) -> Float[Array, "b *d"]:
     """Spherical interpolation of noise, image by image (Song et al. 2021, eq. 67).
 
-    Unlike a straight line it keeps the norm, and with it the noise level, of x_T.
-    weight 0 gives x and 1 gives y. Parallel images are interpolated linearly.
+    Unlike a straight line it keeps the norm, and with it the noise level. weight 0
+    gives x and 1 gives y. Parallel images are interpolated linearly.
     """
     shape = (-1,) + (1,) * (x.ndim - 1)
     flat_x, flat_y = (a.reshape(a.shape[0], -1) for a in (x, y))

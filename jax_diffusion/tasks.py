@@ -123,11 +123,11 @@ def edit(job: Job, options: Options) -> Array:
 
 
 def reconstruct(job: Job, options: Options) -> Array:
-    """The image, the noise that DDIM finds for it, and what DDIM makes of that."""
+    """The image, what DDIM finds for it at a level, and what DDIM makes of that."""
     image = job.rows["image"]
     keys, denoise_fn, _, schedule = job.arguments
-    x_T, x = editing.reconstruct(keys, denoise_fn, schedule, image)
-    return jnp.stack([image, x_T / 2, x])
+    x_t, x = editing.reconstruct(keys, denoise_fn, schedule, image, t=options.level)
+    return jnp.stack([image, x_t / 2, x])
 
 
 def interpolate(job: Job, options: Options) -> Array:

@@ -111,6 +111,83 @@ def mixture_denoiser(schedule, modes, weights, std):
     return denoise
 
 
+def mixture_levels(schedule, std):
+    """signal and Var x_t within a mode, [2, T]: arguments of a jitted function."""
+    signal, var = np.sqrt(alpha_bars(schedule)), marginal_vars(schedule, std)
+    return jnp.asarray(np.stack([signal, var]), jnp.float32)
+
+
+def mixture_logits(levels, modes, weights, x_t, t):
+    """log of weight times density of x_t in each mode, [k, b, ...], up to one number;
+    and signal and variance.
+    """
+    signal, var = levels[:, t].reshape((2, -1) + (1,) * (x_t.ndim - 1))
+    logits = [
+        math.log(weight) - (x_t - signal * mode) ** 2 / (2 * var)
+        for weight, mode in zip(weights, modes, strict=True)
+    ]
+    return jnp.stack(logits), signal, var
+
+
+def mixture_of_levels(levels, modes, weights, std):
+    """`mixture_denoiser` of `mixture_levels`, without a variance."""
+
+    def denoise(x_t, t):
+        logits, signal, var = mixture_logits(levels, modes, weights, x_t, t)
+        means = [m + signal * std**2 / var * (x_t - signal * m) for m in modes]
+        x_0 = jnp.sum(jax.nn.softmax(logits, axis=0) * jnp.stack(means), axis=0)
+        return Prediction(x_0, jnp.zeros_like(signal))
+
+    return denoise
+
+
+def mixture_log_prob(schedule, modes, weights, std, which):
+    """The exact log p(k = which | x_t) of `mixture_denoiser`'s data, for all pixels.
+
+    For a schedule with all of its steps, so that timesteps are its rows.
+    """
+    levels = mixture_levels(schedule, std)
+
+    def log_prob(x_t, timesteps):
+        t = timesteps.astype(jnp.int32)
+        logits, _, _ = mixture_logits(levels, modes, weights, x_t, t)
+        log_probs = jax.nn.log_softmax(logits, axis=0)[which]
+        return jnp.sum(log_probs, axis=tuple(range(1, x_t.ndim)))
+
+    return log_prob
+
+
+def mixture_flow(schedule, modes, weights, std, x_T):
+    """Where the probability flow of `mixture_denoiser`'s data takes x_T: to the same
+    quantile of the data, as in one dimension paths cannot cross.
+    """
+    signal = np.sqrt(alpha_bars(schedule)[-1])
+    std_T = np.sqrt(marginal_vars(schedule, std)[-1])
+
+    def cdf(x, scale, spread):
+        chances = [normal_cdf((x - scale * mode) / spread) for mode in modes]
+        return np.tensordot(weights, chances, axes=1)
+
+    quantile = cdf(np.asarray(x_T, np.float64), signal, std_T)
+    low, high = (np.full(np.shape(x_T), edge) for edge in (-10.0, 10.0))
+    for _ in range(50):
+        middle = (low + high) / 2
+        below = cdf(middle, 1.0, std) < quantile
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return (low + high) / 2
+
+
+def betas_of_ratios(ratios):
+    """The variances whose levels have these noise / signal; infinity is no signal."""
+    alpha_bar = 1 / (1 + np.asarray(ratios, np.float64) ** 2)
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+
+def log_uniform_ratios(num_levels, *, low=1e-3, high=100.0):
+    """noise / signal evenly spaced in log-SNR."""
+    return np.exp(np.linspace(math.log(low), math.log(high), num_levels))
+
+
 def marginal_vars(schedule, std):
     """Var x_t of every step, for data of this standard deviation."""
     return alpha_bars(schedule) * std**2 + noise_vars(schedule)

@@ -20,20 +20,36 @@ from golden.account import MANIFEST, names_in, parity, report, total
 from jax_diffusion import diffusion, likelihood, losses, samplers, schedules, timesteps
 
 REASONS = {
-    "guidance": "not expressed: classifier guidance is not written yet",
     "raw mean": "not expressed: with PREVIOUS_X the official clipping and denoised_fn "
     "change x_0 but not the mean; our mean follows x_0",
     "more steps": "not expressed: where n does not divide T the DDIM repository takes "
     "more than n steps, we take n",
     "no result": "not expressed: an input that no official result belongs to",
     "row 0": "without row t = 0, where the official posterior variance is 0 but its "
-    "log that of row 1; we have the log only",
+    "log that of row 1; we have the log only, also to scale guidance by",
+    "fixed stride": "not expressed: DDIM of diffusers steps from t to t - floor(T / n) "
+    "whichever its next t is; we step to the next t",
+    "raw eps": "not expressed: DDIM of diffusers clips x_0 but keeps eps; ours is that "
+    "of the clipped x_0",
+    "other solver": "not expressed: DPM-Solver++(2M) with midpoint is our only one; "
+    "not order 3, heun, nor DPM-Solver for eps",
+    "rest": "not expressed: where floor(T / n) leaves a rest diffusers takes multiples "
+    "of it, or rounds T - i T / n; we take floor(i T / n)",
+    "half-way": "not expressed: a step half-way between two, which rounding decides: "
+    "diffusers rounds a multiple, spaced_steps, as in improved-diffusion, a sum",
+    "twice": "not expressed: a timestep that comes more than once",
+    "last order": "without the last step, of first order there but ours of second",
+    "last level": "without the last step, from the level of t = 0 to that level there, "
+    "ours to the clean image",
+    "last noise": "without the last step, where diffusers adds noise unless t = 0; we "
+    "add none on the way to the clean image",
     "float32 cdf": "without differences of two cdfs that float32 loses; the float64 "
     "test has them all",
 }
 VAR_TYPES = "LEARNED", "FIXED_SMALL", "FIXED_LARGE", "LEARNED_RANGE"
 
 TABLE = 1e-12  # relative error of a float64 table
+MOST_STEPS = 21  # of any loop, all of which are padded to that
 ULP, ULP_32 = 2.0**-52, 2.0**-23  # of a float64 and a float32 near 1
 
 
@@ -172,6 +188,11 @@ def test_forward_process_posterior_and_conversions_are_the_official_ones(account
         assert_8_bit(account, key)
 
 
+def row_0(case):
+    """Why not to compare the variance of t = 0; None where it is compared."""
+    return "row 0" if case["var_type"] == "FIXED_SMALL" else None
+
+
 def compare_reverse_step(account, case, prefix, s, model_fn, x_t, t):
     """p(x_{t-1} | x_t) and the predicted x_0."""
     x_0, log_var, _ = official.network(account, case).denoiser(s, model_fn)(x_t, t)
@@ -179,9 +200,8 @@ def compare_reverse_step(account, case, prefix, s, model_fn, x_t, t):
     account.compare(f"{prefix}pred_xstart", x_0)
     if f"{prefix}log_variance" in account.arrays:
         account.compare(f"{prefix}log_variance", log_var)
-    why = "row 0" if case["var_type"] == "FIXED_SMALL" else None
-    above_0 = np.asarray(t) > 0
-    account.compare(f"{prefix}variance", np.exp(log_var), where=above_0, why=why)
+    options = {"where": np.asarray(t) > 0, "why": row_0(case)}
+    account.compare(f"{prefix}variance", np.exp(log_var), **options)
     if official.raw_mean(case):
         account.leave("raw mean", f"{prefix}mean")
     else:
@@ -199,13 +219,23 @@ def test_mean_and_variance_of_the_reverse_step_are_the_official_ones(account):
         compare_reverse_step(account, case, f"{key}/", s, model_fn, x_t, t)
 
 
+def compare_guided_step(account, case, key, s, denoise_fn, x_t, t):
+    """The mean as DDPM shifts it, x_0 as DDIM does, and its mean."""
+    prediction = denoise_fn(x_t, t)
+    mean = diffusion.guided_mean(s, prediction, x_t, t)
+    options = {"where": np.asarray(t) > 0, "why": row_0(case)}
+    account.compare(f"{key}/condition_mean", mean, **options)
+    x_0 = diffusion.guided_x_0(s, prediction, t)
+    account.compare(f"{key}/condition_score/pred_xstart", x_0)
+    mean, _ = diffusion.q_posterior(s, x_0, x_t, t)
+    account.compare(f"{key}/condition_score/mean", mean)
+
+
 @parity("process")
-def test_reverse_step_of_guided_diffusion_without_guidance_is_the_official_one(account):
-    guided = "condition_mean", "condition_score/mean", "condition_score/pred_xstart"
+def test_reverse_step_before_and_after_guidance_is_the_official_one(account):
     for config in (case["key"] for case in account.json["cases"]):
         s = official.schedule(account, account[f"{config}/betas"])
-        x_t, eps, t = account.read(config, "x_t", "eps_in", "t")
-        account.leave("guidance", f"{config}/cond_grad")
+        x_t, eps, grad, t = account.read(config, "x_t", "eps_in", "cond_grad", "t")
         for var_type, clip in itertools.product(VAR_TYPES, (False, True)):
             key = f"{config}/condition/{var_type}/clip{clip:d}"
             case = {"mean_type": "EPSILON", "var_type": var_type, "clip_denoised": clip}
@@ -214,7 +244,10 @@ def test_reverse_step_of_guided_diffusion_without_guidance_is_the_official_one(a
                 outputs += account.read(config, f"var_{var_type}")
             model_fn = official.constant_model(outputs)
             compare_reverse_step(account, case, f"{key}/p_", s, model_fn, x_t, t)
-            account.leave("guidance", *(f"{key}/{name}" for name in guided))
+            denoise_fn = official.network(account, case).denoiser(
+                s, model_fn, official.gradient_of(grad)
+            )
+            compare_guided_step(account, case, key, s, denoise_fn, x_t, t)
 
 
 # losses
@@ -395,19 +428,22 @@ def compare_bits(account, case, bits):
 # sampling
 
 
+def row_0_of_sample(case):
+    """The same of a sample, into which the variance comes by guidance."""
+    return row_0(case) if official.guides_mean(case) else None
+
+
 @parity("sampling")
 def test_single_sampling_steps_are_the_official_ones(account):
     account.leave("no result", "single/linear_1000/model_var_values/LEARNED")
     for case in account.json["single"]:
         key, inputs = case["key"], case["inputs"]
-        if "cond" in case:
-            names = f"{key}/sample", f"{key}/pred_xstart", f"{inputs}/cond_grad"
-            account.leave("guidance", *names)
-            continue
         s = official.schedule(account, account[f"{inputs}/betas"])
         x_t, t, noise = account.read(inputs, "x_t", "t", "noise")
-        model_fn = official.stored_model(account, inputs, case)
-        denoise_fn = official.network(account, case).denoiser(s, model_fn)
+        model_fn, log_prob = official.stored_model(account, inputs, case), None
+        if "cond" in case:
+            log_prob = official.gradient_of(*account.read(inputs, "cond_grad"))
+        denoise_fn = official.network(account, case).denoiser(s, model_fn, log_prob)
         step_fn = official.with_eta(official.step(case), case.get("eta"))
         state = samplers.start(x_t)
         with official.drawing(noise[None], num_steps=1):
@@ -416,7 +452,8 @@ def test_single_sampling_steps_are_the_official_ones(account):
         if official.raw_mean(case):
             account.leave("raw mean", f"{key}/sample")
         else:
-            account.compare(f"{key}/sample", state.x)
+            options = {"where": np.asarray(t) > 0, "why": row_0_of_sample(case)}
+            account.compare(f"{key}/sample", state.x, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("step_fn", "network"))
@@ -429,15 +466,24 @@ def frames_of(s, x_T, noise, num_steps, eta, *, step_fn, network):
         )
 
 
-def compare_loop(account, case, s):
-    """Padded to one length, all schedules share a compilation; eta is traced."""
-    key, num_steps, eta = case["key"], s.num_steps, case["eta"] or 0.0
-    x_T, noise = account.read("loops", "x_T", "noise")
-    s = schedules.pad(s, len(noise))
+def states_of_loop(account, case, s, inputs):
+    """The state after every step of a case, from its x_T and noise.
+
+    Padded to one length, all schedules share a compilation; eta is traced.
+    """
+    num_steps, eta = s.num_steps, case.get("eta") or 0.0
+    x_T, noise = account.read(inputs, "x_T", "noise")
+    s = schedules.pad(s, MOST_STEPS)
     network, step_fn = official.network(account, case), official.step(case)
     frames = frames_of(s, x_T, noise, num_steps, eta, step_fn=step_fn, network=network)
-    account.compare(f"{key}/samples", frames.x[-num_steps:])
-    account.compare(f"{key}/pred_xstart", frames.x_0[-num_steps:])
+    return jax.tree.map(lambda a: a[-num_steps:], frames)
+
+
+def compare_loop(account, case, s):
+    key, states = case["key"], states_of_loop(account, case, s, "loops")
+    options = {"where": slice(-1), "why": row_0_of_sample(case)}
+    account.compare(f"{key}/samples", states.x, **options)
+    account.compare(f"{key}/pred_xstart", states.x_0)
 
 
 @parity("sampling")
@@ -448,9 +494,7 @@ def test_sampling_loops_are_the_official_ones_at_every_step(account):
         key = case["key"]
         s = official.spaced_schedule(account, case, case["base_betas"])
         compare_timesteps(account, f"{key}/model_t", s.timesteps[::-1])
-        if case["cond_fn"]:
-            account.leave("guidance", f"{key}/samples", f"{key}/pred_xstart")
-        elif official.raw_mean(case):
+        if official.raw_mean(case):
             account.leave("raw mean", f"{key}/samples", f"{key}/pred_xstart")
         else:
             compare_loop(account, case, s)
@@ -482,6 +526,73 @@ def test_ddim_inversion_is_the_official_one_at_every_step(account):
         )
         account.compare(f"{key}/samples", frames.x)
         compare_timesteps(account, f"{key}/model_t", s.timesteps)
+
+
+# sampling_diffusers
+
+
+def compare_solver_tables(account, case, s):
+    """Timesteps, and sigmas: noise over signal, 0 in the end or that of t = 0."""
+    key, num_steps = case["key"], len(case["timesteps"])
+    told = s.timesteps[::-1][:num_steps]
+    account.compare(f"{key}/timesteps", told, tolerance=0)
+    sigmas = np.append((s.now.noise / s.now.signal)[::-1], 0.0)
+    account.compare(f"{key}/sigmas", sigmas[: num_steps + 1])
+
+
+@parity("sampling_diffusers")
+def test_samplers_of_diffusers_are_ours_at_every_step(account):
+    groups = (account.json[name] for name in ("ddpm", "ddim", "dpmsolver"))
+    for case in map(official.of_diffusers, itertools.chain(*groups)):
+        key, num_steps = case["key"], len(case["timesteps"])
+        schedule = f"{case['schedule'][0]}_{case['schedule'][-1]}"
+        # One that stops at the level of t = 0 is ours before the step to x_0.
+        stops = [0] if case.get("final_sigmas_type") == "sigma_min" else []
+        keep = stops + case["timesteps"][::-1]
+        s = official.schedule(account, account[f"base_betas/{schedule}"], keep=keep)
+        if "solver_order" in case:
+            compare_solver_tables(account, case, s)
+        names = (f"{key}/{name}" for name in ("pred_xstart", "x0_pred", "eps_pred"))
+        (predicted,) = (name for name in names if name in account.arrays)
+        steps, why = official.deviation(case)
+        if steps == "all":
+            account.leave(why, f"{key}/samples", predicted)
+            continue
+        states = states_of_loop(account, case, s, "")
+        x, x_0 = states.x[:num_steps], states.x_0[:num_steps]
+        account.compare(f"{key}/samples", x, where=slice(-1), why=why)
+        account.compare(predicted, x_0)
+
+
+@parity("sampling_diffusers", precisions=["float64"])
+def test_timesteps_of_diffusers_are_ours_where_no_rounding_decides(account):
+    for i, case in enumerate(account.json["timesteps"]):
+        name, (ours, why) = f"timesteps[{i}]", official.steps_of_diffusers(case)
+        if why is not None:
+            account.leave(why, name)
+        elif case["timesteps"] is not None:
+            account.equal(name, ours, case["timesteps"])
+        else:  # of long ones there are the ends and the sum
+            summary = [len(ours), *ours[:8], *ours[-8:], ours.sum()]
+            golden = [case["count"], *case["first"], *case["last"], case["sum"]]
+            account.equal(name, summary, golden)
+
+
+@parity("sampling_diffusers", precisions=["float64"])
+def test_schedules_of_diffusers_are_ours(account):
+    for name, betas in {
+        "linear": schedules.linear_betas(100, rescale=False),
+        "scaled_linear": schedules.quadratic_betas(100),
+        "squaredcos_cap_v2": schedules.cosine_betas(100),
+        "sigmoid": schedules.sigmoid_betas(100),
+    }.items():
+        # Theirs are float32: each factor 1 - beta of alpha_bar is rounded near 1.
+        alpha_bar = schedules.tabulate(betas).now.signal ** 2
+        rounding = ULP_32 * np.cumsum(1 / (1 - betas)) * alpha_bar
+        key = f"diffusers_alphas_cumprod/{name}_100"
+        account.compare(key, alpha_bar, tolerance=rounding)
+        key = f"diffusers_betas/{name}_100"
+        account.compare(key, betas, tolerance=4 * ULP_32 * betas)
 
 
 # timestep_sampler

@@ -135,7 +135,8 @@ def test_optional_fields_need_not_be_in_a_config_and_can_be_overridden():
     ("error", "status"), [(ValueError, 2), (FloatingPointError, 1)]
 )
 def test_programs_end_in_one_sentence_and_a_status(error, status, capsys, monkeypatch):
-    monkeypatch.setattr(settings.cpu, "tune", lambda: None)  # that is for a process
+    # That is for a process.
+    monkeypatch.setattr(settings.cpu, "tune", lambda **options: None)
 
     def main():
         raise error("the rule, and what came.")

@@ -37,6 +37,7 @@ LISTS = {
         "ermongroup_sequences",
         "ermongroup_errors",
     ],
+    "sampling_diffusers": ["timesteps"],
 }
 
 
@@ -65,7 +66,7 @@ class Account:
 
     def read(self, prefix, *names):
         """Inputs as JAX arrays, floats in the precision of this account."""
-        stored = (self[f"{prefix}/{name}"] for name in names)
+        stored = (self[f"{prefix}/{name}".removeprefix("/")] for name in names)
         return [
             jnp.asarray(a, float if a.dtype.kind == "f" else jnp.int32) for a in stored
         ]

@@ -1,6 +1,8 @@
 """The official cases in our words: schedules, objectives, denoisers, steps, noise."""
 
 import contextlib
+import dataclasses
+import fractions
 import functools
 from typing import NamedTuple
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from jax.extend.random import define_prng_impl
 
-from jax_diffusion import diffusion, samplers, schedules
+from jax_diffusion import diffusion, guidance, samplers, schedules
 from jax_diffusion.diffusion import Objective, Prediction
 
 MEAN_TYPES = {"PREVIOUS_X": "mu", "START_X": "x_0", "EPSILON": "eps"}
@@ -52,25 +54,61 @@ def constant_model(outputs):
     return lambda x_t, timesteps: output
 
 
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """The closed-form network of golden/README.md, but for its shift."""
+
+    a: float
+    b: float
+    c: float
+    va: float
+    vb: float
+
+    def scale(self, t):
+        return self.a * jnp.cos(self.b * t)
+
+
+@dataclasses.dataclass(frozen=True)
+class Smooth:
+    """The closed-form network that diffusers called; `tau` is a quarter of T."""
+
+    p: float
+    q: float
+    c: float
+    va: float
+    vb: float
+    tau: float
+
+    def scale(self, t):
+        return self.p - self.q * jnp.exp(-t / self.tau)
+
+
 class Network(NamedTuple):
     """A network and how a case reads its output; hashable, as jax.jit wants it."""
 
     objective: Objective
     clip: bool
     denoised: tuple[float, float] | None  # official denoised_fn: scale and shift
-    constants: tuple[float, ...] | None  # of the closed-form network
+    closed_form: Cosine | Smooth | None
+    cond: tuple[float, float, float] | None = None  # official cond_fn: g, h and k
 
     def model_fn(self, x, t):
         """The closed-form network of golden/README.md."""
-        a, b, c, va, vb = self.constants
-        mean = a * x * jnp.cos(b * t.reshape(-1, 1, 1, 1).astype(x.dtype)) + c
+        f = self.closed_form
+        mean = f.scale(t.reshape(-1, 1, 1, 1).astype(x.dtype)) * x + f.c
         if not self.objective.learns_variance:
             return mean
-        return jnp.concatenate([mean, va * x + vb], axis=-1)
+        return jnp.concatenate([mean, f.va * x + f.vb], axis=-1)
 
-    def denoiser(self, schedule, model_fn=None):
-        """Of the closed-form network, or of another one."""
+    def log_prob(self, x_t, t):
+        """Whose gradient the official cond_fn of golden/README.md is."""
+        g, h, k = self.cond
+        return -g / 2 * (1 + k * t) * jnp.sum((h - x_t) ** 2, axis=(1, 2, 3))
+
+    def denoiser(self, schedule, model_fn=None, log_prob=None):
+        """Of the closed-form network, or of another one, and so for its guidance."""
         model_fn = model_fn or self.model_fn
+        log_prob = log_prob or (self.log_prob if self.cond else None)
         denoise_fn = diffusion.denoiser(model_fn, schedule, self.objective)
 
         def changed(x_t, t):
@@ -79,18 +117,29 @@ class Network(NamedTuple):
             return prediction._replace(x_0=scale * prediction.x_0 + shift)
 
         changed = changed if self.denoised else denoise_fn
-        return diffusion.clip_x_0(changed) if self.clip else changed
+        changed = diffusion.clip_x_0(changed) if self.clip else changed
+        return guidance.classifier(changed, schedule, log_prob) if log_prob else changed
 
 
 def network(account, case):
-    denoised = constants = None
+    denoised = closed_form = cond = None
     if case.get("denoised_fn"):
         denoised = tuple(account.json["denoised_fn"][k] for k in ("mul", "add"))
+    if case.get("cond_fn"):
+        cond = tuple(account.json["cond_fn"][k] for k in ("g", "h", "k"))
     model = case.get("model", "fake_model").removesuffix(" (learned)")
-    if model in account.json:
-        constants = tuple(account.json[model][k] for k in ("a", "b", "c", "va", "vb"))
+    if model == "fake_model_smooth":
+        tau = case["schedule"][-1] / 4
+        closed_form = Smooth(**account.json[model], tau=tau)
+    elif model in account.json:
+        closed_form = Cosine(**account.json[model])
     clip = case.get("clip_denoised", False)
-    return Network(objective(case), clip, denoised, constants)
+    return Network(objective(case), clip, denoised, closed_form, cond)
+
+
+def gradient_of(grad):
+    """A log probability that has this gradient."""
+    return lambda x_t, timesteps: jnp.sum(grad * x_t, axis=(1, 2, 3))
 
 
 def betas(case):
@@ -178,7 +227,86 @@ def step(case):
         return samplers.ddim_inversion_step
     if "ddim" in case["fn"] or case["fn"] == "generalized_steps":
         return samplers.ddim_step
+    if case["fn"] == "dpmsolver":
+        return samplers.dpmpp_2m_step
     return samplers.ddpm_step
+
+
+def guides_mean(case):
+    """Whether guidance shifts the mean, by the variance times its gradient."""
+    guided = "cond" in case or case.get("cond_fn")
+    return guided and step(case) is samplers.ddpm_step
+
+
+# diffusers
+
+
+def of_diffusers(case):
+    """A case of a scheduler of diffusers in the words of the other ones."""
+    var_type = case.get("variance_type", "fixed_small").removesuffix("_log")
+    first_order = case.get("solver_order") == 1  # DPM-Solver++ is DDIM then
+    return case | {
+        "fn": "ddim" if first_order else case["key"].split("/")[0],
+        "model": "fake_model_smooth",
+        "mean_type": {"epsilon": "EPSILON", "sample": "START_X"}[
+            case["prediction_type"]
+        ],
+        "var_type": var_type.upper(),
+        "clip_denoised": case.get("clip_sample", False),
+    }
+
+
+def deviation(case):
+    """Which steps of a scheduler of diffusers are not ours, and why.
+
+    "all", "last", or None with the reason None.
+    """
+    num_steps, last_t = len(case["timesteps"]), case["timesteps"][-1]
+    if "eta" in case:
+        stride = case["schedule"][-1] // num_steps
+        if set(np.diff(case["timesteps"])) != {-stride}:
+            return "all", "fixed stride"
+        if case["clip_sample"] and not case["use_clipped_model_output"]:
+            return "all", "raw eps"
+        if not case["set_alpha_to_one"]:
+            return "last", "last level"
+    elif "solver_order" in case:
+        ours = case["solver_order"] < 3 and case["solver_type"] == "midpoint"
+        if not ours or case["algorithm_type"] != "dpmsolver++":
+            return "all", "other solver"
+        few = num_steps < 15
+        lower = case["euler_at_final"] or (few and case["lower_order_final"])
+        if lower and case["final_sigmas_type"] == "sigma_min":
+            return "last", "last order"
+    elif case["variance_type"] == "fixed_large" and last_t > 0:
+        return "last", "last noise"
+    return None, None
+
+
+def steps_of_diffusers(case):
+    """Our steps for a list of timesteps of diffusers, and None or why it has others.
+
+    Its "leading" takes multiples of floor(T / n), "trailing" rounds T - i T / n. With
+    DPM-Solver, "linspace" and "leading" are rules for n + 1 steps without the smallest.
+    """
+    num_steps, n = case["num_train_timesteps"], case["num_inference_steps"]
+    spacing, offset = case["timestep_spacing"], 0
+    one_more = spacing != "trailing" and case["scheduler"].startswith("DPM")
+    n += one_more
+    if n > num_steps:
+        return None, "twice"
+    if spacing == "linspace":
+        parts = fractions.Fraction(num_steps - 1, n - 1).denominator
+        if parts % 2 == 0 and parts & (parts - 1):  # even, and not a power of two
+            return None, "half-way"
+        steps = schedules.spaced_steps(num_steps, n)
+    elif spacing == "leading" and num_steps % n <= 1:
+        steps, offset = schedules.uniform_steps(num_steps, n), case["steps_offset"]
+    elif spacing == "trailing" and num_steps % n == 0:
+        steps = schedules.trailing_steps(num_steps, n)
+    else:
+        return None, "rest"
+    return steps[one_more:][::-1] + offset, None
 
 
 def with_eta(step_fn, eta):
