@@ -17,6 +17,12 @@ from jax_diffusion.training import num_classes
 
 GIF_FRAMES = 25
 LONG = 100  # steps, from which on they have a progress bar
+DEFAULTS = {  # number and spacing of steps, None being all
+    "ddpm": (None, "sections"),
+    "ddim": (50, "sections"),
+    "dpmpp_2m": (20, "trailing"),
+    "heun": (10, "trailing"),
+}
 HALVES: dict[str, Callable[[int, int], Any]] = {  # that --mask says are known
     "left": lambda h, w: np.s_[:, : w // 2],
     "right": lambda h, w: np.s_[:, w // 2 :],
@@ -48,8 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quantize", default="floor", help="to uint8: floor, or round")
     add = parser.add_argument_group("sampler").add_argument
     add("--sampler", default="ddim", help=f"of {', '.join(runs.SAMPLERS)}")
-    add("--steps", type=int, help="default: ddpm all, heun 25, others 50")
-    add("--spacing", default="sections", help=f"of {', '.join(settings.STEPS)}")
+    add("--steps", type=int, help="default: ddpm all, ddim 50, dpmpp_2m 20, heun 10")
+    add(
+        "--spacing",
+        help=f"of {', '.join(settings.STEPS)}; default sections, for the "
+        "last two trailing",
+    )
     add("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
     add("--no-clip", action="store_true", help="do not clip the predicted x_0")
     add("--threshold", type=float, help="clip it to this quantile of |x_0| instead")
@@ -157,11 +167,12 @@ def prepare_upsampler(args: argparse.Namespace, run: Run) -> Drawing:
 
 
 def _drawing(args, run, arrays, params, classifier, task) -> Drawing:
-    steps = args.steps or {"ddpm": None, "heun": 25}.get(args.sampler, 50)
     total = settings.make_schedule(run.config.schedule).num_steps
-    steps = steps if args.steps or steps is None else min(steps, total)
+    steps, spacing = DEFAULTS[args.sampler]
     schedule = settings.make_schedule(
-        run.config.schedule, steps=steps, spacing=args.spacing
+        run.config.schedule,
+        steps=min(steps or total, total) if args.steps is None else args.steps,
+        spacing=args.spacing or spacing,
     )
     num_steps = schedule.num_steps
     options = _options(args, run, num_steps, task)

@@ -150,23 +150,20 @@ def heun_step(
     state: SampleState,
     t: Int[Array, "b"],
 ) -> SampleState:
-    """One step of Heun's method from t to t - 1 (Karras et al. 2022, algorithm 1).
+    """One step of Heun's method from t to t - 1, in log-SNR, with two evaluations.
 
-    x / signal moves along noise / signal by eps: a step of DDIM with eta = 0, then
-    again with the mean of eps at both its ends. Deterministic, of second order, two
-    evaluations. A step that ends in the clean image, or begins without any signal, is
-    one of DDIM.
+    A step of DDIM with eta = 0, then again with the mean of x_0 at both its ends:
+    DPM-Solver++(2S) with r = 1 (Lu et al. 2022). Deterministic, of second order; the
+    last step, endless in log-SNR, is one of DDIM. Averaging eps instead (Karras et al.
+    2022) breaks down on a long step from where hardly any signal is left.
     """
     x, x_0, log_snr = ddim_step(keys, denoise_fn, schedule, state, t)
     c = take(schedule, t, x.ndim)
-    eps = (state.x - c.now.signal * x_0) / c.now.noise
-    end = denoise_fn(x, jnp.maximum(t - 1, 0))
-    end_x_0 = diffusion.guided_x_0(schedule, end, jnp.maximum(t - 1, 0))
-    inside = (c.prev.noise > 0) & (c.now.signal > 0)
-    noise, signal = (jnp.where(inside, a, 1.0) for a in (c.prev.noise, c.now.signal))
-    change = ((x - c.prev.signal * end_x_0) / noise - eps) / 2
-    slope = c.prev.noise - c.prev.signal * c.now.noise / signal
-    return SampleState(x + jnp.where(inside, slope * change, 0.0), x_0, log_snr)
+    end = jnp.maximum(t - 1, 0)
+    end_x_0 = diffusion.guided_x_0(schedule, denoise_fn(x, end), end)
+    change = jnp.where(c.prev.noise > 0, (end_x_0 - x_0) / 2, 0.0)
+    slope = c.prev.signal - c.prev.noise * c.now.signal / c.now.noise
+    return SampleState(x + slope * change, x_0, log_snr)
 
 
 def inpaint(
