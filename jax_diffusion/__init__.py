@@ -15,7 +15,9 @@ The core needs jax, numpy and jaxtyping, and takes a denoiser from any library:
 Beside it stand, imported only on demand: `models` (Flax networks, and the weights and
 names of those that others have released), `training` (the Optax train step), `sharding`
 (one mesh for devices and hosts), `data` and its `sources`, `checkpoint`, `metrics`,
-`roofline`, `plotting`, `logs`, `cpu`, and the programs (with `settings` and `plan`)
+`roofline`, `plotting`, `logs`, `parts` (many images in a file), `export` (a sampler in
+one file), `tasks` (what samplers are for), `cpu`, and the programs (with
+`settings`, `plan`, `runs` and `asked`)
 
     python -m jax_diffusion.train --config configs/digits.py --workdir runs/digits
     python -m jax_diffusion.sample --workdir runs/digits --out pictures

@@ -68,12 +68,14 @@ def progress(job: Job, options: Options) -> Array:
 
 
 def _frames(job: Job, options: Options) -> samplers.SampleState:
+    """As many frames as asked, or fewer: evenly spaced, none before the first step."""
     num_steps = job.schedule.num_steps
+    size = -(-num_steps // options.num_frames)
     visited = jnp.where(job.schedule.visited, jnp.arange(num_steps), -1)[::-1]
     # Skipped steps in front make their number divisible.
-    ts = jnp.pad(visited, (-num_steps % options.num_frames, 0), constant_values=-1)
+    ts = jnp.pad(visited, (-num_steps % size, 0), constant_values=-1)
     return samplers.sample_frames(
-        *job.arguments, job.x_T(job.keys), num_frames=options.num_frames, ts=ts
+        *job.arguments, job.x_T(job.keys), num_frames=len(ts) // size, ts=ts
     )
 
 
