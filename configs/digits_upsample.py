@@ -6,7 +6,8 @@ Command:
     python -m jax_diffusion.train --config configs/digits_upsample.py \
         --workdir runs/upsample
 
-Hardware: 2 CPU cores. Time: not run. Result: not run.
+Hardware: 2 CPU cores, busy with other work. Time: 2 min 20 s for 800 steps.
+Result: the picture in the README; no score.
 """
 
 from typing import Any

@@ -43,8 +43,8 @@ def from_uint8(images: Any) -> Any:
 def to_uint8(x: Any, rounding: str = "floor") -> np.ndarray:
     """Scales [-1, 1] to uint8, (x + 1) * 127.5 clipped to [0, 255].
 
-    No exact inverse of `from_uint8`: in float32, "floor" takes 1..63 to 0..62. So
-    compare samples with real images as they are stored.
+    "round" is the exact inverse of `from_uint8`; in float32, "floor" takes 1..63 to
+    0..62. So compare samples with real images as they are stored.
 
     Args:
         rounding: "floor" truncates, as the codes of Ho et al. and OpenAI do; "round"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -193,7 +194,7 @@ def _preview_rows(
         large = data.from_uint8(first["image"])
         size = large.shape[1] // config.low_res_size
         return {
-            "low_res": np.asarray(editing.shrink(large, size=size)),
+            "low_res": np.asarray(editing.shrink(jnp.asarray(large), size=size)),
             "label": first["label"],
         }
     hidden = 1 if config.label_dropout else 0
@@ -225,9 +226,9 @@ def _check_labels(config: Config, model: nn.Module, batches: data.Batches) -> No
         known = getattr(model, name, None)
         if known is None:
             continue
-        hidden = ", the last being for hidden labels," if share else ""
+        hidden = ", the last being for hidden labels" if share else ""
         if batches.num_classes > known - bool(share):
             raise ValueError(
-                f"labels must be below config.model.{name} = {known}{hidden} got "
+                f"labels must be below config.model.{name} = {known}{hidden}, got "
                 f"{batches.num_classes - 1}."
             )

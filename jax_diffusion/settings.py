@@ -256,8 +256,11 @@ def choose(what: str, name: Any, registry: Mapping[str, Any]) -> Any:
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two configs, as "data.seed: 0 -> 1", free fields aside."""
-    old, new = _flat(saved), _flat(now)
+    """What differs between two configs, as "data.seed: 0 -> 1", free fields aside.
+
+    Optional fields that one of them leaves out are what `OPTIONAL` says.
+    """
+    old, new = (_flat({**OPTIONAL, **config}) for config in (saved, now))
     lines = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name, "(none)"), new.get(name, "(none)")

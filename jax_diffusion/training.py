@@ -200,7 +200,8 @@ def _hide_labels(key, model, batch, share):
     """The batch with some labels hidden from the network."""
     if not share:
         return batch
-    key = jax.random.fold_in(key, 1)  # what follows splits the key itself
+    # What follows splits the key by three, into what 0, 1 and 2 would give here.
+    key = jax.random.fold_in(key, 3)
     null = model.num_classes - 1
     return {**batch, "label": guidance.drop_labels(key, batch["label"], null, share)}
 

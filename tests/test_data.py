@@ -65,6 +65,27 @@ def test_scaling_there_and_back_loses_one_level_from_1_to_63_only():
     np.testing.assert_array_equal(data.to_uint8(data.from_uint8(v)), v - lost)
 
 
+def test_rounding_there_and_back_loses_nothing():
+    v = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(data.to_uint8(data.from_uint8(v), "round"), v)
+
+
+@pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
+def test_rounding_takes_the_nearest_level_and_the_floor_the_one_below(asarray):
+    v = np.arange(255)[:, None] + np.array([0.01, 0.49, 0.51, 0.99])
+    x = asarray((v / 127.5 - 1).astype(np.float32))
+    nearest = v.astype(int) + np.array([0, 0, 1, 1])
+    np.testing.assert_array_equal(data.to_uint8(x, "round"), nearest)
+    np.testing.assert_array_equal(data.to_uint8(x, "floor"), v.astype(int))
+    ends = np.array([-9, -1.001, 1.001, 9], np.float32)
+    np.testing.assert_array_equal(data.to_uint8(ends, "round"), [0, 0, 255, 255])
+
+
+def test_another_rounding_is_refused():
+    with pytest.raises(ValueError, match=r"one of \('floor', 'round'\), got 'ceil'\.$"):
+        data.to_uint8(np.zeros(3, np.float32), "ceil")
+
+
 def test_from_uint8_refuses_what_is_scaled_already():
     with pytest.raises(ValueError, match="must be uint8, got float32"):
         data.from_uint8(np.zeros(3, np.float32))

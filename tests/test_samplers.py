@@ -89,6 +89,56 @@ def test_inversion_leads_back_to_the_image_at_first_order():
     assert errors[-1] < 0.02 and np.all(np.abs(orders - 1) < 0.2), f"measured {orders}"
 
 
+@functools.partial(jax.jit, static_argnames="down")
+def to_level(schedule, rows, x, t, *, down=False):
+    denoise_fn = oracles.affine_denoiser(rows)
+    if down:
+        ts = jnp.arange(LENGTH, dtype=jnp.int32)[::-1]
+        ts = jnp.where(ts <= t, ts, -1)
+        return samplers.sample(KEYS, denoise_fn, samplers.ddim_step, schedule, x, ts=ts)
+    return samplers.invert(denoise_fn, schedule, x, t=t)
+
+
+@pytest.mark.parametrize("t", [0, 1, 5, 9])
+def test_inversion_to_a_level_has_its_noise_and_leads_back_from_there(t):
+    """Exact for any steps if the denoiser knows the image: its noise stays as it is."""
+    schedule, _ = steps_of(10)
+    rows = oracles.gaussian_rows(schedule, MEAN, 0.0)
+    signal = np.sqrt(oracles.alpha_bars(schedule))
+    noise = np.sqrt(oracles.noise_vars(schedule))
+    low, high = (signal[i] * MEAN + noise[i] * normal(1, 200, 100) for i in (0, t))
+    found = to_level(schedule, rows, low, t)
+    # What float32 has rounded of the least noise grows with it.
+    np.testing.assert_allclose(found, high, rtol=1e-5, atol=1e-6 * noise[t] / noise[0])
+    back = to_level(schedule, rows, found, t, down=True)
+    np.testing.assert_allclose(back, np.full((200, 100), MEAN), **F32_SUM)
+
+
+def test_inversion_to_a_level_keeps_quantiles_at_first_order():
+    z = normal(1, 200, 100)
+
+    def error(num_steps):
+        schedule, rows = steps_of(num_steps)
+        signal = np.sqrt(oracles.alpha_bars(schedule))
+        std = np.sqrt(oracles.marginal_vars(schedule, STD))
+        t = num_steps // 2
+        low, high = (signal[i] * MEAN + std[i] * z for i in (0, t))
+        return np.abs(to_level(schedule, rows, low, t) - high).mean()
+
+    errors = [error(n) for n in (25, 50, 100, 200)]
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert errors[-1] < 0.02 and np.all(np.abs(orders - 1) < 0.2), f"measured {orders}"
+
+
+def test_inversion_to_the_last_level_is_that_to_where_sampling_starts():
+    schedule, rows = steps_of(10)
+    x_0 = normal(1, 200, 100)
+    np.testing.assert_array_equal(to_level(schedule, rows, x_0, 0), x_0)
+    np.testing.assert_allclose(
+        to_level(schedule, rows, x_0, 9), run(schedule, rows, x_0, step="invert"), **F32
+    )
+
+
 @pytest.mark.parametrize("num_steps", [2, 10, 100, 1000])
 def test_ddpm_with_the_exact_variance_gives_the_moments_of_the_data(num_steps):
     x_0 = run(*steps_of(num_steps), x_T_of_data(), step="ddpm")
@@ -350,6 +400,22 @@ def test_ts_are_visited_in_their_order_and_negative_ones_skipped():
     np.testing.assert_array_equal(visited(SHORT, ts=ts), order)
 
 
+@pytest.mark.parametrize(
+    ("ts", "expected"),
+    [(None, [*range(9, -1, -1)]), ([-1, 3, 8, -7, 0, -1], [3, 8, 0])],
+    ids=["all", "some"],
+)
+def test_who_watches_is_told_the_steps_that_are_made_in_their_order(ts, expected):
+    seen = []
+    ts = None if ts is None else jnp.array(ts, jnp.int32)
+    step_fn = samplers.watch(visit_step, lambda t: seen.append(int(t)))
+    x_T = jnp.zeros((2, 10))
+    watched = samplers.sample(KEYS[:2], constant_denoiser, step_fn, SHORT, x_T, ts=ts)
+    jax.effects_barrier()
+    assert seen == expected
+    np.testing.assert_array_equal(watched[0], visited(SHORT, ts=ts))
+
+
 def test_inversion_visits_every_step_but_the_last_upwards():  # B13
     def denoise_fn(x_t, t):
         jax.debug.callback(lambda t: asked.append(int(t[0])), t)
@@ -447,6 +513,49 @@ def test_shared_noise_is_the_same_in_every_batch_and_new_at_every_step():  # B15
         for t in (3, 4)
     ]
     assert np.all(eps[0] != eps[1])
+
+
+def noise_shared_by(key, ts, until=4):
+    """What each of six images is given at its own t."""
+    step_fn = samplers.share_noise(noise_step, key, until=until)
+    state = samplers.start(jnp.zeros((6, 50)))
+    t = jnp.asarray(ts, jnp.int32)
+    return np.asarray(step_fn(KEYS[:6], constant_denoiser, SHORT, state, t).x)
+
+
+def correlated(eps):
+    """Which pairs of images have the same noise; all others have nothing in common."""
+    found = np.corrcoef(eps)
+    assert np.all((np.abs(found) < 5 / math.sqrt(50)) | (found > 1 - 1e-6))
+    return found > 0.5
+
+
+def test_images_of_one_key_share_noise_until_they_part():
+    groups = np.array([0, 1, 0, 2, 1, 0])
+    keys = samplers.image_keys(jax.random.key(7), jnp.asarray(groups))
+    together = groups[:, None] == groups
+    for t in (9, 4):
+        np.testing.assert_array_equal(
+            correlated(noise_shared_by(keys, 6 * [t])), together
+        )
+    own = np.eye(6, dtype=bool)
+    for t in (3, 0):
+        np.testing.assert_array_equal(correlated(noise_shared_by(keys, 6 * [t])), own)
+    alone = samplers.normal(KEYS[:6], (50,))  # as a step draws that shares nothing
+    np.testing.assert_array_equal(noise_shared_by(keys, 6 * [3]), alone)
+    # Images 0 and 2 are still together, 5 of their group is not, nor are 1 and 4.
+    own[[0, 2], [2, 0]] = True
+    mixed = noise_shared_by(keys, [5, 4, 5, 9, 3, 3])
+    np.testing.assert_array_equal(correlated(mixed), own)
+
+
+def test_one_key_for_all_images_is_the_same_key_for_each():
+    key = jax.random.key(7)
+    for ts in (6 * [7], [9, 8, 4, 3, 2, 0]):
+        np.testing.assert_array_equal(
+            noise_shared_by(key, ts), noise_shared_by(jnp.broadcast_to(key, (6,)), ts)
+        )
+    assert correlated(noise_shared_by(key, 6 * [7])).all()
 
 
 def test_slerp_goes_from_end_to_end_along_the_circle():

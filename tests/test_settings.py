@@ -1,5 +1,6 @@
 """The door: what a config may say, and the sentence that answers when it is wrong."""
 
+import argparse
 import pathlib
 
 import pytest
@@ -151,3 +152,45 @@ def test_what_changes_no_result_may_change_between_two_starts():
     now = {"mesh": {"fsdp": 2}, "microbatches": 4, "data": {"in_memory": False}}
     assert settings.differences({"data": {}}, now) == []
     assert settings.differences({"seed": 0}, {"seed": 1}) == ["seed: 0 -> 1"]
+
+
+HOW = {"label_dropout": 0.1, "low_res_size": 4}  # a network is told what
+
+
+@pytest.mark.parametrize("name", HOW)
+def test_what_a_network_is_told_may_not_change_between_two_starts(name):
+    old, new = settings.OPTIONAL[name], HOW[name]
+    assert settings.differences({name: old}, {name: new}) == [f"{name}: {old} -> {new}"]
+
+
+def test_a_config_that_is_older_than_a_field_has_its_default():
+    saved = settings.load_config(SMOKE).to_dict()
+    now = {**saved}
+    for name in settings.OPTIONAL:
+        del saved[name]
+    assert settings.differences(saved, now) == settings.differences(now, saved) == []
+    assert settings.complete(saved).to_dict() == now
+    assert settings.differences(saved, now | HOW) == [
+        "label_dropout: 0.0 -> 0.1",
+        "low_res_size: 0 -> 4",
+    ]
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_only_long_programs_are_compiled_anew_for_onednn(long, monkeypatch):
+    asked = []
+    monkeypatch.setattr(settings.cpu, "tune", lambda **options: asked.append(options))
+    settings.run_program(lambda: asked.append("main"), long=long)
+    assert asked == [{"onednn": long}, "main"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_that_is_alone_keeps_what_it_compiles(processes, monkeypatch):
+    kept = []
+    monkeypatch.setattr(settings.sharding, "start", lambda *told: None)
+    monkeypatch.setattr(settings.jax, "process_count", lambda: processes)
+    monkeypatch.setattr(settings.cpu, "keep_compiled", lambda: kept.append(1))
+    parser = argparse.ArgumentParser()
+    settings.add_hosts(parser)
+    settings.start_hosts(parser.parse_args([]))
+    assert bool(kept) == (processes == 1)

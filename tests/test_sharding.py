@@ -97,6 +97,11 @@ def test_half_a_description_of_the_job_is_refused(arguments):
         sharding.start(*arguments)
 
 
+@pytest.mark.parametrize("number", [0, 7, 2**40])
+def test_a_process_that_is_alone_is_the_first(number):
+    assert sharding.of_first(number) == number
+
+
 # Few channels, but kernels of more than MIN_SPLIT numbers.
 MODEL = UNet(
     out_channels=1,

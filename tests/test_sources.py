@@ -69,6 +69,26 @@ def test_digits_hold_out_every_tenth():
         np.testing.assert_array_equal(batches.labels, stored.target[rows[split]])
 
 
+def test_small_digits_are_the_means_of_blocks_of_the_large_ones():
+    from sklearn.datasets import load_digits
+
+    stored = load_digits()
+    small = data.load("digits", "all", image_size=4, batch_size=1)
+    assert small.image_shape == (4, 4, 1) and small.images.dtype == np.uint8
+    np.testing.assert_array_equal(small.labels, stored.target)
+    corners = [stored.images[:, i::2, j::2] for i in range(2) for j in range(2)]
+    mean = sum(corners) / 4 * 255 / 16
+    assert np.abs(small.images[..., 0] - mean).max() <= 0.5  # the nearest level
+    held_out = data.load("digits", "test", image_size=4, batch_size=1)
+    np.testing.assert_array_equal(held_out.images, small.images[9::10])
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16])
+def test_digits_of_another_size_are_refused(size):
+    with pytest.raises(ValueError, match=rf"^image_size of digits .*got {size}\.$"):
+        data.load("digits", image_size=size, batch_size=1)
+
+
 # IDX files
 
 

@@ -7,14 +7,25 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 from jobs import lines_of
+from oracles import F32
 from PIL import Image
 
-from jax_diffusion import checkpoint, data, evaluate, logs, sample, settings, train
+from jax_diffusion import (
+    checkpoint,
+    data,
+    evaluate,
+    logs,
+    plan,
+    sample,
+    settings,
+    train,
+)
 
 SMALL = [  # smoke.py, smaller still: what is tested is the loop
     "--config.model.multipliers=(1,)",
@@ -243,7 +254,7 @@ def bad(*overrides):
         (["--config.model.num_classes=3"], "labels must be below"),
         (["--config.sampling.sampler=euler"], "sampler must be one of"),
         (["--config.sampling.steps=11"], "steps must be in"),
-        (["--config.sampling.spacing=karras"], "spacing must be one of"),
+        (["--config.sampling.spacing=leading"], "spacing must be one of"),
         (["--config.schedule.num_steps=1"], "at least 2 steps"),
         (["--config.objective.loss=l3"], "loss must be one of"),
         (["--config.objective.loss=l2"], "'hybrid' or 'vlb' only"),
@@ -257,6 +268,97 @@ def test_bad_input_is_refused_before_anything_is_written(overrides, words, tmp_p
     with pytest.raises(ValueError, match=words):
         train.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("smoke", ["label_dropout=1.0"], r"must be in \[0, 1\).*, got 1\.0"),
+        ("smoke", ["label_dropout=-0.1"], r"must be in \[0, 1\).*, got -0\.1"),
+        ("digits", ["label_dropout=0.1"], "0 for a network that knows no labels"),
+        ("digits_classifier", ["label_dropout=0.1"], "network that knows no labels"),
+        (
+            "digits_labels",
+            ["model.num_classes=10"],
+            "below config.model.num_classes = 10, the last being for hidden labels, "
+            "got 9",
+        ),
+        ("smoke", ["model.num_classes=9"], "below config.model.num_classes = 9, got 9"),
+        ("digits_upsample", ["low_res_size=0"], "for a model with low_res .* got 0"),
+        ("digits_upsample", ["model.low_res=False"], "and for no other, got 4"),
+        ("digits", ["low_res_size=4"], "and for no other, got 4"),
+        ("digits_upsample", ["low_res_size=3"], r"divide images \(8, 8, 1\), got 3"),
+        ("digits_upsample", ["low_res_size=16"], r"divide images .*, got 16"),
+        ("digits_upsample", ["low_res_size=-4"], "low_res_size must be .*, got -4"),
+    ],
+)
+def test_what_a_network_cannot_be_told_is_refused_before_anything_is_written(
+    name, overrides, words, tmp_path
+):
+    overrides = [f"--config.{o}" for o in (*overrides, "total_steps=1")]
+    with pytest.raises(ValueError, match=words) as error:
+        config = settings.load_config(f"configs/{name}.py", overrides)
+        train.train(config, tmp_path / "run")
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+HIDES = ("--config.label_dropout=0.5", "--config.model.num_classes=11")
+
+
+def enlarging(*overrides):
+    """The config of a network that sees 2 x 2 pixels too."""
+    config = config_of("--config.low_res_size=2", *overrides)
+    with config.unlocked():
+        config.model.low_res = True
+    return config
+
+
+@pytest.mark.parametrize("config", [config_of(*HIDES), enlarging()], ids=["hide", "2"])
+def test_pictures_are_of_all_labels_but_the_hidden_one_or_of_the_first_images(
+    config, monkeypatch
+):
+    seen, images = [], np.zeros((1, 4, 8, 8, 1), np.uint8)
+
+    def generate(draw, params, schedule, arrays, **options):
+        seen.append(arrays)
+        return [(images, None)]
+
+    monkeypatch.setattr(plan.runs, "generate", generate)
+    made = plan.make_plan(config)
+    made.preview(types.SimpleNamespace(ema_params={"0.99": None}))
+    (rows,) = seen
+    if not config.low_res_size:
+        np.testing.assert_array_equal(rows["label"], np.arange(10))
+        return
+    first = made.batches.batch(0)
+    blocks = first["image"].reshape(16, 2, 4, 2, 4, 1) / 127.5 - 1
+    np.testing.assert_allclose(rows["low_res"], blocks.mean(axis=(2, 4)), **F32)
+    np.testing.assert_array_equal(rows["label"], first["label"])
+
+
+def test_a_run_that_hides_labels_and_enlarges_trains_and_draws(tmp_path):
+    few = (  # and as little to compile as there can be
+        *("--config.total_steps=2", "--config.log_to=()"),
+        *("--config.objective.var_type=fixed_small", "--config.objective.loss=l2"),
+        *("--config.ema_decays=(0.9,)", "--config.model.attention_resolutions=()"),
+    )
+    state = train.train(enlarging(*HIDES, *few), tmp_path)
+    assert int(state.step) == 2 and int(state.skipped) == 0
+    assert np.isfinite(lines_of(tmp_path)[-1]["loss"])
+    with Image.open(tmp_path / "samples" / "000002.png") as picture:
+        assert np.asarray(picture).std() > 0
+
+
+def test_a_run_that_is_older_than_a_field_goes_on(whole, capsys, monkeypatch):
+    record = checkpoint.load_record(whole[0])
+    for name in ("label_dropout", "low_res_size"):
+        del record["config"][name]
+    monkeypatch.setattr(checkpoint, "load_record", lambda workdir: record)
+    train.train(config_of(), whole[0])
+    assert "has made its 12 steps already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"label_dropout: 0\.0 -> 0\.5\."):
+        train.train(config_of("--config.label_dropout=0.5"), whole[0])
 
 
 def test_the_command_line_prints_one_sentence_and_exits_with_2(whole, tmp_path):
@@ -280,7 +382,7 @@ def test_the_command_line_prints_one_sentence_and_exits_with_2(whole, tmp_path):
         (["--ema", "0.5"], "ema must be one of"),
         (["--n", "0"], "must be positive"),
         (["--steps", "0"], "steps must be in"),
-        (["--spacing", "karras", "--steps", "5"], "spacing must be one of"),
+        (["--spacing", "leading", "--steps", "5"], "spacing must be one of"),
     ],
 )
 def test_bad_sampling_options_are_named(whole, tmp_path, args, words, monkeypatch):

@@ -1,15 +1,16 @@
 """The optimiser, the averages and the train step."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import F32
+from oracles import F32, alpha_bars, assert_mean, noise_vars
 
-from jax_diffusion import schedules, timesteps, training
+from jax_diffusion import schedules, sharding, timesteps, training
 from jax_diffusion.diffusion import Objective
 
 
@@ -247,3 +248,166 @@ def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite():
     after, metrics = jax.jit(step)(key, state, BATCH)
     assert np.isfinite(metrics["loss"]) and metrics["skipped_in_a_row"] == 1
     assert after.params["w"] == 0
+
+
+# --- what else the network is told
+
+
+class Labelled(nn.Module):
+    """A number for each label, x_t times which it answers: those that a step has moved
+    are of labels that it was told.
+    """
+
+    num_classes: int = 9
+
+    @nn.compact
+    def __call__(self, x, timesteps, label, *, train=False):
+        return nn.Embed(self.num_classes, 1)(label)[:, None, None] * x
+
+
+class Enlarger(nn.Module):
+    """Answers the small image, in blocks, times a number that begins at 2."""
+
+    low_res: bool = True
+
+    @nn.compact
+    def __call__(self, x, timesteps, *, low_res, train=False):
+        scale = self.param("scale", nn.initializers.constant(2.0), ())
+        size = x.shape[1] // low_res.shape[1]
+        assert size == (2 if train else 1)
+        return scale * low_res.repeat(size, axis=1).repeat(size, axis=2)
+
+
+NUMBERED = dict(BATCH, label=np.arange(8, dtype=np.int32))
+SCALED = BATCH["image"] / 127.5 - 1
+
+
+def build_for(model, **options):
+    """A step for this network, of the plainest kind."""
+    tx, _ = training.make_optimizer(lr=1e-2, total_steps=100)
+    sampler, key = timesteps.uniform(20), jax.random.key(0)
+    state = training.init_state(key, model, tx, sampler, (4, 4, 1), (0.9,))
+    step = training.make_train_step(
+        model, tx, SCHEDULE, Objective(), sampler, ema_decays=(0.9,), **options
+    )
+    return step, state
+
+
+def numbers_of(state):
+    return np.ravel(state.params["Embed_0"]["embedding"])
+
+
+@functools.cache
+def told(share, *, steps=400, **options):
+    """Which numbers of `Labelled` move at each step from one state, [steps, 9]; and the
+    losses."""
+    step, state = build_for(Labelled(), label_dropout=share, **options)
+    batch = jax.tree.map(jnp.asarray, NUMBERED)
+
+    @jax.jit
+    @jax.vmap
+    def at(n):
+        after, metrics = step(
+            jax.random.key(1), dataclasses.replace(state, step=n), batch
+        )
+        return after.params["Embed_0"]["embedding"][:, 0], metrics["loss"]
+
+    numbers, losses = at(jnp.arange(steps, dtype=jnp.int32))
+    return np.asarray(numbers) != numbers_of(state), losses
+
+
+@functools.cache
+def drawn():
+    """t and eps of 400 steps. Other keys would change what old runs do."""
+    sampler = timesteps.uniform(20)
+
+    @jax.jit
+    @jax.vmap
+    def at(n):
+        key = jax.random.fold_in(jax.random.key(1), n)
+        key_t, key_eps, _ = jax.random.split(key, 3)
+        t, weight = sampler.sample(key_t, sampler.init(), 8)
+        return t, weight, jax.random.normal(key_eps, (8, 4, 4, 1))
+
+    t, weight, eps = map(np.asarray, at(jnp.arange(400)))
+    assert np.all(weight == 1)
+    return t, eps
+
+
+def noised(t, eps):
+    signal, noise = (
+        np.sqrt(square(SCHEDULE)[t])[:, None, None, None]
+        for square in (alpha_bars, noise_vars)
+    )
+    return signal * SCALED + noise * eps
+
+
+def test_labels_are_hidden_in_their_share_each_by_itself():
+    moved, _ = told(0.3)
+    hidden = ~moved[:, :8]
+    assert_mean(hidden, 0.3)  # in every row, and, more sharply, in all together
+    assert_mean(hidden.ravel(), 0.3)
+    rest = hidden - 0.3
+    assert_mean(rest[:, :, None] * rest[:, None], 0.21 * np.eye(8))
+    assert_mean(rest[1:] * rest[:-1], 0.0)  # new at every step
+    # What the network is told instead is its last class.
+    np.testing.assert_array_equal(moved[:, 8], hidden.any(axis=1))
+
+
+def test_which_labels_are_hidden_cannot_be_told_from_timesteps_or_noise():
+    hidden = ~told(0.3)[0][:, :8]
+    t, eps = drawn()
+    assert_mean(t[hidden], 9.5)
+    # One key for both would draw both from the same bits, in order of place.
+    assert_mean(eps.reshape(400, -1)[:, :8][hidden], 0.0)
+    assert_mean(eps[hidden], 0.0)
+
+
+def test_without_label_dropout_the_loss_is_that_of_all_labels_as_they_are():
+    moved, losses = told(0.0, steps=3)
+    assert np.all(moved == (np.arange(9) < 8))
+    numbers = numbers_of(build_for(Labelled())[1])
+    for loss, t, eps in zip(losses, *drawn(), strict=False):
+        answer = numbers[:8, None, None, None] * noised(t, eps)
+        np.testing.assert_allclose(loss, np.mean((answer - eps) ** 2), **F32)
+
+
+def test_where_labels_are_hidden_nothing_else_changes():
+    numbers = numbers_of(build_for(Labelled())[1])
+    for moved, loss, t, eps in zip(*told(0.3), *drawn(), strict=True):
+        label = np.where(moved[:8], np.arange(8), 8)
+        answer = numbers[label][:, None, None, None] * noised(t, eps)
+        np.testing.assert_allclose(loss, np.mean((answer - eps) ** 2), **F32)
+
+
+def test_microbatches_are_told_the_labels_of_the_whole_batch():
+    whole, parts = told(0.3), told(0.3, steps=20, microbatches=4)
+    np.testing.assert_array_equal(parts[0], whole[0][:20])
+    np.testing.assert_allclose(parts[1], whole[1][:20], rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_any_number_of_devices_hides_the_same_labels(count):
+    mesh = sharding.make_mesh(devices=jax.devices()[:count])
+    step, state = build_for(Labelled(), label_dropout=0.3)
+    before = numbers_of(state)
+    step, shardings = sharding.jit_step(mesh, step, state)
+    after, metrics = step(
+        jax.device_put(jax.random.key(1), sharding.replicated(mesh)),
+        jax.device_put(state, shardings),
+        sharding.global_batch(mesh, NUMBERED, 8),
+    )
+    moved, losses = told(0.3)
+    assert 0 < moved[0, :8].sum() < 8
+    np.testing.assert_array_equal(numbers_of(after) != before, moved[0])
+    np.testing.assert_allclose(metrics["loss"], losses[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_the_small_image_is_of_block_means(microbatches):
+    step, state = build_for(Enlarger(), low_res_size=2, microbatches=microbatches)
+    _, metrics = jax.jit(step)(jax.random.key(1), state, BATCH)
+    means = SCALED.reshape(8, 2, 2, 2, 2, 1).mean(axis=(2, 4))
+    eps = drawn()[1][0]
+    answer = 2 * np.kron(means, np.ones((1, 2, 2, 1)))
+    np.testing.assert_allclose(metrics["loss"], np.mean((answer - eps) ** 2), **F32)
