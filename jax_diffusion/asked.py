@@ -1,6 +1,7 @@
 """What the command line of `sample` asks for, checked and made ready to be drawn."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--classifier", help="workdir of a classifier of noisy images")
     add("--classifier-scale", type=float, default=1.0)
     add("--no-reclip", action="store_true", help="after a classifier, as OpenAI's DDIM")
+    _add_tasks(parser)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("tasks").add_argument
     add("--images", help="NAME:PATH, as folder:DIR or npz:FILE; default the run's data")
     add("--split", default="test", help="of the images")
@@ -92,31 +97,17 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: for an argument that is out of range or fits no other.
     """
-    for name in ("n", "batch_size", "frames", "group", "block", "resamples", "jump"):
-        if getattr(args, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} must be positive, got {getattr(args, name)}.")
-    for name in ("eta", "guidance_rescale", "level"):
-        if not 0 <= getattr(args, name) <= 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} must be in [0, 1], got {getattr(args, name)}.")
+    _check_ranges(args)
     if (args.out is None) == (args.export is None):
         raise ValueError(
             "one of --out and --export must be given, got "
             f"{args.out!r} and {args.export!r}."
         )
-    settings.choose("--sampler", args.sampler, runs.SAMPLERS)
-    settings.choose("--task", args.task, tasks.TASKS)
-    settings.choose("--quantize", args.quantize, dict.fromkeys(data.ROUNDINGS))
-    if args.eta and args.sampler != "ddim":
-        raise ValueError(f"--eta is for the sampler ddim, got {args.sampler!r}.")
-    if args.threshold is not None and not 0 < args.threshold <= 1:
-        raise ValueError(f"--threshold must be in (0, 1], got {args.threshold}.")
     if args.export is not None:
-        for name in ("low_res", "upsample"):
+        for name in ("label", "low_res", "upsample"):
             if getattr(args, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"--export takes no images, got {flag}.")
+                raise ValueError(f"--export takes no labels or images, got {flag}.")
         if args.task != "generate":
             raise ValueError(f"--export is of the task generate, got {args.task!r}.")
         return
@@ -128,6 +119,31 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.task != "generate" and args.upsample is not None:
         raise ValueError(f"--upsample is for the task generate, got {args.task!r}.")
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    for name in ("n", "batch_size", "frames", "group", "block", "resamples", "jump"):
+        if getattr(args, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} must be positive, got {getattr(args, name)}.")
+    for name in ("eta", "guidance_rescale", "level"):
+        if not 0 <= getattr(args, name) <= 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} must be in [0, 1], got {getattr(args, name)}.")
+    settings.choose("--sampler", args.sampler, runs.SAMPLERS)
+    settings.choose("--task", args.task, tasks.TASKS)
+    settings.choose("--quantize", args.quantize, dict.fromkeys(data.ROUNDINGS))
+    if args.eta and args.sampler != "ddim":
+        raise ValueError(f"--eta is for the sampler ddim, got {args.sampler!r}.")
+    if args.threshold is not None and not 0 < args.threshold <= 1:
+        raise ValueError(f"--threshold must be in (0, 1], got {args.threshold}.")
+    if args.threshold is not None and args.no_clip:
+        raise ValueError("--threshold clips, got it with --no-clip.")
+    for scale in (args.guidance, args.classifier_scale):
+        if scale is not None and not math.isfinite(scale):
+            raise ValueError(f"scales of guidance must be finite, got {scale}.")
+    if args.guidance_rescale and args.guidance is None:
+        raise ValueError("--guidance-rescale needs --guidance, got none.")
 
 
 def prepare(args: argparse.Namespace, run: Run) -> Drawing:
@@ -275,12 +291,9 @@ def _labels(text: str, known: int | None) -> np.ndarray:
     if known is None:
         raise ValueError("--label needs a network that knows labels, got one without.")
     numbers = _floats("--label", text)
-    labels = np.array(numbers).astype(int)
-    if not np.array_equal(labels, numbers) or not np.all(
-        (0 <= labels) & (labels < known)
-    ):
+    if not all(number.is_integer() and 0 <= number < known for number in numbers):
         raise ValueError(f"--label must be of 0 to {known - 1}, got {text!r}.")
-    return labels
+    return np.array(numbers).astype(int)
 
 
 def _floats(flag: str, text: str, count: int | None = None) -> list[float]:

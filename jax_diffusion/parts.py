@@ -54,6 +54,8 @@ class Parts:
         """Makes FILE.npz of the first n images, and removes the parts."""
         parts = [part for _, part in self._stored()]
         _replace(self.out, lambda f: _join(f, parts, n))
+        for part in reversed(parts):  # a kill leaves the first ones
+            part.unlink()
         shutil.rmtree(self.folder)
 
     def _stored(self) -> Iterator[tuple[int, Path]]:
@@ -62,7 +64,12 @@ class Parts:
 
     def _check_record(self) -> None:
         path = self.folder / "record.json"
-        there = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            there = dict(json.loads(path.read_text())) if path.is_file() else {}
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} must be a whole record, got {error!r}."
+            ) from error
         names = sorted(there.keys() | self._record.keys())
         other = [k for k in names if there.get(k) != self._record.get(k)]
         if other:
@@ -74,19 +81,6 @@ class Parts:
                 )
                 + "."
             )
-
-
-def write_npz(out: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Writes `arr_0` and `arr_1`, the same bytes at any time; all or nothing."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    arrays = zip(NAMES, (images, labels), strict=True)
-
-    def write(file):
-        with zipfile.ZipFile(file, "w") as archive:
-            for name, array in arrays:
-                _write_array(archive, name, array.shape, [array])
-
-    _replace(out, write)
 
 
 def _join(file: Any, parts: list[Path], n: int) -> None:
@@ -113,7 +107,7 @@ def _write_array(
 
 def _read(part: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with np.load(part, allow_pickle=False) as arrays:
+        with part.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return arrays[NAMES[0]], arrays[NAMES[1]]
     except Exception as error:
         raise ValueError(

@@ -98,6 +98,7 @@ def load_images(
     if source is not None:
         name, _, path = source.partition(":")
         group |= dict(name=name, path=path or None, image_size=run.image_shape[0])
+        group["in_memory"] = None  # that was said of the run's own
     batches = settings.call(data.load, group, "config.data", train=False)
     if batches.image_shape != run.image_shape:
         raise ValueError(

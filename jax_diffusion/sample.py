@@ -152,11 +152,15 @@ def _write_npz(
 
 def _record(args: argparse.Namespace, *drawings: Drawing | None) -> dict[str, Any]:
     """All that decides the bytes of the images."""
-    networks = [checkpoint.digests(d.arguments[1]) for d in drawings if d is not None]
+    networks, rows = [], []
+    for _, params, _, arrays in (d.arguments for d in drawings if d is not None):
+        networks.append(checkpoint.digests(params))
+        rows += [zlib.crc32(np.ascontiguousarray(a).data) for a in arrays.values()]
     return {
         **{k: v for k, v in sorted(vars(args).items()) if k not in FREE},
         "jax": jax.__version__,
         "network": zlib.crc32(json.dumps(networks, sort_keys=True).encode()),
+        "rows": rows,  # labels, and images to start from
     }
 
 

@@ -17,6 +17,7 @@ from oracles import F32
 from PIL import Image
 
 from jax_diffusion import (
+    asked,
     checkpoint,
     data,
     evaluate,
@@ -422,7 +423,7 @@ def test_a_folder_gets_pngs_a_grid_and_the_denoising(whole, tmp_path, monkeypatc
 
 
 def test_the_gif_shows_any_number_of_steps(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "GIF_FRAMES", 2)
+    monkeypatch.setattr(asked, "GIF_FRAMES", 2)
     run_sample(monkeypatch, whole[0], tmp_path, "--steps", "3", "--n", "2")
     with Image.open(tmp_path / "denoising.gif") as gif:
         assert gif.n_frames == 2
