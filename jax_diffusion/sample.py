@@ -68,7 +68,7 @@ def _export(args: argparse.Namespace, run: Run, drawing: Drawing) -> None:
     """Writes the sampler as a file of its own."""
     draw, params, schedule, arrays = drawing.arguments
 
-    def draw_one_size(params, seed, ids, label):
+    def draw_images(params, seed, ids, label):
         rows = {"ids": ids, "label": label}
         return draw(params, schedule, seed, rows, drawing.numbers)[-1]
 
@@ -77,7 +77,7 @@ def _export(args: argparse.Namespace, run: Run, drawing: Drawing) -> None:
         about = {k: v for k, v in vars(args).items() if k not in (*FREE, "export")}
         export.write(
             args.export,
-            draw_one_size,
+            draw_images,
             params,
             beside=args.weights_beside,
             num_labels=int(arrays["label"].max()) + 1 if labels else None,
