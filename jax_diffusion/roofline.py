@@ -148,11 +148,6 @@ def seconds(cost: Cost, peak: Peak, dtype: Any, *, overlap: bool) -> float:
     return float(np.maximum(work, exchange) if overlap else work + exchange)
 
 
-def utilisation(flops: float, elapsed: float, peak: Peak, dtype: Any) -> float:
-    """Operations over all that a device could have made in so many seconds."""
-    return flops / (elapsed * flop_rate(peak, dtype))
-
-
 def flop_rate(peak: Peak, dtype: Any) -> float:
     """FLOP/s of matrices of this type.
 

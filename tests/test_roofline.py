@@ -227,7 +227,7 @@ def test_a_step_at_the_roof_uses_it_fully_and_one_bound_by_memory_less():
         for moved, expected in ((0.0, 1.0), (1e4, 0.2 if dtype == "float32" else 0.1)):
             cost = roofline.Cost(2e4, moved)
             elapsed = roofline.seconds(cost, PEAK, dtype, overlap=True)
-            used = roofline.utilisation(cost.flops, elapsed, PEAK, dtype)
+            used = cost.flops / (elapsed * roofline.flop_rate(PEAK, dtype))
             assert used == pytest.approx(expected)
 
 
