@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ class Drawing(NamedTuple):
     arguments: tuple[Any, ...]  # draw, params, schedule, arrays
     numbers: dict[str, float]
     num_steps: int
+    choices: dict[str, Any]  # what defaults and files have come to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,10 +187,11 @@ def prepare_upsampler(args: argparse.Namespace, run: Run) -> Drawing:
 def _drawing(args, run, arrays, params, classifier, task) -> Drawing:
     total = settings.make_schedule(run.config.schedule).num_steps
     steps, spacing = DEFAULTS[args.sampler]
+    spacing = args.spacing or spacing
     schedule = settings.make_schedule(
         run.config.schedule,
         steps=min(steps or total, total) if args.steps is None else args.steps,
-        spacing=args.spacing or spacing,
+        spacing=spacing,
     )
     num_steps = schedule.num_steps
     options = _options(args, run, num_steps, task)
@@ -210,7 +213,10 @@ def _drawing(args, run, arrays, params, classifier, task) -> Drawing:
         options=options,
         on_step=_step_bar(num_steps) if watched else None,
     )
-    return Drawing((draw, params, schedule, arrays), _numbers(args, run), num_steps)
+    mask = None if options.mask is None else zlib.crc32(options.mask.tobytes())
+    choices = {"steps": num_steps, "spacing": spacing, "ema": run.ema, "mask": mask}
+    arguments = (draw, params, schedule, arrays)
+    return Drawing(arguments, _numbers(args, run), num_steps, choices)
 
 
 def load_classifier(workdir: str, run: Run) -> tuple[nn.Module, PyTree]:

@@ -81,7 +81,7 @@ def _export(args: argparse.Namespace, run: Run, drawing: Drawing) -> None:
             params,
             beside=args.weights_beside,
             num_labels=int(arrays["label"].max()) + 1 if labels else None,
-            about=about | {"ema": run.ema, "steps": drawing.num_steps},
+            about=about | drawing.choices,
         )
         print(
             f"{args.sampler} in {drawing.num_steps} steps, ema {run.ema}: {args.export}"
@@ -150,14 +150,18 @@ def _write_npz(
         writer.join(args.n)
 
 
-def _record(args: argparse.Namespace, *drawings: Drawing | None) -> dict[str, Any]:
+def _record(
+    args: argparse.Namespace, first: Drawing, second: Drawing | None
+) -> dict[str, Any]:
     """All that decides the bytes of the images."""
-    networks, rows = [], []
-    for _, params, _, arrays in (d.arguments for d in drawings if d is not None):
+    networks, rows, free = [], [], (*FREE, *first.choices)
+    for _, params, _, arrays in (d.arguments for d in (first, second) if d is not None):
         networks.append(checkpoint.digests(params))
         rows += [zlib.crc32(np.ascontiguousarray(a).data) for a in arrays.values()]
     return {
-        **{k: v for k, v in sorted(vars(args).items()) if k not in FREE},
+        **{k: v for k, v in sorted(vars(args).items()) if k not in free},
+        **first.choices,
+        "upsampled": second and second.choices,
         "jax": jax.__version__,
         "network": zlib.crc32(json.dumps(networks, sort_keys=True).encode()),
         "rows": rows,  # labels, and images to start from

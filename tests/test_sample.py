@@ -255,7 +255,7 @@ def test_a_job_killed_three_times_ends_in_the_same_file(
 
     told = ("--out", other)
     error = refuses(plain, *arguments, "--steps", 50, out=told)
-    assert error.endswith(", got steps None -> 50.\n")
+    assert ", got steps " in error and error.endswith(" -> 50.\n")
     # On other devices, too, and in another number of parts.
     program("--workdir", plain, *told, *arguments, "--batch-size", 37)
     with np.load(other) as images, np.load(whole) as others:
@@ -291,6 +291,19 @@ def test_parts_of_other_images_to_start_from_are_refused(
     cut_off(monkeypatch, program, "--workdir", labelled, *out, *options)
     write_images(path, labels=(1, 1, 1))
     assert "parts of other settings" in refuses(labelled, *options, out=out)
+
+
+def test_parts_of_another_mask_are_refused(
+    labelled, tmp_path, program, refuses, monkeypatch
+):
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    options = ("--task", "inpaint", "--mask", tmp_path / "mask.png", "--n", N)
+    options += ("--batch-size", 2)
+    out = ("--out", tmp_path / "a.npz")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    cut_off(monkeypatch, program, "--workdir", labelled, *out, *options)
+    Image.fromarray(255 - mask).save(tmp_path / "mask.png")
+    assert "got mask " in refuses(labelled, *options, out=out)
 
 
 # Grey levels
