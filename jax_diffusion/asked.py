@@ -185,7 +185,7 @@ def prepare_upsampler(args: argparse.Namespace, run: Run) -> Drawing:
 
 
 def _drawing(args, run, arrays, params, classifier, task) -> Drawing:
-    total = settings.make_schedule(run.config.schedule).num_steps
+    total = len(settings.make_betas(run.config.schedule))
     steps, spacing = DEFAULTS[args.sampler]
     spacing = args.spacing or spacing
     schedule = settings.make_schedule(

@@ -9,14 +9,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import diffusion, samplers
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.samplers import StepFn
-from jax_diffusion.schedules import NoiseSchedule, take
+from jax_diffusion.schedules import NoiseSchedule, check_step, take
 
 
 def grey(x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
@@ -95,7 +93,7 @@ def repaint(
             f"jump and resamples must be positive, got {jump} and {resamples}."
         )
     step_fn = samplers.inpaint(step_fn, x_known, mask)
-    ts = jnp.where(schedule.visited, jnp.arange(schedule.num_steps), -1)[::-1]
+    ts = schedule.steps[::-1]
     ts = jnp.pad(ts, (-len(ts) % jump, 0), constant_values=-1).reshape(-1, jump)
 
     def stretch(x, number_and_ts):
@@ -136,7 +134,7 @@ def edit(
     Raises:
         ValueError: if t is no step of the schedule, where both have values.
     """
-    _check_step(schedule, t)
+    check_step(schedule, t)
     level = jnp.full(x.shape[:1], t, jnp.int32)
     eps = samplers.normal(samplers.fold_in(keys, 0), x.shape[1:])
     x_t = diffusion.q_sample(schedule, x, level, eps)
@@ -159,9 +157,8 @@ def descend(
     Raises:
         ValueError: if t is no step of the schedule, where both have values.
     """
-    _check_step(schedule, t)
-    rows = jnp.arange(schedule.num_steps, dtype=jnp.int32)
-    ts = jnp.where(schedule.visited & (rows <= t), rows, -1)[::-1]
+    check_step(schedule, t)
+    ts = jnp.where(schedule.steps <= t, schedule.steps, -1)[::-1]
     return samplers.sample(keys, denoise_fn, step_fn, schedule, x_t, ts=ts)
 
 
@@ -204,11 +201,3 @@ def between_noises(
         return samplers.sample(keys, denoise_fn, step_fn, schedule, z_T)
 
     return jax.lax.map(at, weights)
-
-
-def _check_step(schedule, t):
-    if isinstance(t, Tracer) or isinstance(schedule.timesteps, Tracer):
-        return
-    num_steps = int(np.sum(np.asarray(schedule.visited)))
-    if not 0 <= t < num_steps:
-        raise ValueError(f"t must be in [0, {num_steps}), got {t}.")

@@ -86,7 +86,6 @@ def frechet(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         {"label": np.arange(run.num_labels, dtype=np.int32)},
         n=n,
         seed=args.seed,
-        numbers={"eta": args.eta},
         batch_size=min(args.batch_size, n),
     )
     drawn = [
@@ -250,7 +249,6 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=50, help="of the sampler")
     parser.add_argument("--spacing", default="sections", help="of the steps")
-    parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--ema", help="such as 0.999; none for the raw parameters")

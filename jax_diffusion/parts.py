@@ -30,8 +30,10 @@ class Parts:
         self.out, self.folder = out, out.with_suffix(".parts")
         self._record = json.loads(json.dumps(record))
         self.done = 0  # images that are there
-        for first, part in self._stored():
+        stored = [*self._stored()]
+        if stored:
             self._check_record()
+        for first, part in stored:
             images, labels = _read(part)
             if first != self.done or len(images) != len(labels):
                 raise ValueError(

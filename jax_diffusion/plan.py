@@ -197,9 +197,7 @@ def _preview_rows(
             "low_res": np.asarray(editing.shrink(jnp.asarray(large), size=size)),
             "label": first["label"],
         }
-    hidden = 1 if config.label_dropout else 0
-    count = (training.num_classes(model) or 1) - hidden
-    return {"label": np.arange(count, dtype=np.int32)}
+    return {"label": np.arange(runs.num_labels(model, config), dtype=np.int32)}
 
 
 def _check_low_res(config: Config, model: nn.Module, image_shape) -> None:

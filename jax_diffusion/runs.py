@@ -52,16 +52,19 @@ class Run:
     @property
     def null_label(self) -> int | None:
         """What the network was told where labels were hidden; None if never."""
-        classes = num_classes(self.model)
-        if classes is None or not self.config.get("label_dropout"):
-            return None
-        return classes - 1
+        hides = self.config.get("label_dropout")
+        return num_labels(self.model, self.config) if hides else None
 
     @property
     def num_labels(self) -> int:
         """How many labels there are to draw; 1 of a network that takes none."""
-        classes = num_classes(self.model) or 1
-        return classes if self.null_label is None else self.null_label
+        return num_labels(self.model, self.config)
+
+
+def num_labels(model: nn.Module, config: Config) -> int:
+    """How many labels there are to draw: one less where the last means hidden."""
+    hidden = 1 if config.get("label_dropout") else 0
+    return (num_classes(model) or 1) - hidden
 
 
 def load_run(workdir: str | Path, ema: str | None = None) -> Run:

@@ -103,12 +103,14 @@ def draw_all(
         on_compiled=_say_seconds,
         **common,
     )
+    if second is not None:
+        draw, params, schedule, _ = second.arguments
+        params = sharding.spread(sharding.make_mesh(), params)  # once, not each time
     for frames, labels in batches:
         if second is not None:
             small = {"low_res": frames[-1], "label": labels}
             # Image i takes row i % n of them.
             small = {k: np.roll(a, start % len(a), axis=0) for k, a in small.items()}
-            draw, params, schedule, _ = second.arguments
             enlarged = runs.generate(
                 *(draw, params, schedule, small),
                 n=len(labels),

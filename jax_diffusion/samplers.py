@@ -16,12 +16,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import diffusion
 from jax_diffusion.diffusion import DenoiseFn
-from jax_diffusion.schedules import NoiseSchedule, take
+from jax_diffusion.schedules import NoiseSchedule, check_step, take
 
 
 class SampleState(NamedTuple):
@@ -87,7 +86,7 @@ def ddim_step(
     of the predicted x_0 after any clipping, as in improved-diffusion.
     """
     c = take(schedule, t, state.x.ndim)
-    x_0 = diffusion.guided_x_0(schedule, denoise_fn(state.x, t), t)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
     eps = (state.x - c.now.signal * x_0) / c.now.noise
     ratio = c.prev.noise / c.now.noise
     sigma = eta * ratio * jnp.sqrt(c.betas)  # eq. 16
@@ -112,9 +111,8 @@ def ddim_inversion_step(
     """
     del keys
     c = take(schedule, t, state.x.ndim)
-    x_0 = diffusion.guided_x_0(schedule, denoise_fn(state.x, t), t)
-    eps = (state.x - c.now.signal * x_0) / c.now.noise
-    return SampleState(c.next.signal * x_0 + c.next.noise * eps, x_0, c.now.log_snr)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    return SampleState(_carry(state.x, x_0, c.now, c.next), x_0, c.now.log_snr)
 
 
 def dpmpp_2m_step(
@@ -132,15 +130,13 @@ def dpmpp_2m_step(
     """
     del keys
     c = take(schedule, t, state.x.ndim)
-    x_0 = diffusion.guided_x_0(schedule, denoise_fn(state.x, t), t)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
     step = c.prev.log_snr - c.now.log_snr
     last_step = c.now.log_snr - state.log_snr  # infinite before there is a last x_0
     finite = jnp.isfinite(step) & jnp.isfinite(last_step) & (last_step > 0)
     weight = jnp.where(finite, step, 0.0) / jnp.where(finite, 2 * last_step, 1.0)
     ahead = x_0 + weight * (x_0 - state.x_0)
-    x = c.prev.signal * ahead
-    x = x + c.prev.noise * (state.x - c.now.signal * ahead) / c.now.noise
-    return SampleState(x, x_0, c.now.log_snr)
+    return SampleState(_carry(state.x, ahead, c.now, c.prev), x_0, c.now.log_snr)
 
 
 def heun_step(
@@ -157,13 +153,23 @@ def heun_step(
     last step, endless in log-SNR, is one of DDIM. Averaging eps instead (Karras et al.
     2022) breaks down on a long step from where hardly any signal is left.
     """
-    x, x_0, log_snr = ddim_step(keys, denoise_fn, schedule, state, t)
-    c = take(schedule, t, x.ndim)
-    end = jnp.maximum(t - 1, 0)
-    end_x_0 = diffusion.guided_x_0(schedule, denoise_fn(x, end), end)
-    change = jnp.where(c.prev.noise > 0, (end_x_0 - x_0) / 2, 0.0)
-    slope = c.prev.signal - c.prev.noise * c.now.signal / c.now.noise
-    return SampleState(x + slope * change, x_0, log_snr)
+    del keys
+    c = take(schedule, t, state.x.ndim)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    x = _carry(state.x, x_0, c.now, c.prev)
+    end_x_0 = _x_0(denoise_fn, schedule, x, jnp.maximum(t - 1, 0))
+    mean = jnp.where(c.prev.noise > 0, (x_0 + end_x_0) / 2, x_0)
+    return SampleState(_carry(state.x, mean, c.now, c.prev), x_0, c.now.log_snr)
+
+
+def _x_0(denoise_fn, schedule, x, t):
+    """What steps that follow the score take the clean data to be."""
+    return diffusion.guided_x_0(schedule, denoise_fn(x, t), t)
+
+
+def _carry(x, x_0, now, to):
+    """x at another level, with the eps that it has if x_0 is the clean data."""
+    return to.signal * x_0 + to.noise * (x - now.signal * x_0) / now.noise
 
 
 def inpaint(
@@ -258,8 +264,7 @@ def sample_frames(
         ValueError: if num_frames does not divide the number of steps.
     """
     if ts is None:
-        rows = jnp.arange(schedule.num_steps, dtype=jnp.int32)
-        ts = jnp.where(schedule.visited, rows, -1)[::-1]
+        ts = schedule.steps[::-1]
     num_steps = ts.shape[0]
     if num_frames < 1 or num_steps % num_frames:
         raise ValueError(f"num_frames must divide {num_steps} steps, got {num_frames}.")
@@ -367,11 +372,7 @@ def interpolate(
     Raises:
         ValueError: unless 0 <= t < T, rows added by `schedules.pad` not counted.
     """
-    num_steps = schedule.num_steps
-    if not isinstance(schedule.timesteps, Tracer):  # else there is nothing to look at
-        num_steps = int(np.sum(np.asarray(schedule.timesteps) >= 0))
-    if not 0 <= t < num_steps:
-        raise ValueError(f"t must be in [0, {num_steps}), got {t}.")
+    check_step(schedule, t)
     keys_a, keys_b, keys_steps = (fold_in(keys, i) for i in range(3))
     level = jnp.full(x_a.shape[:1], t, jnp.int32)
     noised_a, noised_b = (

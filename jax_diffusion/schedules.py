@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from jax_diffusion.spacing import (  # noqa: F401, so that they can be found here
@@ -65,6 +66,12 @@ class NoiseSchedule:
     def visited(self) -> Table:
         """Which rows are steps of the diffusion, and not added by `pad`: bool [T]."""
         return self.timesteps >= 0
+
+    @property
+    def steps(self) -> Array:
+        """Numbers of the rows, int32 [T]; -1 of those added by `pad`."""
+        rows = jnp.arange(self.num_steps, dtype=jnp.int32)
+        return jnp.where(self.visited, rows, -1)
 
 
 def linear_betas(
@@ -319,6 +326,17 @@ def take(schedule: NoiseSchedule, t: Int[Array, "b"], ndim: int) -> NoiseSchedul
     shape = t.shape + (1,) * (ndim - 1)
     take_rows = functools.partial(jnp.take, indices=t, axis=0, mode="clip")
     return jax.tree.map(lambda a: take_rows(a).reshape(shape), schedule)
+
+
+def check_step(schedule: NoiseSchedule, t: int | Int[Array, ""]) -> None:
+    """Raises ValueError if t, where it has a value, is no step of the schedule."""
+    if isinstance(t, Tracer):
+        return
+    num_steps = schedule.num_steps
+    if not isinstance(schedule.timesteps, Tracer):  # else nothing tells added rows
+        num_steps = int(np.sum(np.asarray(schedule.visited)))
+    if not 0 <= t < num_steps:
+        raise ValueError(f"t must be in [0, {num_steps}), got {t}.")
 
 
 def _sigmoid(x):

@@ -71,9 +71,8 @@ def _frames(job: Job, options: Options) -> samplers.SampleState:
     """As many frames as asked, or fewer: evenly spaced, none before the first step."""
     num_steps = job.schedule.num_steps
     size = -(-num_steps // options.num_frames)
-    visited = jnp.where(job.schedule.visited, jnp.arange(num_steps), -1)[::-1]
     # Skipped steps in front make their number divisible.
-    ts = jnp.pad(visited, (-num_steps % size, 0), constant_values=-1)
+    ts = jnp.pad(job.schedule.steps[::-1], (-num_steps % size, 0), constant_values=-1)
     return samplers.sample_frames(
         *job.arguments, job.x_T(job.keys), num_frames=len(ts) // size, ts=ts
     )

@@ -679,17 +679,11 @@ def test_padding_does_not_change_the_images(step_fn):
     np.testing.assert_allclose(padded, plain, **F32)
 
 
-def wide_denoiser(x_t, t):
-    """Holds 32 times its input at once."""
-    wide = jnp.sin(x_t[..., None] * jnp.arange(32.0).reshape(1, 1, 32))
-    return Prediction(jnp.tanh(jnp.mean(wide, axis=-1)), jnp.zeros((1, 1)))
-
-
 def temporary_bytes(num_steps, wrap):
     schedule = schedules.make_schedule(schedules.cosine_betas(num_steps))
 
     def total(x_T):
-        args = (KEYS[:4], wide_denoiser, ddim_with_noise, schedule)
+        args = (KEYS[:4], oracles.wide_denoiser, ddim_with_noise, schedule)
         return jnp.sum(samplers.sample(*args, x_T))
 
     compiled = jax.jit(wrap(total)).lower(jnp.zeros((4, 4096))).compile()

@@ -463,17 +463,11 @@ def test_gradients_of_guided_sampling_equal_finite_differences(name):
         assert (grads[2] != 0) == (name == "ddim")
 
 
-def wide_denoiser(x_t, t):
-    """Holds 32 times its input at once."""
-    wide = jnp.sin(x_t[..., None] * jnp.arange(32.0).reshape(1, 1, 32))
-    return Prediction(jnp.tanh(jnp.mean(wide, axis=-1)), jnp.zeros((1, 1)))
-
-
 def temporary_bytes(name, num_steps):
     schedule = schedules.make_schedule(schedules.cosine_betas(num_steps))
 
     def total(x_T):
-        args = (KEYS[:4], wide_denoiser, STEPS[name], schedule)
+        args = (KEYS[:4], oracles.wide_denoiser, STEPS[name], schedule)
         return jnp.sum(samplers.sample(*args, x_T))
 
     compiled = jax.jit(jax.grad(total)).lower(jnp.zeros((4, 4096))).compile()
