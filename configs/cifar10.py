@@ -48,4 +48,5 @@ def get_config() -> ConfigDict:
     config.save_every = 10_000
     config.sample_every = 10_000
     config.sampling = dict(sampler="ddim", steps=50, spacing="sections", eta=0.0, n=64)
+    config.reproduces = "ddpm_cifar10"
     return config

@@ -19,4 +19,5 @@ def get_config() -> ConfigDict:
     config = cifar10_hybrid.get_config()
     config.objective = dict(mean_type="eps", var_type="learned_range", loss="vlb")
     config.timesteps = dict(name="loss_second_moment")
+    config.reproduces = "iddpm_cifar10_vlb"
     return config

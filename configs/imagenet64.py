@@ -46,4 +46,5 @@ def get_config() -> ConfigDict:
     config.save_every = 10_000
     config.sample_every = 10_000
     config.sampling = dict(sampler="ddim", steps=50, spacing="sections", eta=0.0, n=64)
+    config.reproduces = "iddpm_imagenet64_hybrid"
     return config

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from jax_diffusion import checkpoint, data, runs, settings, training
+from jax_diffusion import checkpoint, data, papers, runs, settings, training
 from jax_diffusion.models import diffusers_config, torch_files, weights
 from jax_diffusion.models.encoder import Encoder
 from jax_diffusion.models.released import RELEASED
@@ -104,6 +104,7 @@ def _read(path: Path, name: str | None, config: Config, layout: str) -> Network:
 def _released(name: str) -> tuple[Config, tuple[int, ...], str]:
     found = settings.choose("the name of a released checkpoint", name, RELEASED)
     config = _config(found.model, found.schedule, found.objective, found.data)
+    config["reproduces"] = papers.RELEASED.get(name, "")
     return config, (found.image_size, found.image_size, 3), found.layout
 
 

@@ -63,10 +63,14 @@ def keep_compiled() -> None:
     told = told.jax_compilation_cache_dir is not None
     if told or ONEDNN_FLAGS[0] in os.environ.get("XLA_FLAGS", ""):
         return
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(home).expanduser() / "jax_diffusion" / _machine()
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / _machine()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def cache_folder() -> Path:
+    """Where what can be had again is kept: ~/.cache/jax_diffusion, or as XDG has it."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "jax_diffusion"
 
 
 def _machine() -> str:

@@ -1,4 +1,4 @@
-"""Many images in one .npz, written in parts that survive a kill.
+"""Arrays of many images in one .npz, written in parts that survive a kill.
 
 `FILE.parts` holds the parts and a record of what decides their bytes, until all are
 there; then they become `FILE.npz`, the same bytes whatever happened on the way.
@@ -9,13 +9,12 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-NAMES = ("arr_0", "arr_1")  # images and labels, as improved-diffusion calls them
 DATE = (1980, 1, 1, 0, 0, 0)  # of the entries of every archive
 
 
@@ -34,29 +33,45 @@ class Parts:
         if stored:
             self._check_record()
         for first, part in stored:
-            images, labels = _read(part)
-            if first != self.done or len(images) != len(labels):
+            lengths = {len(array) for array in _read(part).values()}
+            if first != self.done or len(lengths) != 1:
                 raise ValueError(
                     f"{self.folder} must hold parts without gaps, got {part.name} "
                     f"after {self.done} images; remove it to begin again."
                 )
-            self.done += len(images)
+            self.done += lengths.pop()
 
-    def add(self, images: np.ndarray, labels: np.ndarray) -> None:
-        """Writes the next images, uint8 [n h w c], and their labels [n]."""
+    def add(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes what is known of the next images, arrays [n, ...] by name."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.done:
             text = json.dumps(self._record, indent=2)
-            _replace(self.folder / "record.json", lambda f: f.write(text.encode()))
+            replace(self.folder / "record.json", lambda f: f.write(text.encode()))
         part = self.folder / f"{self.done:08d}.npz"
-        _replace(part, lambda f: np.savez(f, images, labels))
-        self.done += len(images)
+        named: Any = arrays
+        replace(part, lambda f: np.savez(f, **named))
+        self.done += len(next(iter(arrays.values())))
 
-    def join(self, n: int) -> None:
-        """Makes FILE.npz of the first n images, and removes the parts."""
+    def read(self, n: int, *, without: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        """All arrays of the first n images but some, from the parts."""
+        stored = [part for first, part in self._stored() if first < n]
+        names = [name for name in _names(stored[0]) if name not in without]
+        kept = [_read(part, names) for part in stored]
+        return {name: np.concatenate([k[name] for k in kept])[:n] for name in names}
+
+    def join(self, n: int, names: Sequence[str] | None = None) -> None:
+        """Makes FILE.npz of the first n images, and removes the parts.
+
+        Args:
+            names: of the arrays to keep; default all.
+        """
         parts = [part for _, part in self._stored()]
-        _replace(self.out, lambda f: _join(f, parts, n))
-        for part in reversed(parts):  # a kill leaves the first ones
+        replace(self.out, lambda f: _join(f, parts, n, names))
+        self.discard()
+
+    def discard(self) -> None:
+        """Removes the parts."""
+        for _, part in reversed([*self._stored()]):  # a kill leaves the first ones
             part.unlink()
         shutil.rmtree(self.folder)
 
@@ -85,20 +100,24 @@ class Parts:
             )
 
 
-def _join(file: Any, parts: list[Path], n: int) -> None:
+def _join(file: Any, parts: list[Path], n: int, names: Sequence[str] | None) -> None:
     """One archive of the arrays of all parts, of which one is in memory at a time."""
+
+    def cut(name):
+        for part in parts:
+            yield _read(part, [name])[name][: max(n - int(part.stem), 0)]
+
     with zipfile.ZipFile(file, "w") as archive:
-        for i, name in enumerate(NAMES):
-            shape = (n, *_read(parts[0])[i].shape[1:])
-            cut = (_read(p)[i][: max(n - int(p.stem), 0)] for p in parts)
-            _write_array(archive, name, shape, cut)
+        for name in names or _names(parts[0]):
+            _write_array(archive, name, n, cut(name))
 
 
 def _write_array(
-    archive: zipfile.ZipFile, name: str, shape: Any, arrays: Iterable[np.ndarray]
+    archive: zipfile.ZipFile, name: str, n: int, arrays: Iterable[np.ndarray]
 ) -> None:
     arrays = iter(arrays)
     first = next(arrays)
+    shape = (n, *first.shape[1:])
     header = {"descr": first.dtype.str, "fortran_order": False, "shape": shape}
     entry = zipfile.ZipInfo(f"{name}.npy", DATE)
     with archive.open(entry, "w", force_zip64=True) as file:
@@ -107,17 +126,21 @@ def _write_array(
             file.write(np.ascontiguousarray(array).tobytes())
 
 
-def _read(part: Path) -> tuple[np.ndarray, np.ndarray]:
+def _names(part: Path) -> list[str]:
+    return [*_read(part)]
+
+
+def _read(part: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     try:
         with part.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return arrays[NAMES[0]], arrays[NAMES[1]]
+            return {name: arrays[name] for name in names or arrays.files}
     except Exception as error:
         raise ValueError(
             f"{part} must be a whole part, got {error!r}; remove it."
         ) from error
 
 
-def _replace(path: Path, write: Any) -> None:
+def replace(path: Path, write: Any) -> None:
     """Writes a file beside and moves it into place: it is whole or not there."""
     beside = path.with_name(path.name + ".tmp")
     with beside.open("wb") as file:

@@ -39,6 +39,8 @@ class Plan(NamedTuple):
     key: jax.Array  # the run's, replicated
     lr_fn: Callable[[int], Any]
     preview: Callable[[TrainState], np.ndarray] | None  # uint8 [n h w c]
+    model: nn.Module
+    objective: Objective | None  # None of a classifier
 
     def place(self, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's rows of a batch, on the devices."""
@@ -71,14 +73,7 @@ def make_plan(config: Config) -> Plan:
     train_step = training.make_train_step(
         model, tx, schedule, objective, timestep_sampler, **options
     )
-    preview = None
-    if objective is not None:  # a classifier has nothing to draw
-        arguments = dict(model=model, objective=objective, image_shape=image_shape)
-        arguments |= dict(config=config, mesh=mesh)
-        arguments |= dict(arrays=_preview_rows(config, model, batches))
-        preview = settings.call(
-            make_preview, config.sampling, "config.sampling", **arguments
-        )
+    preview = _preview_of(config, model, objective, batches, mesh)
     # Made on all devices at once: an array of one host is none of the others'.
     keys = jax.jit(
         lambda: tuple(jax.random.split(jax.random.key(config.seed))),
@@ -92,7 +87,9 @@ def make_plan(config: Config) -> Plan:
             key_init, model, tx, timestep_sampler, image_shape, config.ema_decays
         )
 
-    return Plan(batches, mesh, rows, train_step, init, key, lr_fn, preview)
+    return Plan(
+        batches, mesh, rows, train_step, init, key, lr_fn, preview, model, objective
+    )
 
 
 class Program(NamedTuple):
@@ -147,6 +144,23 @@ def _memory_line(compiled: Any) -> str:
     stats = jax.local_devices()[0].memory_stats() or {}
     of = f" of {stats['bytes_limit'] / 2**20:,.0f}" if "bytes_limit" in stats else ""
     return f" | step needs {need / 2**20:,.0f}{of} MiB a device"
+
+
+def _preview_of(config, model, objective, batches, mesh):
+    """`make_preview` as the config wants it."""
+    if objective is None:  # a classifier has nothing to draw
+        return None
+    return settings.call(
+        make_preview,
+        config.sampling,
+        "config.sampling",
+        config=config,
+        model=model,
+        objective=objective,
+        image_shape=batches.image_shape,
+        mesh=mesh,
+        arrays=_preview_rows(config, model, batches),
+    )
 
 
 def make_preview(

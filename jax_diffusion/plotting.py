@@ -65,11 +65,33 @@ def save_vlb_curve(path: str | Path, terms: Mapping[str, np.ndarray]) -> None:
     _save_curves(path, curves, xlabel="t", ylabel="bits/dim", ylog=True)
 
 
-def _save_curves(path, curves, *, xlabel, ylabel, ylog):
-    from matplotlib.figure import Figure  # no pyplot: no state, no display
+def save_rate_distortion(
+    path: str | Path, rate: np.ndarray, distortion: np.ndarray
+) -> None:
+    """Draws how an image appears as it is sent (Ho et al. 2020, fig. 5 and table 4).
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    Args:
+        rate: [T] bits/dim paid for x_t, t ascending; the image itself comes last.
+        distortion: [T] root mean squared error of the x_0 predicted there, 0 to 255.
+    """
+    steps = np.arange(len(rate))[::-1]  # reverse steps from x_T to x_t
+    figure = _figure(path, (12, 4))
+    for axes, x, y, xlabel, ylabel in zip(
+        figure.subplots(1, 3),
+        (rate, steps, steps),
+        (distortion, distortion, rate),
+        ("rate (bits/dim)", "reverse steps", "reverse steps"),
+        ("distortion (RMSE)", "distortion (RMSE)", "rate (bits/dim)"),
+        strict=True,
+    ):
+        axes.plot(x, np.asarray(y, float), linewidth=1)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _save_curves(path, curves, *, xlabel, ylabel, ylog):
+    figure = _figure(path, (7, 4))
     axes = figure.subplots()
     for name, (x, y) in curves.items():
         axes.plot(x, np.asarray(y, float), label=name, linewidth=1)
@@ -77,3 +99,10 @@ def _save_curves(path, curves, *, xlabel, ylabel, ylog):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _figure(path, size):
+    from matplotlib.figure import Figure  # no pyplot: no state, no display
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Figure(figsize=size, layout="constrained")

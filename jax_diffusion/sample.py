@@ -147,7 +147,7 @@ def _write_npz(
     batches = draw_all(args, first, second, done) if done < args.n else ()
     for frames, labels in _with_bar(batches, total=args.n, initial=done):
         if writer is not None:
-            writer.add(frames[-1], labels)
+            writer.add({"arr_0": frames[-1], "arr_1": labels})
     if writer is not None:
         writer.join(args.n)
 

@@ -19,6 +19,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from jax_diffusion.spacing import (  # noqa: F401, so that they can be found here
+    angle_steps,
     karras_steps,
     log_snr_steps,
     quadratic_steps,

@@ -66,6 +66,9 @@ FIELDS = {
     "max_skipped": "updates in a row that were not finite, after which the run stops",
     "log_to": "of logs.WRITERS, beside metrics.jsonl",
     "profile_steps": "updates to trace for TensorBoard or Perfetto, from the 11th on",
+    "reproduces": "the setting of a paper, of papers.PAPERS, for evaluate --compare",
+    "eval_every": "updates between two scores of every average; 0, none",
+    "evaluation": "of these scores: fields of watching.Scores",
 }
 OPTIONAL = {  # what fields are that a config leaves out
     "label_dropout": 0.0,
@@ -77,6 +80,18 @@ OPTIONAL = {  # what fields are that a config leaves out
     "max_skipped": 20,
     "log_to": (),
     "profile_steps": 0,
+    "reproduces": "",
+    "eval_every": 0,
+    "evaluation": {
+        "metric": "pixel_distance",
+        "n": 1000,
+        "reference": 10_000,
+        "sampler": "ddim",
+        "steps": 50,
+        "spacing": "sections",
+        "bits_images": 0,
+        "inception": "",
+    },
 }
 
 # What may change between two starts of one run. All else must be as it was.
@@ -119,8 +134,14 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def complete(config: Config) -> Config:
-    """A copy with the optional fields that it leaves out."""
-    return ConfigDict(OPTIONAL | dict(ConfigDict(config).items()))
+    """A copy with the optional fields that it leaves out, in groups too."""
+    given: dict[str, Any] = dict(ConfigDict(config).items())
+    groups = {
+        name: {**group, **given.get(name, {})}
+        for name, group in OPTIONAL.items()
+        if isinstance(group, dict)
+    }
+    return ConfigDict(OPTIONAL | given | groups)
 
 
 def check_config(config: Config) -> None:
@@ -137,7 +158,7 @@ def check_config(config: Config) -> None:
             raise ValueError(
                 f"config.{name} must be a positive integer, got {config[name]!r}."
             )
-    for name in ("keep_every", "profile_steps", "low_res_size"):
+    for name in ("keep_every", "profile_steps", "low_res_size", "eval_every"):
         if not isinstance(config[name], int) or config[name] < 0:
             raise ValueError(
                 f"config.{name} must be an integer from 0, got {config[name]!r}."
@@ -193,6 +214,7 @@ STEPS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "trailing": lambda betas, n: schedules.trailing_steps(len(betas), n),
     "karras": schedules.karras_steps,
     "log_snr": schedules.log_snr_steps,
+    "angle": schedules.angle_steps,
 }
 
 

@@ -63,7 +63,7 @@ def _check_folder(path: Source) -> Path:
 
 
 @contextlib.contextmanager
-def _reading(rule: str) -> Iterator[None]:
+def reading(rule: str) -> Iterator[None]:
     """Makes one sentence of whatever a decoder raises, which none of them documents."""
     try:
         yield
@@ -111,7 +111,7 @@ def _read_idx(folder: Path, stem: str, ndim: int) -> np.ndarray:
     file = next((f for end in ends if (f := folder / (stem + end)).is_file()), None)
     if file is None:
         raise ValueError(f"{folder} must hold {stem}{ends[0]}[.gz], got no such file.")
-    with _reading(f"{file} must be a whole file"):
+    with reading(f"{file} must be a whole file"):
         data = file.read_bytes()
         data = gzip.decompress(data) if file.suffix == ".gz" else data
     magic, start = bytes([0, 0, 8, ndim]), 4 + 4 * ndim  # 8: unsigned bytes
@@ -147,26 +147,26 @@ def _fit(array: np.ndarray, size: int) -> np.ndarray:
     return array[top : top + size, left : left + size].reshape(size, size, -1)
 
 
-def _is_grey(image: Any) -> bool:
+def is_grey(image: Any) -> bool:
     return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
 
 
-def _decode(file: str, size: int) -> np.ndarray:
-    """Reads a file as uint8 [size size c]; c is 1 if the file is greyscale, else 3."""
+def decode(file: str) -> np.ndarray:
+    """Reads a file as uint8 [h w c]; c is 1 if the file is greyscale, else 3."""
     from PIL import Image, ImageOps
 
-    with _reading(f"{file} must be a whole image"), Image.open(file) as stored:
+    with reading(f"{file} must be a whole image"), Image.open(file) as stored:
         image = ImageOps.exif_transpose(stored)
         if image.mode.startswith("I"):  # 16 bits, which convert would clip at 255
-            return _fit((np.asarray(image) >> 8).astype(np.uint8)[..., None], size)
-        if _is_grey(image):
-            return _fit(np.asarray(image.convert("L"))[..., None], size)
+            return (np.asarray(image) >> 8).astype(np.uint8)[..., None]
+        if is_grey(image):
+            return np.asarray(image.convert("L"))[..., None]
         if image.mode == "P":  # straight to RGB, PIL warns of transparent colours
             image = image.convert("RGBA")
-        return _fit(np.asarray(image.convert("RGB")), size)
+        return np.asarray(image.convert("RGB"))
 
 
-def _find_images(root: Path) -> list[str]:
+def find_images(root: Path) -> list[str]:
     """Paths of the images below a folder, in order of their parts; follows links."""
     found = []
     for folder, inner, files in os.walk(root, followlinks=True):
@@ -185,7 +185,7 @@ def _class_names(names: list[str]) -> list[str]:
     return [file.partition("_")[0] if marked else "" for file in files]
 
 
-def _in_threads(function: Callable[[list[int]], Any], rows: np.ndarray) -> list[Any]:
+def in_threads(function: Callable[[list[int]], Any], rows: np.ndarray) -> list[Any]:
     """`function` of every few rows, in order, computed on all cores."""
     chunks = [rows[i : i + CHUNK].tolist() for i in range(0, len(rows), CHUNK)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # no thread outlives the call
@@ -223,8 +223,8 @@ class Folder:
         grey, sample = True, np.linspace(0, len(self) - 1, LOOKED_AT).astype(int)
         for row in np.unique(sample).tolist():
             path = self.paths[row]
-            with _reading(f"{path} must be a whole image"), Image.open(path) as image:
-                grey = grey and _is_grey(image)
+            with reading(f"{path} must be a whole image"), Image.open(path) as image:
+                grey = grey and is_grey(image)
         return self.image_size, self.image_size, 1 if grey else 3
 
     @property
@@ -233,7 +233,9 @@ class Folder:
 
     def _decode(self, rows: np.ndarray) -> list[np.ndarray]:
         size, paths = self.image_size, self.paths
-        parts = _in_threads(lambda some: [_decode(paths[i], size) for i in some], rows)
+        parts = in_threads(
+            lambda some: [_fit(decode(paths[i]), size) for i in some], rows
+        )
         return [*itertools.chain.from_iterable(parts)]
 
     def read(self, rows: np.ndarray) -> Arrays:
@@ -267,7 +269,7 @@ def _folder(split: str, path: Source, image_size: int | None) -> Folder:
         raise ValueError("image_size of a folder of images must be given, got None.")
     test = next((root / k for k in ("test", "val") if (root / k).is_dir()), None)
     parts = [root / "train", test] if test and (root / "train").is_dir() else [root]
-    found = [_find_images(part) for part in parts]
+    found = [find_images(part) for part in parts]
     paths = [*itertools.chain.from_iterable(found)]
     if not paths:
         raise ValueError(f"{root} must hold images, {SUFFIXES}, got none.")
@@ -286,7 +288,7 @@ def _folder(split: str, path: Source, image_size: int | None) -> Folder:
 def _npz(split: str, path: Source, image_size: int | None) -> Arrays:
     """arr_0 and arr_1, as improved-diffusion writes, or images and labels; or .npy."""
     rule = f"{path} must be a .npz or .npy file of plain arrays"
-    with _reading(rule), Path(path or "").expanduser().open("rb") as file:
+    with reading(rule), Path(path or "").expanduser().open("rb") as file:
         data = np.load(file, allow_pickle=False)
         arrays = {"images": data} if isinstance(data, np.ndarray) else dict(data)
     keys = ("images", "labels") if "images" in arrays else ("arr_0", "arr_1")
@@ -327,7 +329,7 @@ class Tfds:
         return self.read_all()[1]
 
     def _decode(self, rows: list[int]) -> Arrays:
-        with _reading(self.rule):
+        with reading(self.rule):
             images, labels = [], []
             for example in self.records.__getitems__(rows):
                 image = example["image"]
@@ -340,8 +342,8 @@ class Tfds:
     def read(self, rows: np.ndarray) -> Arrays:
         """Decodes the images and labels of these rows."""
         none = np.empty((0, *self.image_shape), np.uint8), np.empty(0, np.int32)
-        parts = [none, *_in_threads(self._decode, rows)]
-        with _reading(self.rule):  # or else there are several shapes
+        parts = [none, *in_threads(self._decode, rows)]
+        with reading(self.rule):  # or else there are several shapes
             images, labels = zip(*parts, strict=True)
             return np.concatenate(images), np.concatenate(labels)
 
@@ -376,11 +378,11 @@ def _tfds(split: str, path: Source, image_size: int | None) -> Tfds:
     that yield PIL images prepare without TensorFlow; official ones need it once, for
     `PREPARE`.
     """
-    with _reading("this needs tensorflow-datasets, `pip install jax_diffusion[tfds]`"):
+    with reading("this needs tensorflow-datasets, `pip install jax_diffusion[tfds]`"):
         import tensorflow_datasets as tfds
     folder = _prepared(path)
     rule = f"{folder} must have split {split!r} with images of one shape"
-    with _reading(rule):
+    with reading(rule):
         parts = "train+test" if split == "all" else split
         builder: Any = tfds.builder_from_directory(folder)
         return Tfds(builder.as_data_source(split=parts), rule, image_size)

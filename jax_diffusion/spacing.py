@@ -94,6 +94,19 @@ def log_snr_steps(betas: np.ndarray, n: int) -> np.ndarray:
     return _nearest(_log_ratio(betas), len(betas), n)
 
 
+def angle_steps(betas: np.ndarray, n: int) -> np.ndarray:
+    """n steps that are evenly spaced in log(noise / (1 + signal)).
+
+    That is log tan(phi / 2), phi being the angle of (signal, noise): like log-SNR near
+    the image, like the angle itself near noise. For integrating the flow
+    (`likelihood.ode_bits_per_dim`). Nearly so, as `log_snr_steps`.
+    """
+    with np.errstate(divide="ignore"):  # a last step may have no signal
+        alpha_bar = np.exp(np.cumsum(np.log1p(-np.asarray(betas, np.float64))))
+    scale = np.log(np.sqrt(1 - alpha_bar) / (1 + np.sqrt(alpha_bar)))
+    return _nearest(scale, len(betas), n)
+
+
 def _log_ratio(betas: np.ndarray) -> np.ndarray:
     """log(noise / signal) of every step but a last one without signal."""
     betas = np.asarray(betas, np.float64)

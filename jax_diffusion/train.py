@@ -28,6 +28,7 @@ from jax_diffusion import (
     roofline,
     settings,
     sharding,
+    watching,
 )
 from jax_diffusion.plan import Plan, Program, compile_plan, make_plan
 from jax_diffusion.settings import Config
@@ -98,6 +99,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         _check_same_run(saved, record["config"], workdir)
     plan = make_plan(config)
     record["image_shape"] = list(plan.batches.image_shape)
+    watch = watching.make_watch(config, workdir, plan, record)
     # Compiled first: whatever does not fit is found before anything is written.
     program = compile_plan(plan, fresh=fresh)
     cpu.release_memory()
@@ -119,17 +121,20 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                 state, numbers = program.step(plan.key, state, batch)
             journal.add(numbers)
             step += 1
-            last, colours = step == config.total_steps, {}
+            last, extra = step == config.total_steps, {}
             profile(workdir, step - first, last, config, numbers)
             if step == first + 2:  # the heap has found its shape
                 cpu.release_memory()
             if plan.preview and (step % config.sample_every == 0 or last):
                 with clock.pause():
-                    colours = journal.picture(step, plan.preview(state))
+                    extra = journal.picture(step, plan.preview(state))
+            if watch and (step % config.eval_every == 0 or last):
+                with clock.pause():
+                    extra |= watch(step, state)
             if step % config.log_every == 0 or last:
-                problem = journal.line(step, colours)
-            elif colours:
-                journal.write(step, colours)
+                problem = journal.line(step, extra)
+            elif extra:
+                journal.write(step, extra)
             stop.look(step)
             if step % config.save_every == 0 or last or problem or stop.name:
                 with clock.pause():
@@ -199,11 +204,11 @@ class Journal:
         self.window.append(metrics_)
         self._bar.update()
 
-    def line(self, step: int, colours: Mapping[str, float]) -> str:
+    def line(self, step: int, extra: Mapping[str, float]) -> str:
         """Writes the means since the last line; waits for the device.
 
         Args:
-            colours: what `picture` has returned, to stand in the same line.
+            extra: colours and scores, to stand in the same line.
 
         Returns:
             Why the run should stop, or nothing.
@@ -218,7 +223,7 @@ class Journal:
             images=made * self._plan.batches.batch_size,
             **self._speed,
         )
-        self.write(step, means | dict(colours))
+        self.write(step, means | dict(extra))
         self._bar.set_postfix(loss=f"{means['loss']:.4f}")
         if step % self._config.log_every == 0:
             self.window = []  # else kept: total_steps may be raised later

@@ -103,6 +103,12 @@ def lines_of(workdir):
     ]
 
 
+def evaluations(workdir):
+    """The records of evaluate."""
+    path = workdir / "evaluation" / "scores.json"
+    return json.loads(path.read_text())["evaluations"]
+
+
 def losses(workdir):
     return {row["step"]: row["loss"] for row in logs.read_metrics(workdir)}
 

@@ -220,3 +220,35 @@ def pixel_probs(mean, std):
     edges = (PIXELS[1:] + PIXELS[:-1]) / 2
     cdf = normal_cdf((edges - mean) / std)
     return np.diff(np.concatenate([[0.0], cdf, [1.0]]))
+
+
+def normal_rows(schedule, mean, cov):
+    """The exact denoiser for vectors N(mean, cov): gains [T, d, d], offsets [T, d].
+
+    E[x_0 | x_t] = gain x_t + offset.
+    """
+    alpha_bar = alpha_bars(schedule)[:, None, None]
+    noise_var = noise_vars(schedule)[:, None, None] * np.eye(len(cov))
+    signal = np.sqrt(alpha_bar)
+    gains = signal * np.linalg.solve(alpha_bar * cov + noise_var, cov)  # they commute
+    offsets = mean - signal[..., 0] * (gains @ np.broadcast_to(mean, len(cov)))
+    return tuple(jnp.asarray(a, jnp.float32) for a in (gains, offsets))
+
+
+def normal_denoiser(rows):
+    """The denoiser of `normal_rows`, which may be arguments of a jitted function."""
+    gains, offsets = rows
+
+    def denoise(x_t, t):
+        x_0 = jnp.einsum("bij,bj->bi", gains[t], x_t) + offsets[t]
+        return Prediction(x_0, jnp.zeros_like(x_t))
+
+    return denoise
+
+
+def normal_bits(x, mean, cov):
+    """-log2 of the density N(mean, cov) of vectors [b, d], per dimension: [b]."""
+    off = np.asarray(x, np.float64) - mean
+    squares = np.sum(off * np.linalg.solve(cov, off.T).T, axis=1)
+    log_det = np.linalg.slogdet(2 * math.pi * cov)[1]
+    return (squares + log_det) / (2 * math.log(2) * len(cov))

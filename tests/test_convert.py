@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jobs import evaluations
 from ml_collections import ConfigDict
 
 from jax_diffusion import (
@@ -258,8 +259,9 @@ def test_a_converted_folder_is_sampled_and_scored(tmp_path, program, monkeypatch
     np.savez(tmp_path / "data.npz", pixels.astype(np.uint8))
     data = ("--data", f"npz:{tmp_path / 'data.npz'}", "--metrics", "bpd")
     run_main(monkeypatch, evaluate, *where, *data)
-    scores = json.loads((tmp_path / "run" / "evaluation" / "scores.json").read_text())
-    assert scores["images"] == 3 and np.isfinite(scores["bits_per_dim"])
+    (found,) = evaluations(tmp_path / "run")
+    assert found["images"]["bits_per_dim"] == 3
+    assert np.isfinite(found["scores"]["bits_per_dim"])
 
 
 # diffusers: out
@@ -516,8 +518,8 @@ def test_a_classifier_is_converted(tmp_path, program, monkeypatch):
     assert trees_equal(params, back.params)
     assert back.model == model and back.objective is None
     run_main(monkeypatch, evaluate, "--workdir", tmp_path / "back")
-    scores = json.loads((tmp_path / "back" / "evaluation" / "scores.json").read_text())
-    assert 0 <= scores["accuracy"] <= 1
+    (found,) = evaluations(tmp_path / "back")
+    assert 0 <= found["scores"]["accuracy"] <= 1
 
 
 # Our own .safetensors

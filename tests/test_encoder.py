@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jobs import lines_of
+from jobs import evaluations, lines_of
 from oracles import F32, F32_SUM, assert_moments, normal
 
 from jax_diffusion import (
@@ -485,7 +485,11 @@ def run_evaluate(monkeypatch, workdir, *args):
 
 def test_evaluate_prints_how_often_a_classifier_is_right(whole, monkeypatch, capsys):
     run_evaluate(monkeypatch, whole[0])
-    assert "accuracy on 179 images of 'test'" in capsys.readouterr().out
+    (found,) = evaluations(whole[0])
+    right = [found["scores"][f"accuracy_q{q}"] for q in range(4)]
+    assert found["images"]["accuracy"] == 179
+    assert min(right) <= found["scores"]["accuracy"] <= max(right)
+    assert f"{found['scores']['accuracy']:.6g}" in capsys.readouterr().out
 
 
 def test_a_classifier_has_no_samples_and_no_bits(whole, tmp_path, monkeypatch):

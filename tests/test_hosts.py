@@ -9,7 +9,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jobs import LONG, Job, assert_same_losses, losses, saved, sealed
+from jobs import (
+    LONG,
+    Job,
+    assert_same_losses,
+    evaluations,
+    losses,
+    saved,
+    sealed,
+)
 
 from jax_diffusion import logs
 
@@ -59,15 +67,15 @@ def test_two_processes_draw_and_score_as_one(two, folder):
     difference = np.abs(drawn[1] - drawn[2])
     assert drawn[1].shape == (6, 8, 8, 1) and drawn[1].std() > 0
     assert difference.max() <= 1 and difference.mean() < 0.01  # roundings tip a few
-    options = ("--metrics", "bpd")
+    options = ("--metrics", "pixel_distance,bpd", "--n", "64", "--steps", "3")
+    options = (*options, "--batch-size", "32", "--bits-images", "60")
     job = Job(two.workdir, *options, program="evaluate", processes=2)
     job.finish()
-    several = json.loads((two.workdir / "evaluation" / "scores.json").read_text())
     Job(two.workdir, *options, program="evaluate").finish()
-    alone = json.loads((two.workdir / "evaluation" / "scores.json").read_text())
-    np.testing.assert_allclose(
-        several["bits_per_dim"], alone["bits_per_dim"], rtol=1e-6
-    )
+    several, alone = (found["scores"] for found in evaluations(two.workdir))
+    assert several.keys() == alone.keys() and len(several) == 6
+    for name, value in several.items():
+        np.testing.assert_allclose(value, alone[name], rtol=1e-6)
 
 
 def test_processes_with_different_configs_stop_at_once(folder):

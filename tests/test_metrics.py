@@ -98,8 +98,10 @@ def test_distance_is_right_with_fewer_images_than_features():
     features = cloud(0, n=5, d=20)
     a, b = metrics.moments(features), metrics.moments(features[::-1] + 2)
     tolerance = dict(rtol=0, atol=SINGULAR * 2 * np.trace(a.cov))
-    np.testing.assert_allclose(metrics.frechet_distance(a, a), 0, **tolerance)
-    np.testing.assert_allclose(metrics.frechet_distance(a, b), 20 * 2**2, **tolerance)
+    for other, distance in ((a, 0), (b, 20 * 2**2)):
+        with pytest.warns(UserWarning, match="of 20 features needs more than 20 .* 5:"):
+            ours = metrics.frechet_distance(a, other)
+        np.testing.assert_allclose(ours, distance, **tolerance)
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 3), (2, 3, 3)], ids=str)
@@ -114,6 +116,256 @@ def test_distance_needs_features_of_one_dimension():
     a, b = gaussian([0, 0], [1, 1]), gaussian([0, 0, 0], [1, 1, 1])
     with pytest.raises(ValueError, match=r"^both sets .* got 2 and 3\.$"):
         metrics.frechet_distance(a, b)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_uneven_batches_merge_to_the_moments_of_one(offset):
+    features = cloud(0, n=1000, d=16) + offset
+    edges = np.array([0, 1, 2, 4, 5, 100, 101, 300, 301, 302, 640, 650, 999, 1000])
+    parts, known = np.split(features, edges[1:-1]), None
+    assert len(parts) == 13 and min(map(len, parts)) == 1
+    for part in parts:
+        known = metrics.update(known, part)
+    whole = metrics.moments(features)
+    # The offset itself is known to 1e-12 of its size, and so are its differences.
+    tolerance = dict(rtol=1e-12, atol=1e-12 * np.abs(whole.cov).max() + offset * 1e-15)
+    assert known.count == 1000
+    np.testing.assert_allclose(known.mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(known.cov, whole.cov, **tolerance)
+
+
+def test_merging_does_not_depend_on_order_and_hosts():
+    a, b, c = (metrics.moments(cloud(seed, n=10 + seed)) for seed in range(3))
+    left = metrics.merge(metrics.merge(a, b), c)
+    right = metrics.merge(metrics.merge(c, a), b)
+    for ours, others in zip(left, right, strict=True):
+        np.testing.assert_allclose(ours, others, rtol=1e-12, atol=1e-12)
+
+
+def test_moments_without_a_count_cannot_be_merged():
+    unknown = gaussian([0, 0], [1, 1])._replace(count=0)
+    with pytest.raises(ValueError, match="must have counts from 1, got 0 and 100"):
+        metrics.merge(unknown, gaussian([0, 0], [1, 1]))
+
+
+@pytest.mark.parametrize("rank", [1, 5, 40])
+def test_distance_of_rank_deficient_gaussians_is_right(rank):
+    """In one basis the roots are known, whatever is 0."""
+    d, axes = 64, rotation(64)
+    rng = np.random.default_rng(rank)
+    stds = [np.append(rng.uniform(0.1, 3, rank), np.zeros(d - rank)) for _ in range(2)]
+    a, b = (gaussian(np.zeros(d), std, axes) for std in stds)
+    expected = np.sum((stds[0] - stds[1]) ** 2)
+    ours = metrics.frechet_distance(a, b)
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    apart = gaussian(np.zeros(d), np.roll(stds[1], rank), axes)  # no common direction
+    if 2 * rank <= d:
+        expected = np.sum(stds[0] ** 2) + np.sum(stds[1] ** 2)
+        np.testing.assert_allclose(
+            metrics.frechet_distance(a, apart), expected, rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9])
+def test_distance_is_that_of_scipys_root_on_nearly_singular_covariances(smallest):
+    from scipy import linalg
+
+    d = 24
+    stds = np.geomspace(smallest, 1, d)
+    a = gaussian(np.zeros(d), stds, rotation(d))
+    b = gaussian(np.ones(d), stds[::-1] * 2, np.roll(rotation(d), 3, axis=0))
+    root = linalg.sqrtm(a.cov @ b.cov)
+    told = d + np.trace(a.cov + b.cov) - 2 * np.trace(root).real
+    np.testing.assert_allclose(metrics.frechet_distance(a, b), told, rtol=1e-6)
+
+
+def test_distance_to_a_gaussian_on_other_axes_is_the_closed_form_of_two_dimensions():
+    """(tr (cov_a cov_b)^(1/2))^2 = tr cov_a cov_b + 2 (det cov_a det cov_b)^(1/2)."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        stds = rng.uniform(1e-3, 2, (2, 2))
+        angles = rng.uniform(0, np.pi, 2)
+        axes = [
+            np.array([[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]]) for t in angles
+        ]
+        a, b = (gaussian([0, 0], s, x) for s, x in zip(stds, axes, strict=True))
+        root = np.sqrt(np.trace(a.cov @ b.cov) + 2 * np.prod(stds))
+        expected = np.sum(stds**2) - 2 * root
+        ours = metrics.frechet_distance(a, b)
+        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_moments_of_unknown_count_are_not_warned_of():
+    a = gaussian(np.zeros(3), np.ones(3))._replace(count=0)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
+
+
+# --- Inception score, kernel distance, precision and recall
+
+
+def test_certain_and_even_answers_have_the_score_of_their_number():
+    """E KL to the mean is log k for k labels that are equally frequent and certain."""
+    for k in (2, 10):
+        logits = 800.0 * np.eye(k)[np.arange(1000) % k]  # exp(-800) is 0 in float64
+        score = metrics.inception_score(logits)
+        np.testing.assert_allclose(score.value, k, rtol=1e-9)
+        np.testing.assert_allclose(score.error, 0, atol=1e-9)
+
+
+def test_answers_that_do_not_differ_have_the_score_1():
+    logits = np.tile(np.random.default_rng(0).normal(size=(1, 8)), (100, 1)) + 1e3
+    np.testing.assert_allclose(metrics.inception_score(logits).value, 1, rtol=1e-9)
+
+
+def test_parts_of_an_inception_score_are_in_order():
+    """The first half knows one label, the second two: scores 1 and 2."""
+    labels = np.append(np.zeros(50, int), np.arange(50) % 2)
+    score = metrics.inception_score(800.0 * np.eye(2)[labels], splits=2)
+    np.testing.assert_allclose(score, (1.5, 0.5), rtol=1e-9)
+
+
+def test_kernel_distance_of_points_is_the_closed_form():
+    """All of a at one point and all of b at another: k(a, a) + k(b, b) - 2 k(a, b)."""
+    a, b = np.tile([[1.0, 0.0]], (10, 1)), np.tile([[1.0, 2.0]], (12, 1))
+    expected = 1.5**3 + 3.5**3 - 2 * 1.5**3
+    value, error = metrics.kernel_distance(a, b)
+    np.testing.assert_allclose((value, error), (expected, 0), rtol=1e-12, atol=1e-12)
+
+
+def test_kernel_distance_of_one_distribution_is_0_on_average():
+    rng = np.random.default_rng(0)
+    found = [
+        metrics.kernel_distance(*rng.normal(size=(2, 40, 4)), subsets=1).value
+        for _ in range(400)
+    ]
+    assert abs(np.mean(found)) < 5 * np.std(found) / 400**0.5
+    assert min(found) < 0  # unbiased: it cannot be above 0 always
+
+
+def test_kernel_distance_draws_the_same_subsets_for_the_same_seed():
+    a, b = cloud(0), cloud(1)
+    one, same, other = (
+        metrics.kernel_distance(a, b, subset_size=20, seed=seed) for seed in (0, 0, 1)
+    )
+    assert one == same != other
+    assert one.error > 0
+
+
+def line(*places):
+    return np.array(places, float)[:, None]
+
+
+def test_precision_and_recall_of_points_that_can_be_counted():
+    """Balls of the first neighbour: around 0, 1 of radius 1; around 10 of radius 9."""
+    reference = line(0, 1, 10)
+    features = line(-0.9, 2.1, 0.5, 19.5)
+    found = metrics.precision_recall(features, reference, neighbours=1)
+    # 2.1 is 1.1 from 1, but 7.9 from 10; 19.5 is 9.5 from 10. Radii of the features:
+    # 1.4 at -0.9 and 0.5, 1.6 at 2.1, 17.4 at 19.5, which reaches 10.
+    np.testing.assert_allclose(found, (3 / 4, 1), rtol=1e-6)
+
+
+def test_equal_sets_have_both_and_distant_ones_neither():
+    features = cloud(0, n=100, d=3).astype(np.float32)
+    assert metrics.precision_recall(features, features) == (1, 1)
+    assert metrics.precision_recall(features, features + 1e3) == (0, 0)
+
+
+def test_copies_are_within_their_own_balls_of_radius_0():
+    rng = np.random.default_rng(0)
+    points = np.repeat(1e2 + rng.normal(size=(30, 5)), 5, axis=0)
+    found = metrics.precision_recall(points, points[::-1] + 0.0)
+    assert found == (1, 1)
+
+
+def test_a_lost_mode_costs_recall_and_not_precision():
+    rng = np.random.default_rng(0)
+    modes = np.array([0.0, 20.0])[rng.integers(0, 2, 400)]
+    reference = modes[:, None] + rng.normal(size=(400, 2))
+    features = rng.normal(size=(400, 2))
+    precision, recall = metrics.precision_recall(features, reference)
+    assert precision > 0.9 and 0.35 < recall < 0.6
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+def test_blocks_change_nothing(block):
+    a, b = cloud(0, n=70), cloud(1, n=50)
+    whole = metrics.precision_recall(a, b)
+    assert metrics.precision_recall(a, b, block=block) == whole
+
+
+# --- files
+
+
+def test_moments_come_back_from_their_file(tmp_path):
+    found = {
+        "pool": metrics.moments(cloud(0)),
+        "spatial": metrics.moments(cloud(1, d=3)),
+    }
+    metrics.save_moments(tmp_path / "m.npz", found)
+    back = metrics.load_moments(tmp_path / "m.npz")
+    assert back.keys() == found.keys()
+    for name, m in found.items():
+        assert back[name].count == m.count == 50
+        np.testing.assert_array_equal(back[name].mean, m.mean)
+        np.testing.assert_array_equal(back[name].cov, m.cov)
+
+
+def test_a_reference_batch_of_guided_diffusion_is_read(tmp_path):
+    pool, spatial = gaussian([1, 2], [1, 2]), gaussian([0], [3])
+    np.savez(
+        tmp_path / "m.npz",
+        arr_0=np.zeros((2, 4, 4, 3), np.uint8),
+        mu=pool.mean,
+        sigma=pool.cov,
+        mu_s=spatial.mean,
+        sigma_s=spatial.cov,
+    )
+    back = metrics.load_moments(tmp_path / "m.npz")
+    np.testing.assert_array_equal(back["spatial"].cov, [[9]])
+    np.testing.assert_array_equal(back["pool"].mean, [1, 2])
+    assert back["pool"].count == 0
+
+
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        (dict(mu=np.zeros(2)), r"mu \[d\] and sigma \[d, d\]"),
+        (dict(mu=np.zeros(2), sigma=np.eye(3)), r"got \(2,\) and \(3, 3\)"),
+        (dict(mu=np.zeros(2), sigma=np.diag([1, np.nan])), "finite"),
+        (dict(mu=np.zeros(2), sigma=np.array([[1, 2], [0, 1.0]])), "symmetric sigma"),
+        (dict(arr_0=np.zeros(2)), "mu"),
+        (dict(mu=np.zeros(1), sigma=np.eye(1), mu_s=np.zeros(2)), "mu_s"),
+        (dict(mu=np.array([{}]), sigma=np.eye(1)), "must be a .npz of moments"),
+    ],
+)
+def test_files_that_hold_no_moments_are_refused(arrays, words, tmp_path):
+    np.savez(tmp_path / "m.npz", **arrays)
+    with pytest.raises(ValueError, match=f"m.npz .*{words}"):
+        metrics.load_moments(tmp_path / "m.npz")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"text"])
+def test_what_is_no_file_of_arrays_is_refused(content, tmp_path):
+    if content is not None:
+        (tmp_path / "m.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"m.npz must be a .npz of moments, got"):
+        metrics.load_moments(tmp_path / "m.npz")
+
+
+def test_scores_of_no_points_are_refused():
+    two = np.zeros((2, 3))
+    for call, words in (
+        (lambda: metrics.inception_score(np.zeros((5, 3))), "n >= splits"),
+        (lambda: metrics.inception_score(np.zeros(5), splits=1), "got shape"),
+        (lambda: metrics.kernel_distance(two, two[:1]), "subsets of two images"),
+        (lambda: metrics.kernel_distance(two, np.zeros((2, 4))), "subsets of two"),
+        (lambda: metrics.precision_recall(two, two), "more than 3 points"),
+        (lambda: metrics.precision_recall(two, np.zeros((2, 4))), "features must be"),
+        (lambda: metrics.precision_recall(two, two, neighbours=0), "got 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 # --- colours

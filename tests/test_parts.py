@@ -32,7 +32,7 @@ def finish(out, size=4, record=RECORD):
 def add(writer, size, until):
     while writer.done < until:
         rows = slice(writer.done, writer.done + size)
-        writer.add(IMAGES[rows], LABELS[rows])
+        writer.add({"arr_0": IMAGES[rows], "arr_1": LABELS[rows]})
 
 
 def begin(out, size=4, until=8):
@@ -139,7 +139,7 @@ def test_other_settings_are_refused_with_the_difference_and_nothing_is_lost(tmp_
 def test_settings_are_compared_as_json_keeps_them(tmp_path):
     out = tmp_path / "a.npz"
     writer = Parts(out, {"label": (1, 2)})
-    writer.add(IMAGES[:4], LABELS[:4])
+    writer.add({"arr_0": IMAGES[:4], "arr_1": LABELS[:4]})
     assert Parts(out, {"label": [1, 2]}).done == 4
 
 
@@ -191,3 +191,24 @@ def test_leftovers_of_a_killed_write_do_not_matter(tmp_path):
 def test_the_record_says_what_was_asked_for(tmp_path):
     folder = begin(tmp_path / "a.npz")
     assert json.loads((folder / "record.json").read_text()) == RECORD
+
+
+def test_some_arrays_can_be_read_before_and_kept_after(tmp_path):
+    writer = Parts(tmp_path / "a.npz", RECORD)
+    for rows in (slice(0, 7), slice(7, 12)):
+        writer.add({"arr_0": IMAGES[rows], "norms": LABELS[rows] / 2})
+    for n in (5, 7, 10):
+        found = writer.read(n, without=["arr_0"])
+        assert found.keys() == {"norms"}
+        np.testing.assert_array_equal(found["norms"], LABELS[:n] / 2, strict=True)
+    writer.join(N, ["arr_0"])
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
+        assert set(arrays) == {"arr_0"}
+        np.testing.assert_array_equal(arrays["arr_0"], IMAGES[:N], strict=True)
+
+
+def test_parts_can_be_thrown_away(tmp_path):
+    begin(tmp_path / "a.npz")
+    Parts(tmp_path / "a.npz", RECORD).discard()
+    assert not [*tmp_path.iterdir()]
+    assert Parts(tmp_path / "a.npz", RECORD).done == 0

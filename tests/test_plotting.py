@@ -113,10 +113,10 @@ def test_gif_may_have_a_single_frame(tmp_path):
     assert read(tmp_path / "image.gif").shape[:2] == (4, 4)
 
 
-def curve(path, save, what):
-    save(path, what)
+def curve(path, save, *what, width=840):
+    save(path, *what)
     pixels = read(path)
-    assert pixels.shape == (480, 840, 4)
+    assert pixels.shape == (480, width, 4)
     return pixels
 
 
@@ -143,3 +143,29 @@ def test_vlb_curve_draws_every_term(tmp_path):
         )
     )
     assert all(np.any(other != original) for other in others)
+
+
+def rate_distortion(tmp_path, rate, distortion):
+    save = plotting.save_rate_distortion
+    return curve(tmp_path / "new" / "rd.png", save, rate, distortion, width=1440)
+
+
+def test_rate_and_distortion_are_drawn_against_each_other_and_the_steps(tmp_path):
+    rate, distortion = np.array([1.8, 0.9, 0.3, 0.0]), np.array([1.0, 8.0, 30.0, 70.0])
+    original = rate_distortion(tmp_path, rate, distortion)
+    other_rate = rate_distortion(tmp_path, rate * [1, 2, 1, 1], distortion)
+    other_distortion = rate_distortion(tmp_path, rate, distortion * [1, 2, 1, 1])
+
+    def changed(other):  # left to right: both, distortion by steps, rate by steps
+        return [bool(np.any(o)) for o in np.split(other != original, 3, axis=1)]
+
+    assert changed(other_rate) == [True, False, True]
+    assert changed(other_distortion) == [True, True, False]
+
+
+def test_steps_are_counted_from_noise_where_nothing_is_known_yet(tmp_path):
+    """A rate that is paid in the last step rises at the right end."""
+    last = rate_distortion(tmp_path, np.eye(50)[0], np.zeros(50))
+    by_steps = last[:240, 960:, :3].astype(int)  # the upper half of the third
+    line = np.flatnonzero(np.any(by_steps[..., 2] - by_steps[..., 0] > 60, axis=0))
+    assert line.size and line.min() > 360

@@ -1,4 +1,4 @@
-"""Spacings even in log-SNR and in Karras' measure: how many steps, and which."""
+"""Spacings even in log-SNR, Karras' measure, the angle: how many steps, and which."""
 
 import numpy as np
 import oracles
@@ -14,7 +14,11 @@ BETAS = {
     "cosine_1000": schedules.cosine_betas(1000),
     "no_signal_1000": schedules.zero_terminal_snr(schedules.cosine_betas(1000)),
 }
-RULES = {"karras": spacing.karras_steps, "log_snr": spacing.log_snr_steps}
+RULES = {
+    "karras": spacing.karras_steps,
+    "log_snr": spacing.log_snr_steps,
+    "angle": spacing.angle_steps,
+}
 
 every_rule = pytest.mark.parametrize("rule", RULES)
 every_schedule = pytest.mark.parametrize("name", BETAS)
@@ -45,6 +49,8 @@ def measure(rule, betas):
     with np.errstate(divide="ignore"):
         signal = np.cumprod(np.sqrt(1 - betas))
         ratio = np.sqrt(-np.expm1(np.cumsum(np.log1p(-betas)))) / signal
+    if rule == "angle":
+        return np.log(np.tan(np.arctan(ratio) / 2))
     return ratio ** (1 / 7) if rule == "karras" else np.log(ratio)
 
 

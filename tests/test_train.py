@@ -20,7 +20,6 @@ from jax_diffusion import (
     asked,
     checkpoint,
     data,
-    evaluate,
     logs,
     plan,
     sample,
@@ -427,33 +426,6 @@ def test_the_gif_shows_any_number_of_steps(whole, tmp_path, monkeypatch):
     run_sample(monkeypatch, whole[0], tmp_path, "--steps", "3", "--n", "2")
     with Image.open(tmp_path / "denoising.gif") as gif:
         assert gif.n_frames == 2
-
-
-def test_evaluate_prints_and_saves_scores_that_add_up(whole, monkeypatch, capsys):
-    argv = ["evaluate", "--workdir", str(whole[0]), "--n", "64", "--steps", "3"]
-    monkeypatch.setattr(sys, "argv", argv)
-    evaluate.main()
-    printed = capsys.readouterr().out
-    out = whole[0] / "evaluation"
-    scores = json.loads((out / "scores.json").read_text())
-    parts = scores["prior"] + scores["kl"] + scores["decoder"]
-    np.testing.assert_allclose(scores["bits_per_dim"], parts, rtol=1e-5)
-    assert f"{scores['bits_per_dim']:.4f}" in printed
-    assert f"{scores['frechet']:.4f}" in printed
-    with np.load(out / "bpd_terms.npz") as terms:
-        assert terms["vlb"].shape == (179, 10)
-        np.testing.assert_allclose(
-            terms["total"], terms["prior"] + terms["vlb"].sum(axis=1), rtol=1e-5
-        )
-    with Image.open(out / "bpd_terms.png") as plot:
-        assert plot.size[0] > 100
-
-
-def test_unknown_metrics_are_named(whole, monkeypatch):
-    argv = ["evaluate", "--workdir", str(whole[0]), "--metrics", "fid"]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(ValueError, match="got 'fid'"):
-        evaluate.main()
 
 
 def test_sigterm_from_outside_saves_and_ends_well(tmp_path):

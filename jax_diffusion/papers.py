@@ -1,0 +1,200 @@
+"""What papers report of the models that configs reproduce, beside what we measure.
+
+Transcribed: most tables were read in public copies of the papers' text, so look at the
+paper before you quote one. Nothing here was computed by this package. Numbers that a
+source does not give are not guessed: a row without `samples` has none stated.
+
+DDPM is Ho et al. 2020, DDIM Song et al. 2021, Improved DDPM Nichol & Dhariwal 2021, and
+guided diffusion Dhariwal & Nichol 2021.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """Numbers that were measured together."""
+
+    source: str  # paper and table
+    setting: str  # of training and sampling
+    values: dict[str, float]  # by metric, with the names that `evaluate` prints
+    samples: int | None = None  # that they are of, where they are of samples
+
+
+DDPM = "DDPM, arXiv:2006.11239, {}, transcribed"
+DDIM = "DDIM, arXiv:2010.02502, {}, transcribed"
+IMPROVED = "Improved DDPM, arXiv:2102.09672, {}, transcribed"
+GUIDED = "README of openai/guided-diffusion, transcribed"
+
+
+def _ddim(setting: str, fids: Mapping[int, float], table: str) -> tuple[Row, ...]:
+    """By number of steps. The released code writes 50,000 samples, to a batch."""
+    return tuple(
+        Row(DDIM.format(table), setting.format(steps), {"fid": fid}, 50_000)
+        for steps, fid in fids.items()
+    )
+
+
+def _improved(
+    setting: str, table: str, bits: float, fid: float, samples: int
+) -> tuple[Row, ...]:
+    """The table says no more of how bits/dim and samples came about."""
+    source, setting = IMPROVED.format(table), f"{setting}, cosine, T 4000, EMA 0.9999"
+    return (
+        Row(source, setting, {"fid": fid}, samples),
+        Row(source, setting, {"bits_per_dim": bits}),
+    )
+
+
+def _guided(
+    setting: str, fid: float, precision: float, recall: float
+) -> tuple[Row, ...]:
+    # evaluations/README.md: 50,000 samples, and 10,000 images for precision and recall.
+    values = dict(fid=fid, precision=precision, recall=recall)
+    return (Row(GUIDED, setting, values, 50_000),)
+
+
+# A key is what a config has as `reproduces`.
+PAPERS: dict[str, tuple[Row, ...]] = {
+    "ddpm_cifar10": (
+        Row(
+            DDPM.format("Table 1"),
+            "L_simple, 1000 steps, EMA 0.9999, against the training set",
+            {"fid": 3.17, "inception_score": 9.46},
+            50_000,
+        ),
+        Row(
+            DDPM.format("Table 1"),
+            "L_simple, at most, on the test set; 3.72 on the training set",
+            {"bits_per_dim": 3.75},
+        ),
+        Row(
+            DDPM.format("Section 4.1"),
+            "L_simple, 1000 steps, EMA 0.9999, against the test set",
+            {"fid": 5.24},
+            50_000,
+        ),
+        Row(
+            DDPM.format("Section 4.3"),
+            "L_simple, rate and distortion of the whole code",
+            {"kl": 1.78, "decoder": 1.97, "rmse": 0.95},
+        ),
+        *_ddim(  # Appendix D.2: quadratic steps on CIFAR-10, else linear ones
+            "network of DDPM, DDIM in {} quadratic steps",
+            {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16, 1000: 4.04},
+            "Table 1",
+        ),
+    ),
+    "ddim_celeba64": _ddim(
+        "CelebA 64 x 64, DDIM in {} linear steps",
+        {10: 17.33, 20: 13.73, 50: 9.17, 100: 6.53, 1000: 3.51},
+        "Table 1",
+    ),
+    "ddpm_lsun_bedroom": (
+        Row(DDIM.format("Table 3, of DDPM"), "1000 steps", {"fid": 6.36}),
+        *_ddim(
+            "network of DDPM, DDIM in {} linear steps",
+            {10: 16.95, 20: 8.89, 50: 6.75, 100: 6.62},
+            "Table 3",
+        ),
+    ),
+    "ddpm_lsun_church": (
+        Row(DDIM.format("Table 3, of DDPM"), "1000 steps", {"fid": 7.89}),
+        *_ddim(
+            "network of DDPM, DDIM in {} linear steps",
+            {10: 19.45, 20: 12.47, 50: 10.84, 100: 10.58},
+            "Table 3",
+        ),
+    ),
+    "iddpm_cifar10_hybrid": _improved(
+        "L_hybrid, 500,000 iterations", "Table 2", 3.17, 3.19, 50_000
+    ),
+    "iddpm_cifar10_vlb": _improved(
+        "L_vlb, 500,000 iterations", "Table 2", 2.94, 11.47, 50_000
+    ),
+    "iddpm_imagenet64_hybrid": _improved(
+        "L_hybrid, 1,500,000 iterations", "Table 1", 3.57, 19.2, 10_000
+    ),
+    "iddpm_imagenet64_vlb": _improved(
+        "L_vlb, 1,500,000 iterations", "Table 1", 3.53, 40.1, 10_000
+    ),
+    "iddpm_imagenet64_labels": (
+        Row(
+            IMPROVED.format("Table 4"),
+            "270M parameters, with labels, 250 steps",
+            {"fid": 2.92, "precision": 0.82, "recall": 0.71},
+            50_000,
+        ),
+    ),
+    # "Pure guided diffusion models" and, of LSUN, unguided ones.
+    "guided_imagenet64": _guided("ImageNet 64 x 64, guided", 2.07, 0.74, 0.63),
+    "guided_imagenet128": _guided("ImageNet 128 x 128, guided", 2.97, 0.78, 0.59),
+    "guided_imagenet256": _guided("ImageNet 256 x 256, guided", 4.59, 0.82, 0.52),
+    "guided_imagenet512": _guided("ImageNet 512 x 512, guided", 7.72, 0.87, 0.42),
+    "guided_lsun_bedroom": _guided("unguided", 1.90, 0.66, 0.51),
+    "guided_lsun_cat": _guided("unguided", 5.57, 0.63, 0.52),
+    "guided_lsun_horse": _guided("unguided", 2.57, 0.71, 0.55),
+}
+
+# And what released checkpoints are, where one of these is of them.
+RELEASED = {
+    "model-790000": "ddpm_cifar10",
+    "model-2388000": "ddpm_lsun_bedroom",
+    "model-4432000": "ddpm_lsun_church",
+    "celeba64": "ddim_celeba64",
+    "cifar10_uncond_50M_500K": "iddpm_cifar10_hybrid",
+    "cifar10_uncond_vlb_50M_500K": "iddpm_cifar10_vlb",
+    "imagenet64_uncond_100M_1500K": "iddpm_imagenet64_hybrid",
+    "imagenet64_uncond_vlb_100M_1500K": "iddpm_imagenet64_vlb",
+    "imagenet64_cond_270M_250K": "iddpm_imagenet64_labels",
+    "lsun_bedroom": "guided_lsun_bedroom",
+    "lsun_cat": "guided_lsun_cat",
+    "lsun_horse": "guided_lsun_horse",
+    **{f"{n}x{n}_diffusion": f"guided_imagenet{n}" for n in (64, 128, 256, 512)},
+}
+
+
+def comparison(name: str, ours: Mapping[str, float]) -> str:
+    """A table in plain text: each metric, ours, the paper's, and how the paper got it.
+
+    A score of ours of few samples, such as "fid_n2000", keeps its name: it is another
+    quantity than the paper's, whose number of samples stands beside it. Metrics that
+    we have not computed show "-"; those that the paper has not are left out.
+
+    Args:
+        name: a key of `PAPERS`.
+        ours: scores by metric.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in PAPERS:
+        raise ValueError(f"reproduces must be one of {tuple(PAPERS)}, got {name!r}.")
+    head = ("metric", "ours", "paper", "samples", "setting of the paper")
+    table = [(row.source, line) for row in PAPERS[name] for line in _cells(row, ours)]
+    columns = zip(head, *(line for _, line in table), strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    lines = [f"{name}, ours beside what is reported:", _line(head, widths)]
+    for source, group in itertools.groupby(table, lambda pair: pair[0]):
+        lines += [f"{source}:", *(_line(cells, widths) for _, cells in group)]
+    return "\n".join(lines)
+
+
+def _cells(row: Row, ours: Mapping[str, float]) -> list[tuple[str, ...]]:
+    samples = "-" if row.samples is None else f"{row.samples:,}"
+    found = []
+    for metric, value in row.values.items():
+        names = [k for k in ours if re.fullmatch(rf"{metric}(_n\d+)?", k)] or [metric]
+        for k in names:
+            own = f"{ours[k]:.4g}" if k in ours else "-"
+            found.append((k, own, f"{value:g}", samples, row.setting))
+    return found
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    name, *numbers, setting = cells
+    first, *inner, _ = widths
+    middle = (f"{cell:>{w}}" for cell, w in zip(numbers, inner, strict=True))
+    return "  ".join([f"{name:<{first}}", *middle, setting])

@@ -1,0 +1,207 @@
+"""Scores during training: small ones, of every average, and the best network kept.
+
+All hosts compute them together, each its share, and each makes the same numbers of the
+whole: none waits for another.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from jax_diffusion import (
+    checkpoint,
+    data,
+    extractors,
+    metrics,
+    runs,
+    scoring,
+    settings,
+)
+from jax_diffusion.extractors import Extractor
+from jax_diffusion.plan import Plan
+from jax_diffusion.scoring import Arrays, Reference, Source
+from jax_diffusion.settings import Config
+from jax_diffusion.training import TrainState
+
+BEST = "best"  # a folder in the workdir, itself one for `sample` and `evaluate`
+DISTANCES = ("fid", "classifier_distance", "pixel_distance")
+BATCH = 256
+
+
+@dataclasses.dataclass
+class Scores:
+    """scores(state) -> {"pixel_distance_n1000_0.9999": 12.3, ...}, of every average.
+
+    The entries of the distance decide which network is best. The first call reads the
+    reference and, for "classifier_distance", trains the classifier if the workdir has
+    none.
+
+    Raises:
+        ValueError: for a field that is out of range, or a network that cannot draw.
+    """
+
+    config: Config
+    plan: Plan
+    workdir: Path
+    metric: str  # of `DISTANCES`, between samples and training images
+    n: int  # samples of every average
+    reference: int  # training images to compare with, at most, evenly spaced
+    sampler: str
+    steps: int
+    spacing: str
+    bits_images: int  # of the test split, for the bound on bits/dim; 0 for none
+    inception: str  # path of pytorch-fid's .pth; if empty it is downloaded
+
+    def __post_init__(self):
+        config, model, objective = self.config, self.plan.model, self.plan.objective
+        if objective is None or getattr(model, "low_res", False):
+            raise ValueError(
+                "config.eval_every must be 0 for a classifier and for a network with "
+                f"low_res, got {config.eval_every}."
+            )
+        settings.choose(
+            "config.evaluation.metric", self.metric, dict.fromkeys(DISTANCES)
+        )
+        if self.n < 2 or self.reference < 2 or self.bits_images < 0:
+            raise ValueError(
+                "config.evaluation must have n and reference from 2 and bits_images "
+                f"from 0, got {self.n}, {self.reference} and {self.bits_images}."
+            )
+        self._short = settings.make_schedule(
+            config.schedule, steps=self.steps, spacing=self.spacing
+        )
+        shape = self.plan.batches.image_shape
+        self._draw = runs.make_sampler(model, objective, shape, sampler=self.sampler)
+        full = settings.make_schedule(config.schedule)
+        self._bound = scoring.bound_fn(model, objective, full, config.seed)
+        self._extractor: Extractor | None = None
+        if self.metric == "fid":
+            self._extractor = extractors.inception(self.inception or None)
+        self._known: Reference | None = None
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """All scores of this state; on several hosts, all of them call it."""
+        found, averages = {}, state.ema_params.items()
+        for name, params in averages:
+            found[f"{self.metric}_n{self.n}_{name}"] = self._distance(params)
+        for name, params in averages if self.bits_images else ():
+            found[f"bits_per_dim_n{self.bits_images}_{name}"] = self._bits(params)
+        return found
+
+    def _distance(self, params: PyTree) -> float:
+        if self._known is None:
+            self._known = self._read_reference()
+        source = scoring.drawn(
+            self._draw,
+            params,
+            self._short,
+            runs.num_labels(self.plan.model, self.config),
+            n=self.n,
+            about={},
+            batch_size=BATCH,
+            seed=self.config.seed,
+            mesh=self.plan.mesh,
+        )
+        features = self._features(source)
+        return scoring.compare(self.metric, features, self._known)[0].value
+
+    def _bits(self, params: PyTree) -> float:
+        batches = self._open("test")
+        n = min(self.bits_images, batches.num_examples)
+        source = scoring.stored(batches.examples.read, n, BATCH, {})
+        terms, _ = scoring.collect(scoring.each_image(self._bound, params, source), n)
+        return scoring.mean_and_error(terms["total"])[0]
+
+    def _features(self, source: Source) -> dict[str, Arrays]:
+        assert self._extractor is not None
+        compute = scoring.features_of(source, [self._extractor])
+        return scoring.by_extractor(scoring.collect(compute, source.n)[0])
+
+    def _open(self, split: str) -> data.Batches:
+        group = dict(self.config.data, split=split, flip=False)
+        return settings.call(data.load, group, "config.data", train=False)
+
+    def _read_reference(self) -> Reference:
+        """Moments of training images; sets the extractor if need be."""
+        batches = self.plan.batches
+        if self.metric == "pixel_distance":
+            self._extractor = extractors.pixels()
+        elif self.metric == "classifier_distance":
+            path = self.workdir / "evaluation" / "classifier.npz"
+            if not path.exists():
+                extractors.train_classifier(path, batches, seed=self.config.seed)
+            self._extractor = extractors.load_classifier(path, batches.image_shape)
+        n = min(self.reference, batches.num_examples)
+        rows = np.linspace(0, batches.num_examples - 1, n).astype(int)
+        source = scoring.stored(
+            lambda some: batches.examples.read(rows[some]), n, BATCH, {}
+        )
+        features = self._features(source)
+        moments = {
+            name: {"pool": metrics.moments(kinds["pool"])}
+            for name, kinds in features.items()
+        }
+        return Reference({}, moments)
+
+
+def make_watch(
+    config: Config, workdir: Path, plan: Plan, record: dict[str, Any]
+) -> Callable[[int, TrainState], dict[str, float]] | None:
+    """Builds watch(step, state) -> scores, which also keeps the best network.
+
+    None if the config wants none.
+
+    Raises:
+        ValueError: for a field of config.evaluation that is wrong.
+    """
+    if not config.eval_every:
+        return None
+    where = dict(config=config, plan=plan, workdir=workdir)
+    scores = settings.call(Scores, config.evaluation, "config.evaluation", **where)
+    best = Best(workdir, record)
+
+    def watch(step, state):
+        found = scores(state)
+        best.offer(step, state, found)
+        return found
+
+    return watch
+
+
+class Best:
+    """The average with the lowest score so far, in `workdir`/best."""
+
+    def __init__(self, workdir: Path, record: dict[str, Any]):
+        self._folder, self._record = workdir / BEST, record
+        self._best: dict[str, Any] | None = None
+        if checkpoint.latest_step(self._folder) is not None:
+            self._best = checkpoint.load_record(self._folder).get("best")
+
+    def offer(self, step: int, state: TrainState, scores: dict[str, float]) -> None:
+        """Keeps the best average of this state if it beats what is kept.
+
+        On several hosts, all of them call it, with the same scores.
+        """
+        metric = next(iter(scores)).rpartition("_")[0]  # without the average's name
+        rivals = {k: v for k, v in scores.items() if k.rpartition("_")[0] == metric}
+        name = min(rivals, key=lambda k: np.nan_to_num(rivals[k], nan=np.inf))
+        value, ema = scores[name], name.rpartition("_")[2]
+        kept = self._best or {}
+        same = kept.get("metric") == metric
+        if not np.isfinite(value) or (same and kept["value"] <= value):
+            return
+        if kept and not same and jax.process_index() == 0:
+            shutil.rmtree(self._folder)  # scores of another kind, perhaps of later
+        self._best = {"metric": metric, "value": value, "step": step, "ema": ema}
+        config = dict(self._record["config"], ema_decays=[float(ema)])
+        record = {**self._record, "config": config, "window": [], "best": self._best}
+        tree = {"params": {}, "ema_params": {ema: state.ema_params[ema]}}
+        with checkpoint.make_manager(self._folder, keep=1) as manager:
+            checkpoint.save(manager, step, tree, json.loads(json.dumps(record)))

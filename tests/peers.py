@@ -1,0 +1,39 @@
+"""Packages that compute the same scores with PyTorch, where they are installed."""
+
+import importlib
+import importlib.util
+import warnings
+
+import pytest
+
+LIBRARIES = []  # what they define vanishes with them
+
+
+def peer(name):
+    """A module of pytorch_fid or torch_fidelity; skips the test where it is absent."""
+    torch = pytest.importorskip("torch")
+    for package in ("torchvision", name.partition(".")[0]):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries
+        _define_operators(torch)
+        return importlib.import_module(name)
+
+
+def _define_operators(torch):
+    """Lets torchvision be imported where its compiled operators do not fit PyTorch.
+
+    Beside the CPU build of PyTorch its import fails over two operators whose
+    derivatives and shapes it registers in Python. Inception needs none: an operator of
+    that name, without any code, is enough.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in ("nms", "qnms"):
+            signature = "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor"
+            LIBRARIES[-1].define(name + signature)
