@@ -131,13 +131,13 @@ def _reference(job: Evaluation, names: list[str]) -> tuple[Source | None, Any]:
         return evaluation.split_of(job, args.reference_split), None
     moments = None
     if pictures.holds_moments(args.reference):
-        moments = metrics.load_moments(args.reference)
         others = [n for n in names if scoring.METRICS[n][0] != "inception"]
         if others:
             raise ValueError(
                 "a reference of moments is for Inception's features, and --metrics "
                 f"has {others[0]!r}."
             )
+        moments = metrics.load_moments(args.reference)
         if not {scoring.METRICS[n][1] for n in names} & {*scoring.NO_MOMENTS}:
             return None, moments
     return _pictures(args.reference, None, args.batch_size), moments

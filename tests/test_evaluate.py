@@ -102,13 +102,13 @@ def test_scores_add_up_and_say_how_they_were_made(run, tmp_path, score, capsys):
         *("ddim", 3, 0.0, True),
     )
     assert told["quantize"] == "floor" and told["seed"] == found["seed"] == 0
-    assert found["network"]["ema"] == "0.9" and found["network"]["step"] == 4
+    assert found["network"]["ema"] == "0.99" and found["network"]["step"] == 4
     reference = found["reference"]
     assert (reference["by"], reference["split"]) == ("digits", "train")
     assert reference["flip"] is False and len(reference["sha256"]["pixels"]) == 64
     assert found["versions"]["jax"] == jax.__version__
     assert found["seconds"].keys() == {
-        *("samples", "reference", "pixel_distance", "bpd_terms"),
+        *("samples", "reference", "moments", "pixel_distance", "bpd_terms"),
     }
 
 

@@ -1,4 +1,4 @@
-"""Scores of features beside torch-fidelity's and pytorch-fid's, of the same features."""
+"""Scores beside those of torch-fidelity and pytorch-fid, of the same features."""
 
 import numpy as np
 import pytest
@@ -70,10 +70,23 @@ def test_kernel_distances_of_other_subsets_agree_within_their_error():
     assert 0.6 < ours.error / deviation < 1.6
 
 
+def dense(seed, n, scale=1.0):
+    """Points of a plane, so close that float32 has few digits of their distances."""
+    return (scale * np.random.default_rng(seed).normal(size=(n, 2))).astype(np.float32)
+
+
 @pytest.mark.parametrize("neighbours, scale", [(3, 1.0), (3, 0.6), (5, 1.5)])
 def test_precision_and_recall_are_those_of_torch_fidelity(neighbours, scale):
-    prc = peer("torch_fidelity.metric_prc")
     a, b = cloud(1, 1500, d=12, scale=scale), cloud(2, 1300, d=12)
+    compare_precision_and_recall(a, b, neighbours)
+
+
+def test_precision_and_recall_are_those_of_torch_fidelity_where_points_are_dense():
+    compare_precision_and_recall(dense(1, 3000), dense(2, 3000, scale=1.5), 3)
+
+
+def compare_precision_and_recall(a, b, neighbours):
+    prc = peer("torch_fidelity.metric_prc")
     told = prc.prc_features_to_metric(
         to_torch(a).double(),
         to_torch(b).double(),

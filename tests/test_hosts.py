@@ -73,9 +73,9 @@ def test_two_processes_draw_and_score_as_one(two, folder):
     job.finish()
     Job(two.workdir, *options, program="evaluate").finish()
     several, alone = (found["scores"] for found in evaluations(two.workdir))
-    assert several.keys() == alone.keys() and len(several) == 6
-    for name, value in several.items():
-        np.testing.assert_allclose(value, alone[name], rtol=1e-6)
+    assert several.keys() == alone.keys() and len(several) == 7
+    for name, value in several.items():  # the prior is a difference of larger numbers
+        np.testing.assert_allclose(value, alone[name], rtol=1e-6, atol=1e-8)
 
 
 def test_processes_with_different_configs_stop_at_once(folder):

@@ -19,8 +19,8 @@ from jax_diffusion.models.inception import Inception, params_from_torch, prepare
 
 BATCH = 16
 SET_SIZE = 2048  # images, as many as features
-# Distinct images in each set. With 2048 both networks need 15 minutes on two cores, so
-# that by default each image counts 8 times.
+# Distinct images in each set, a divisor of that. With 2048, both networks together need
+# six minutes on two cores; so by default each image counts 8 times.
 DISTINCT = int(os.environ.get("INCEPTION_TEST_IMAGES", "256"))
 
 
@@ -143,6 +143,8 @@ def test_features_are_those_of_pytorch_fid(size, channels, both):
         assert np.linalg.norm(a - a.mean(axis=0)) > 0.1 * np.linalg.norm(a)
 
 
+# As many images as features are too few for a score, not for a comparison.
+@pytest.mark.filterwarnings("ignore:a Frechet distance of")
 def test_fid_is_that_of_pytorch_fid(both, monkeypatch):
     from pytorch_fid import fid_score
     from scipy import linalg
@@ -176,7 +178,7 @@ def test_fid_is_that_of_pytorch_fid(both, monkeypatch):
     stats = [(x.mean(axis=0), np.cov(x, rowvar=False)) for x in (a, b)]
     official = fid_score.calculate_frechet_distance(*stats[0], *stats[1])
     fid = metrics.frechet_distance(metrics.moments(c), metrics.moments(d))
-    np.testing.assert_allclose(fid, official, rtol=1e-3)
+    np.testing.assert_allclose(fid, official, rtol=1e-4)
     assert official > 0.01 * np.trace(stats[0][1])
 
 

@@ -1,15 +1,14 @@
-"""Distances of Gaussians for which they are known; statistics of few pixels."""
+"""Scores of sets for which they are known; statistics of few pixels."""
 
 import numpy as np
 import pytest
+from oracles import assert_mean
+from scipy import linalg
 
 from jax_diffusion import data, metrics
 from jax_diffusion.metrics import ChannelStats, Moments
 
 EXACT = dict(rtol=1e-9, atol=1e-9)
-# Of a vanishing eigenvalue rounding leaves 1e-16, and its root is in the distance: this
-# much of the variance.
-SINGULAR = 1e-7
 
 
 def rotation(d):
@@ -26,6 +25,10 @@ def cloud(seed, n=50, d=6):
     """Features that are neither centred nor uncorrelated."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) + rng.normal(size=d)
+
+
+def line(*places):
+    return np.array(places, float)[:, None]
 
 
 def test_moments_are_the_count_the_mean_and_the_unbiased_covariance():
@@ -91,17 +94,16 @@ def test_distance_to_a_line_follows_the_variance_along_it():
     expected = 25 + (1 + 4 + 9) - 2 * np.sqrt(along @ full.cov @ along)
     for a, b in [(line, full), (full, line)]:
         ours = metrics.frechet_distance(a, b)
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=SINGULAR * 39)
+        np.testing.assert_allclose(ours, expected, **EXACT)
 
 
 def test_distance_is_right_with_fewer_images_than_features():
     features = cloud(0, n=5, d=20)
     a, b = metrics.moments(features), metrics.moments(features[::-1] + 2)
-    tolerance = dict(rtol=0, atol=SINGULAR * 2 * np.trace(a.cov))
     for other, distance in ((a, 0), (b, 20 * 2**2)):
         with pytest.warns(UserWarning, match="of 20 features needs more than 20 .* 5:"):
             ours = metrics.frechet_distance(a, other)
-        np.testing.assert_allclose(ours, distance, **tolerance)
+        np.testing.assert_allclose(ours, distance, **EXACT)
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 3), (2, 3, 3)], ids=str)
@@ -110,6 +112,29 @@ def test_moments_need_rows_of_features_and_two_at_least(shape):
         ValueError, match=r"^features must be \[n, d\] with n >= 2, got"
     ):
         metrics.moments(np.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 3), (3, 0), (1, 3, 3)], ids=str)
+def test_batches_need_rows_of_features_and_one_at_least(shape):
+    with pytest.raises(
+        ValueError, match=r"^features must be \[n, d\] with n >= 1, got"
+    ):
+        metrics.update(None, np.zeros(shape))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused(value):
+    good, bad = np.zeros((2, 5, 3))
+    bad[2, 1] = value
+    for call in (
+        lambda: metrics.moments(bad),
+        lambda: metrics.update(None, bad),
+        lambda: metrics.inception_score(bad, splits=1),
+        lambda: metrics.kernel_distance(good, bad),
+        lambda: metrics.precision_recall(good, bad),
+    ):
+        with pytest.raises(ValueError, match=r"^features must be finite, got NaN or"):
+            call()
 
 
 def test_distance_needs_features_of_one_dimension():
@@ -144,32 +169,62 @@ def test_merging_does_not_depend_on_order_and_hosts():
 
 def test_moments_without_a_count_cannot_be_merged():
     unknown = gaussian([0, 0], [1, 1])._replace(count=0)
-    with pytest.raises(ValueError, match="must have counts from 1, got 0 and 100"):
+    with pytest.raises(ValueError, match=r"needs known counts, got 0 and 100\.$"):
         metrics.merge(unknown, gaussian([0, 0], [1, 1]))
+
+
+def test_moments_of_other_features_cannot_be_merged():
+    with pytest.raises(ValueError, match=r"equally many features, got 2 and 1\.$"):
+        metrics.merge(gaussian([0, 0], [1, 1]), gaussian([0], [1]))
+
+
+def test_a_single_row_has_its_place_and_no_variance_until_others_come():
+    one = metrics.update(None, np.array([[1.0, 2.0]]))
+    assert one.count == 1
+    np.testing.assert_array_equal(one.mean, [1, 2])
+    np.testing.assert_array_equal(one.cov, np.zeros((2, 2)))
+    two = metrics.update(one, np.array([[3.0, 2.0]]))
+    np.testing.assert_array_equal(two.cov, [[2, 0], [0, 0]])
 
 
 @pytest.mark.parametrize("rank", [1, 5, 40])
 def test_distance_of_rank_deficient_gaussians_is_right(rank):
-    """In one basis the roots are known, whatever is 0."""
+    """On common axes the roots are known, whatever is 0."""
     d, axes = 64, rotation(64)
     rng = np.random.default_rng(rank)
     stds = [np.append(rng.uniform(0.1, 3, rank), np.zeros(d - rank)) for _ in range(2)]
     a, b = (gaussian(np.zeros(d), std, axes) for std in stds)
     expected = np.sum((stds[0] - stds[1]) ** 2)
     ours = metrics.frechet_distance(a, b)
-    np.testing.assert_allclose(ours, expected, rtol=1e-6)
-    apart = gaussian(np.zeros(d), np.roll(stds[1], rank), axes)  # no common direction
+    np.testing.assert_allclose(ours, expected, rtol=1e-9)
     if 2 * rank <= d:
+        apart = gaussian(np.zeros(d), np.roll(stds[1], rank), axes)  # no common axis
         expected = np.sum(stds[0] ** 2) + np.sum(stds[1] ** 2)
-        np.testing.assert_allclose(
-            metrics.frechet_distance(a, apart), expected, rtol=1e-6
-        )
+        ours = metrics.frechet_distance(a, apart)
+        np.testing.assert_allclose(ours, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [5, 30, 64])
+def test_distance_to_low_rank_on_other_axes_is_that_of_a_small_matrix(rank):
+    """With cov = F F^T, the root of (F_a^T F_b)(F_a^T F_b)^T has the same trace."""
+    rng = np.random.default_rng(rank)
+    f, g = rng.normal(size=(64, 5)), rng.normal(size=(64, rank))
+    a, b = (Moments(100, np.zeros(64), x @ x.T) for x in (f, g))
+    root = linalg.sqrtm((f.T @ g) @ (g.T @ f))  # [5, 5] and well conditioned
+    expected = np.sum(f**2) + np.sum(g**2) - 2 * np.trace(root)
+    np.testing.assert_allclose(metrics.frechet_distance(a, b), expected, rtol=1e-10)
+    np.testing.assert_allclose(metrics.frechet_distance(b, a), expected, rtol=1e-10)
+
+
+def test_distance_to_a_point_is_all_the_variance():
+    point = gaussian(np.zeros(3), np.zeros(3))
+    full = gaussian([1, 2, 2], [1, 2, 3], rotation(3))
+    np.testing.assert_allclose(metrics.frechet_distance(point, full), 9 + 14, **EXACT)
+    assert metrics.frechet_distance(point, point) == 0
 
 
 @pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9])
 def test_distance_is_that_of_scipys_root_on_nearly_singular_covariances(smallest):
-    from scipy import linalg
-
     d = 24
     stds = np.geomspace(smallest, 1, d)
     a = gaussian(np.zeros(d), stds, rotation(d))
@@ -195,9 +250,30 @@ def test_distance_to_a_gaussian_on_other_axes_is_the_closed_form_of_two_dimensio
         np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-12)
 
 
-def test_moments_of_unknown_count_are_not_warned_of():
-    a = gaussian(np.zeros(3), np.ones(3))._replace(count=0)
-    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
+@pytest.mark.parametrize("counts", [(6, 100), (100, 6), (0, 6), (2, 6)], ids=str)
+def test_no_more_images_than_features_are_warned_of(counts):
+    a, b = (gaussian(np.zeros(6), np.ones(6))._replace(count=n) for n in counts)
+    with pytest.warns(UserWarning, match=r"^a Frechet distance of 6 .* than 6 .*\.$"):
+        metrics.frechet_distance(a, b)
+
+
+@pytest.mark.parametrize("counts", [(7, 7), (0, 7), (0, 0)], ids=str)
+def test_more_images_than_features_and_unknown_counts_are_not_warned_of(counts):
+    a, b = (gaussian(np.zeros(6), np.ones(6))._replace(count=n) for n in counts)
+    np.testing.assert_allclose(metrics.frechet_distance(a, b), 0, **EXACT)
+
+
+def test_images_no_more_than_features_have_a_singular_covariance():
+    """Which is why the distance warns of them: one more is enough for full rank."""
+    ranks = [np.linalg.matrix_rank(metrics.moments(cloud(0, n=n)).cov) for n in (6, 7)]
+    assert ranks == [5, 6]
+
+
+def test_a_matrix_that_is_no_covariance_has_no_distance():
+    a, b = gaussian([0, 0], [1, 1]), gaussian([0, 0], [1, 1])
+    for wrong in (np.diag([1, -0.1]), -np.eye(2)):
+        with pytest.raises(ValueError, match=r"no eigenvalues below 0, got -\d.*\.$"):
+            metrics.frechet_distance(a, b._replace(cov=wrong))
 
 
 # --- Inception score, kernel distance, precision and recall
@@ -232,6 +308,21 @@ def test_kernel_distance_of_points_is_the_closed_form():
     np.testing.assert_allclose((value, error), (expected, 0), rtol=1e-12, atol=1e-12)
 
 
+def test_kernel_distance_of_few_points_can_be_counted():
+    """k(x, y) = (x y + 1)^3, between other points only: 1, 343, and 1, 1, 27, 64."""
+    value, _ = metrics.kernel_distance(line(0, 1), line(2, 3), subsets=2)
+    np.testing.assert_allclose(value, 1 + 343 - 2 * (1 + 1 + 27 + 64) / 4, rtol=1e-12)
+
+
+def test_kernel_distance_of_gaussians_is_on_average_that_of_their_moments():
+    """With (x y + 1)^3 = 1 + 3 x y + 3 (x y)^2 + (x y)^3, it is 3 d_1^2 + 3 d_2^2 +
+    d_3^2, where d_k are the differences of E x^k: 1, 1, 4 for N(0, 1) and N(1, 1).
+    """
+    draws = np.random.default_rng(0).normal(size=(300, 2, 50, 1))
+    found = [metrics.kernel_distance(a, b + 1, subsets=1).value for a, b in draws]
+    assert_mean(found, 22)
+
+
 def test_kernel_distance_of_one_distribution_is_0_on_average():
     rng = np.random.default_rng(0)
     found = [
@@ -251,10 +342,6 @@ def test_kernel_distance_draws_the_same_subsets_for_the_same_seed():
     assert one.error > 0
 
 
-def line(*places):
-    return np.array(places, float)[:, None]
-
-
 def test_precision_and_recall_of_points_that_can_be_counted():
     """Balls of the first neighbour: around 0, 1 of radius 1; around 10 of radius 9."""
     reference = line(0, 1, 10)
@@ -265,6 +352,25 @@ def test_precision_and_recall_of_points_that_can_be_counted():
     np.testing.assert_allclose(found, (3 / 4, 1), rtol=1e-6)
 
 
+def test_a_point_on_the_edge_of_a_ball_is_within():
+    """The ball around 5 reaches 1 and 9. Around their mean 2, the numbers are exact."""
+    found = metrics.precision_recall(line(9, 9.5), line(0, 1, 5), neighbours=1)
+    assert found == (1 / 2, 0)
+
+
+def test_precision_of_one_set_is_the_recall_of_the_other():
+    a, b = cloud(0, n=200, d=3), cloud(1, n=150, d=3)
+    precision, recall = metrics.precision_recall(a, b)
+    assert 0 < precision < recall < 1 or 0 < recall < precision < 1
+    assert metrics.precision_recall(b, a) == (recall, precision)
+
+
+def test_precision_and_recall_do_not_depend_on_where_the_origin_is():
+    a, b = cloud(0, n=200, d=8), cloud(1, n=200, d=8)
+    found = metrics.precision_recall(a, b)
+    assert found != (0, 0) and metrics.precision_recall(a + 1e6, b + 1e6) == found
+
+
 def test_equal_sets_have_both_and_distant_ones_neither():
     features = cloud(0, n=100, d=3).astype(np.float32)
     assert metrics.precision_recall(features, features) == (1, 1)
@@ -273,9 +379,19 @@ def test_equal_sets_have_both_and_distant_ones_neither():
 
 def test_copies_are_within_their_own_balls_of_radius_0():
     rng = np.random.default_rng(0)
-    points = np.repeat(1e2 + rng.normal(size=(30, 5)), 5, axis=0)
-    found = metrics.precision_recall(points, points[::-1] + 0.0)
-    assert found == (1, 1)
+    # Like Inception's features, most of them low: float32 rounds products one way.
+    points = np.repeat(np.maximum(rng.normal(size=(60, 2048)), 0), 5, axis=0)
+    assert metrics.precision_recall(points, points[::-1]) == (1, 1)
+    assert metrics.precision_recall(points[::3], points, block=7).precision == 1
+
+
+@pytest.mark.parametrize("apart, expected", [(0.04, (1, 1)), (0.2, (0, 0))])
+def test_points_are_one_if_closer_than_float32_can_tell(apart, expected):
+    """Than 0.003 of their distance from the mean, which is 26 here."""
+    rng = np.random.default_rng(0)
+    points = np.repeat(np.maximum(rng.normal(size=(60, 2048)), 0), 5, axis=0)
+    shifted = points + apart * (np.arange(2048) == 0)
+    assert metrics.precision_recall(shifted, points) == expected
 
 
 def test_a_lost_mode_costs_recall_and_not_precision():
@@ -300,7 +416,7 @@ def test_blocks_change_nothing(block):
 def test_moments_come_back_from_their_file(tmp_path):
     found = {
         "pool": metrics.moments(cloud(0)),
-        "spatial": metrics.moments(cloud(1, d=3)),
+        "spatial": metrics.moments(cloud(1, d=1)),
     }
     metrics.save_moments(tmp_path / "m.npz", found)
     back = metrics.load_moments(tmp_path / "m.npz")
@@ -330,19 +446,45 @@ def test_a_reference_batch_of_guided_diffusion_is_read(tmp_path):
 @pytest.mark.parametrize(
     "arrays, words",
     [
-        (dict(mu=np.zeros(2)), r"mu \[d\] and sigma \[d, d\]"),
-        (dict(mu=np.zeros(2), sigma=np.eye(3)), r"got \(2,\) and \(3, 3\)"),
-        (dict(mu=np.zeros(2), sigma=np.diag([1, np.nan])), "finite"),
+        (dict(mu=np.zeros(2)), r"mu and sigma, got \['mu'\]"),
+        (dict(sigma=np.eye(2)), r"mu and sigma, got \['sigma'\]"),
+        (dict(mu=np.zeros(2), sigma=np.eye(3)), r"got shapes \(2,\) and \(3, 3\)"),
+        (dict(mu=np.zeros((2, 1)), sigma=np.eye(2)), r"got shapes \(2, 1\) and"),
+        (dict(mu=np.zeros(2), sigma=np.zeros((2, 3))), r"and \(2, 3\)"),
+        (dict(mu=np.zeros(0), sigma=np.zeros((0, 0))), r"got shapes \(0,\)"),
+        (dict(mu=np.zeros(2), sigma=np.diag([1, np.nan])), "with 1 .* not finite"),
+        (dict(mu=np.full(2, np.inf), sigma=np.eye(2)), "with 2 .* not finite"),
         (dict(mu=np.zeros(2), sigma=np.array([[1, 2], [0, 1.0]])), "symmetric sigma"),
         (dict(arr_0=np.zeros(2)), "mu"),
         (dict(mu=np.zeros(1), sigma=np.eye(1), mu_s=np.zeros(2)), "mu_s"),
         (dict(mu=np.array([{}]), sigma=np.eye(1)), "must be a .npz of moments"),
+        (dict(mu=np.array(["a"]), sigma=np.eye(1)), "must be a .npz of moments"),
+        (dict(mu=np.zeros(1), sigma=np.eye(1), count=-1), "a count of images, got -1"),
+        (dict(mu=np.zeros(1), sigma=np.eye(1), count=np.ones(1)), "a count of images"),
     ],
 )
 def test_files_that_hold_no_moments_are_refused(arrays, words, tmp_path):
     np.savez(tmp_path / "m.npz", **arrays)
-    with pytest.raises(ValueError, match=f"m.npz .*{words}"):
+    with pytest.raises(ValueError, match=rf"m\.npz .*{words}.*\.$"):
         metrics.load_moments(tmp_path / "m.npz")
+
+
+def test_a_single_array_is_no_file_of_moments(tmp_path):
+    np.save(tmp_path / "m.npy", np.eye(2))
+    with pytest.raises(ValueError, match=r"m\.npy must be a \.npz of moments, got"):
+        metrics.load_moments(tmp_path / "m.npy")
+
+
+def test_files_are_written_of_one_set_of_images_only(tmp_path):
+    m = metrics.moments(cloud(0))
+    for wrong in (
+        {"spatial": m},
+        {"pool": m, "logits": m},
+        {"pool": m, "spatial": m._replace(count=51)},
+    ):
+        with pytest.raises(ValueError, match=r"^moments must be of pool, .* got \["):
+            metrics.save_moments(tmp_path / "m.npz", wrong)
+    assert not (tmp_path / "m.npz").exists()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"text"])
@@ -353,18 +495,23 @@ def test_what_is_no_file_of_arrays_is_refused(content, tmp_path):
         metrics.load_moments(tmp_path / "m.npz")
 
 
-def test_scores_of_no_points_are_refused():
-    two = np.zeros((2, 3))
+def test_scores_of_too_few_points_are_refused():
+    five, four = np.zeros((5, 3)), np.zeros((4, 4))
     for call, words in (
-        (lambda: metrics.inception_score(np.zeros((5, 3))), "n >= splits"),
-        (lambda: metrics.inception_score(np.zeros(5), splits=1), "got shape"),
-        (lambda: metrics.kernel_distance(two, two[:1]), "subsets of two images"),
-        (lambda: metrics.kernel_distance(two, np.zeros((2, 4))), "subsets of two"),
-        (lambda: metrics.precision_recall(two, two), "more than 3 points"),
-        (lambda: metrics.precision_recall(two, np.zeros((2, 4))), "features must be"),
-        (lambda: metrics.precision_recall(two, two, neighbours=0), "got 0"),
+        (lambda: metrics.inception_score(five), "splits must be 1 to 5, .* got 10"),
+        (lambda: metrics.inception_score(five, splits=0), "got 0"),
+        (lambda: metrics.inception_score(np.zeros(5)), r"\[n, d\] .* got shape \(5,\)"),
+        (lambda: metrics.kernel_distance(five, five[:1]), r"n >= 2, got .*\(1, 3\)"),
+        (lambda: metrics.kernel_distance(five, four), "equally many .* 3 and 4"),
+        (lambda: metrics.kernel_distance(five, five, subset_size=6), "2 to 5 .* of 6"),
+        (lambda: metrics.kernel_distance(five, five, subset_size=1), "2 to 5 .* of 1"),
+        (lambda: metrics.kernel_distance(five, five, subsets=0), "got 0 of 5"),
+        (lambda: metrics.precision_recall(five, five[:3]), "below 3, .* got 3 and"),
+        (lambda: metrics.precision_recall(five, four), "equally many .* 3 and 4"),
+        (lambda: metrics.precision_recall(five, five, neighbours=0), "got 0 and 1024"),
+        (lambda: metrics.precision_recall(five, five, block=0), "got 3 and 0"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=words + r"[^.]*\.$"):
             call()
 
 

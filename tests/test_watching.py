@@ -17,7 +17,8 @@ SMALL = [
     *("--config.model.channels=32", "--config.sampling.n=4"),
     *("--config.sampling.steps=2", "--config.total_steps=8", "--config.log_every=4"),
     *("--config.save_every=2", "--config.sample_every=100", "--config.keep=10"),
-    *("--config.ema_decays=(0.5, 0.9)", "--config.optimizer.lr=0.003"),
+    *("--config.ema_decays=(0.5, 0.9)", "--config.ema_warmup=False"),
+    "--config.optimizer.lr=0.003",
     *("--config.eval_every=2", "--config.evaluation.n=70"),
     *("--config.evaluation.steps=3", "--config.evaluation.bits_images=20"),
 ]
