@@ -217,8 +217,8 @@ def precision_recall(
     """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2).
 
     A manifold is the union of the balls around a set's points, each as large as the
-    distance to the `neighbours`-th other point. In float32, two points are one if closer
-    than a few thousandths of their distance from the reference's mean.
+    distance to the `neighbours`-th other point. In float32, two points are one if
+    closer than a few thousandths of their distance from the reference's mean.
 
     Args:
         features: [n, d] of samples.

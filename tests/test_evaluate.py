@@ -7,15 +7,17 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jobs import Job
+from jobs import Job, evaluations
 from PIL import Image
 
 from jax_diffusion import (
+    checkpoint,
     data,
     evaluate,
     evaluation,
     extractors,
     metrics,
+    runs,
     sample,
     settings,
     train,
@@ -207,6 +209,23 @@ def test_a_classifier_of_the_run_scores_its_samples(run, tmp_path, score, capsys
     assert 1 <= scores["classifier_score"] <= 10
     assert 0 <= scores["classifier_precision"] <= 1
     assert len(found["extractors"]["classifier"]) == 64
+
+
+def test_scores_stand_beside_those_of_the_paper(run, tmp_path, score, capsys):
+    """Of a run that says what it reproduces; here of its record with that added."""
+    record = checkpoint.load_record(run)
+    record["config"]["reproduces"] = "iddpm_cifar10_hybrid"
+    params = runs.load_run(run).params
+    record["config"]["ema_decays"] = []
+    checkpoint.save_params(tmp_path / "run", params, record)
+    few = ("--metrics", "bpd", "--bits-images", "10", "--compare", "paper")
+    score("--workdir", tmp_path / "run", *few)
+    (found,) = evaluations(tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "transcribed" in printed
+    row = next(r for r in printed.splitlines() if "3.17" in r)
+    assert row.startswith("bits_per_dim")
+    assert f"{found['scores']['bits_per_dim']:.4g}" in row
 
 
 # --- stopped, and on other devices

@@ -19,13 +19,17 @@ from jobs import (
     sealed,
 )
 
-from jax_diffusion import logs
+from jax_diffusion import checkpoint, logs
+
+SCORE = "pixel_distance_n64_0.99"
 
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """Two processes of two devices, parameters split over all four."""
-    job = Job(folder / "two", "--config.mesh.fsdp=4", processes=2)
+    """Two processes of two devices, parameters split over all four; with scores."""
+    options = ("--config.mesh.fsdp=4", "--config.eval_every=6")
+    options += ("--config.evaluation.n=64", "--config.evaluation.steps=3")
+    job = Job(folder / "two", *options, processes=2)
     job.finish()
     return job
 
@@ -73,6 +77,12 @@ def test_two_processes_draw_and_score_as_one(two, folder):
     job.finish()
     Job(two.workdir, *options, program="evaluate").finish()
     several, alone = (found["scores"] for found in evaluations(two.workdir))
+    rows = {row["step"]: row for row in logs.read_metrics(two.workdir)}
+    scored = {step for step, row in rows.items() if SCORE in row}
+    assert scored == {6, 12}  # while training, by both processes
+    np.testing.assert_allclose(rows[12][SCORE], alone["pixel_distance"], rtol=1e-5)
+    best = checkpoint.load_record(two.workdir / "best")["best"]
+    assert best["value"] == rows[best["step"]][f"{best['metric']}_{best['ema']}"]
     assert several.keys() == alone.keys() and len(several) == 7
     for name, value in several.items():  # the prior is a difference of larger numbers
         np.testing.assert_allclose(value, alone[name], rtol=1e-6, atol=1e-8)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from oracles import F32, F32_SUM
+from peers import peer
 
 from jax_diffusion import metrics
 from jax_diffusion.models import inception, torch_files
@@ -39,29 +40,6 @@ def images_of(seed, n, size, channels=3, *, sharp=False):
 
 
 # --- beside pytorch-fid
-
-LIBRARIES = []  # what they define vanishes with them
-
-
-def import_pytorch_fid(torch):
-    """pytorch_fid.inception, also where torchvision cannot be imported as it is.
-
-    Its compiled operators do not fit the CPU build of PyTorch, and without them its
-    import fails over the two whose derivatives and shapes it registers in Python.
-    Inception needs none: an operator of that name, without any code, is enough.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-        LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for name in ("nms", "qnms"):
-            signature = "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor"
-            LIBRARIES[-1].define(name + signature)
-    import pytorch_fid.inception
-
-    return pytorch_fid.inception
 
 
 def random_weights(torch):
@@ -113,12 +91,9 @@ class Official:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """pytorch-fid's network and ours, of one file, from images to features."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("pytorch_fid")
-    pytest.importorskip("scipy")
+    module, torch = peer("pytorch_fid.inception"), pytest.importorskip("torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries
-        module = import_pytorch_fid(torch)
         path = tmp_path_factory.mktemp("inception") / "weights.pth"
         torch.save(random_weights(torch), path)
         official = Official(torch, module, torch.load(path, weights_only=True))

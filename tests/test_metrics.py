@@ -216,6 +216,13 @@ def test_distance_to_low_rank_on_other_axes_is_that_of_a_small_matrix(rank):
     np.testing.assert_allclose(metrics.frechet_distance(b, a), expected, rtol=1e-10)
 
 
+def test_variances_a_trillion_times_smaller_count():
+    stds = np.geomspace(1e-6, 1, 16)
+    a, b = (gaussian(np.zeros(16), x, rotation(16)) for x in (stds, stds[::-1]))
+    expected = np.sum((stds - stds[::-1]) ** 2)
+    np.testing.assert_allclose(metrics.frechet_distance(a, b), expected, rtol=1e-8)
+
+
 def test_distance_to_a_point_is_all_the_variance():
     point = gaussian(np.zeros(3), np.zeros(3))
     full = gaussian([1, 2, 2], [1, 2, 3], rotation(3))
