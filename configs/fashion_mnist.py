@@ -10,8 +10,9 @@ Command:
 The folder holds the four IDX files; here it is that of Debian's dataset-fashion-mnist.
 
 Hardware: 2 CPU cores.
-Time: one epoch, 468 steps, in 30 minutes on a busy machine; five were not run.
-Result: after one epoch a Huber loss of 0.024; see README.md.
+Time: 0.28 s a step, 11 minutes for the five epochs of this file, half an hour for 14.
+Result: after 14 epochs (--config.total_steps=6562) a Huber loss of 0.021; scores in
+README.md.
 """
 
 from ml_collections import ConfigDict

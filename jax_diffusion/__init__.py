@@ -9,15 +9,17 @@ The core needs jax, numpy and jaxtyping, and takes a denoiser from any library:
     losses      simple, variational and hybrid; weightings
     samplers    DDPM, DDIM, DPM-Solver++, Heun, inpainting; one scan over steps
     guidance    what a label or a classifier adds to a denoiser
-    likelihood  bits per dim, term by term; progressive coding
+    likelihood  bits per dim, term by term and by the ODE; progressive coding
     editing     completing, changing and joining images
 
 Beside it stand, imported only on demand: `models` (Flax networks, and the weights and
 names of those that others have released), `training` (the Optax train step), `sharding`
-(one mesh for devices and hosts), `data` and its `sources`, `checkpoint`, `metrics`,
-`roofline`, `plotting`, `logs`, `parts` (many images in a file), `export` (a sampler in
-one file), `tasks` (what samplers are for), `cpu`, and the programs (with
-`settings`, `plan`, `runs` and `asked`)
+(one mesh for devices and hosts), `data` and its `sources`, `pictures` (anybody's
+images, as they are), `checkpoint`, `metrics`, `roofline`, `plotting`, `logs`, `parts`
+(arrays of many images in a file), `export` (a sampler in one file), `tasks` (what
+samplers are for), `cpu`, and the programs. Of these, `train` has `plan` and `watching`
+(scores on the way), `sample` has `asked`, `evaluate` has `evaluation`, `image_scores`,
+`scoring`, `extractors` (of features) and `papers`, and all have `settings` and `runs`.
 
     python -m jax_diffusion.train --config configs/digits.py --workdir runs/digits
     python -m jax_diffusion.sample --workdir runs/digits --out pictures

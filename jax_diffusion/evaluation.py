@@ -118,9 +118,11 @@ def images_of(job: Evaluation, split: str) -> data.Batches:
 
 
 def name_of_data(job: Evaluation) -> str:
-    """As --data or the run's config has it, without its path."""
+    """NAME:PATH, or NAME of data that are embedded, as --data or the config has it."""
     assert job.run is not None
-    return (job.args.data or job.run.config.data.name).partition(":")[0]
+    group = job.run.config.data
+    path = group.get("path")
+    return job.args.data or (f"{group.name}:{path}" if path else group.name)
 
 
 def split_of(job: Evaluation, split: str, n: int | None = None) -> Source:

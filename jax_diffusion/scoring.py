@@ -198,8 +198,8 @@ def compare(
 ) -> list[Score]:
     """The scores that one of `METRICS` consists of.
 
-    Distances come with that of two halves of the reference, if they are large enough:
-    what a perfect model would have of half as many images.
+    Distances come with what a perfect model would have: that of as many images of the
+    reference to its others, or of its two halves if it is too small for that.
     """
     extractor, kind = METRICS[metric]
     found = samples[extractor]
@@ -213,7 +213,7 @@ def compare(
         value = metrics.frechet_distance(metrics.moments(found[feature]), moments)
         return [
             Score(_named(metric, n), value, n),
-            *_halves(metric, reference.features.get(extractor, {}).get(feature)),
+            *_of_data(metric, n, reference.features.get(extractor, {}).get(feature)),
         ]
     known = reference.features[extractor]["pool"]
     if kind == "kernel":
@@ -230,14 +230,15 @@ def _named(metric: str, n: int) -> str:
     return metric if n >= FULL or not metric.endswith("fid") else f"{metric}_n{n}"
 
 
-def _halves(metric: str, features: np.ndarray | None) -> list[Score]:
-    if features is None or len(features) // 2 <= features.shape[1]:
+def _of_data(metric: str, n: int, features: np.ndarray | None) -> list[Score]:
+    """The distance that n of the reference have to all its others."""
+    n = 0 if features is None else min(n, len(features) // 2)
+    if features is None or n <= features.shape[1]:
         return []
     order = np.random.default_rng(0).permutation(len(features))
-    halves = [metrics.moments(features[h]) for h in np.array_split(order, 2)]
-    n = halves[0].count
-    value = metrics.frechet_distance(*halves)
-    return [Score(_named(metric, n) + "_of_halves", value, n)]
+    few, others = (metrics.moments(features[o]) for o in (order[:n], order[n:]))
+    value = metrics.frechet_distance(few, others)
+    return [Score(f"{_named(metric, n)}_of_data", value, n)]
 
 
 def bound_fn(

@@ -5,7 +5,6 @@ whole: none waits for another.
 """
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from jax_diffusion import (
     runs,
     scoring,
     settings,
+    sharding,
 )
 from jax_diffusion.extractors import Extractor
 from jax_diffusion.plan import Plan
@@ -180,28 +180,33 @@ class Best:
 
     def __init__(self, workdir: Path, record: dict[str, Any]):
         self._folder, self._record = workdir / BEST, record
-        self._best: dict[str, Any] | None = None
-        if checkpoint.latest_step(self._folder) is not None:
-            self._best = checkpoint.load_record(self._folder).get("best")
+        self._best: dict[str, Any] = {}
+        self._old = checkpoint.latest_step(self._folder) is not None
+        if self._old:
+            kept = checkpoint.load_record(self._folder)
+            if kept["config"]["evaluation"] == record["config"]["evaluation"]:
+                self._best, self._old = kept["best"], False
 
     def offer(self, step: int, state: TrainState, scores: dict[str, float]) -> None:
         """Keeps the best average of this state if it beats what is kept.
 
-        On several hosts, all of them call it, with the same scores.
+        On several hosts, all of them call it, and the first one decides.
         """
-        metric = next(iter(scores)).rpartition("_")[0]  # without the average's name
-        rivals = {k: v for k, v in scores.items() if k.rpartition("_")[0] == metric}
-        name = min(rivals, key=lambda k: np.nan_to_num(rivals[k], nan=np.inf))
-        value, ema = scores[name], name.rpartition("_")[2]
-        kept = self._best or {}
-        same = kept.get("metric") == metric
-        if not np.isfinite(value) or (same and kept["value"] <= value):
+        emas = [*state.ema_params]  # whose distances come first
+        values = [*scores.values()][: len(emas)]
+        i = int(np.argmin(np.nan_to_num(values, nan=np.inf)))
+        better = np.isfinite(values[i]) and self._best.get("step") != step
+        better = better and values[i] < self._best.get("value", np.inf)
+        i = sharding.of_first(i if better else -1)
+        if i < 0:
             return
-        if kept and not same and jax.process_index() == 0:
-            shutil.rmtree(self._folder)  # scores of another kind, perhaps of later
-        self._best = {"metric": metric, "value": value, "step": step, "ema": ema}
+        if self._old and jax.process_index() == 0:
+            shutil.rmtree(self._folder)  # by other scores, perhaps of a later step
+        self._old = bool(sharding.of_first(0))  # the others wait until it is gone
+        ema, metric = emas[i], [*scores][i].rpartition("_")[0]
+        self._best = dict(metric=metric, value=values[i], step=step, ema=ema)
         config = dict(self._record["config"], ema_decays=[float(ema)])
         record = {**self._record, "config": config, "window": [], "best": self._best}
         tree = {"params": {}, "ema_params": {ema: state.ema_params[ema]}}
         with checkpoint.make_manager(self._folder, keep=1) as manager:
-            checkpoint.save(manager, step, tree, json.loads(json.dumps(record)))
+            checkpoint.save(manager, step, tree, record)

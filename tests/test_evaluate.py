@@ -95,7 +95,7 @@ def test_scores_add_up_and_say_how_they_were_made(run, tmp_path, score, capsys):
     for name, value in scores.items():
         assert name in printed and f"{value:.6g}" in printed
     assert found["images"] == {
-        **dict(pixel_distance=100, pixel_distance_of_halves=809),
+        **dict(pixel_distance=100, pixel_distance_of_data=100),
         **dict.fromkeys(("bits_per_dim", "prior", "kl", "decoder", "rmse"), 179),
     }
     assert errors["bits_per_dim"] > 0
@@ -205,7 +205,7 @@ def test_a_classifier_of_the_run_scores_its_samples(run, tmp_path, score, capsys
     scores = found["scores"]
     assert {*names[:3], "classifier_precision", "classifier_recall"} <= scores.keys()
     assert not any("fid" in name for name in scores)
-    assert scores["classifier_distance"] > scores["classifier_distance_of_halves"]
+    assert scores["classifier_distance"] > scores["classifier_distance_of_data"]
     assert 1 <= scores["classifier_score"] <= 10
     assert 0 <= scores["classifier_precision"] <= 1
     assert len(found["extractors"]["classifier"]) == 64
@@ -377,7 +377,7 @@ def test_a_reference_batch_has_moments_and_images(tmp_path, score, fake_inceptio
     score(*common, "--metrics", "fid,precision_recall", "--out", tmp_path / "out")
     (found,) = evaluations_of(tmp_path / "out")
     assert found["scores"].keys() == {"fid_n50", "precision", "recall"} | (
-        {k for k in found["scores"] if k.endswith("of_halves")}
+        {k for k in found["scores"] if k.endswith("of_data")}
     )
     pool = noise(50, 0).reshape(50, -1)[:, :FEATURES] / np.float64(255)
     told = metrics.Moments(10**6, mu, sigma)

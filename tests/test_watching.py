@@ -120,6 +120,24 @@ def test_a_stopped_and_resumed_run_has_the_same_scores_and_best(
     )
 
 
+def test_other_scores_begin_with_a_new_best(whole, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    for later in (6, 8):
+        shutil.rmtree(workdir / "checkpoints" / str(later))
+    train.train(config_of("--config.evaluation.n=80"), workdir)
+    assert checkpoint.load_record(whole / "best")["best"]["step"] in (6, 8)
+    told = checkpoint.load_record(workdir / "best")["best"]
+    rows = {row["step"]: row for row in lines_of(workdir)}
+    values = {
+        (step, ema): rows[step][f"pixel_distance_n80_{ema}"]
+        for step in (6, 8)
+        for ema in ("0.5", "0.9")
+    }
+    assert told["value"] == min(values.values())
+    assert values[told["step"], told["ema"]] == told["value"]
+
+
 def test_without_scores_nothing_is_kept_besides(tmp_path):
     config = config_of("--config.eval_every=0", "--config.total_steps=2")
     train.train(config, tmp_path)
