@@ -40,6 +40,7 @@ def run(tmp_path_factory):
     """A trained network, hardly."""
     workdir = tmp_path_factory.mktemp("run")
     train.train(settings.load_config("configs/smoke.py", SMALL), workdir)
+    assert not (workdir / "best").exists()  # no scores were wanted on the way
     return workdir
 
 

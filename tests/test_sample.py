@@ -271,10 +271,10 @@ def cut_off(monkeypatch, program, *args):
     """Runs a job that is lost after its first part."""
     add = parts.Parts.add
 
-    def add_one(self, images, labels):
+    def add_one(self, arrays):
         if self.done:
             raise Killed
-        add(self, images, labels)
+        add(self, arrays)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(parts.Parts, "add", add_one)

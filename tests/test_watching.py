@@ -138,13 +138,6 @@ def test_other_scores_begin_with_a_new_best(whole, tmp_path):
     assert values[told["step"], told["ema"]] == told["value"]
 
 
-def test_without_scores_nothing_is_kept_besides(tmp_path):
-    config = config_of("--config.eval_every=0", "--config.total_steps=2")
-    train.train(config, tmp_path)
-    assert not (tmp_path / "best").exists()
-    assert not any(name in row for row in lines_of(tmp_path) for name in NAMES)
-
-
 def test_the_distance_of_a_classifier_needs_no_file(tmp_path):
     """It is trained when it is wanted first, where `evaluate` finds it."""
     config = config_of(
