@@ -171,7 +171,7 @@ def kernel_distance(
 
     Args:
         subset_size: rows of each set in a subset, drawn without replacement. Default
-            1000, or as many as the smaller set has.
+            1000, or half of the smaller set: of all of it, there is but one subset.
 
     Raises:
         ValueError: if the features differ in dimension or are not finite, or for no
@@ -180,7 +180,7 @@ def kernel_distance(
     a, b = _rows(a, least=2), _rows(b, least=2)
     _check_dimensions(a.shape[1], b.shape[1])
     most = min(len(a), len(b))
-    size = min(1000, most) if subset_size is None else subset_size
+    size = min(1000, max(most // 2, 2)) if subset_size is None else subset_size
     if not 2 <= size <= most or subsets < 1:
         raise ValueError(
             f"there must be subsets, each of 2 to {most} rows, got {subsets} of {size}."

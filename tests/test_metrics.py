@@ -340,6 +340,11 @@ def test_kernel_distance_of_one_distribution_is_0_on_average():
     assert min(found) < 0  # unbiased: it cannot be above 0 always
 
 
+def test_kernel_distance_of_few_images_is_not_said_to_be_certain():
+    a, b = np.random.default_rng(0).normal(size=(2, 40, 4))
+    assert metrics.kernel_distance(a, b).error > 0
+
+
 def test_kernel_distance_draws_the_same_subsets_for_the_same_seed():
     a, b = cloud(0), cloud(1)
     one, same, other = (
@@ -512,7 +517,7 @@ def test_scores_of_too_few_points_are_refused():
         (lambda: metrics.kernel_distance(five, four), "equally many .* 3 and 4"),
         (lambda: metrics.kernel_distance(five, five, subset_size=6), "2 to 5 .* of 6"),
         (lambda: metrics.kernel_distance(five, five, subset_size=1), "2 to 5 .* of 1"),
-        (lambda: metrics.kernel_distance(five, five, subsets=0), "got 0 of 5"),
+        (lambda: metrics.kernel_distance(five, five, subsets=0), "got 0 of 2"),
         (lambda: metrics.precision_recall(five, five[:3]), "below 3, .* got 3 and"),
         (lambda: metrics.precision_recall(five, four), "equally many .* 3 and 4"),
         (lambda: metrics.precision_recall(five, five, neighbours=0), "got 0 and 1024"),
