@@ -141,7 +141,10 @@ def inception(
         remedy = f"remove it, or {advice}" if source is None else advice
         raise ValueError(f"{path} must have SHA-256 {sha256}, got {found}; {remedy}.")
     try:
-        params = inception_v3.params_from_torch(read_torch(path))
+        tensors = read_torch(path)
+        if not isinstance(tensors, dict):
+            raise ValueError(f"{type(tensors).__name__} for a state dict")
+        params = inception_v3.params_from_torch(tensors)
     except (TypeError, ValueError) as error:  # a file may hold what is no dict
         raise ValueError(
             f"{path} must hold Inception's weights, got {str(error)!r}; {advice}."

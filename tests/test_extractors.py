@@ -499,3 +499,11 @@ def test_inception_has_features_of_the_published_sizes(weights):
     shapes = {name: feature.shape for name, feature in found.items()}
     assert shapes == {"pool": (2, 2048), "spatial": (2, 2023), "logits": (2, 1008)}
     assert {feature.dtype for feature in found.values()} == {np.dtype(np.float32)}
+
+
+def test_weights_that_are_no_state_dict_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "list.pth"
+    path.write_bytes(b"a list of tensors")
+    monkeypatch.setattr(extractors, "read_torch", lambda path: [np.zeros(3)])
+    sentence = refuses(extractors.inception, path, sha256=None)
+    assert "list for a state dict" in sentence
