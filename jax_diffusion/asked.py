@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from jax_diffusion import data, runs, schedules, settings, tasks
 from jax_diffusion.runs import Run
+from jax_diffusion.schedules import NoiseSchedule
 from jax_diffusion.training import num_classes
 
 GIF_FRAMES = 25
@@ -124,10 +125,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _check_ranges(args: argparse.Namespace) -> None:
-    for name in ("n", "batch_size", "frames", "group", "block", "resamples", "jump"):
-        if getattr(args, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} must be positive, got {getattr(args, name)}.")
+    counts = ("n", "batch_size", "frames", "group", "block", "resamples", "jump")
+    settings.check_positive(args, counts)
     for name in ("eta", "guidance_rescale", "level"):
         if not 0 <= getattr(args, name) <= 1:
             flag = f"--{name.replace('_', '-')}"
@@ -184,19 +183,23 @@ def prepare_upsampler(args: argparse.Namespace, run: Run) -> Drawing:
     return _drawing(args, second, {}, {"model": second.params}, None, "generate")
 
 
-def _drawing(args, run, arrays, params, classifier, task) -> Drawing:
+def make_schedule(args: argparse.Namespace, run: Run) -> tuple[NoiseSchedule, str]:
+    """The steps of --sampler, --steps and --spacing, and which spacing that is."""
     total = len(settings.make_betas(run.config.schedule))
     steps, spacing = DEFAULTS[args.sampler]
     spacing = args.spacing or spacing
-    schedule = settings.make_schedule(
-        run.config.schedule,
-        steps=min(steps or total, total) if args.steps is None else args.steps,
-        spacing=spacing,
-    )
+    steps = min(steps or total, total) if args.steps is None else args.steps
+    schedule = settings.make_schedule(run.config.schedule, steps=steps, spacing=spacing)
+    return schedule, spacing
+
+
+def _drawing(args, run, arrays, params, classifier, task) -> Drawing:
+    schedule, spacing = make_schedule(args, run)
     num_steps = schedule.num_steps
     options = _options(args, run, num_steps, task)
     # Then one program serves every number of steps; an export is of one.
     if options.num_frames == 1 and args.export is None:
+        total = len(settings.make_betas(run.config.schedule))
         schedule = schedules.pad(schedule, total)
     watched = num_steps > LONG and args.export is None
     draw = runs.make_sampler(

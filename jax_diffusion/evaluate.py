@@ -60,13 +60,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be known to be wrong before anything is read."""
-    for name in ("n", "batch_size", "bits_images", "bits_steps", "ode_steps"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} must be positive, got {value}.")
-    if args.ode_probes < 1:
-        raise ValueError(f"--ode-probes must be positive, got {args.ode_probes}.")
+    counts = ("n", "batch_size", "bits_images", "bits_steps", "ode_steps", "ode_probes")
+    settings.check_positive(args, counts)
     if args.workdir is None and (args.images is None or args.reference is None):
         raise ValueError(
             "--workdir must be given, or both --images and --reference, got "

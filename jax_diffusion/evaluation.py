@@ -221,10 +221,11 @@ def accuracy(job: Evaluation) -> None:
     job.about["accuracy"] = source.about
     schedule = settings.make_schedule(run.config.schedule)
     score = scoring.accuracy_fn(run.model, schedule, args.seed)
-    answers, _ = scoring.collect(
-        scoring.each_image(score, run.params, source), source.n
-    )
-    job.clock("accuracy")
+    compute = scoring.each_image(score, run.params, source)
+    fixed = {"seed": args.seed, "network": job.about["network"]}
+    answers = job.collect("accuracy", compute, source, (), **fixed)
+    if jax.process_index() > 0:
+        return
     right, quartile = answers["accuracy"], answers["quartile"]
     shares = {f"accuracy_q{q}": right[quartile == q] for q in range(4)}
     shares |= {"top_5": answers["top_5"], "cross_entropy": answers["loss"]}

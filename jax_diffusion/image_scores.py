@@ -16,7 +16,6 @@ from jax_diffusion import (
     pictures,
     runs,
     scoring,
-    settings,
 )
 from jax_diffusion.evaluation import Evaluation
 from jax_diffusion.extractors import Extractor
@@ -94,9 +93,7 @@ def _samples(job: Evaluation) -> Source:
     n = args.n
     if n is None:  # as many as the reference has
         n = len(evaluation.images_of(job, args.reference_split).examples)
-    steps, spacing = asked.DEFAULTS[args.sampler]
-    steps, spacing = args.steps or steps, args.spacing or spacing
-    schedule = settings.make_schedule(run.config.schedule, steps=steps, spacing=spacing)
+    schedule, spacing = asked.make_schedule(args, run)
     options = {"sampler": args.sampler, "clip": not args.no_clip}
     draw = runs.make_sampler(run.model, run.objective, run.image_shape, **options)
     about = {

@@ -89,6 +89,12 @@ def load_run(workdir: str | Path, ema: str | None = None) -> Run:
     return Run(config, model, params, objective, image_shape, ema)
 
 
+def open_split(config: Config, split: str, **changes: Any) -> data.Batches:
+    """One split of the data of a config, in order and unflipped."""
+    group = {**config.data, "split": split, "flip": False, **changes}
+    return settings.call(data.load, group, "config.data", train=False)
+
+
 def load_images(
     run: Run, source: str | None, split: str, *, batch_size: int
 ) -> data.Batches:
@@ -97,12 +103,12 @@ def load_images(
     Raises:
         ValueError: if it cannot be read or its images have not the size of the run's.
     """
-    group = dict(run.config.data, split=split, batch_size=batch_size, flip=False)
+    changes: dict[str, Any] = dict(batch_size=batch_size)
     if source is not None:
         name, _, path = source.partition(":")
-        group |= dict(name=name, path=path or None, image_size=run.image_shape[0])
-        group["in_memory"] = None  # that was said of the run's own
-    batches = settings.call(data.load, group, "config.data", train=False)
+        changes |= dict(name=name, path=path or None, image_size=run.image_shape[0])
+        changes["in_memory"] = None  # that was said of the run's own
+    batches = open_split(run.config, split, **changes)
     if batches.image_shape != run.image_shape:
         raise ValueError(
             f"images must be {run.image_shape}, as the run's, got "

@@ -5,6 +5,7 @@ image goes into parts that survive a kill; scores are made of all of it by the f
 host.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -246,32 +247,29 @@ def bound_fn(
 ) -> ScoreFn:
     """Builds the discrete bound, score(params, ids, image, label) -> BitsPerDim."""
 
-    @jax.jit
-    def score(params, ids, image, label):
-        keys = samplers.image_keys(jax.random.key(seed), ids)
-        model_fn = training.bind(model, params, label)
-        denoise_fn = diffusion.denoiser(model_fn, schedule, objective)
-        denoise_fn = diffusion.clip_x_0(denoise_fn)
-        x_0 = data.from_uint8(image)
-        return likelihood.bits_per_dim(keys, denoise_fn, schedule, x_0)
+    def bits(keys, denoise_fn, *rest):
+        return likelihood.bits_per_dim(keys, diffusion.clip_x_0(denoise_fn), *rest)
 
-    return score
+    return _bits_fn(bits, model, objective, schedule, seed)
 
 
 def ode_fn(
     model: nn.Module, objective: Any, schedule: NoiseSchedule, seed: int, probes: int
 ) -> ScoreFn:
     """Builds the likelihood by the ODE, of the same form; nothing is clipped."""
+    bits = functools.partial(likelihood.ode_bits_per_dim, probes=probes)
+    return _bits_fn(bits, model, objective, schedule, seed)
+
+
+def _bits_fn(bits, model, objective, schedule, seed):
+    """score(params, ids, image, label) of bits(keys, denoise_fn, schedule, x_0)."""
 
     @jax.jit
     def score(params, ids, image, label):
         keys = samplers.image_keys(jax.random.key(seed), ids)
         model_fn = training.bind(model, params, label)
         denoise_fn = diffusion.denoiser(model_fn, schedule, objective)
-        x_0 = data.from_uint8(image)
-        return likelihood.ode_bits_per_dim(
-            keys, denoise_fn, schedule, x_0, probes=probes
-        )
+        return bits(keys, denoise_fn, schedule, data.from_uint8(image))
 
     return score
 

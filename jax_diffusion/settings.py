@@ -292,6 +292,15 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def check_positive(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises ValueError, naming the flag, unless these are positive or None."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} must be positive, got {value}.")
+
+
 def add_hosts(parser: argparse.ArgumentParser) -> None:
     """The flags of a job with several processes, for `start_hosts`."""
     group = parser.add_argument_group(

@@ -5,6 +5,7 @@ whole: none waits for another.
 """
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -113,7 +114,7 @@ class Scores:
         return scoring.compare(self.metric, features, self._known)[0].value
 
     def _bits(self, params: PyTree) -> float:
-        batches = self._open("test")
+        batches = self._test
         n = min(self.bits_images, batches.num_examples)
         source = scoring.stored(batches.examples.read, n, BATCH, {})
         terms, _ = scoring.collect(scoring.each_image(self._bound, params, source), n)
@@ -124,9 +125,9 @@ class Scores:
         compute = scoring.features_of(source, [self._extractor])
         return scoring.by_extractor(scoring.collect(compute, source.n)[0])
 
-    def _open(self, split: str) -> data.Batches:
-        group = dict(self.config.data, split=split, flip=False)
-        return settings.call(data.load, group, "config.data", train=False)
+    @functools.cached_property
+    def _test(self) -> data.Batches:
+        return runs.open_split(self.config, "test")
 
     def _read_reference(self) -> Reference:
         """Moments of training images; sets the extractor if need be."""

@@ -34,18 +34,19 @@ def test_inception_score_is_that_of_torch_fidelity(n, splits):
     np.testing.assert_allclose(ours.error, told["inception_score_std"], **SAME)
 
 
+def kernel_distance(a, b, subsets, size):
+    """By torch-fidelity."""
+    kid = peer("torch_fidelity.metric_kid")
+    features = [to_torch(x).double() for x in (a, b)]
+    options = dict(kid_subsets=subsets, kid_subset_size=size, verbose=False)
+    return kid.kid_features_to_metric(*features, **options)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1.3])
 def test_kernel_distance_is_that_of_torch_fidelity(scale):
     """Of subsets that hold all images, as the two draw others."""
-    kid = peer("torch_fidelity.metric_kid")
     a, b = cloud(1, 600), cloud(2, 600, scale=scale)
-    told = kid.kid_features_to_metric(
-        to_torch(a).double(),
-        to_torch(b).double(),
-        kid_subsets=2,
-        kid_subset_size=600,
-        verbose=False,
-    )
+    told = kernel_distance(a, b, subsets=2, size=600)
     ours = metrics.kernel_distance(a, b, subsets=2, subset_size=600)
     tolerance = dict(rtol=1e-6, atol=1e-10)
     np.testing.assert_allclose(
@@ -54,15 +55,8 @@ def test_kernel_distance_is_that_of_torch_fidelity(scale):
 
 
 def test_kernel_distances_of_other_subsets_agree_within_their_error():
-    kid = peer("torch_fidelity.metric_kid")
     a, b = cloud(1, 2000), cloud(2, 2000, scale=1.1)
-    told = kid.kid_features_to_metric(
-        to_torch(a).double(),
-        to_torch(b).double(),
-        kid_subsets=50,
-        kid_subset_size=500,
-        verbose=False,
-    )
+    told = kernel_distance(a, b, subsets=50, size=500)
     ours = metrics.kernel_distance(a, b, subsets=50, subset_size=500)
     known = told["kernel_inception_distance_mean"]
     deviation = told["kernel_inception_distance_std"]

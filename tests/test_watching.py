@@ -7,16 +7,13 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jobs import evaluations, lines_of
+from jobs import SMALL, evaluations, lines_of
 
 from jax_diffusion import checkpoint, evaluate, runs, settings, train
 
-SMALL = [
-    *("--config.model.multipliers=(1,)", "--config.model.attention_resolutions=(8,)"),
-    *("--config.schedule.num_steps=10", "--config.timesteps.history=1"),
-    *("--config.model.channels=32", "--config.sampling.n=4"),
-    *("--config.sampling.steps=2", "--config.total_steps=8", "--config.log_every=4"),
-    *("--config.save_every=2", "--config.sample_every=100", "--config.keep=10"),
+SCORED = [
+    *SMALL,
+    *("--config.total_steps=8", "--config.log_every=4", "--config.save_every=2"),
     *("--config.ema_decays=(0.5, 0.9)", "--config.ema_warmup=False"),
     "--config.optimizer.lr=0.003",
     *("--config.eval_every=2", "--config.evaluation.n=70"),
@@ -27,7 +24,7 @@ BITS = [f"bits_per_dim_n20_{ema}" for ema in ("0.5", "0.9")]
 
 
 def config_of(*overrides):
-    return settings.load_config("configs/smoke.py", [*SMALL, *overrides])
+    return settings.load_config("configs/smoke.py", [*SCORED, *overrides])
 
 
 @pytest.fixture(scope="module")
