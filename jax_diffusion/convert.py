@@ -22,13 +22,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from jax_diffusion import checkpoint, data, papers, runs, settings, training
-from jax_diffusion.models import diffusers_config, torch_files, weights
-from jax_diffusion.models.encoder import Encoder
-from jax_diffusion.models.released import RELEASED
+from jax_diffusion import config as settings
+from jax_diffusion import data
+from jax_diffusion import pipeline as runs
+from jax_diffusion.config import Config
+from jax_diffusion.evaluation import published as papers
+from jax_diffusion.interop import diffusers_config, torch_files
+from jax_diffusion.interop import layouts as weights
+from jax_diffusion.interop.released import RELEASED
+from jax_diffusion.models.noisy_classifier import NoisyClassifier
 from jax_diffusion.models.unet import UNet
-from jax_diffusion.runs import Run
-from jax_diffusion.settings import Config
+from jax_diffusion.pipeline import Run
+from jax_diffusion.runtime import checkpoint
+from jax_diffusion.training import step as training
 
 Network = tuple[PyTree, Config, tuple[int, ...]]  # parameters, config, image shape
 
@@ -146,7 +152,7 @@ def _params(tensors, config, image_shape, layout) -> PyTree:
 
 
 def _heads_of(model):
-    if not isinstance(model, UNet | Encoder):
+    if not isinstance(model, UNet | NoisyClassifier):
         raise ValueError(
             "only the networks 'unet' and 'encoder' have a place in other layouts, got "
             f"{type(model).__name__}."

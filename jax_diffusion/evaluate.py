@@ -15,18 +15,16 @@ from typing import Any
 
 import jax
 
-from jax_diffusion import (
-    data,
-    evaluation,
-    image_scores,
-    papers,
-    runs,
-    scoring,
-    settings,
-)
+from jax_diffusion import config as settings
+from jax_diffusion import data
+from jax_diffusion import pipeline as runs
+from jax_diffusion.evaluation import bits_per_dim as evaluation
+from jax_diffusion.evaluation import image_sets as image_scores
+from jax_diffusion.evaluation import published as papers
+from jax_diffusion.evaluation import sample_quality as scoring
+from jax_diffusion.evaluation.sample_quality import Score
 from jax_diffusion.models import inception
-from jax_diffusion.runs import Run
-from jax_diffusion.scoring import Score
+from jax_diffusion.pipeline import Run
 
 STAGES = {  # of networks, which need no samples
     "bpd": evaluation.bound,

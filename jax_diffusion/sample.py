@@ -17,20 +17,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jax_diffusion import (
-    asked,
-    checkpoint,
-    export,
-    parts,
-    plotting,
-    runs,
-    settings,
-    sharding,
-    tasks,
-)
-from jax_diffusion.asked import Drawing
-from jax_diffusion.runs import Run
-from jax_diffusion.training import num_classes
+from jax_diffusion import config as settings
+from jax_diffusion import export, plotting, tasks
+from jax_diffusion import pipeline as runs
+from jax_diffusion import sampling_arguments as asked
+from jax_diffusion.pipeline import Run
+from jax_diffusion.runtime import checkpoint, sharding
+from jax_diffusion.runtime import files as parts
+from jax_diffusion.sampling_arguments import BoundSampler
+from jax_diffusion.training.step import num_classes
 
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # frames [k b h w c], labels [b]
 
@@ -64,7 +59,7 @@ def sample(args: argparse.Namespace) -> None:
         )
 
 
-def _export(args: argparse.Namespace, run: Run, drawing: Drawing) -> None:
+def _export(args: argparse.Namespace, run: Run, drawing: BoundSampler) -> None:
     """Writes the sampler as a file of its own."""
     draw, params, schedule, arrays = drawing.arguments
 
@@ -89,7 +84,10 @@ def _export(args: argparse.Namespace, run: Run, drawing: Drawing) -> None:
 
 
 def draw_all(
-    args: argparse.Namespace, first: Drawing, second: Drawing | None, start: int = 0
+    args: argparse.Namespace,
+    first: BoundSampler,
+    second: BoundSampler | None,
+    start: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images start to n - 1, enlarged by the second run if there is one."""
     common: dict[str, Any] = dict(seed=args.seed, rounding=args.quantize)
@@ -105,7 +103,7 @@ def draw_all(
     )
     if second is not None:
         draw, params, schedule, _ = second.arguments
-        params = sharding.spread(sharding.make_mesh(), params)  # once, not each time
+        params = sharding.replicate(sharding.make_mesh(), params)  # once, not each time
     for frames, labels in batches:
         if second is not None:
             small = {"low_res": frames[-1], "label": labels}
@@ -138,12 +136,15 @@ def _with_bar(batches: Batches, *, total: int, initial: int = 0) -> Batches:
 
 
 def _write_npz(
-    args: argparse.Namespace, out: Path, first: Drawing, second: Drawing | None
+    args: argparse.Namespace,
+    out: Path,
+    first: BoundSampler,
+    second: BoundSampler | None,
 ) -> None:
     """One .npz (`arr_0`, and `arr_1` labels) as improved-diffusion's, in parts."""
     leader = jax.process_index() == 0
-    writer = parts.Parts(out, _record(args, first, second)) if leader else None
-    done = min(sharding.of_first(writer.done if writer else 0), args.n)
+    writer = parts.ResumableNpz(out, _record(args, first, second)) if leader else None
+    done = min(sharding.broadcast_from_first(writer.done if writer else 0), args.n)
     batches = draw_all(args, first, second, done) if done < args.n else ()
     for frames, labels in _with_bar(batches, total=args.n, initial=done):
         if writer is not None:
@@ -153,7 +154,7 @@ def _write_npz(
 
 
 def _record(
-    args: argparse.Namespace, first: Drawing, second: Drawing | None
+    args: argparse.Namespace, first: BoundSampler, second: BoundSampler | None
 ) -> dict[str, Any]:
     """All that decides the bytes of the images."""
     networks, rows, free = [], [], (*FREE, *first.choices)
@@ -171,7 +172,10 @@ def _record(
 
 
 def _write_folder(
-    args: argparse.Namespace, out: Path, first: Drawing, second: Drawing | None
+    args: argparse.Namespace,
+    out: Path,
+    first: BoundSampler,
+    second: BoundSampler | None,
 ) -> None:
     """PNGs and a grid of the first; of a task with frames, those beside each other."""
     shown, images = [], []

@@ -1,4 +1,4 @@
-"""What a sampler is used for, by name in `TASKS`: pure functions of a `Job`.
+"""What a sampler is used for, by name in `TASKS`: pure functions of a `SamplingContext`.
 
 Each returns frames, float32 [k, b, h, w, c] in [-1, 1]. But for `STRIPS`, the last one
 is its result, and those before it are there to compare.
@@ -19,7 +19,7 @@ from jax_diffusion.samplers import StepFn
 from jax_diffusion.schedules import NoiseSchedule
 
 
-class Job(NamedTuple):
+class SamplingContext(NamedTuple):
     """Which images, and how they are drawn."""
 
     seed: Array  # of all images
@@ -57,17 +57,17 @@ class Options(NamedTuple):
     resamples: int = 1
 
 
-def generate(job: Job, options: Options) -> Array:
+def generate(job: SamplingContext, options: Options) -> Array:
     """Images, and the way to them."""
     return _frames(job, options).x
 
 
-def progress(job: Job, options: Options) -> Array:
+def progress(job: SamplingContext, options: Options) -> Array:
     """What x_0 was predicted to be on the way (Ho et al. 2020, figure 6)."""
     return _frames(job, options).x_0
 
 
-def _frames(job: Job, options: Options) -> samplers.SampleState:
+def _frames(job: SamplingContext, options: Options) -> samplers.SampleState:
     """As many frames as asked, or fewer: evenly spaced, none before the first step."""
     num_steps = job.schedule.num_steps
     size = -(-num_steps // options.num_frames)
@@ -78,7 +78,7 @@ def _frames(job: Job, options: Options) -> samplers.SampleState:
     )
 
 
-def complete(job: Job, options: Options) -> Array:
+def complete(job: SamplingContext, options: Options) -> Array:
     """Groups of images that share x_T and all noise down to a level (Ho, figure 7)."""
     groups = job.keys_of(job.rows["ids"] // options.group)
     keys, denoise_fn, step_fn, schedule = job.arguments
@@ -87,24 +87,24 @@ def complete(job: Job, options: Options) -> Array:
     return samplers.sample(keys, denoise_fn, step_fn, schedule, x_T)[None]
 
 
-def inpaint(job: Job, options: Options) -> Array:
+def inpaint(job: SamplingContext, options: Options) -> Array:
     """The image, what is known of it, and that completed."""
     mask = jnp.asarray(options.mask, jnp.float32)
     return _known(job, options, mask, lambda x: jnp.broadcast_to(mask, x.shape) * x)
 
 
-def colourise(job: Job, options: Options) -> Array:
+def colourise(job: SamplingContext, options: Options) -> Array:
     """The image, its grey, and that in colours."""
     return _known(job, options, editing.grey, editing.grey)
 
 
-def enlarge(job: Job, options: Options) -> Array:
+def enlarge(job: SamplingContext, options: Options) -> Array:
     """The image, its blocks of pixels, and those with details."""
     blocks = functools.partial(editing.block_mean, size=options.block)
     return _known(job, options, blocks, blocks)
 
 
-def _known(job: Job, options: Options, mask: Any, show: Callable) -> Array:
+def _known(job: SamplingContext, options: Options, mask: Any, show: Callable) -> Array:
     image = job.rows["image"]
     x = editing.repaint(
         *job.arguments,
@@ -117,13 +117,13 @@ def _known(job: Job, options: Options, mask: Any, show: Callable) -> Array:
     return jnp.stack([image, show(image), x])
 
 
-def edit(job: Job, options: Options) -> Array:
+def edit(job: SamplingContext, options: Options) -> Array:
     """The image, and another made of it with noise up to a level."""
     image = job.rows["image"]
     return jnp.stack([image, editing.edit(*job.arguments, image, t=options.level)])
 
 
-def reconstruct(job: Job, options: Options) -> Array:
+def reconstruct(job: SamplingContext, options: Options) -> Array:
     """The image, what DDIM finds for it at a level, and what DDIM makes of that."""
     image = job.rows["image"]
     keys, denoise_fn, _, schedule = job.arguments
@@ -131,7 +131,7 @@ def reconstruct(job: Job, options: Options) -> Array:
     return jnp.stack([image, x_t / 2, x])
 
 
-def interpolate(job: Job, options: Options) -> Array:
+def interpolate(job: SamplingContext, options: Options) -> Array:
     """The image, those between it and the next at a level of noise, and the next."""
     image, other = job.rows["image"], job.rows["other"]
     weights = jnp.linspace(0.0, 1.0, options.num_frames)
@@ -141,7 +141,7 @@ def interpolate(job: Job, options: Options) -> Array:
     return jnp.concatenate([image[None], between, other[None]])
 
 
-def slerp(job: Job, options: Options) -> Array:
+def slerp(job: SamplingContext, options: Options) -> Array:
     """Images whose x_T lie between that of the image and of the next."""
     next_keys = job.keys_of(job.rows["ids"] + 1)
     weights = jnp.linspace(0.0, 1.0, options.num_frames)
@@ -149,7 +149,7 @@ def slerp(job: Job, options: Options) -> Array:
     return editing.between_noises(*job.arguments, x_T, y_T, weights)
 
 
-TASKS: dict[str, Callable[[Job, Options], jax.Array]] = {
+TASKS: dict[str, Callable[[SamplingContext, Options], jax.Array]] = {
     "generate": generate,
     "sequence": generate,
     "progress": progress,

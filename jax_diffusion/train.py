@@ -19,26 +19,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from jax_diffusion import (
-    checkpoint,
-    cpu,
-    logs,
-    metrics,
-    plotting,
-    roofline,
-    settings,
-    sharding,
-    watching,
-)
-from jax_diffusion.plan import Plan, Program, compile_plan, make_plan
-from jax_diffusion.settings import Config
-from jax_diffusion.training import TrainState
+from jax_diffusion import config as settings
+from jax_diffusion import metrics, plotting
+from jax_diffusion.config import Config
+from jax_diffusion.evaluation import during_training as watching
+from jax_diffusion.runtime import checkpoint, cpu, logs, sharding
+from jax_diffusion.runtime import device_peaks as roofline
+from jax_diffusion.training.setup import Plan, Program, compile_plan, make_plan
+from jax_diffusion.training.step import TrainState
 
 COLOUR_BATCHES = 8  # of data, to compare the colours of samples with
 PROFILE_FROM = 10  # updates after the start: what compiles and caches is over by then
 
 
-class StopRequest:
+class PreemptionSignal:
     """Set by the first SIGTERM or Ctrl-C, while `listen` is in force.
 
     Of several processes, one that gets a SIGTERM tells the others through JAX, and all
@@ -48,7 +42,7 @@ class StopRequest:
     name = ""  # of the signal, once it came
 
     @contextlib.contextmanager
-    def listen(self) -> Iterator["StopRequest"]:
+    def listen(self) -> Iterator["PreemptionSignal"]:
         """Catches the signals; a second one acts as usual."""
 
         def catch(number, frame):
@@ -91,7 +85,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     settings.check_config(config)
     logs.check_writers(config.log_to)
     record = {"config": json.loads(config.to_json()), "window": []}
-    if not sharding.agree(json.dumps(record["config"], sort_keys=True)):
+    if not sharding.same_on_all_hosts(json.dumps(record["config"], sort_keys=True)):
         raise ValueError("all processes must be given one config, got several.")
     fresh = checkpoint.latest_step(workdir) is None
     if not fresh:
@@ -110,10 +104,10 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     )
     state, saved = checkpoint.restore_or_init(manager, program.init, program.shardings)
     first = step = int(state.step)
-    journal, problem = Journal(config, workdir, plan, program, first), ""
+    journal, problem = Reporter(config, workdir, plan, program, first), ""
     journal.window = saved["window"] if saved else []
     clock, stream = journal.clock, plan.batches.stream(first, plan.rows)
-    with StopRequest().listen() as stop, contextlib.closing(stream), journal:
+    with PreemptionSignal().listen() as stop, contextlib.closing(stream), journal:
         while step < config.total_steps and not problem and not stop.name:
             with clock.measure("data"):
                 batch = plan.place(next(stream))
@@ -160,7 +154,7 @@ def profile(
         jax.profiler.stop_trace()
 
 
-class Journal:
+class Reporter:
     """All that a run writes down but its checkpoints; on host 0, the others keep count.
 
     `window` holds the metrics since the last line of the log, most of them still on the
@@ -191,7 +185,7 @@ class Journal:
         )
         self.clock = logs.StepClock()
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "Reporter":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def four(folder):
     """A run by one process of four devices."""
-    from jobs import Job
+    from support.jobs import Job
 
     Job(folder / "four").finish()
     return folder / "four"

@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.lax import Precision
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from jax_diffusion.models.weights import check_same
+from jax_diffusion.interop.layouts import check_same
 
 # Of https://github.com/mseitzer/pytorch-fid. The hash is that of the published file of
 # 95,628,359 bytes; its first digits are in the name, as PyTorch's hub wants it.

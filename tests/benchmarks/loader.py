@@ -87,7 +87,7 @@ def open_all(images: np.ndarray, folder: Path) -> dict[str, data.Batches]:
 def images_per_second(batches: data.Batches, first: int) -> float:
     """Of a second of reading, after those batches that were made ahead."""
     with contextlib.closing(batches.stream(first)) as stream:
-        for _ in range(2 * data.READY):
+        for _ in range(2 * data.PREFETCH_BATCHES):
             next(stream)
         begun, count = time.perf_counter(), 0
         while (elapsed := time.perf_counter() - begun) < 1:

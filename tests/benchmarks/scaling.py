@@ -28,7 +28,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from jax_diffusion import roofline, settings, sharding, training
+from jax_diffusion import config as settings
+from jax_diffusion.runtime import device_peaks as roofline
+from jax_diffusion.runtime import sharding
+from jax_diffusion.training import step as training
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 IMAGES = {"cifar10": (32, 64), "imagenet64": (64, 16)}  # side, and images per device

@@ -1,0 +1,102 @@
+"""The noisy classifier of guided diffusion: half a U-Net (Dhariwal & Nichol 2021).
+
+    emb = MLP(sinusoids of t)
+    down: per level num_res_blocks x (ResBlock, attention at some sizes), halve
+    mid:  ResBlock, attention, ResBlock
+    head: all pixels become one row of logits, in one of four ways, `pool`
+
+Classifier guidance follows the gradient in x_t of log p(label | x_t), so the network
+sees noisy images and is told how noisy. Norms, softmax, time embedding and the whole
+head are float32 whatever the dtype.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jax_diffusion.models.layers import Layers
+from jax_diffusion.models.unet import Trunk
+
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
+
+HIDDEN = 2048  # features between the two linear layers of the spatial heads
+
+
+class AttentionPool(Layers):
+    """What the mean pixel gathers by attention over all pixels, as logits (CLIP).
+
+    The mean is put before the pixels as one more token, each token is told its place by
+    a learned embedding, and only the mean's own row of the attention is needed.
+    """
+
+    num_labels: int = 1000
+    num_heads: int = 1
+    head_channels: int | None = None  # decides num_heads by the channels, if given
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k"]:
+        b, height, width, c = x.shape
+        size = self.head_channels or c // self.num_heads
+        pixels = x.reshape(b, height * width, c)
+        tokens = jnp.concatenate([pixels.mean(1, keepdims=True), pixels], axis=1)
+        init = nn.initializers.normal(c**-0.5)
+        tokens += self.param("positions", init, tokens.shape[1:])[None]
+        qkv = self.dense(tokens, 3 * c, name="qkv_proj", fused=3)
+        # [b, token, head, channels of a head] each, as in `Attention`.
+        q, k, v = jnp.moveaxis(qkv.reshape(b, -1, 3, c // size, size), 2, 0)
+        h = jax.nn.dot_product_attention(q[:, :1], k, v).reshape(b, c)
+        return self.dense(h, self.num_labels, name="c_proj")
+
+
+class NoisyClassifier(Trunk):
+    """Logits of the label from x_t and its timestep; see the module's docstring.
+
+    Args of the call: x float32 [b, h, w, c]; timesteps float32 [b]. Returns float32
+    [b, num_labels].
+
+    The heads, each named as in guided diffusion:
+        adaptive: the mean of the last pixels, and a linear layer that starts at zero.
+        attention: `AttentionPool` of the last pixels; for one image size only.
+        spatial: the means of every stage side by side, and two linear layers.
+        spatial_v2: the same with a norm between the two.
+
+    Raises:
+        ValueError: if a name is unknown, if the image cannot be halved often enough, or
+            if the channels of a level cannot be grouped or split into heads.
+    """
+
+    num_labels: int = 1000
+    pool: str = "adaptive"  # of POOLS
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        timesteps: Float[Array, "b"],
+        *,
+        train: bool = False,
+    ) -> Float[Array, "b k"]:
+        if self.pool not in POOLS:
+            raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}.")
+        self.check(x)
+        block, attend = self.blocks(self.embed(timesteps), train)
+        stages, h = self.descend(x, block, attend)
+        if self.pool.startswith("spatial"):
+            return self._spatial([*stages, h])
+        h = self.norm(h, name="norm_out", silu=True)
+        if self.pool == "adaptive":
+            h = jnp.mean(h, axis=(1, 2))
+            return self.dense(h, self.num_labels, name="conv_logits", zero=True)
+        options = self.shared() | self.heads() | dict(dtype=jnp.float32)
+        return AttentionPool(num_labels=self.num_labels, name="pool", **options)(h)
+
+    def _spatial(self, stages):
+        """Logits from the mean features of every stage."""
+        means = [jnp.mean(h.astype(jnp.float32), axis=(1, 2)) for h in stages]
+        h = self.dense(jnp.concatenate(means, axis=-1), HIDDEN, name="hidden")
+        if self.pool == "spatial":
+            h = nn.relu(h)
+        else:
+            h = self.norm(h, name="norm_hidden", silu=True)
+        return self.dense(h, self.num_labels, name="logits")

@@ -1,0 +1,1 @@
+"""What any long job needs: checkpoints, sharding, logs, files."""

@@ -1,0 +1,250 @@
+"""From a config to a compiled program: what `train` runs.
+
+`make_plan` builds the data, the network and the train step, and finds what does not
+fit; `compile_plan` compiles them for the devices that are there.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from jax_diffusion import config as settings
+from jax_diffusion import data, editing
+from jax_diffusion import pipeline as runs
+from jax_diffusion.config import Config
+from jax_diffusion.diffusion import Objective
+from jax_diffusion.runtime import sharding
+from jax_diffusion.training import step as training
+from jax_diffusion.training.step import TrainState
+
+STEP_OPTIONS = (
+    *("ema_decays", "ema_warmup", "microbatches"),
+    *("label_dropout", "low_res_size"),
+)
+PREVIEW_BATCH = 256
+
+
+class Plan(NamedTuple):
+    """What a config describes, on the devices that are there."""
+
+    batches: data.Batches
+    mesh: Mesh
+    rows: np.ndarray  # of a batch, that this host's devices hold
+    train_step: Callable[..., Any]
+    init: Callable[[], TrainState]
+    key: jax.Array  # the run's, replicated
+    lr_fn: Callable[[int], Any]
+    preview: Callable[[TrainState], np.ndarray] | None  # uint8 [n h w c]
+    model: nn.Module
+    objective: Objective | None  # None of a classifier
+
+    def place(self, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This host's rows of a batch, on the devices."""
+        return sharding.global_batch(self.mesh, local, self.batches.batch_size)
+
+
+def make_plan(config: Config) -> Plan:
+    """Builds everything, and compiles nothing yet.
+
+    Raises:
+        ValueError: for a field that is wrong, or that does not fit the others.
+    """
+    mesh = settings.call(sharding.make_mesh, config.mesh, "config.mesh")
+    batches = settings.call(data.load, config.data, "config.data", seed=config.seed)
+    rows = sharding.host_rows(mesh, batches.batch_size)
+    schedule = settings.make_schedule(config.schedule)
+    objective = settings.make_objective(config.objective, schedule)
+    image_shape = batches.image_shape
+    model = settings.make_model(config.model, objective, image_shape[-1])
+    _check_labels(config, model, batches)
+    _check_low_res(config, model, image_shape)
+    timestep_sampler = settings.make_timestep_sampler(
+        config.timesteps, schedule.num_steps
+    )
+    optimizer = dict(config.optimizer, total_steps=config.total_steps)
+    tx, lr_fn = settings.call(training.make_optimizer, optimizer, "config.optimizer")
+    options = {name: config[name] for name in STEP_OPTIONS}
+    if mesh.shape["fsdp"] > 1:
+        options["param_sharding"] = sharding.replicated(mesh)
+    train_step = training.make_train_step(
+        model, tx, schedule, objective, timestep_sampler, **options
+    )
+    preview = _preview_of(config, model, objective, batches, mesh)
+    # Made on all devices at once: an array of one host is none of the others'.
+    keys = jax.jit(
+        lambda: tuple(jax.random.split(jax.random.key(config.seed))),
+        out_shardings=sharding.replicated(mesh),
+    )
+    key_init, key = keys()
+
+    @jax.jit  # so that its shapes and its program share one trace
+    def init():
+        return training.init_state(
+            key_init, model, tx, timestep_sampler, image_shape, config.ema_decays
+        )
+
+    return Plan(
+        batches, mesh, rows, train_step, init, key, lr_fn, preview, model, objective
+    )
+
+
+class Program(NamedTuple):
+    """What is compiled of a plan."""
+
+    step: jax.stages.Compiled
+    init: Callable[[], TrainState]
+    shardings: PyTree  # of the state
+    summary: str
+
+
+def compile_plan(plan: Plan, *, fresh: bool) -> Program:
+    """Compiles the step, its state donated, and for a fresh run the initialisation."""
+    begun = time.perf_counter()
+    shapes = jax.eval_shape(plan.init)
+    step, shardings = sharding.jit_step(plan.mesh, plan.train_step, shapes)
+    # BoundSampler hundreds of small arrays runs once and compiles slowly: on the CPU,
+    # optimising it costs more than the rest of the start.
+    quick = {"xla_backend_optimization_level": "0"}
+    on_cpu = jax.default_backend() == "cpu"
+    init = jax.jit(
+        plan.init, out_shardings=shardings, compiler_options=quick if on_cpu else None
+    )
+    # On the CPU, the step's compilation leaves a core idle. Several hosts must compile
+    # in one order: they may exchange what they have found out.
+    beside = fresh and on_cpu and jax.process_count() == 1
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: init.lower().compile()) if beside else None
+        lowered = step.lower(
+            plan.key, shapes, plan.place(plan.batches.batch(0, plan.rows))
+        )
+        compiled = lowered.compile()
+        first_state = other.result() if other else init
+    count = sum(a.size for a in jax.tree.leaves(shapes.params))
+    line = f"{plan.mesh.size} x {jax.devices()[0].device_kind}"
+    if plan.mesh.shape["fsdp"] > 1 or jax.process_count() > 1:
+        sizes = " x ".join(f"{name} {n}" for name, n in plan.mesh.shape.items())
+        line += f" ({sizes}, {jax.process_count()} hosts)"
+    line += f" | {count:,} parameters"
+    line += _memory_line(compiled)
+    line += f" | compiled in {time.perf_counter() - begun:.1f} s"
+    return Program(compiled, first_state, shardings, line)
+
+
+def _memory_line(compiled: Any) -> str:
+    """What the step needs on a device, and what that has, where they tell."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return ""
+    need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    need += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    stats = jax.local_devices()[0].memory_stats() or {}
+    of = f" of {stats['bytes_limit'] / 2**20:,.0f}" if "bytes_limit" in stats else ""
+    return f" | step needs {need / 2**20:,.0f}{of} MiB a device"
+
+
+def _preview_of(config, model, objective, batches, mesh):
+    """`make_preview` as the config wants it."""
+    if objective is None:  # a classifier has nothing to draw
+        return None
+    return settings.call(
+        make_preview,
+        config.sampling,
+        "config.sampling",
+        config=config,
+        model=model,
+        objective=objective,
+        image_shape=batches.image_shape,
+        mesh=mesh,
+        arrays=_preview_rows(config, model, batches),
+    )
+
+
+def make_preview(
+    config: Config,
+    model: nn.Module,
+    objective: Objective,
+    image_shape: tuple[int, ...],
+    mesh: Mesh,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    sampler: str,
+    steps: int,
+    spacing: str,
+    eta: float,
+    n: int,
+) -> Callable[[TrainState], np.ndarray]:
+    """Builds preview(state) -> uint8 images [n h w c], drawn with the first average."""
+    short = settings.make_schedule(config.schedule, steps=steps, spacing=spacing)
+    draw = runs.make_sampler(model, objective, image_shape, sampler=sampler)
+    ema = training.ema_name(config.ema_decays[0])
+
+    def preview(state):
+        batches = runs.generate(
+            draw,
+            {"model": state.ema_params[ema]},
+            short,
+            arrays,
+            n=n,
+            seed=config.seed,
+            numbers={"eta": eta},
+            batch_size=min(n, PREVIEW_BATCH),
+            mesh=mesh,
+        )
+        return np.concatenate([frames[-1] for frames, _ in batches])
+
+    return preview
+
+
+def _preview_rows(
+    config: Config, model: nn.Module, batches: data.Batches
+) -> dict[str, np.ndarray]:
+    """Labels, which go round, and what is to be enlarged, of the first batch."""
+    if config.low_res_size:
+        first = batches.batch(0)
+        large = data.from_uint8(first["image"])
+        size = large.shape[1] // config.low_res_size
+        return {
+            "low_res": np.asarray(editing.shrink(jnp.asarray(large), size=size)),
+            "label": first["label"],
+        }
+    return {"label": np.arange(runs.num_labels(model, config), dtype=np.int32)}
+
+
+def _check_low_res(config: Config, model: nn.Module, image_shape) -> None:
+    size = config.low_res_size
+    if bool(size) != getattr(model, "low_res", False):
+        raise ValueError(
+            "config.low_res_size must be given for a model with low_res and for no "
+            f"other, got {size}."
+        )
+    if size and (size < 0 or any(n % size for n in image_shape[:2])):
+        raise ValueError(
+            f"config.low_res_size must divide images {image_shape}, got {size}."
+        )
+
+
+def _check_labels(config: Config, model: nn.Module, batches: data.Batches) -> None:
+    share = config.label_dropout
+    if not 0 <= share < 1 or (share and training.num_classes(model) is None):
+        raise ValueError(
+            "config.label_dropout must be in [0, 1), and 0 for a network that knows no "
+            f"labels, got {share}."
+        )
+    for name in ("num_classes", "num_labels"):  # a classifier answers with the latter
+        known = getattr(model, name, None)
+        if known is None:
+            continue
+        hidden = ", the last being for hidden labels" if share else ""
+        if batches.num_classes > known - bool(share):
+            raise ValueError(
+                f"labels must be below config.model.{name} = {known}{hidden}, got "
+                f"{batches.num_classes - 1}."
+            )

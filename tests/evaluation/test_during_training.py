@@ -1,0 +1,179 @@
+"""PeriodicEvaluation during training: the same as `evaluate` finds, and the best network kept."""
+
+import shutil
+import signal
+import sys
+
+import jax
+import numpy as np
+import pytest
+from support.jobs import SMALL, evaluations, lines_of
+
+from jax_diffusion import config as settings
+from jax_diffusion import evaluate, train
+from jax_diffusion import pipeline as runs
+from jax_diffusion.runtime import checkpoint
+
+SCORED = [
+    *SMALL,
+    *("--config.total_steps=8", "--config.log_every=4", "--config.save_every=2"),
+    *("--config.ema_decays=(0.5, 0.9)", "--config.ema_warmup=False"),
+    "--config.optimizer.lr=0.003",
+    *("--config.eval_every=2", "--config.evaluation.n=70"),
+    *("--config.evaluation.steps=3", "--config.evaluation.bits_images=20"),
+]
+NAMES = [f"pixel_distance_n70_{ema}" for ema in ("0.5", "0.9")]
+BITS = [f"bits_per_dim_n20_{ema}" for ema in ("0.5", "0.9")]
+
+
+def config_of(*overrides):
+    return settings.load_config("configs/smoke.py", [*SCORED, *overrides])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody stopped."""
+    workdir = tmp_path_factory.mktemp("whole")
+    train.train(config_of(), workdir)
+    return workdir
+
+
+def scored(workdir):
+    """{step: {name: score}}."""
+    rows = {row["step"]: row for row in lines_of(workdir)}
+    return {s: {k: r[k] for k in (*NAMES, *BITS) if k in r} for s, r in rows.items()}
+
+
+def test_every_average_has_scores_when_they_are_due(whole):
+    found = scored(whole)
+    assert [*found] == [2, 4, 6, 8]
+    for scores in found.values():
+        assert scores.keys() == {*NAMES, *BITS}
+        assert all(np.isfinite(v) for v in scores.values())
+        assert len({*scores.values()}) == 4
+
+
+def test_scores_are_those_that_evaluate_finds(whole, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    for ema in ("0.5", "0.9"):
+        argv = ["evaluate", "--workdir", str(workdir), "--ema", ema]
+        argv += ["--metrics", "pixel_distance,bpd", "--n", "70", "--steps", "3"]
+        monkeypatch.setattr(sys, "argv", [*argv, "--bits-images", "20"])
+        evaluate.main()
+    for ema, record in zip(("0.5", "0.9"), evaluations(workdir), strict=True):
+        at_end = scored(whole)[8]
+        for ours, theirs in (
+            (f"pixel_distance_n70_{ema}", "pixel_distance"),
+            (f"bits_per_dim_n20_{ema}", "bits_per_dim"),
+        ):
+            np.testing.assert_allclose(
+                at_end[ours], record["scores"][theirs], rtol=1e-6
+            )
+
+
+def test_the_best_average_is_kept_as_a_run_of_its_own(whole):
+    all_scores = {
+        (step, name): scores[name]
+        for step, scores in scored(whole).items()
+        for name in NAMES
+    }
+    step, name = min(all_scores, key=lambda k: all_scores[k])
+    assert checkpoint.latest_step(whole / "best") == step
+    best = runs.load_run(whole / "best")
+    assert best.ema == name.rpartition("_")[2]
+    told = checkpoint.load_record(whole / "best")["best"]
+    assert told == {
+        **{"metric": "pixel_distance_n70", "value": all_scores[step, name]},
+        **{"step": step, "ema": best.ema},
+    }
+    # All checkpoints are still there: cut off the later ones to read that step's.
+    whole_again = whole.parent / "cut"
+    shutil.copytree(whole, whole_again)
+    for later in range(step + 1, 9):
+        shutil.rmtree(whole_again / "checkpoints" / str(later), ignore_errors=True)
+    params = runs.load_run(whole_again, best.ema).params
+    equal = jax.tree.map(np.array_equal, params, best.params)
+    assert all(jax.tree.leaves(equal))
+
+
+def test_a_stopped_and_resumed_run_has_the_same_scores_and_best(
+    whole, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "run"
+    write = train.Reporter.write
+
+    def stopping(self, step, numbers):
+        write(self, step, numbers)
+        if step == 6 and not (workdir / "stopped").exists():
+            (workdir / "stopped").touch()
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train.Reporter, "write", stopping)
+    train.train(config_of(), workdir)
+    assert checkpoint.latest_step(workdir) == 6
+    train.train(config_of(), workdir)
+    assert lines_of(workdir) == lines_of(whole)
+    assert (
+        checkpoint.load_record(workdir / "best")["best"]
+        == (checkpoint.load_record(whole / "best")["best"])
+    )
+
+
+def test_other_scores_begin_with_a_new_best(whole, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    for later in (6, 8):
+        shutil.rmtree(workdir / "checkpoints" / str(later))
+    train.train(config_of("--config.evaluation.n=80"), workdir)
+    assert checkpoint.load_record(whole / "best")["best"]["step"] in (6, 8)
+    told = checkpoint.load_record(workdir / "best")["best"]
+    rows = {row["step"]: row for row in lines_of(workdir)}
+    values = {
+        (step, ema): rows[step][f"pixel_distance_n80_{ema}"]
+        for step in (6, 8)
+        for ema in ("0.5", "0.9")
+    }
+    assert told["value"] == min(values.values())
+    assert values[told["step"], told["ema"]] == told["value"]
+
+
+def test_the_distance_of_a_classifier_needs_no_file(tmp_path):
+    """It is trained when it is wanted first, where `evaluate` finds it."""
+    config = config_of(
+        "--config.evaluation.metric=classifier_distance",
+        "--config.total_steps=2",
+        "--config.evaluation.bits_images=0",
+    )
+    train.train(config, tmp_path)
+    (row,) = lines_of(tmp_path)
+    assert row["classifier_distance_n70_0.9"] > 0
+    assert (tmp_path / "evaluation" / "classifier.npz").exists()
+    assert checkpoint.latest_step(tmp_path / "best") == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--config.evaluation.metric=fit"], "config.evaluation.metric must be one of"),
+        (["--config.evaluation.n=1"], "n and reference from 2"),
+        (["--config.evaluation.steps=11"], "steps must be in"),
+        (["--config.evaluation.sampler=euler"], "must be one of .* got 'euler'"),
+        (["--config.eval_every=-1"], "eval_every must be an integer from 0"),
+    ],
+)
+def test_scores_that_cannot_be_made_stop_the_run_before_it_begins(
+    overrides, words, tmp_path
+):
+    with pytest.raises(ValueError, match=words):
+        train.train(config_of(*overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_classifier_of_noisy_images_has_no_samples_to_score(tmp_path):
+    config = settings.load_config(
+        "configs/digits_classifier.py", ["--config.eval_every=10"]
+    )
+    with pytest.raises(ValueError, match="eval_every must be 0 for a classifier"):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,463 @@
+"""Scores of a run and of images: what is printed, kept and refused."""
+
+import hashlib
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from support.jobs import SMALL, Job, evaluations
+
+from jax_diffusion import config as settings
+from jax_diffusion import data, evaluate, metrics, sample, train
+from jax_diffusion import pipeline as runs
+from jax_diffusion.evaluation import bits_per_dim as evaluation
+from jax_diffusion.evaluation import features as extractors
+from jax_diffusion.models import inception
+from jax_diffusion.runtime import checkpoint
+
+# 100 samples and 64 pixels: enough for moments of full rank.
+DRAWN = ("--n", "100", "--steps", "3", "--batch-size", "32")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained network, hardly."""
+    workdir = tmp_path_factory.mktemp("run")
+    few = [*SMALL, "--config.total_steps=4"]
+    train.train(settings.load_config("configs/smoke.py", few), workdir)
+    assert not (workdir / "best").exists()  # no scores were wanted on the way
+    return workdir
+
+
+@pytest.fixture
+def score(monkeypatch):
+    def main(*arguments):
+        argv = ["evaluate", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", argv)
+        evaluate.main()
+
+    return main
+
+
+@pytest.fixture
+def refused(score):
+    """The one sentence in which a command is refused."""
+
+    def main(*arguments):
+        with pytest.raises(ValueError) as info:
+            score(*arguments)
+        sentence = str(info.value)
+        assert sentence.endswith(".") and "\n" not in sentence
+        return sentence
+
+    return main
+
+
+def digits(split):
+    return data.load("digits", split, batch_size=64, train=False).images
+
+
+def pixels(images):
+    return data.from_uint8(images).reshape(len(images), -1)
+
+
+def write_pngs(folder, images):
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image.squeeze()).save(folder / f"{i:05d}.png")
+    return folder
+
+
+# --- a run
+
+
+def test_scores_add_up_and_say_how_they_were_made(run, tmp_path, score, capsys):
+    score("--workdir", run, "--out", tmp_path, *DRAWN)
+    printed = capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "scores.json").read_text())["evaluations"]
+    scores, errors = found["scores"], found["errors"]
+    parts = scores["prior"] + scores["kl"] + scores["decoder"]
+    np.testing.assert_allclose(scores["bits_per_dim"], parts, rtol=1e-5)
+    for name, value in scores.items():
+        assert name in printed and f"{value:.6g}" in printed
+    assert found["images"] == {
+        **dict(pixel_distance=100, pixel_distance_of_data=100),
+        **dict.fromkeys(("bits_per_dim", "prior", "kl", "decoder", "rmse"), 179),
+    }
+    assert errors["bits_per_dim"] > 0
+    told = found["samples"]
+    assert (told["sampler"], told["steps"], told["eta"], told["clip"]) == (
+        *("ddim", 3, 0.0, True),
+    )
+    assert told["quantize"] == "floor" and told["seed"] == found["seed"] == 0
+    assert found["network"]["ema"] == "0.99" and found["network"]["step"] == 4
+    reference = found["reference"]
+    assert (reference["by"], reference["split"]) == ("digits", "train")
+    assert reference["flip"] is False and len(reference["sha256"]["pixels"]) == 64
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["seconds"].keys() == {
+        *("samples", "reference", "moments", "pixel_distance", "bpd_terms"),
+    }
+
+
+def test_a_distance_is_that_of_the_samples_which_are_kept(run, tmp_path, score):
+    score("--workdir", run, "--out", tmp_path, "--metrics", "pixel_distance", *DRAWN)
+    with np.load(tmp_path / "samples.npz") as kept:
+        images, labels = kept["arr_0"], kept["arr_1"]
+    assert images.shape == (100, 8, 8, 1) and images.dtype == np.uint8
+    assert len(labels) == 100
+    distance = metrics.frechet_distance(
+        metrics.moments(pixels(images)), metrics.moments(pixels(digits("train")))
+    )
+    (found,) = json.loads((tmp_path / "scores.json").read_text())["evaluations"]
+    np.testing.assert_allclose(found["scores"]["pixel_distance"], distance, rtol=1e-6)
+
+
+def test_samples_can_be_those_that_sample_has_written(
+    run, tmp_path, score, monkeypatch
+):
+    out = tmp_path / "drawn.npz"
+    argv = ["sample", "--workdir", run, "--out", out, *DRAWN]
+    monkeypatch.setattr(sys, "argv", [*map(str, argv)])
+    sample.main()
+    only = ("--metrics", "pixel_distance", "--batch-size", 32)
+    score("--workdir", run, "--out", tmp_path / "a", "--images", out, *only)
+    score("--workdir", run, "--out", tmp_path / "b", *only, *DRAWN)
+    read, drawn = (evaluations_of(tmp_path / name)[0] for name in "ab")
+    assert read["scores"] == drawn["scores"] and len(read["samples"]["sha256"]) == 64
+
+
+def evaluations_of(out):
+    return json.loads((out / "scores.json").read_text())["evaluations"]
+
+
+def test_terms_are_written_as_image_nll_writes_them(run, tmp_path, score):
+    few = ("--metrics", "bpd", "--bits-images", "30", "--batch-size", "32")
+    score("--workdir", run, "--out", tmp_path, *few)
+    with np.load(tmp_path / "bpd_terms.npz") as terms:
+        vlb, total, prior = terms["vlb"], terms["total"], terms["prior"]
+        eps_mse, x_0_mse = terms["eps_mse"], terms["x_0_mse"]
+    assert vlb.shape == (30, 10)
+    np.testing.assert_allclose(total, prior + vlb.sum(axis=1), rtol=1e-5)
+    for name, values in (("vb", vlb), ("mse", eps_mse), ("xstart_mse", x_0_mse)):
+        with np.load(tmp_path / f"{name}_terms.npz") as file:
+            found = file["arr_0"]
+        # column 0 belongs to the last timestep
+        np.testing.assert_allclose(found, values.mean(axis=0)[::-1], rtol=1e-6)
+    with np.load(tmp_path / "rate_distortion.npz") as curve:
+        np.testing.assert_allclose(curve["rate"][-1], prior.mean(), rtol=1e-5)
+    for name in ("bpd_terms", "rate_distortion"):
+        with Image.open(tmp_path / f"{name}.png") as plot:
+            assert plot.size[0] > 100
+
+
+def test_fewer_steps_give_a_bound_of_fewer_terms(run, tmp_path, score):
+    few = ("--metrics", "bpd", "--bits-images", "16", "--bits-steps", "4")
+    score("--workdir", run, "--out", tmp_path, *few)
+    with np.load(tmp_path / "bpd_terms.npz") as terms:
+        assert terms["vlb"].shape == (16, 4)
+    assert evaluations_of(tmp_path)[0]["bpd"]["steps"] == 4
+
+
+def test_likelihood_by_the_ode_has_its_errors(run, tmp_path, score):
+    few = ("--metrics", "ode", "--bits-images", "8", "--ode-probes", "2")
+    score("--workdir", run, "--out", tmp_path, *few)
+    (found,) = evaluations_of(tmp_path)
+    assert found["ode"]["steps"] == 9 and found["ode"]["probes"] == 2
+    assert found["scores"].keys() == {
+        *("ode_bits_per_dim", "ode_step_error", "ode_probe_error"),
+    }
+    assert all(np.isfinite(v) for v in found["scores"].values())
+    assert found["scores"]["ode_step_error"] > 0
+
+
+def test_evaluations_are_added_to_those_before(run, tmp_path, score):
+    few = ("--workdir", run, "--out", tmp_path, "--metrics", "bpd")
+    for images in (5, 6):
+        score(*few, "--bits-images", images)
+    found = [e["images"]["bits_per_dim"] for e in evaluations_of(tmp_path)]
+    assert found == [5, 6]
+
+
+def test_a_classifier_of_the_run_scores_its_samples(run, tmp_path, score, capsys):
+    score("--workdir", run, "--out", tmp_path, "--train-classifier")
+    said = capsys.readouterr().out
+    assert "of 179 test images right" in said
+    assert not (tmp_path / "scores.json").exists()
+    names = ("classifier_distance", "classifier_score", "classifier_kernel")
+    names = (*names, "classifier_precision_recall")
+    score("--workdir", run, "--out", tmp_path, "--metrics", ",".join(names), *DRAWN)
+    (found,) = evaluations_of(tmp_path)
+    scores = found["scores"]
+    assert {*names[:3], "classifier_precision", "classifier_recall"} <= scores.keys()
+    assert not any("fid" in name for name in scores)
+    assert scores["classifier_distance"] > scores["classifier_distance_of_data"]
+    assert 1 <= scores["classifier_score"] <= 10
+    assert 0 <= scores["classifier_precision"] <= 1
+    assert len(found["extractors"]["classifier"]) == 64
+
+
+def test_scores_stand_beside_those_of_the_paper(run, tmp_path, score, capsys):
+    """Of a run that says what it reproduces; here of its record with that added."""
+    record = checkpoint.load_record(run)
+    record["config"]["reproduces"] = "iddpm_cifar10_hybrid"
+    params = runs.load_run(run).params
+    record["config"]["ema_decays"] = []
+    checkpoint.save_params(tmp_path / "run", params, record)
+    few = ("--metrics", "bpd", "--bits-images", "10", "--compare", "paper")
+    score("--workdir", tmp_path / "run", *few)
+    (found,) = evaluations(tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "transcribed" in printed
+    row = next(r for r in printed.splitlines() if "3.17" in r)
+    assert row.startswith("bits_per_dim")
+    assert f"{found['scores']['bits_per_dim']:.4g}" in row
+
+
+# --- stopped, and on other devices
+
+
+ALL = ("--metrics", "pixel_distance,classifier_distance,bpd", "--bits-images", "60")
+ALL = (*ALL, "--reference-split", "test", "--split", "test", *DRAWN)
+
+
+@pytest.fixture(scope="module")
+def classifier(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("classifier") / "classifier.npz"
+    train_split, test_split = (
+        data.load("digits", split, batch_size=128, train=split == "train")
+        for split in ("train", "test")
+    )
+    extractors.train_classifier(path, train_split, test_split, seed=0)
+    return path
+
+
+class Killed(BaseException):
+    """Nothing may catch it, as nothing can catch a kill."""
+
+
+def test_an_evaluation_killed_in_every_stage_gives_the_same_numbers(
+    run, classifier, tmp_path, score, monkeypatch
+):
+    common = ("--workdir", run, "--classifier", classifier, *ALL)
+    score(*common, "--out", tmp_path / "whole")
+    add, starts, left = evaluation.parts.ResumableNpz.add, 0, 0
+
+    def dying(self, arrays):
+        nonlocal left
+        if not left:
+            raise Killed
+        left -= 1
+        add(self, arrays)
+
+    monkeypatch.setattr(evaluation.parts.ResumableNpz, "add", dying)
+    finished = False
+    while not finished:
+        starts, left = starts + 1, 3
+        try:
+            score(*common, "--out", tmp_path / "killed")
+            finished = True
+        except Killed:
+            assert not (tmp_path / "killed" / "scores.json").exists()
+    assert starts == 4  # of 100, 179 and 60 images, 32 at a time
+    whole, killed = (evaluations_of(tmp_path / name)[0] for name in ("whole", "killed"))
+    assert whole["scores"].keys() == killed["scores"].keys()
+    for name, value in whole["scores"].items():  # short batches are other programs
+        np.testing.assert_allclose(value, killed["scores"][name], rtol=1e-6)
+    left_over = [path for path in (tmp_path / "killed").iterdir() if path.is_dir()]
+    assert left_over == []
+
+
+def test_one_device_gives_the_numbers_of_eight(run, classifier, tmp_path, score):
+    common = ("--classifier", str(classifier), *ALL)
+    Job(
+        run, *common, "--out", str(tmp_path / "1"), program="evaluate", devices=1
+    ).finish()
+    score("--workdir", run, *common, "--out", tmp_path / "8")
+    one, eight = (evaluations_of(tmp_path / name)[0] for name in "18")
+    assert one["hardware"]["devices"] == 1 and eight["hardware"]["devices"] == 8
+    for name, value in one["scores"].items():
+        np.testing.assert_allclose(value, eight["scores"][name], rtol=1e-6)
+
+
+# --- images without a run
+
+
+def test_two_folders_are_scored_without_a_run(tmp_path, score, capsys):
+    a, b = digits("test"), digits("train")[:200]
+    write_pngs(tmp_path / "a", a)
+    write_pngs(tmp_path / "b", b)
+    folders = ("--images", tmp_path / "a", "--reference", tmp_path / "b")
+    score(*folders, "--metrics", "pixel_distance", "--out", tmp_path / "out")
+    distance = metrics.frechet_distance(
+        metrics.moments(pixels(a)), metrics.moments(pixels(b))
+    )
+    (found,) = evaluations_of(tmp_path / "out")
+    np.testing.assert_allclose(found["scores"]["pixel_distance"], distance, rtol=1e-6)
+    assert found["samples"]["by"] == str(tmp_path / "a")
+    assert len(found["reference"]["sha256"]["pixels"]) == 64
+    printed = capsys.readouterr().out
+    before = {path.name for path in tmp_path.iterdir()}
+    score(*folders, "--metrics", "pixel_distance")  # writes nothing
+    assert {path.name for path in tmp_path.iterdir()} == before
+    value = f"{distance:.6g}"
+    assert value in printed and value in capsys.readouterr().out
+
+
+FEATURES = 6
+
+
+@pytest.fixture
+def fake_inception(monkeypatch):
+    """A few numbers of each image in the place of Inception's features."""
+
+    def apply(params, images):
+        x = images.reshape(len(images), -1)[:, : 2 * FEATURES].astype("float32") / 255
+        pool, spatial = x[:, :FEATURES], x[:, FEATURES:]
+        return {"pool": pool, "spatial": spatial, "logits": pool}
+
+    found = extractors.FeatureExtractor("inception", "0" * 64, {}, apply)
+    monkeypatch.setattr(extractors, "inception", lambda *args, **options: found)
+
+
+def noise(n, seed):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, 4, 4, 3)).astype(np.uint8)
+
+
+def test_few_samples_have_a_fid_that_says_how_many(tmp_path, score, fake_inception):
+    for n in (9_999, 10_000):
+        np.savez(tmp_path / f"{n}.npz", noise(n, 0))
+        arguments = ("--images", tmp_path / f"{n}.npz", "--metrics", "fid,sfid")
+        out = ("--out", tmp_path / f"{n}")
+        score(*arguments, "--reference", tmp_path / f"{n}.npz", *out)
+    few, many = (evaluations_of(tmp_path / str(n))[0]["scores"] for n in (9999, 10000))
+    assert {"fid_n9999", "sfid_n9999"} <= few.keys() and "fid" not in few
+    assert {"fid", "sfid"} <= many.keys() and "fid_n10000" not in many
+
+
+def test_moments_that_were_saved_stand_for_their_images(
+    tmp_path, score, fake_inception
+):
+    np.savez(tmp_path / "a.npz", noise(50, 0))
+    np.savez(tmp_path / "b.npz", noise(60, 1))
+    common = ("--images", tmp_path / "a.npz", "--metrics", "fid,sfid,inception_score")
+    save = ("--reference", tmp_path / "b.npz", "--save-moments", tmp_path / "m.npz")
+    score(*common, *save, "--out", tmp_path / "images")
+    score(*common, "--reference", tmp_path / "m.npz", "--out", tmp_path / "moments")
+    images, moments = (evaluations_of(tmp_path / n)[0] for n in ("images", "moments"))
+    of_moments = moments["scores"]
+    assert of_moments.keys() == {"fid_n50", "sfid_n50", "inception_score"}
+    for name, value in of_moments.items():
+        np.testing.assert_allclose(value, images["scores"][name], rtol=1e-12)
+    digests = [e["reference"]["sha256"] for e in (images, moments)]
+    assert digests[0] == digests[1]
+
+
+def test_a_reference_batch_has_moments_and_images(tmp_path, score, fake_inception):
+    """guided-diffusion's: the moments are of more images than are in the file."""
+    np.savez(tmp_path / "a.npz", noise(50, 0))
+    mu, sigma = np.full(FEATURES, 0.5), np.eye(FEATURES) / 12
+    np.savez(tmp_path / "b.npz", arr_0=noise(40, 1), mu=mu, sigma=sigma)
+    common = ("--images", tmp_path / "a.npz", "--reference", tmp_path / "b.npz")
+    score(*common, "--metrics", "fid,precision_recall", "--out", tmp_path / "out")
+    (found,) = evaluations_of(tmp_path / "out")
+    assert found["scores"].keys() == {"fid_n50", "precision", "recall"} | (
+        {k for k in found["scores"] if k.endswith("of_data")}
+    )
+    pool = noise(50, 0).reshape(50, -1)[:, :FEATURES] / np.float64(255)
+    told = metrics.Moments(10**6, mu, sigma)
+    expected = metrics.frechet_distance(metrics.moments(pool), told)
+    np.testing.assert_allclose(found["scores"]["fid_n50"], expected, rtol=1e-6)
+
+
+# --- what is refused
+
+
+def test_what_cannot_be_scored_is_refused_in_one_sentence(tmp_path, refused):
+    good = tmp_path / "good.npz"
+    np.savez(good, noise(20, 0))
+    mixed = write_pngs(tmp_path / "mixed", noise(2, 0))
+    Image.fromarray(noise(1, 0)[0].repeat(2, axis=0)).save(mixed / "9.png")
+    broken = write_pngs(tmp_path / "broken", noise(3, 0))
+    (broken / "00001.png").write_bytes((broken / "00001.png").read_bytes()[:60])
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "wrong.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
+    np.savez(tmp_path / "large.npz", noise(20, 0).repeat(2, axis=1).repeat(2, axis=2))
+    only = ("--metrics", "pixel_distance")
+    for images, reference, words in (
+        (tmp_path / "empty", good, "must hold images"),
+        (tmp_path / "absent", good, "absent"),
+        (mixed, good, "must be of one size"),
+        (broken, good, "00001.png must be a whole image"),
+        (good, tmp_path / "large.npz", "must be of one shape"),
+        (good, tmp_path / "empty", "must hold images"),
+    ):
+        assert words in refused("--images", images, "--reference", reference, *only)
+    wrong = ("--images", good, "--reference", tmp_path / "wrong.npz")
+    assert "wrong.npz" in refused(*wrong, "--metrics", "fid")
+    assert "is for Inception's features" in refused(*wrong, *only)
+    assert "at most 20" in refused(
+        "--images", good, "--reference", good, *only, "--n=21"
+    )
+
+
+def test_weights_of_another_hash_are_refused(tmp_path, refused):
+    np.savez(tmp_path / "a.npz", noise(20, 0))
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"not what it should be")
+    both = ("--images", tmp_path / "a.npz", "--reference", tmp_path / "a.npz")
+    sentence = refused(*both, "--metrics", "fid", "--inception", file)
+    assert inception.SHA256 in sentence
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in sentence
+
+
+def test_a_classifier_needs_labels(run, tmp_path, refused):
+    np.savez(tmp_path / "plain.npz", digits("all"))
+    command = ("--workdir", run, "--data", f"npz:{tmp_path / 'plain.npz'}")
+    out = ("--out", tmp_path / "out", "--train-classifier")
+    assert "labels" in refused(*command, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_that_fit_nothing_are_refused(run, tmp_path, refused):
+    for arguments, words in (
+        ((), "--workdir must be given, or both --images and --reference"),
+        (("--images", tmp_path), "--workdir must be given, or both"),
+        (("--workdir", run, "--metrics", "fidd"), "got 'fidd'"),
+        (("--workdir", run, "--metrics", "accuracy"), "got 'accuracy'"),
+        (("--workdir", run, "--n", 0), "--n must be positive, got 0"),
+        (("--workdir", run, "--eta", 2), "--eta must be in [0, 1]"),
+        (("--workdir", run, "--eta", 1, "--sampler", "heun"), "got 1.0 for heun"),
+        (("--workdir", run, "--quantize", "up"), "got 'up'"),
+        (("--workdir", run, "--compare", "me"), "--compare must be paper"),
+        (("--workdir", run, "--compare", "paper"), "names what it reproduces"),
+        (("--workdir", run, "--save-moments", "m.npz"), "Inception's features"),
+        (("--workdir", run, "--steps", 3, "--metrics", "classifier_score"), "--train-"),
+        (("--workdir", run, "--steps", 11), "got 11"),
+        (("--workdir", run, "--metrics", "bpd", "--bits-images", 180), "at most 179"),
+    ):
+        out = ("--out", tmp_path / "out")
+        assert words in refused(*arguments, *out)
+        assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_other_settings_and_broken_records_are_refused(
+    run, tmp_path, refused, score, monkeypatch
+):
+    few = ("--workdir", run, "--out", tmp_path, "--metrics", "bpd")
+    few = (*few, "--bits-images", "20", "--batch-size", "10")
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.Evaluation, "finish", killed)
+        with pytest.raises(Killed):
+            score(*few)
+    assert "seed 0 -> 1" in refused(*few, "--seed", "1")
+    (tmp_path / "scores.json").write_text("[]")
+    assert "must be an object with a list `evaluations`" in refused(*few)

@@ -1,0 +1,836 @@
+"""The program `sample`: what it draws, as the core by hand, and what it refuses."""
+
+import argparse
+import functools
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+from support.jobs import Job
+
+from jax_diffusion import config as settings
+from jax_diffusion import (
+    data,
+    diffusion,
+    export,
+    guidance,
+    sample,
+    samplers,
+    schedules,
+    tasks,
+)
+from jax_diffusion import pipeline as runs
+from jax_diffusion import sampling_arguments as asked
+from jax_diffusion.runtime import checkpoint, sharding
+from jax_diffusion.runtime import files as parts
+from jax_diffusion.training import step as training
+
+N = 5  # images of a job, the same in most: then programs are compiled once
+T, SIZE = 8, 8
+COSINE = dict(name="cosine", num_steps=T)
+X_0 = dict(mean_type="x_0", var_type="learned_range", loss="hybrid")
+UNET = dict(
+    name="unet",
+    channels=8,
+    multipliers=(1,),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    num_groups=4,
+)
+ENCODER = UNET | dict(name="encoder", num_labels=3)
+KNOWN = 4  # labels of the network, and one more that means hidden
+LABELS = dict(model=UNET | dict(num_classes=KNOWN + 1), label_dropout=0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """Programs that run for a moment are not worth more."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def make_run(workdir, *, shape=(SIZE, SIZE, 3), scale=0.3, **changes):
+    """A run as conversion leaves it, of a random network, nowhere zero."""
+    source = dict(name="npz", path=str(workdir.parent / "images.npz"), batch_size=1)
+    config = dict(data=source, schedule=COSINE, objective=X_0, model=UNET)
+    config |= dict(ema_decays=(), label_dropout=0.0) | changes
+    schedule = settings.make_schedule(config["schedule"])
+    objective = settings.make_objective(config["objective"], schedule)
+    model = settings.make_model(config["model"], objective, shape[-1])
+    inputs = training.example_inputs(model, shape)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(scale=scale, size=leaf.shape).astype(np.float32), shapes
+    )
+    record = dict(config=json.loads(ConfigDict(config).to_json()), window=[])
+    checkpoint.save_params(workdir, params, record | dict(image_shape=list(shape)))
+    return workdir
+
+
+def write_images(path, size=SIZE, channels=3, labels=(2, 0, 1, 3, 2, 1, 0)):
+    rng = np.random.default_rng(1)
+    labels = np.repeat(labels, 10)  # a tenth is for tests
+    images = rng.integers(0, 256, (len(labels), size, size, channels), np.uint8)
+    np.savez(path, images, labels)
+
+
+def stored_images(folder):
+    """Those that tasks start from, as integers, and their labels."""
+    path = folder / "images.npz"
+    found = data.load("npz", "test", path=path, batch_size=1, train=False)
+    return found.images.astype(int), found.labels
+
+
+@pytest.fixture(scope="module")
+def labelled(folder):
+    """A run with labels, some of which were hidden, and images of its own."""
+    write_images(folder / "images.npz")
+    return make_run(folder / "labelled", **LABELS)
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    """A run of grey images without labels, in many steps."""
+    shape, schedule = (SIZE, SIZE, 1), COSINE | dict(num_steps=80)
+    return make_run(folder / "plain", shape=shape, schedule=schedule)
+
+
+@pytest.fixture(scope="module")
+def classifier(folder):
+    """Of fewer labels than there are."""
+    options = dict(objective=None, scale=0.5)
+    return make_run(folder / "classifier", model=ENCODER, **options)
+
+
+@pytest.fixture(scope="module")
+def upsampler(folder):
+    """A run that makes 16 x 16 pixels of 8 x 8."""
+    model = LABELS["model"] | dict(low_res=True)
+    return make_run(folder / "up", shape=(2 * SIZE,) * 2 + (3,), model=model)
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Runs `sample` with its arguments."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["sample", *map(str, args)])
+        sample.main()
+
+    return run
+
+
+@pytest.fixture
+def draws(program, tmp_path):
+    """Draws into a file; returns the images, as integers, and their labels."""
+
+    def run(workdir, *args, n=N):
+        out = tmp_path / f"{len(list(tmp_path.glob('*.npz')))}.npz"
+        program("--workdir", workdir, "--out", out, "--n", n, *args)
+        with np.load(out) as arrays:
+            return arrays["arr_0"].astype(int), arrays["arr_1"]
+
+    return run
+
+
+@pytest.fixture
+def refuses(program, tmp_path, capsys):
+    """Runs a job that must end in one sentence and write nothing; returns it."""
+
+    def run(workdir, *args, out=("--out", tmp_path / "refused.npz")):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as info:
+            settings.run_program(
+                functools.partial(program, "--workdir", workdir, *out, *args)
+            )
+        error = capsys.readouterr().err
+        assert info.value.code == 2 and error.count("\n") == 1
+        assert error.startswith("error: ") and error.endswith(".\n")
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+
+    return run
+
+
+@pytest.fixture
+def floats(monkeypatch):
+    """What is drawn before it becomes uint8, batch by batch."""
+    seen, to_uint8 = [], data.to_uint8
+
+    def watched(x, rounding="floor"):
+        seen.append(np.array(x))
+        return to_uint8(x, rounding)
+
+    monkeypatch.setattr(runs.data, "to_uint8", watched)
+    return seen
+
+
+def by_hand(
+    workdir,
+    wrap=lambda denoise_fn, schedule, label: diffusion.clip_x_0(
+        functools.partial(denoise_fn, label=label)
+    ),
+    *,
+    step=samplers.ddim_step,
+    num_labels=KNOWN,
+    group=1,
+    **steps,
+):
+    """The images of seed 0 from the core alone, float32.
+
+    Those of a group of several share x_T and the noise of the upper half of the steps.
+    """
+    run = runs.load_run(workdir)
+    schedule = settings.make_schedule(run.config.schedule, **steps)
+    ids = jnp.arange(N)
+
+    def model_fn(params, x_t, timesteps, label):
+        return run.model.apply({"params": params}, x_t, timesteps, label)
+
+    @jax.jit
+    def draw(params, schedule):
+        bound = functools.partial(model_fn, params)
+        denoise_fn = diffusion.denoiser(bound, schedule, run.objective)
+        denoise_fn = wrap(denoise_fn, schedule, ids % num_labels)
+        keys = samplers.image_keys(jax.random.key(0), ids)
+        shared = samplers.image_keys(jax.random.key(0), ids // group)
+        x_T = samplers.normal(shared, run.image_shape)
+        step_fn = step
+        if group > 1:
+            step_fn = samplers.share_noise(step, shared, until=T // 2 - 1)
+        return samplers.sample(keys, denoise_fn, step_fn, schedule, x_T)
+
+    return np.asarray(draw(run.params, schedule))
+
+
+def assert_same(images, others):
+    """To one grey level, where another program rounds to the other side of it."""
+    if others.dtype == np.float32:
+        others = data.to_uint8(others)
+    difference = np.abs(images.astype(int) - others.astype(int))
+    counted = f"{np.count_nonzero(difference)} of {difference.size} pixels differ"
+    assert difference.max() <= 1 and np.mean(difference != 0) < 0.01, counted
+
+
+def assert_other(images, others):
+    assert np.mean(np.abs(images - others) > 1) > 0.05
+
+
+# Jobs that are killed
+
+
+def stored(out):
+    return len(list(out.with_suffix(".parts").glob("[0-9]*.npz")))
+
+
+def test_a_job_killed_three_times_ends_in_the_same_file(
+    plain, tmp_path, program, refuses
+):
+    arguments = ("--sampler", "ddpm", "--n", "300")
+    whole, out = tmp_path / "whole.npz", tmp_path / "killed.npz"
+
+    def job(out):
+        options = ("--out", str(out), "--batch-size", "16", *arguments)
+        return Job(plain, *options, program="sample", devices=1)
+
+    job(whole).finish()
+    for _ in range(3):
+        there, killed = stored(out), job(out)
+        killed.wait_for(lambda there=there: stored(out) >= there + 2)
+        killed.kill()
+    assert not out.exists() and 6 <= stored(out) < 19
+    other = tmp_path / "other.npz"
+    shutil.copytree(out.with_suffix(".parts"), other.with_suffix(".parts"))
+    job(out).finish()
+    assert out.read_bytes() == whole.read_bytes() and stored(out) == 0
+
+    told = ("--out", other)
+    error = refuses(plain, *arguments, "--steps", 50, out=told)
+    assert ", got steps " in error and error.endswith(" -> 50.\n")
+    # On other devices, too, and in another number of parts.
+    program("--workdir", plain, *told, *arguments, "--batch-size", 37)
+    with np.load(other) as images, np.load(whole) as others:
+        assert_same(images["arr_0"], others["arr_0"])
+        np.testing.assert_array_equal(images["arr_1"], others["arr_1"])
+
+
+class Killed(Exception):
+    """Some images are written, and then no more."""
+
+
+def cut_off(monkeypatch, program, *args):
+    """Runs a job that is lost after its first part."""
+    add = parts.ResumableNpz.add
+
+    def add_one(self, arrays):
+        if self.done:
+            raise Killed
+        add(self, arrays)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(parts.ResumableNpz, "add", add_one)
+        program(*args)
+
+
+def test_parts_of_other_images_to_start_from_are_refused(
+    labelled, tmp_path, program, refuses, monkeypatch
+):
+    path = tmp_path / "start.npz"
+    write_images(path)
+    options = ("--task", "edit", "--images", f"npz:{path}", "--n", N, "--batch-size", 2)
+    out = ("--out", tmp_path / "a.npz")
+    cut_off(monkeypatch, program, "--workdir", labelled, *out, *options)
+    write_images(path, labels=(1, 1, 1))
+    assert "parts of other settings" in refuses(labelled, *options, out=out)
+
+
+def test_parts_of_another_mask_are_refused(
+    labelled, tmp_path, program, refuses, monkeypatch
+):
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    options = ("--task", "inpaint", "--mask", tmp_path / "mask.png", "--n", N)
+    options += ("--batch-size", 2)
+    out = ("--out", tmp_path / "a.npz")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    cut_off(monkeypatch, program, "--workdir", labelled, *out, *options)
+    Image.fromarray(255 - mask).save(tmp_path / "mask.png")
+    assert "got mask " in refuses(labelled, *options, out=out)
+
+
+# Grey levels
+
+
+def test_grey_levels_are_cut_as_openai_does_or_rounded_as_ddim_does(
+    labelled, draws, floats
+):
+    images = {rule: draws(labelled, "--quantize", rule)[0] for rule in data.ROUNDINGS}
+    x = np.asarray(floats[0][-1], np.float64)[:N]
+    np.testing.assert_array_equal(floats[0], floats[1])
+    cut = np.clip((x + 1) * 127.5, 0, 255)  # ((x + 1) * 127.5).clamp(0, 255).to(uint8)
+    # (x + 1) / 2, clamped, and torchvision's mul(255).add(0.5).clamp(0, 255).to(uint8)
+    rounded = np.clip(np.clip((x + 1) / 2, 0, 1) * 255 + 0.5, 0, 255)
+    for rule, level in (("floor", cut), ("round", rounded)):
+        sure = np.abs(level - np.round(level)) > 1e-3  # else float32 may round it up
+        assert sure.mean() > 0.8
+        np.testing.assert_array_equal(images[rule][sure], np.floor(level)[sure])
+    assert 0.3 < np.mean(images["round"] == images["floor"] + 1) < 0.7
+
+
+def test_another_rule_of_rounding_is_refused(plain, refuses):
+    with pytest.raises(ValueError, match=r"must be one of .*, got 'ceil'"):
+        data.to_uint8(np.zeros(1, np.float32), "ceil")
+    assert "got 'ceil'" in refuses(plain, "--quantize", "ceil")
+
+
+# Labels and guidance
+
+
+def test_labels_go_round(labelled, draws):
+    images, labels = draws(labelled)
+    np.testing.assert_array_equal(labels, [0, 1, 2, 3, 0])
+    assert_same(images, by_hand(labelled))
+    of_one, labels = draws(labelled, "--label", 3)
+    np.testing.assert_array_equal(labels, [3] * N)
+    np.testing.assert_array_equal(of_one[3], images[3])
+    assert_other(of_one[0], images[0])
+    of_three, labels = draws(labelled, "--label", "0,1,2")
+    np.testing.assert_array_equal(labels, [0, 1, 2, 0, 1])
+    np.testing.assert_array_equal(of_three[:3], images[:3])
+    assert_other(of_three[3], images[3])
+
+
+@pytest.mark.parametrize("text", ["4", "-1", "1.5", "x", "", "1,,2", "nan", "0,inf"])
+def test_wrong_labels_are_refused(text, labelled, refuses):
+    error = refuses(labelled, f"--label={text}")
+    assert error.endswith(f"got {text!r}.\n") and "--label must be" in error
+
+
+def test_labels_for_a_network_without_are_refused(plain, refuses):
+    assert "needs a network that knows labels" in refuses(plain, "--label", 0)
+
+
+def guided(scale):
+    """Classifier-free guidance by hand."""
+
+    def wrap(denoise_fn, schedule, label):
+        at = scale(schedule) if callable(scale) else scale
+        guiding = guidance.classifier_free(denoise_fn, label, KNOWN, at)
+        return diffusion.clip_x_0(guiding)
+
+    return wrap
+
+
+def test_guidance_is_that_of_the_core(labelled, draws):
+    images, _ = draws(labelled)
+    assert_same(draws(labelled, "--guidance", 1)[0], images)
+    strong, _ = draws(labelled, "--guidance", 3)
+    assert_other(strong, images)
+    assert_same(strong, by_hand(labelled, guided(3.0)))
+
+
+def test_guidance_may_be_limited_to_an_interval_of_noise(labelled, draws):
+    images, _ = draws(labelled)
+    nowhere = ("--guidance-interval", "1e6,1e7")
+    assert_same(draws(labelled, "--guidance", 3, *nowhere)[0], images)
+
+    def scale(schedule):
+        alpha_bar = jnp.cumprod(1 - schedule.betas)
+        ratio = jnp.sqrt((1 - alpha_bar) / alpha_bar)
+        return lambda t: jnp.where((0.2 <= ratio[t]) & (ratio[t] <= 1.5), 3.0, 1.0)
+
+    some, _ = draws(labelled, "--guidance", 3, "--guidance-interval", "0.2,1.5")
+    assert_other(some, images)
+    assert_same(some, by_hand(labelled, guided(scale)))
+
+
+def test_guidance_needs_a_run_that_hid_labels(plain, folder, refuses):
+    words = "--guidance needs a run that was trained with label_dropout"
+    assert words in refuses(plain, "--guidance", 2)
+    never = make_run(folder / "never", model=LABELS["model"])
+    assert words in refuses(never, "--guidance", 2)
+
+
+def test_an_interval_must_be_one_and_of_some_guidance(labelled, refuses):
+    for text in ("1", "1,2,3", "2,1", "-1,2", "low,high", "nan,1"):
+        options = ("--guidance", 2, f"--guidance-interval={text}")
+        error = refuses(labelled, *options)
+        assert "--guidance-interval must be" in error and repr(text) in error
+    error = refuses(labelled, "--guidance-interval", "0,1")
+    assert "with --guidance or --classifier" in error
+
+
+def by_classifier(workdir, scale, *, reclip):
+    """Classifier guidance by hand; the classifier's parameters are constants."""
+    other = runs.load_run(workdir)
+
+    def wrap(denoise_fn, schedule, label):
+        def logits_fn(x_t, timesteps):
+            return other.model.apply({"params": other.params}, x_t, timesteps)
+
+        clipped = diffusion.clip_x_0(functools.partial(denoise_fn, label=label))
+        log_prob = guidance.label_log_prob(logits_fn, label)
+        guiding = guidance.classifier(clipped, schedule, log_prob, scale)
+        if not reclip:
+            return guiding
+        return diffusion.clip_x_0(guidance.shift_x_0(guiding, schedule))
+
+    return wrap
+
+
+@pytest.mark.parametrize(
+    ("options", "reclip", "step", "scale"),
+    [
+        ((), True, samplers.ddim_step, 8.0),
+        (("--no-reclip",), False, samplers.ddim_step, 8.0),
+        (("--sampler", "ddpm"), False, samplers.ddpm_step, 200.0),
+    ],
+    ids=["ddim", "no-reclip", "ddpm"],
+)
+def test_a_classifier_guides_as_in_the_core(
+    options, reclip, step, scale, labelled, classifier, draws
+):
+    told = ("--classifier", classifier, "--classifier-scale", scale, *options)
+    images, labels = draws(labelled, *told)
+    np.testing.assert_array_equal(labels, [0, 1, 2, 0, 1])  # those that both know
+    wrap = by_classifier(classifier, scale, reclip=reclip)
+    assert_same(images, by_hand(labelled, wrap, step=step, num_labels=3))
+    free, _ = draws(labelled, *told, "--classifier-scale", 0)
+    assert_other(images, free)
+    if step is samplers.ddim_step:
+        assert_same(free, draws(labelled, "--label", "0,1,2")[0])
+
+
+def test_a_classifier_must_fit_the_run(labelled, classifier, folder, refuses):
+    options = dict(model=ENCODER, objective=None)
+    small = make_run(folder / "small", shape=(4, 4, 3), **options)
+    longer = COSINE | dict(num_steps=T + 1)
+    longer = make_run(folder / "longer", schedule=longer, **options)
+    for workdir, words in (
+        (small, "must be of images (8, 8, 3), as the run's, got (4, 4, 3)"),
+        (longer, "must have the run's schedule"),
+        (labelled, f"must be a classifier's run, got {labelled}"),
+        (folder / "none", "holds none"),
+    ):
+        assert words in refuses(labelled, "--classifier", workdir)
+    assert "to 2, got '3'" in refuses(labelled, "--classifier", classifier, "--label=3")
+    assert "must be of a denoiser, got a classifier's" in refuses(classifier)
+
+
+# Tasks
+
+ROWS_AND_COLUMNS = {  # of the grid of three images, 4 frames, 2 in a group
+    **{name: (3, 4) for name in ("sequence", "progress", "slerp")},
+    **{name: (3, 3) for name in ("inpaint", "colourise", "enlarge", "reconstruct")},
+    "generate": (2, 2),
+    "complete": (2, 2),
+    "edit": (3, 2),
+    "interpolate": (3, 6),
+}
+FLAGS = {"complete": ("--sampler", "ddpm"), "sequence": ("--sampler", "heun")}
+
+
+def cells(path, rows, columns):
+    """The images of a grid, [rows, columns, h, w, c], after a look at its size."""
+    side = SIZE + 1
+    height, width = rows * side + 1, columns * side + 1
+    factor = -(-512 // max(height, width))
+    with Image.open(path) as picture:
+        assert picture.size == (width * factor, height * factor)
+        sheet = np.asarray(picture)[::factor, ::factor]
+    found = sheet[1:, 1:].reshape(rows, side, columns, side, 3)[:, :-1, :, :-1]
+    return found.swapaxes(1, 2)
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_every_task_ends_in_a_grid(task, labelled, folder, program, tmp_path):
+    n, (rows, columns) = 3, ROWS_AND_COLUMNS[task]
+    options = ("--n", n, "--frames", 4, "--group", 2, *FLAGS.get(task, ()))
+    options += ("--task", task, "--quantize", "round")
+    program("--workdir", labelled, "--out", tmp_path, *options)
+    shown = cells(tmp_path / "grid.png", rows, columns)
+    names = {path.name for path in tmp_path.iterdir()} - {"grid.png"}
+    if task == "generate":
+        names -= {"denoising.gif"}
+    results = [] if task in tasks.STRIPS else [f"{i:05d}.png" for i in range(n)]
+    assert names == set(results)
+    by_row = shown.reshape(-1, *shown.shape[2:])
+    if columns > 2 or task == "edit":
+        by_row = shown[:, -1]
+    for image, name in zip(by_row, results, strict=False):
+        with Image.open(tmp_path / name) as picture:
+            np.testing.assert_array_equal(np.asarray(picture), image)
+    if task in tasks.FROM_IMAGES:  # "round" is the inverse of what scales them
+        images, _ = stored_images(folder)
+        np.testing.assert_array_equal(shown[:, 0], images[:n])
+        if task == "interpolate":
+            np.testing.assert_array_equal(shown[:, -1], images[1 : n + 1])
+
+
+def test_noises_between_two_begin_and_end_in_their_images(
+    labelled, draws, program, tmp_path
+):
+    options = ("--label", 1, "--task")
+    told = ("--n", 3, "--frames", 4, *options, "slerp")
+    program("--workdir", labelled, "--out", tmp_path / "out", *told)
+    shown = cells(tmp_path / "out" / "grid.png", 3, 4)
+    images, _ = draws(labelled, *options, "generate")
+    assert_same(shown[:, 0], images[:3])
+    assert_same(shown[:, -1], images[1:4])
+    assert_other(shown[:, 1].astype(int), images[:3])
+
+
+def test_what_is_known_of_an_image_stays(labelled, folder, draws, tmp_path):
+    images, labels = (a[:N] for a in stored_images(folder))
+    white = np.random.default_rng(0).random((SIZE, SIZE)) < 0.5
+    Image.fromarray(np.where(white, 255, 0).astype(np.uint8)).save(tmp_path / "m.png")
+    task = ("--quantize", "round", "--task")
+    drawn, told = draws(labelled, *task, "inpaint", "--mask", tmp_path / "m.png")
+    np.testing.assert_array_equal(told, labels)
+    np.testing.assert_array_equal(drawn[:, white], images[:, white])
+    assert_other(drawn[:, ~white], images[:, ~white])
+
+    drawn, _ = draws(labelled, *task, "colourise")
+    inside = np.all((drawn > 0) & (drawn < 255), axis=-1)  # what is not clipped
+    difference = (drawn - images).mean(axis=-1)
+    assert inside.mean() > 0.3 and np.abs(difference[inside]).max() <= 0.5 + 1e-3
+    assert_other(drawn, images)
+
+    drawn, _ = draws(labelled, *task, "enlarge", "--block", 2)
+    blocks = np.stack([drawn[:, i::2, j::2] for i in (0, 1) for j in (0, 1)])
+    inside = np.all((blocks > 0) & (blocks < 255), axis=0)
+    known = np.stack([images[:, i::2, j::2] for i in (0, 1) for j in (0, 1)])
+    difference = (blocks - known).mean(axis=0)
+    assert inside.mean() > 0.3 and np.abs(difference[inside]).max() <= 0.5 + 1e-3
+    assert_other(drawn, images)
+
+
+def test_images_of_a_group_are_one_while_all_noise_is_shared(labelled, draws):
+    options = ("--sampler", "ddpm", "--task", "complete", "--group", 2)
+    images, _ = draws(labelled, *options, "--level", 0, "--label", 1)
+    np.testing.assert_array_equal(images[0::2][:2], images[1::2])
+    assert_other(images[1], images[2])
+    images, _ = draws(labelled, *options, "--level", 0.5)
+    assert_same(images, by_hand(labelled, step=samplers.ddpm_step, group=2))
+
+
+def test_other_images_than_the_runs_are_read_in_their_own_way(labelled, folder):
+    own = dict(name="folder", path="none", image_size=SIZE, in_memory=False)
+    data_of_run = own | dict(batch_size=1)
+    run = runs.load_run(make_run(folder / "folders", data=data_of_run, **LABELS))
+    source = f"npz:{folder / 'images.npz'}"
+    batches = runs.load_images(run, source, "test", batch_size=1)
+    np.testing.assert_array_equal(batches.images, stored_images(folder)[0])
+
+
+def parse(*args):
+    parser = argparse.ArgumentParser()
+    asked.add_arguments(parser)
+    return parser.parse_args([*map(str, args)])
+
+
+def test_a_mask_is_a_half_or_what_is_white_in_a_file(labelled, tmp_path, monkeypatch):
+    seen, run = [], runs.load_run(labelled)
+    monkeypatch.setattr(
+        runs, "make_sampler", lambda *args, options, **more: seen.append(options.mask)
+    )
+    white = np.random.default_rng(0).random((SIZE, SIZE)) < 0.5
+    Image.fromarray(np.where(white, 200, 99).astype(np.uint8)).save(tmp_path / "m.png")
+    row, column = np.indices((SIZE, SIZE))
+    for name, known in {
+        "left": column < SIZE // 2,
+        "right": column >= SIZE // 2,
+        "top": row < SIZE // 2,
+        "bottom": row >= SIZE // 2,
+        tmp_path / "m.png": white,
+    }.items():
+        args = ("--workdir", labelled, "--out", "a.npz", "--task", "inpaint")
+        asked.prepare(parse(*args, "--mask", name), run)
+        np.testing.assert_array_equal(seen[-1], known[..., None])
+
+
+def test_a_mask_that_does_not_fit_is_refused(labelled, tmp_path, refuses):
+    Image.new("L", (SIZE, SIZE + 1)).save(tmp_path / "large.png")
+    whole = (tmp_path / "large.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 2])
+    for name, words in (
+        ("large.png", "--mask must be 8 x 8, as the images, got (9, 8)"),
+        ("broken.png", "--mask must be a whole image"),
+        ("middle", "--mask must be of"),
+    ):
+        mask = ("--mask", tmp_path / name if "." in name else name)
+        assert words in refuses(labelled, "--task", "inpaint", *mask)
+
+
+def test_a_task_that_does_not_fit_is_refused(labelled, plain, tmp_path, refuses):
+    write_images(tmp_path / "small.npz", size=6)
+    write_images(tmp_path / "grey.npz", channels=1)
+    write_images(tmp_path / "many.npz", labels=(0, 4))
+    images = {
+        name: ("--images", f"npz:{tmp_path / name}.npz")
+        for name in ("small", "grey", "many", "none")
+    }
+    edit = ("--task", "edit")
+    cases = [
+        (labelled, (*edit, *images["small"]), "must be 6 x 6, got 8"),
+        (labelled, (*edit, *images["grey"]), "images must be (8, 8, 3), as the run's"),
+        (labelled, (*edit, *images["many"]), "must be below 4, got 4"),
+        (labelled, (*edit, *images["none"]), "none.npz must be a .npz"),
+        (labelled, (*edit, "--images", "zip:a"), "dataset must be one of"),
+        (labelled, (*edit, "--split", "some"), "split must be one of"),
+        (labelled, images["small"], "--images are for"),
+        (plain, ("--task", "colourise", *images["grey"]), "3 channels, got 1"),
+        (labelled, ("--task", "complete"), "complete needs noise"),
+        (labelled, ("--task", "complete", "--sampler", "heun"), "needs noise"),
+        (labelled, ("--task", "enlarge", "--block", 3), "must divide 8 x 8, got 3"),
+        (labelled, ("--task", "paint"), "--task must be one of"),
+        *(
+            (labelled, ("--task", task), f"--out of {task} must be a folder")
+            for task in tasks.STRIPS
+        ),
+    ]
+    for workdir, args, words in cases:
+        assert words in refuses(workdir, *args)
+
+
+# Steps, batches and devices
+
+
+def test_one_program_serves_all_steps_and_numbers(labelled, monkeypatch):
+    run, traced = runs.load_run(labelled), []
+
+    def bind(*args, **options):  # called when a program is traced
+        traced.append(args)
+        return training.bind(*args, **options)
+
+    monkeypatch.setattr(runs, "bind", bind)
+    draw = runs.make_sampler(
+        run.model, run.objective, run.image_shape, null_label=run.null_label
+    )
+    drawn, once = {}, 0
+    for steps, spacing, eta, scale in (
+        *((8, "sections", 0, 1), (3, "trailing", 0, 1), (5, "quadratic", 1, 1)),
+        *((1, "uniform", 0.5, 2), (4, "karras", 0, 3)),
+    ):
+        told = ("--workdir", labelled, "--out", "a.npz", "--guidance", scale)
+        told += ("--steps", steps, "--spacing", spacing, "--eta", eta)
+        wanted = asked.prepare(parse(*told), run)
+        _, params, schedule, arrays = wanted.arguments
+        batches = runs.generate(
+            *(draw, params, schedule, arrays), n=N, numbers=wanted.numbers
+        )
+        drawn[steps] = next(iter(batches))[0][-1]
+        once = once or len(traced)
+        assert len(traced) == once > 0 and draw._cache_size() == 1
+    assert_same(drawn[4], by_hand(labelled, guided(3.0), steps=4, spacing="karras"))
+
+
+def test_images_do_not_depend_on_batches_or_devices(labelled):
+    wanted = asked.prepare(
+        parse("--workdir", labelled, "--out", "a.npz", "--eta", 1),
+        runs.load_run(labelled),
+    )
+
+    def drawn(devices, batch_size):
+        mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+        options = dict(numbers=wanted.numbers, batch_size=batch_size, mesh=mesh)
+        batches = list(runs.generate(*wanted.arguments, n=N, **options))
+        frames, labels = zip(*batches, strict=True)
+        assert [len(part) for part in labels] == [
+            min(batch_size, N - i) for i in range(0, N, batch_size)
+        ]
+        np.testing.assert_array_equal(np.concatenate(labels), [0, 1, 2, 3, 0])
+        return np.concatenate([part[-1] for part in frames])
+
+    whole = drawn(8, 5)
+    assert_other(whole[:-1].astype(int), whole[1:].astype(int))
+    for devices, batch_size in ((1, 2), (2, 3)):
+        assert_same(drawn(devices, batch_size), whole)
+
+
+def test_every_step_is_told_to_the_host(labelled):
+    run, seen = runs.load_run(labelled), []
+    schedule = schedules.pad(settings.make_schedule(run.config.schedule, steps=6), T)
+    options = dict(on_step=lambda t: seen.append(int(t)))
+    draw = runs.make_sampler(run.model, run.objective, run.image_shape, **options)
+    arrays = {"label": np.zeros(1, np.int32)}
+    list(runs.generate(draw, {"model": run.params}, schedule, arrays, n=1))
+    jax.effects_barrier()
+    assert seen == [5, 4, 3, 2, 1, 0]
+
+
+class Bar:
+    """What `tqdm` would show, on a terminal."""
+
+    def __init__(self, made, *, total, **options):
+        self.total, self.n, self.disable, self.shown = total, 0, False, []
+        made.append(self)
+
+    def update(self, n):
+        self.n += n
+        self.shown.append(self.n)
+
+
+def test_long_samplers_alone_show_their_steps(labelled, draws, monkeypatch):
+    bars = []
+    monkeypatch.setattr(asked, "tqdm", functools.partial(Bar, bars))
+    monkeypatch.setattr(asked, "LONG", 3)
+    draws(labelled, "--batch-size", 3, "--steps", 3)
+    assert not bars
+    draws(labelled, "--batch-size", 3, "--steps", 4)
+    jax.effects_barrier()
+    (bar,) = bars
+    assert bar.total == 4 and bar.shown == [1, 2, 3, 4] * 2
+
+
+# Cascades
+
+
+def test_a_cascade_enlarges_the_small_images(
+    labelled, upsampler, draws, program, tmp_path, monkeypatch
+):
+    options = ("--seed", 3, "--eta", 1, "--batch-size", 3)  # the last one is of two
+    small, labels = draws(labelled, *options)
+    np.savez(tmp_path / "small.npz", small.astype(np.uint8), labels)
+    large, others = draws(upsampler, "--low-res", tmp_path / "small.npz", *options)
+    cascade, together = draws(labelled, "--upsample", upsampler, *options)
+    assert cascade.shape == (N, 2 * SIZE, 2 * SIZE, 3)
+    assert_same(cascade, large)
+    np.testing.assert_array_equal(together, others)
+    np.testing.assert_array_equal(together, labels)
+    assert_other(cascade[0], cascade[4])
+
+    whole, out = tmp_path / "whole.npz", tmp_path / "resumed.npz"
+    arguments = ("--workdir", labelled, "--upsample", upsampler, "--n", N, *options)
+    cut_off(monkeypatch, program, *arguments, "--out", out)
+    assert stored(out) == 1
+    program(*arguments, "--out", out)
+    program(*arguments, "--out", whole)
+    assert out.read_bytes() == whole.read_bytes()
+    with np.load(out) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], cascade)
+
+
+def test_a_second_stage_must_fit_the_first(labelled, plain, folder, refuses):
+    def enlarging(name, channels=3, **model):
+        model, shape = UNET | dict(low_res=True) | model, (16, 16, channels)
+        return make_run(folder / name, shape=shape, model=model)
+
+    for workdir, words in (
+        (labelled, "must be a run of a network with low_res"),
+        (enlarging("grey", channels=1), "must have 3 channels, as the images, got 1"),
+        (enlarging("few", num_classes=3), "must know 4 labels, got 3"),
+        (folder / "none", "holds none"),
+    ):
+        assert words in refuses(labelled, "--upsample", workdir)
+    task = ("--task", "slerp", "--upsample", labelled)
+    words = "--upsample is for the task generate"
+    assert words in refuses(labelled, *task, out=("--out", folder / "out"))
+    assert not (folder / "out").exists()
+
+
+# Samplers as files
+
+
+def test_an_exported_sampler_draws_the_same_images(
+    labelled, draws, program, tmp_path, floats
+):
+    options = ("--guidance", 2, "--eta", 0.5, "--steps", 3)
+    _, labels = draws(labelled, *options)
+    file = tmp_path / "sampler"
+    program("--workdir", labelled, "--export", file, *options)
+    drawn = export.read(file)(0, np.arange(N), labels)
+    np.testing.assert_allclose(drawn, floats[0][-1][:N], rtol=1e-3, atol=1e-3)
+    record = json.loads((tmp_path / "sampler.json").read_text())
+    assert record["about"]["steps"] == 3 and record["about"]["guidance"] == 2
+    assert record["inputs"]["label"]["num_labels"] == KNOWN
+
+
+def test_an_export_is_of_drawing_from_noise(labelled, plain, tmp_path, refuses):
+    out = ("--export", tmp_path / "sampler")
+    for args in (("--low-res", "a.npz"), ("--upsample", plain), ("--label", 3)):
+        assert f"got {args[0]}" in refuses(labelled, *args, out=out)
+    error = refuses(labelled, "--task", "edit", out=out)
+    assert "--export is of the task generate, got 'edit'" in error
+    assert "one of --out and --export" in refuses(labelled, out=())
+    both = (*out, "--out", tmp_path / "a.npz")
+    assert "one of --out and --export" in refuses(labelled, out=both)
+
+
+# What is refused at once
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("--sampler euler", "--sampler must be one of"),
+        ("--spacing leading --steps 5", "spacing must be one of"),
+        ("--spacing leading", "spacing must be one of"),
+        ("--steps 0", "steps must be in [1, T = 8], got 0"),
+        ("--steps 9", "steps must be in [1, T = 8], got 9"),
+        ("--n 0", "--n must be positive, got 0"),
+        ("--batch-size 0", "--batch-size must be positive, got 0"),
+        ("--task slerp --frames 0", "--frames must be positive, got 0"),
+        ("--eta 2", "--eta must be in [0, 1], got 2.0"),
+        ("--eta nan", "--eta must be in [0, 1], got nan"),
+        ("--eta 0.5 --sampler heun", "--eta is for the sampler ddim"),
+        ("--level=-0.1", "--level must be in [0, 1], got -0.1"),
+        ("--guidance-rescale 2", "--guidance-rescale must be in [0, 1]"),
+        ("--threshold 2", "--threshold must be in (0, 1], got 2.0"),
+        ("--threshold 0", "--threshold must be in (0, 1], got 0.0"),
+        ("--threshold 0.9 --no-clip", "--threshold clips, got it with --no-clip"),
+        ("--guidance nan", "scales of guidance must be finite, got nan"),
+        ("--guidance-rescale 0.5", "--guidance-rescale needs --guidance, got none"),
+        ("--ema 0.5", "ema must be one of"),
+    ],
+)
+@pytest.mark.parametrize("out", ["refused.npz", "refused"])
+def test_what_is_out_of_range_is_refused(args, words, out, labelled, tmp_path, refuses):
+    assert words in refuses(labelled, *args.split(), out=("--out", tmp_path / out))

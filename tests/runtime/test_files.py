@@ -1,0 +1,214 @@
+"""Many images in one file, whatever happens while it is written."""
+
+import json
+import os
+import time
+import zipfile
+
+import numpy as np
+import pytest
+
+from jax_diffusion.runtime.files import ResumableNpz
+
+N = 10
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (12, 4, 3, 2), np.uint8)  # more than are asked for
+LABELS = np.arange(12, dtype=np.int32) % 5
+RECORD = {"seed": 0, "steps": 50}
+
+
+class Killed(BaseException):
+    """Nothing may catch it, as nothing can catch a kill."""
+
+
+def finish(out, size=4, record=RECORD):
+    """Writes what is not there yet, in parts of `size` images; returns the bytes."""
+    writer = ResumableNpz(out, record)
+    add(writer, size, until=N)
+    writer.join(N)
+    return out.read_bytes()
+
+
+def add(writer, size, until):
+    while writer.done < until:
+        rows = slice(writer.done, writer.done + size)
+        writer.add({"arr_0": IMAGES[rows], "arr_1": LABELS[rows]})
+
+
+def begin(out, size=4, until=8):
+    """What a killed job leaves: parts, and no file."""
+    add(ResumableNpz(out, RECORD), size, until)
+    return out.with_suffix(".parts")
+
+
+def refuses(out, record=RECORD):
+    """The one sentence in which the parts are refused; nothing is touched."""
+    folder = out.with_suffix(".parts")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(ValueError) as info:
+        ResumableNpz(out, record)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    sentence = str(info.value)
+    assert sentence.endswith(".") and "\n" not in sentence
+    return sentence
+
+
+def kill_at(monkeypatch, moment):
+    """Dies just before the given one of all changes to the folder; counts them."""
+    made = []
+
+    def watched(change):
+        def changing(*args, **options):
+            made.append(change)
+            if len(made) == moment + 1:
+                raise Killed
+            return change(*args, **options)
+
+        return changing
+
+    for name in ("replace", "fsync", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    return made
+
+
+def test_a_job_killed_at_any_moment_ends_in_the_same_bytes(tmp_path):
+    undisturbed = finish(tmp_path / "whole.npz")
+    moment, killed = 0, True
+    while killed:
+        out = tmp_path / str(moment) / "a.npz"
+        with pytest.MonkeyPatch.context() as patch:
+            made = kill_at(patch, moment)
+            try:
+                finish(out)
+                killed = False
+            except Killed:
+                pass
+        if out.exists():  # then it is whole
+            assert out.read_bytes() == undisturbed
+        assert finish(out) == undisturbed
+        assert [p.name for p in out.parent.iterdir()] == ["a.npz"]
+        moment += 1
+    assert moment > 3 * 2 + 2 and len(made) == moment - 1
+
+
+def test_parts_that_are_there_are_not_asked_for_again(tmp_path):
+    out = tmp_path / "a.npz"
+    assert ResumableNpz(out, RECORD).done == 0
+    for until in (4, 8, 12):
+        begin(out, until=until)
+        assert ResumableNpz(out, RECORD).done == until
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (10, 10), (12, 12), (1, 5)])
+def test_the_bytes_are_the_same_however_they_were_split(sizes, tmp_path):
+    begin(tmp_path / "a.npz", sizes[0], until=sizes[0])
+    assert finish(tmp_path / "a.npz", sizes[1]) == finish(tmp_path / "b.npz")
+
+
+def test_the_bytes_are_the_same_at_any_time(tmp_path, monkeypatch):
+    now = finish(tmp_path / "a.npz")
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    assert finish(tmp_path / "b.npz") == now
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert archive.testzip() is None
+
+
+def test_numpy_reads_the_images_and_labels_that_were_asked_for(tmp_path):
+    finish(tmp_path / "deep" / "a.npz", size=4)
+    with np.load(tmp_path / "deep" / "a.npz", allow_pickle=False) as arrays:
+        assert set(arrays) == {"arr_0", "arr_1"}
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    np.testing.assert_array_equal(images, IMAGES[:N], strict=True)
+    np.testing.assert_array_equal(labels, LABELS[:N], strict=True)
+
+
+def test_more_parts_than_images_are_cut(tmp_path):
+    begin(tmp_path / "a.npz", size=1, until=12)
+    assert finish(tmp_path / "a.npz") == finish(tmp_path / "b.npz", size=N)
+
+
+def test_other_settings_are_refused_with_the_difference_and_nothing_is_lost(tmp_path):
+    out = tmp_path / "a.npz"
+    begin(out)
+    sentence = refuses(out, {"seed": 0, "steps": 51, "eta": 0.5})
+    assert "got eta None -> 0.5, steps 50 -> 51." in sentence
+    assert finish(out) == finish(tmp_path / "b.npz")
+
+
+def test_settings_are_compared_as_json_keeps_them(tmp_path):
+    out = tmp_path / "a.npz"
+    writer = ResumableNpz(out, {"label": (1, 2)})
+    writer.add({"arr_0": IMAGES[:4], "arr_1": LABELS[:4]})
+    assert ResumableNpz(out, {"label": [1, 2]}).done == 4
+
+
+def test_a_gap_is_refused(tmp_path):
+    folder = begin(tmp_path / "a.npz", size=2, until=8)
+    (folder / "00000002.npz").unlink()
+    assert "got 00000004.npz after 2 images" in refuses(tmp_path / "a.npz")
+
+
+def test_a_part_without_its_labels_is_refused(tmp_path):
+    folder = begin(tmp_path / "a.npz")
+    np.savez(folder / "00000004.npz", IMAGES[4:8], LABELS[4:7])
+    assert "00000004.npz" in refuses(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -1])
+def test_a_truncated_part_is_refused(keep, tmp_path):
+    part = begin(tmp_path / "a.npz") / "00000004.npz"
+    part.write_bytes(part.read_bytes()[:keep])
+    assert f"{part} must be a whole part" in refuses(tmp_path / "a.npz")
+
+
+def test_parts_without_a_record_are_refused(tmp_path):
+    folder = begin(tmp_path / "a.npz")
+    (folder / "record.json").unlink()
+    assert "got seed None -> 0, steps None -> 50." in refuses(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("text", ["", '{"seed": 0', "[1]", "\udc80"])
+def test_a_record_that_cannot_be_read_is_refused(text, tmp_path):
+    path = begin(tmp_path / "a.npz") / "record.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    assert f"{path} must be a whole record" in refuses(tmp_path / "a.npz")
+
+
+def test_leftovers_of_a_killed_write_do_not_matter(tmp_path):
+    out = tmp_path / "a.npz"
+    folder = begin(out)
+    for path in (folder / "00000008.npz", folder / "record.json", out):
+        path.with_name(f"{path.name}.tmp").write_bytes(b"half of it")
+    assert ResumableNpz(out, RECORD).done == 8
+    assert finish(out) == finish(tmp_path / "b.npz")
+    assert not folder.exists() and {p.name for p in tmp_path.iterdir()} == {
+        "a.npz",
+        "b.npz",
+    }
+
+
+def test_the_record_says_what_was_asked_for(tmp_path):
+    folder = begin(tmp_path / "a.npz")
+    assert json.loads((folder / "record.json").read_text()) == RECORD
+
+
+def test_some_arrays_can_be_read_before_and_kept_after(tmp_path):
+    writer = ResumableNpz(tmp_path / "a.npz", RECORD)
+    for rows in (slice(0, 7), slice(7, 12)):
+        writer.add({"arr_0": IMAGES[rows], "norms": LABELS[rows] / 2})
+    for n in (5, 7, 10):
+        found = writer.read(n, without=["arr_0"])
+        assert found.keys() == {"norms"}
+        np.testing.assert_array_equal(found["norms"], LABELS[:n] / 2, strict=True)
+    writer.join(N, ["arr_0"])
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
+        assert set(arrays) == {"arr_0"}
+        np.testing.assert_array_equal(arrays["arr_0"], IMAGES[:N], strict=True)
+
+
+def test_parts_can_be_thrown_away(tmp_path):
+    begin(tmp_path / "a.npz")
+    ResumableNpz(tmp_path / "a.npz", RECORD).discard()
+    assert not [*tmp_path.iterdir()]
+    assert ResumableNpz(tmp_path / "a.npz", RECORD).done == 0

@@ -1,0 +1,136 @@
+"""Two real processes of two devices each, beside one of four, through JAX's runtime."""
+
+import json
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from support.jobs import (
+    LONG,
+    Job,
+    assert_same_losses,
+    evaluations,
+    losses,
+    saved,
+    sealed,
+)
+
+from jax_diffusion.runtime import checkpoint, logs
+
+SCORE = "pixel_distance_n64_0.99"
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """Two processes of two devices, parameters split over all four; with scores."""
+    options = ("--config.mesh.fsdp=4", "--config.eval_every=6")
+    options += ("--config.evaluation.n=64", "--config.evaluation.steps=3")
+    job = Job(folder / "two", *options, processes=2)
+    job.finish()
+    return job
+
+
+def test_two_processes_train_as_one(two, four):
+    assert_same_losses(two.workdir, four, rtol=1e-6)
+
+
+def test_the_history_of_losses_is_that_of_one_process(two, four):
+    def history(workdir):
+        path = workdir / "checkpoints" / "12" / "state"
+        with ocp.PyTreeCheckpointer() as reader:
+            tree = reader.metadata(path).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), tree)
+            state = reader.restore(path, restore_args=as_numpy)
+        return jax.tree.leaves(state["timestep_state"])
+
+    for a, b in zip(history(two.workdir), history(four), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_the_first_process_alone_writes_and_speaks(two):
+    assert "step 12 of 12" in two.logs[0].read_text()
+    assert "step" not in two.logs[1].read_text()
+    steps = [row["step"] for row in logs.read_metrics(two.workdir)]
+    assert steps == [2, 4, 6, 8, 10, 12]
+    (start,) = json.loads((two.workdir / "run.json").read_text())["starts"]
+    assert start["hardware"]["processes"] == 2 and start["hardware"]["devices"] == 4
+    assert "--process-id 0" in start["command"]
+
+
+def test_two_processes_draw_and_score_as_one(two, folder):
+    drawn = {}
+    for processes in (1, 2):
+        out = folder / f"drawn_{processes}.npz"
+        options = ("--out", str(out), "--n", "6", "--steps", "3")
+        Job(two.workdir, *options, program="sample", processes=processes).finish()
+        drawn[processes] = np.load(out)["arr_0"].astype(int)
+    difference = np.abs(drawn[1] - drawn[2])
+    assert drawn[1].shape == (6, 8, 8, 1) and drawn[1].std() > 0
+    assert difference.max() <= 1 and difference.mean() < 0.01  # roundings tip a few
+    options = ("--metrics", "pixel_distance,bpd", "--n", "64", "--steps", "3")
+    options = (*options, "--batch-size", "32", "--bits-images", "60")
+    job = Job(two.workdir, *options, program="evaluate", processes=2)
+    job.finish()
+    Job(two.workdir, *options, program="evaluate").finish()
+    several, alone = (found["scores"] for found in evaluations(two.workdir))
+    rows = {row["step"]: row for row in logs.read_metrics(two.workdir)}
+    scored = {step for step, row in rows.items() if SCORE in row}
+    assert scored == {6, 12}  # while training, by both processes
+    np.testing.assert_allclose(rows[12][SCORE], alone["pixel_distance"], rtol=1e-5)
+    best = checkpoint.load_record(two.workdir / "best")["best"]
+    assert best["value"] == rows[best["step"]][f"{best['metric']}_{best['ema']}"]
+    assert several.keys() == alone.keys() and len(several) == 6
+    for name, value in several.items():  # the prior is a difference of larger numbers
+        np.testing.assert_allclose(value, alone[name], rtol=1e-6, atol=1e-8)
+
+
+def test_processes_with_different_configs_stop_at_once(folder):
+    job = Job(folder / "quarrel", processes=2, last=["--config.optimizer.lr=1.0"])
+    assert job.wait() == [2, 2]
+    assert "must be given one config" in job.logs[0].read_text()
+    assert not (folder / "quarrel").exists()
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_what_two_processes_saved_another_number_of_devices_continues(
+    two, four, folder, devices
+):
+    workdir = folder / f"continued_{devices}"
+    shutil.copytree(two.workdir, workdir)
+    for step in (8, 12):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    Job(workdir, devices=devices).finish()
+    assert_same_losses(workdir, four, rtol=1e-5)
+
+
+def test_sigterm_to_one_process_makes_both_save_one_step_and_exit(folder):
+    workdir = folder / "stopped"
+    job = Job(workdir, LONG, processes=2)
+    job.wait_for(lambda: saved(workdir) >= 4)
+    job.processes[1].send_signal(signal.SIGTERM)
+    assert job.wait() == [0, 0]
+    assert f"SIGTERM: saved step {saved(workdir)}" in job.logs[0].read_text()
+    before = saved(workdir)
+    job = Job(workdir, f"--config.total_steps={before + 2}", processes=2)
+    job.finish()
+    assert saved(workdir) == before + 2
+
+
+def test_a_lost_process_ends_the_others_and_changes_nothing(folder):
+    workdir = folder / "lost"
+    job = Job(workdir, LONG, processes=2)
+    job.wait_for(lambda: saved(workdir) >= 4)
+    job.processes[1].kill()
+    begun = time.monotonic()
+    assert job.wait()[0] != 0 and time.monotonic() - begun < 60
+    assert "another task died" in job.logs[0].read_text()
+    total = max(12, saved(workdir) + 4)
+    undisturbed = folder / "not_lost"
+    for run in (workdir, undisturbed):
+        Job(run, f"--config.total_steps={total}", processes=2).finish()
+    digests = [sealed(run, total)["digests"] for run in (workdir, undisturbed)]
+    assert digests[0] == digests[1] and losses(workdir) == losses(undisturbed)

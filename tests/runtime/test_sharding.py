@@ -1,0 +1,169 @@
+"""One mesh: who holds what, and that it changes nothing but the time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jax_diffusion import schedules, timesteps
+from jax_diffusion.diffusion import Objective
+from jax_diffusion.models.unet import UNet
+from jax_diffusion.runtime import sharding
+from jax_diffusion.training import step as training
+
+FIRST = [1, 2, 4, 8]
+
+
+def mesh_of(count, fsdp=1):
+    return sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:count])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        ({}, (8, 1)),
+        ({"fsdp": 2}, (4, 2)),
+        ({"data": 2, "fsdp": -1}, (2, 4)),
+        ({"data": 1, "fsdp": 8}, (1, 8)),
+    ],
+)
+def test_what_one_axis_leaves_the_other_takes(arguments, sizes):
+    assert tuple(sharding.make_mesh(**arguments).shape.values()) == sizes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"fsdp": 3}, {"data": -1, "fsdp": -1}, {"data": 0}, {"data": 4}, {"fsdp": 16}],
+)
+def test_a_mesh_of_another_number_of_devices_is_refused(arguments):
+    with pytest.raises(ValueError, match="number of devices, 8, got data = "):
+        sharding.make_mesh(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((3, 3, 64, 128), (None, None, None, "fsdp")),
+        ((3, 3, 256, 128), (None, None, "fsdp", None)),
+        ((4098, 12), (None, "fsdp")),  # the largest axis does not divide by four
+        ((64,), (None,)),  # small
+        ((4099, 3), (None, None)),  # no axis divides
+    ],
+)
+def test_leaves_are_split_along_the_largest_axis_that_divides(shape, spec):
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert sharding.state_sharding(mesh_of(8, 4), leaf).spec == PartitionSpec(*spec)
+
+
+def test_without_fsdp_nothing_is_split():
+    leaf = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    assert sharding.state_sharding(mesh_of(8), leaf).is_fully_replicated
+
+
+@pytest.mark.parametrize("count", FIRST)
+def test_rows_of_a_batch_go_to_devices_once_each(count):
+    mesh, image = mesh_of(count), np.arange(48).reshape(16, 3)
+    assert np.array_equal(sharding.host_rows(mesh, 16), np.arange(16))
+    shared = sharding.global_batch(mesh, {"image": image}, 16)["image"]
+    assert np.array_equal(shared, image)
+    rows = [s.data.shape for s in shared.addressable_shards]
+    assert rows == [(16 // count, 3)] * count
+
+
+def test_a_batch_that_devices_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="divisible by the number of devices, 8, got"):
+        sharding.host_rows(mesh_of(8), 12)
+
+
+def test_a_short_batch_is_filled_with_its_last_row():
+    mesh = mesh_of(4)
+    shared = sharding.shard_padded(mesh, {"x": np.arange(5)})["x"]
+    assert shared.tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
+
+
+def test_arrays_are_spread_once():
+    mesh = mesh_of(4)
+    first = sharding.replicate(mesh, {"a": np.ones(3), "b": jnp.ones(3)})
+    assert all(a.sharding.device_set == set(jax.devices()[:4]) for a in first.values())
+    again = sharding.replicate(mesh, first)
+    assert all(again[name] is first[name] for name in first)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("host:1", 2, None), (None, 2, 0), ("host:1", 2, 2), ("host", 2, 0)],
+)
+def test_half_a_description_of_the_job_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"coordinator.*process_id.* got"):
+        sharding.start(*arguments)
+
+
+@pytest.mark.parametrize("number", [0, 7, 2**40])
+def test_a_process_that_is_alone_is_the_first(number):
+    assert sharding.broadcast_from_first(number) == number
+
+
+# Few channels, but kernels of more than MIN_SPLIT numbers.
+MODEL = UNet(
+    out_channels=1,
+    channels=16,
+    multipliers=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    num_groups=4,
+)
+SCHEDULE = schedules.make_schedule(schedules.cosine_betas(20))
+SAMPLER = timesteps.loss_second_moment(20, history=1)
+BATCH = {
+    "image": np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8),
+    "label": np.zeros(8, np.int32),
+}
+
+
+def train_on(mesh, steps=4):
+    """Losses of a few updates, and the last state, in NumPy."""
+    tx, _ = training.make_optimizer(lr=1e-3, total_steps=100, grad_clip=1.0)
+    key = jax.random.key(0)
+
+    def init():
+        return training.init_state(key, MODEL, tx, SAMPLER, (8, 8, 1), (0.9,))
+
+    step = training.make_train_step(
+        MODEL, tx, SCHEDULE, Objective(), SAMPLER, ema_decays=(0.9,)
+    )
+    step, shardings = sharding.jit_step(mesh, step, jax.eval_shape(init))
+    state, losses = jax.jit(init, out_shardings=shardings)(), []
+    for _ in range(steps):
+        batch = sharding.global_batch(mesh, BATCH, 8)
+        state, metrics = step(
+            jax.device_put(key, sharding.replicated(mesh)), state, batch
+        )
+        losses.append(metrics["loss"])
+    split = [not a.sharding.is_fully_replicated for a in jax.tree.leaves(state.params)]
+    return np.array(losses), jax.device_get(state), any(split)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return train_on(mesh_of(1))
+
+
+@pytest.mark.parametrize(
+    ("count", "fsdp"), [(2, 1), (8, 1), (2, 2), (4, 2), (8, 8)], ids=str
+)
+def test_training_is_the_same_on_any_mesh(alone, count, fsdp):
+    losses, state, split = train_on(mesh_of(count, fsdp))
+    assert split == (fsdp > 1)
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (state, alone[1])), strict=True):
+        # Adam divides by the root of a second moment: where that is next to nothing, a
+        # rounding of the gradient moves a parameter by a share of the learning rate.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_history_of_losses_is_the_same_on_every_device(alone):
+    _, state, _ = train_on(mesh_of(8))
+    assert state.timestep_state.counts.any()
+    for a, b in zip(state.timestep_state, alone[1].timestep_state, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
