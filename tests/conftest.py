@@ -13,11 +13,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compilation is most of the suite's time: within a session, and in the programs that it
-# starts, nothing is compiled twice. The folder is new each time.
-CACHE = tempfile.TemporaryDirectory(prefix="jax_diffusion_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+# starts, nothing is compiled twice. The folder is new each time, unless one is given.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="jax_diffusion_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-jax.config.update("jax_compilation_cache_dir", CACHE.name)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 from jax_diffusion import diffusion  # noqa: E402
