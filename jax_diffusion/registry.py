@@ -1,0 +1,57 @@
+"""Looks names up: rows of a registry, or anybody's own function as "module:attribute".
+
+A registry is a dict that stands beside the functions that it lists, such as `SAMPLERS`
+or `BETAS`. Wherever a config or a flag takes a name of one, it also takes
+"package.module:attribute", so that a new sampler, network or metric needs no change of
+this package.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def lookup(what: str, name: Any, registry: Mapping[str, Any]) -> Any:
+    """Returns the row of a registry, or the object that "module:attribute" names.
+
+    Args:
+        what: what is looked up, for errors: "config.model.name", "sampler".
+        name: a key of the registry, or "package.module:attribute".
+        registry: rows by name.
+
+    Raises:
+        ValueError: if the name is no key, or the module or its attribute is missing.
+
+    >>> lookup("sampler", "math:sqrt", {})(4.0)
+    2.0
+    """
+    if isinstance(name, str) and name in registry:
+        return registry[name]
+    if isinstance(name, str) and ":" in name:
+        return _import(what, name)
+    raise ValueError(
+        f"{what} must be one of {sorted(registry)} or 'package.module:function', got "
+        f"{name!r}{hint(name, registry)}"
+    )
+
+
+def hint(name: Any, known: Iterable[str]) -> str:
+    """Ends a sentence about an unknown name: "; did you mean 'ddim'?", or a period."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _import(what: str, name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not look there
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{what} must name an importable 'package.module:function', got {name!r}: "
+            f"{error}."
+        ) from error

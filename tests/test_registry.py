@@ -1,0 +1,35 @@
+"""Names of registries, and functions from outside by "module:attribute"."""
+
+import math
+
+import pytest
+
+from jax_diffusion import registry
+
+ROWS = {"ddim": 1, "ddpm": 2}
+
+
+def test_lookup_returns_the_row_of_a_name():
+    assert registry.lookup("sampler", "ddpm", ROWS) == 2
+
+
+def test_lookup_imports_module_colon_attribute():
+    assert registry.lookup("sampler", "math:hypot", ROWS) is math.hypot
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("dimm", "sampler must be one of .*, got 'dimm'; did you mean 'ddim'"),
+        ("zzzzz", r"sampler must be one of \['ddim', 'ddpm'\] or .*, got 'zzzzz'\."),
+        (3, "sampler must be one of .*, got 3"),
+        (None, "sampler must be one of .*, got None"),
+        ("no_such_module_x:f", "sampler must name an importable .*no_such_module_x"),
+        ("math:no_such", "sampler must name an importable .*no_such"),
+        (":f", "sampler must name an importable"),
+        ("math:", "sampler must name an importable"),
+    ],
+)
+def test_lookup_refuses_unknown_names_in_a_sentence(name, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        registry.lookup("sampler", name, ROWS)
