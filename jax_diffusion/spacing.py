@@ -3,7 +3,7 @@
 Each rule gives exactly as many distinct steps as asked, but for `quadratic_steps`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -105,6 +105,23 @@ def angle_steps(betas: np.ndarray, n: int) -> np.ndarray:
         alpha_bar = np.exp(np.cumsum(np.log1p(-np.asarray(betas, np.float64))))
     scale = np.log(np.sqrt(1 - alpha_bar) / (1 + np.sqrt(alpha_bar)))
     return _nearest(scale, len(betas), n)
+
+
+def _of_betas(rule: Callable[[int, int], np.ndarray]) -> Callable[..., np.ndarray]:
+    """Gives a rule that counts steps the signature of the others: (betas, n)."""
+    return lambda betas, n: rule(len(betas), n)
+
+
+SPACINGS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "sections": _of_betas(spaced_steps),
+    "uniform": _of_betas(uniform_steps),
+    "quadratic": _of_betas(quadratic_steps),
+    "trailing": _of_betas(trailing_steps),
+    "karras": karras_steps,
+    "log_snr": log_snr_steps,
+    "angle": angle_steps,
+}
+"""Rules by name: f(betas, n) -> increasing steps, int [n], for betas float64 [T]."""
 
 
 def _log_ratio(betas: np.ndarray) -> np.ndarray:

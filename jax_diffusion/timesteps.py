@@ -109,9 +109,10 @@ def loss_second_moment(
     return TimestepSampler(init, sample, update)
 
 
-SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
+TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
     "uniform": uniform,
     "antithetic": antithetic,
     "stratified": stratified,
     "loss_second_moment": loss_second_moment,
 }
+SAMPLERS = TIMESTEP_SAMPLERS  # its old name

@@ -328,7 +328,7 @@ def side_by_side(denoise_fns):
 
 
 # The official noise in our samplers: a key that remembers the number of its step, and a
-# `samplers.normal` that looks up the noise of that step.
+# `normal` that looks up the noise of that step.
 
 _remembering = define_prng_impl(
     key_shape=(1,),
@@ -356,5 +356,6 @@ def drawing(noise, num_steps):
         return noise[num_steps - 1 - to_go]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samplers, "normal", normal)
+        patch.setattr(samplers.steps, "normal", normal)
+        patch.setattr(samplers, "normal", normal)  # that `likelihood` draws with
         yield

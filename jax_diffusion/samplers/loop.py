@@ -1,0 +1,171 @@
+"""The state of a sampler, keys for images, and the one scan over sampling steps."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from jax_diffusion.diffusion import DenoiseFn
+from jax_diffusion.schedules import NoiseSchedule
+
+
+class SampleState(NamedTuple):
+    """What a sampler carries from one step to the next.
+
+    A solver that needs more of the past than this carries it here.
+
+    Attributes:
+        x: [b, ...] the sample, at the noise level that the last step has reached.
+        x_0: [b, ...] the last prediction of the clean data; zeros before the first.
+        log_snr: [b, 1, ...] log(signal^2 / noise^2) of the level where x_0 was
+            predicted; -inf before the first prediction.
+    """
+
+    x: Array
+    x_0: Array
+    log_snr: Array
+
+
+StepFn = Callable[..., SampleState]
+"""One step of a sampler: step(keys, denoise_fn, schedule, state, t) -> state.
+
+`jax_diffusion.samplers` says what each argument is.
+"""
+
+
+def image_keys(key: Key[Array, ""], ids: Int[Array, "b"]) -> Key[Array, "b"]:
+    """Makes one key for each image from the run's key and the images' numbers.
+
+    Args:
+        key: the key of the run.
+        ids: int [b], the number of each image. The same number gives the same key
+            whatever the batch.
+
+    Returns:
+        Typed keys [b].
+
+    >>> image_keys(jax.random.key(0), jnp.arange(3)).shape
+    (3,)
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)
+
+
+def fold_in(keys: Key[Array, "b"], number: int | Int[Array, ""]) -> Key[Array, "b"]:
+    """Makes other keys [b] for the same images: `jax.random.fold_in` for many keys.
+
+    Args:
+        keys: one for each image.
+        number: says what the new keys are for: a step, or a second purpose.
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+
+
+def normal(keys: Key[Array, "b"], shape: tuple[int, ...]) -> Float[Array, "b *d"]:
+    """Draws standard normal noise [b, *shape], as x_T or within a step.
+
+    Args:
+        keys: one for each image.
+        shape: of one image.
+
+    >>> normal(image_keys(jax.random.key(0), jnp.arange(2)), (8, 8, 3)).shape
+    (2, 8, 8, 3)
+    """
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def start(x_T: Float[Array, "b *d"]) -> SampleState:
+    """The state before the first step: x = x_T [b, ...], and no prediction yet."""
+    no_level = jnp.full(x_T.shape[:1] + (1,) * (x_T.ndim - 1), -jnp.inf)
+    return SampleState(x_T, jnp.zeros_like(x_T), no_level)
+
+
+def sample_frames(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    step_fn: StepFn,
+    schedule: NoiseSchedule,
+    x_T: Float[Array, "b *d"],
+    *,
+    num_frames: int,
+    ts: Int[Array, "n"] | None = None,
+) -> SampleState:
+    """Runs `step_fn` over `ts`, keeping `num_frames` evenly spaced states and the last.
+
+    Memory grows with `num_frames`, not with the number of steps. Steps are recomputed
+    in the backward pass, so reverse-mode memory grows with steps times image only.
+
+    Args:
+        keys: one for each image, see `image_keys`. The noise of an image at a step
+            depends on its key and on how many steps are still to go.
+        denoise_fn: the network as a denoiser, called with x_t and t.
+        step_fn: the sampler's step, such as `ddim_step`.
+        schedule: the steps to take.
+        x_T: where to start; noise for generation, or data for inversion.
+        ts: timesteps as they are visited, negative ones skipped; default T - 1 to 0.
+        num_frames: a divisor of the length of `ts`.
+
+    Returns:
+        SampleState with a leading axis [num_frames] on every field.
+
+    Raises:
+        ValueError: if num_frames does not divide the number of steps.
+    """
+    if ts is None:
+        ts = schedule.steps[::-1]
+    num_steps = ts.shape[0]
+    if num_frames < 1 or num_steps % num_frames:
+        raise ValueError(f"num_frames must divide {num_steps} steps, got {num_frames}.")
+
+    def visit(state, to_go_and_t):
+        to_go, t = to_go_and_t
+        step_keys = fold_in(keys, to_go)
+        t = jnp.full(x_T.shape[:1], t, jnp.int32)
+        return step_fn(step_keys, denoise_fn, schedule, state, t)
+
+    visit = jax.checkpoint(visit, prevent_cse=False)  # a scan cannot merge steps anyway
+
+    def one(state, to_go_and_t):
+        skip = to_go_and_t[1] < 0
+        return jax.lax.cond(skip, lambda s, _: s, visit, state, to_go_and_t), None
+
+    def frame(state, chunk):
+        state, _ = jax.lax.scan(one, state, chunk)
+        return state, state
+
+    # Noise is keyed by the steps still to go, so that skipped rows, which come first
+    # in a padded schedule, do not change it.
+    steps = (jnp.arange(num_steps, dtype=jnp.int32)[::-1], ts)
+    chunks = jax.tree.map(lambda a: a.reshape(num_frames, -1), steps)
+    _, frames = jax.lax.scan(frame, start(x_T), chunks)
+    return frames
+
+
+def sample(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    step_fn: StepFn,
+    schedule: NoiseSchedule,
+    x_T: Float[Array, "b *d"],
+    *,
+    ts: Int[Array, "n"] | None = None,
+) -> Float[Array, "b *d"]:
+    """Runs `step_fn` over `ts` and returns the last x, [b, ...] as x_T.
+
+    `keys`, `denoise_fn`, `step_fn`, `schedule`, `x_T` and `ts` are those of
+    `sample_frames`.
+
+    >>> from jax_diffusion import diffusion, samplers, schedules
+    >>> schedule = schedules.make_schedule(schedules.cosine_betas(4))
+    >>> v_objective = diffusion.Objective(mean_type="v")
+    >>> denoise_fn = diffusion.denoiser(lambda x, t: 0 * x, schedule, v_objective)
+    >>> keys = image_keys(jax.random.key(0), jnp.arange(2))
+    >>> x_T = normal(keys, (3,))
+    >>> sample(keys, denoise_fn, samplers.ddim_step, schedule, x_T).shape
+    (2, 3)
+    """
+    frames = sample_frames(
+        keys, denoise_fn, step_fn, schedule, x_T, num_frames=1, ts=ts
+    )
+    return frames.x[-1]

@@ -1,0 +1,120 @@
+"""From images to noise and between images: DDIM inversion, slerp, interpolation."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from jax_diffusion import diffusion
+from jax_diffusion.diffusion import DenoiseFn
+from jax_diffusion.samplers.loop import StepFn, fold_in, image_keys, normal, sample
+from jax_diffusion.samplers.steps import ddim_inversion_step
+from jax_diffusion.schedules import NoiseSchedule, check_step
+
+
+def invert(
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    x_0: Float[Array, "b *d"],
+    *,
+    t: int | Int[Array, ""] | None = None,
+) -> Float[Array, "b *d"]:
+    """Finds the x_t from which DDIM with eta = 0 returns to x_0 (DDIM inversion).
+
+    Exact up to an error of the order of the step size. x_0 is taken to be at the noise
+    level of step 0, from which steps go up to the level of step t.
+
+    Args:
+        denoise_fn: not clipped: what clipping removes cannot be recovered.
+        schedule: the steps to take.
+        x_0: [b, ...] data.
+        t: the step to stop at; default T - 1, where `sample` starts.
+
+    Returns:
+        x_t, [b, ...].
+    """
+    rows = jnp.arange(schedule.num_steps, dtype=jnp.int32)
+    above = jnp.append(schedule.visited[1:], False)  # the last row goes nowhere
+    ts = jnp.where(above if t is None else above & (rows < t), rows, -1)
+    keys = image_keys(jax.random.key(0), rows[:1].repeat(x_0.shape[0]))  # not used
+    return sample(keys, denoise_fn, ddim_inversion_step, schedule, x_0, ts=ts)
+
+
+def slerp(
+    x: Float[Array, "b *d"], y: Float[Array, "b *d"], weight: Float[Array, "b"]
+) -> Float[Array, "b *d"]:
+    """Spherical interpolation of noise, image by image (Song et al. 2021, eq. 67).
+
+    Unlike a straight line this keeps the norm, and with it the noise level. Parallel
+    images are interpolated linearly.
+
+    Args:
+        x, y: noise [b, ...].
+        weight: [b], 0 gives x and 1 gives y.
+
+    Returns:
+        [b, ...], between x and y.
+
+    >>> x, y = jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 2.0]])
+    >>> slerp(x, y, jnp.array([0.5])).round(3)
+    Array([[1.414, 1.414]], dtype=float32)
+    """
+    shape = (-1,) + (1,) * (x.ndim - 1)
+    flat_x, flat_y = (a.reshape(a.shape[0], -1) for a in (x, y))
+    squares = jnp.sum(flat_x**2, axis=-1) * jnp.sum(flat_y**2, axis=-1)
+    cosine = jnp.sum(flat_x * flat_y, axis=-1) / jnp.sqrt(jnp.maximum(squares, 1e-30))
+    largest = 1 - 1e-7  # arccos has no derivative at 1, and float32 no angle below 3e-4
+    angle = jnp.arccos(jnp.clip(cosine, -largest, largest))
+    sine = jnp.sin(angle)
+    straight = sine < 1e-3
+    safe = jnp.where(straight, 1.0, sine)
+    of_x = jnp.where(straight, 1 - weight, jnp.sin((1 - weight) * angle) / safe)
+    of_y = jnp.where(straight, weight, jnp.sin(weight * angle) / safe)
+    return of_x.reshape(shape) * x + of_y.reshape(shape) * y
+
+
+def interpolate(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    step_fn: StepFn,
+    schedule: NoiseSchedule,
+    x_a: Float[Array, "b *d"],
+    x_b: Float[Array, "b *d"],
+    weights: Float[Array, "n"],
+    *,
+    t: int,
+) -> Float[Array, "n b *d"]:
+    """Images between x_a and x_b, mixed at noise level t (Ho et al. 2020, fig. 8).
+
+    Noises both to level t with independent noise, mixes (1 - w) x_a + w x_b, and
+    samples from t down to 0, both included. All weights share one draw of noise.
+
+    Args:
+        keys: one for each pair of images.
+        denoise_fn: the network as a denoiser.
+        step_fn: the sampler's step.
+        schedule: the steps to take.
+        x_a, x_b: data [b, ...].
+        weights: [n], 0 for x_a and 1 for x_b.
+        t: the level at which noised images are mixed, in [0, T).
+
+    Returns:
+        [n, b, ...]: a row of images for each weight; 0 gives reconstructions of x_a, 1
+        of x_b.
+
+    Raises:
+        ValueError: unless 0 <= t < T, rows added by `schedules.pad` not counted.
+    """
+    check_step(schedule, t)
+    keys_a, keys_b, keys_steps = (fold_in(keys, i) for i in range(3))
+    level = jnp.full(x_a.shape[:1], t, jnp.int32)
+    noised_a, noised_b = (
+        diffusion.q_sample(schedule, x_0, level, normal(k, x_0.shape[1:]))
+        for x_0, k in ((x_a, keys_a), (x_b, keys_b))
+    )
+    ts = jnp.arange(t, -1, -1, dtype=jnp.int32)
+
+    def at(weight):
+        x_t = (1 - weight) * noised_a + weight * noised_b
+        return sample(keys_steps, denoise_fn, step_fn, schedule, x_t, ts=ts)
+
+    return jax.lax.map(at, weights)

@@ -1,0 +1,189 @@
+"""Every sampler's step, and the table of samplers.
+
+To add a sampler: write its step here, as `jax_diffusion.samplers` describes one, and
+give it a row in `SAMPLERS`. Programs, `SamplingOptions` and the protocol test read the
+table.
+"""
+
+import inspect
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from jax_diffusion import diffusion
+from jax_diffusion.diffusion import DenoiseFn
+from jax_diffusion.samplers.loop import SampleState, StepFn, normal
+from jax_diffusion.schedules import NoiseSchedule, take
+
+
+def ddpm_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: SampleState,
+    t: Int[Array, "b"],
+) -> SampleState:
+    """One step of ancestral sampling from t to t - 1 (Ho et al. 2020, algorithm 2).
+
+    The mean is that of q(x_{t-1} | x_t, x_0) at the predicted x_0, the variance the
+    predicted one. The last step, t = 0, adds no noise.
+    """
+    prediction = denoise_fn(state.x, t)
+    mean = diffusion.guided_mean(schedule, prediction, state.x, t)
+    level = take(schedule, t, state.x.ndim).now
+    std = jnp.where(t.reshape(level.noise.shape) == 0, 0.0, 1.0)
+    std = std * jnp.exp(0.5 * prediction.log_var)
+    x = mean + std * normal(keys, state.x.shape[1:])
+    return SampleState(x, prediction.x_0, level.log_snr)
+
+
+def ddim_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: SampleState,
+    t: Int[Array, "b"],
+    *,
+    eta: float | Float[Array, ""] = 0.0,
+) -> SampleState:
+    """One step of DDIM from t to t - 1 (Song et al. 2021, eq. 12 and 16).
+
+    eta = 0 is deterministic; eta = 1 adds as much noise as ancestral sampling with the
+    posterior variance (`fixed_small`). The predicted variance is not used. eps is that
+    of the predicted x_0 after any clipping, as in improved-diffusion.
+    """
+    c = take(schedule, t, state.x.ndim)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    eps = (state.x - c.now.signal * x_0) / c.now.noise
+    ratio = c.prev.noise / c.now.noise
+    sigma = eta * ratio * jnp.sqrt(c.betas)  # eq. 16
+    # prev.noise^2 - sigma^2, as a sum of positive terms: the difference would cancel.
+    # The bound keeps the gradient by eta finite at t = 0, where all of it is zero.
+    kept = (1 - eta**2) + eta**2 * ratio**2 * (1 - c.betas)
+    direction = c.prev.noise * jnp.sqrt(jnp.maximum(kept, 1e-20))
+    x = c.prev.signal * x_0 + direction * eps + sigma * normal(keys, state.x.shape[1:])
+    return SampleState(x, x_0, c.now.log_snr)
+
+
+def ddim_inversion_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: SampleState,
+    t: Int[Array, "b"],
+) -> SampleState:
+    """One deterministic step of DDIM the other way, from t up to t + 1.
+
+    Do not clip the denoiser: what is clipped cannot be found again.
+    """
+    del keys
+    c = take(schedule, t, state.x.ndim)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    return SampleState(_carry(state.x, x_0, c.now, c.next), x_0, c.now.log_snr)
+
+
+def dpmpp_2m_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: SampleState,
+    t: Int[Array, "b"],
+) -> SampleState:
+    """One step of DPM-Solver++(2M) from t to t - 1 (Lu et al. 2022, algorithm 2).
+
+    A step of DDIM with eta = 0 and, for x_0, the line in log-SNR through this
+    prediction and the last one, at the middle of the step. Deterministic, of second
+    order; the first step and the last, endless in log-SNR, are of first order.
+    """
+    del keys
+    c = take(schedule, t, state.x.ndim)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    step = c.prev.log_snr - c.now.log_snr
+    last_step = c.now.log_snr - state.log_snr  # infinite before there is a last x_0
+    finite = jnp.isfinite(step) & jnp.isfinite(last_step) & (last_step > 0)
+    weight = jnp.where(finite, step, 0.0) / jnp.where(finite, 2 * last_step, 1.0)
+    ahead = x_0 + weight * (x_0 - state.x_0)
+    return SampleState(_carry(state.x, ahead, c.now, c.prev), x_0, c.now.log_snr)
+
+
+def heun_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: SampleState,
+    t: Int[Array, "b"],
+) -> SampleState:
+    """One step of Heun's method from t to t - 1, in log-SNR, with two evaluations.
+
+    A step of DDIM with eta = 0, then again with the mean of x_0 at both its ends:
+    DPM-Solver++(2S) with r = 1 (Lu et al. 2022). Deterministic, of second order; the
+    last step, endless in log-SNR, is one of DDIM. Averaging eps instead (Karras et al.
+    2022) breaks down on a long step from where hardly any signal is left.
+    """
+    del keys
+    c = take(schedule, t, state.x.ndim)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    x = _carry(state.x, x_0, c.now, c.prev)
+    end_x_0 = _x_0(denoise_fn, schedule, x, jnp.maximum(t - 1, 0))
+    mean = jnp.where(c.prev.noise > 0, (x_0 + end_x_0) / 2, x_0)
+    return SampleState(_carry(state.x, mean, c.now, c.prev), x_0, c.now.log_snr)
+
+
+def _x_0(denoise_fn, schedule, x, t):
+    """What steps that follow the score take the clean data to be."""
+    return diffusion.guided_x_0(schedule, denoise_fn(x, t), t)
+
+
+def _carry(x, x_0, now, to):
+    """x at another level, with the eps that it has if x_0 is the clean data."""
+    return to.signal * x_0 + to.noise * (x - now.signal * x_0) / now.noise
+
+
+class Sampler(NamedTuple):
+    """A sampler, and what programs have to know of it: a row of `SAMPLERS`.
+
+    Attributes:
+        step: the step function.
+        takes_eta: whether the step takes `eta`, the DDIM noise level, by keyword.
+        steps: how many steps to take unless told otherwise; None, all of them.
+        spacing: which steps to take unless told otherwise, a key of `spacing.SPACINGS`.
+        adds_noise: whether images with the same x_T differ, whatever eta is.
+        uses_mean: whether the step samples from p(x_{t-1} | x_t), whose mean guidance
+            by a classifier has already shifted. Then x_0 is not shifted as well.
+    """
+
+    step: StepFn
+    takes_eta: bool = False
+    steps: int | None = None
+    spacing: str = "sections"
+    adds_noise: bool = False
+    uses_mean: bool = False
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(ddpm_step, adds_noise=True, uses_mean=True),
+    "ddim": Sampler(ddim_step, takes_eta=True, steps=50),
+    "dpmpp_2m": Sampler(dpmpp_2m_step, steps=20, spacing="trailing"),
+    "heun": Sampler(heun_step, steps=10, spacing="trailing"),
+}
+
+
+def as_sampler(sampler: Sampler | StepFn) -> Sampler:
+    """Makes a row of `SAMPLERS` from a bare step function, such as a user's own.
+
+    Args:
+        sampler: a step function, or a row, which is returned as it is.
+
+    Returns:
+        A row with all steps by default. It takes eta if the function has a parameter of
+        that name which is not bound yet, and counts as noisy, since that is unknown.
+
+    >>> as_sampler(ddim_step).takes_eta
+    True
+    """
+    if isinstance(sampler, Sampler):
+        return sampler
+    bound = getattr(sampler, "keywords", {})  # of functools.partial
+    takes_eta = "eta" in inspect.signature(sampler).parameters and "eta" not in bound
+    return Sampler(sampler, takes_eta=takes_eta, adds_noise=True)

@@ -1,0 +1,107 @@
+"""Functions that take a sampler's step and return one: inpainting, shared noise."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jax_diffusion.samplers.loop import StepFn, fold_in, normal
+from jax_diffusion.schedules import take
+
+
+def inpaint(
+    step_fn: StepFn,
+    x_known: Float[Array, "b *d"],
+    mask: Array | Callable[[Array], Array],
+) -> StepFn:
+    """Wraps a step: afterwards known pixels are x_known, noised to the new level.
+
+    After the last step they are x_known exactly (Song et al. 2021, app. I.2). See
+    `editing.repaint` for results that fit together better.
+
+    Args:
+        step_fn: the step to wrap.
+        x_known: [b, ...] data; values where the mask is 0 are ignored.
+        mask: 1 where pixels are known and 0 elsewhere, of a shape that broadcasts
+            against data; or an orthogonal projection of images [b, ...] onto what is
+            known of them, such as `editing.gray`.
+
+    Returns:
+        A step that draws with its own keys, besides those of `step_fn`.
+
+    Raises:
+        ValueError: if the shape of the mask does not fit the data.
+    """
+    project = mask if callable(mask) else functools.partial(_masked, mask, x_known)
+
+    def step(keys, denoise_fn, schedule, state, t):
+        state = step_fn(keys, denoise_fn, schedule, state, t)
+        prev = take(schedule, t, x_known.ndim).prev
+        keys = fold_in(keys, 1)  # the step itself has drawn with the keys as they are
+        known = prev.signal * x_known + prev.noise * normal(keys, x_known.shape[1:])
+        return state._replace(x=state.x - project(state.x) + project(known))
+
+    return step
+
+
+def share_noise(
+    step_fn: StepFn, key: Key[Array, ""] | Key[Array, "b"], *, until: int
+) -> StepFn:
+    """Wraps a step: at t >= until, images with the same `key` get the same noise.
+
+    Images that also share x_T stay equal down to t = until and differ after it, as in
+    figure 7 of Ho et al. 2020 (until = T - repeat_noise_steps of their code).
+
+    Args:
+        step_fn: the step to wrap.
+        key: one for all images, or [b], equal for the images of a group.
+        until: the last t at which noise is shared.
+
+    Returns:
+        A step that gives `step_fn` other keys at t >= until.
+    """
+
+    def step(keys, denoise_fn, schedule, state, t):
+        shared = jax.vmap(jax.random.fold_in)(jnp.broadcast_to(key, t.shape), t)
+        data = jnp.where(
+            t[:, None] >= until, jax.random.key_data(shared), jax.random.key_data(keys)
+        )
+        keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
+        return step_fn(keys, denoise_fn, schedule, state, t)
+
+    return step
+
+
+def on_step(step_fn: StepFn, on_step: Callable[[Array], None]) -> StepFn:
+    """Wraps a step: calls a function on the host at every step, for a progress bar.
+
+    Args:
+        step_fn: the step to wrap.
+        on_step: called with t, an int32 scalar; its result is ignored.
+
+    Returns:
+        A step with the results of `step_fn`.
+    """
+
+    def step(keys, denoise_fn, schedule, state, t):
+        jax.debug.callback(on_step, t[0])
+        return step_fn(keys, denoise_fn, schedule, state, t)
+
+    return step
+
+
+watch = on_step  # its old name
+
+
+def _masked(mask, x_known, x):
+    """x where the mask is 1 and 0 elsewhere, once the mask is known to fit."""
+    known = x_known.shape
+    shape = (1,) * (len(known) - np.ndim(mask)) + np.shape(mask)
+    if len(shape) > len(known) or any(
+        n not in (1, m) for n, m in zip(shape, known, strict=True)
+    ):
+        raise ValueError(f"the mask must fit data {known}, got shape {np.shape(mask)}.")
+    return jnp.reshape(mask, shape) * x
