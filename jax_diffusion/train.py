@@ -9,65 +9,25 @@ It is the same on one device, on several, and on every host of a pod.
 import argparse
 import contextlib
 import json
-import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from jax_diffusion import config as settings
 from jax_diffusion import metrics, plotting
 from jax_diffusion.config import Config
 from jax_diffusion.evaluation import during_training as watching
-from jax_diffusion.runtime import checkpoint, cpu, logs, sharding
-from jax_diffusion.runtime import device_peaks as roofline
+from jax_diffusion.runtime import checkpoint, cpu, device_peaks, logs, sharding
+from jax_diffusion.runtime.preemption import PreemptionSignal
 from jax_diffusion.training.setup import Plan, Program, compile_plan, make_plan
 from jax_diffusion.training.step import TrainState
 
 COLOUR_BATCHES = 8  # of data, to compare the colours of samples with
 PROFILE_FROM = 10  # updates after the start: what compiles and caches is over by then
-
-
-class PreemptionSignal:
-    """Set by the first SIGTERM or Ctrl-C, while `listen` is in force.
-
-    Of several processes, one that gets a SIGTERM tells the others through JAX, and all
-    stop at one step.
-    """
-
-    name = ""  # of the signal, once it came
-
-    @contextlib.contextmanager
-    def listen(self) -> Iterator["PreemptionSignal"]:
-        """Catches the signals; a second one acts as usual."""
-
-        def catch(number, frame):
-            self.name = signal.Signals(number).name
-            restore()
-
-        def restore():
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-        previous = {}
-        if jax.process_count() == 1:
-            with contextlib.suppress(ValueError):  # not the main thread: cannot catch
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    previous[number] = signal.signal(number, catch)
-        try:
-            yield self
-        finally:
-            restore()
-
-    def look(self, step: int) -> None:
-        """Of several processes, asks the others; all hear of it after the same step."""
-        if jax.process_count() > 1:
-            if multihost_utils.reached_preemption_sync_point(step):
-                self.name = "SIGTERM"
 
 
 def train(config: Config, workdir: str | Path) -> TrainState:
@@ -129,7 +89,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                 problem = journal.line(step, extra)
             elif extra:
                 journal.write(step, extra)
-            stop.look(step)
+            stop.poll(step)
             if step % config.save_every == 0 or last or problem or stop.name:
                 with clock.pause():
                     record["window"] = plain(journal.window)
@@ -265,12 +225,14 @@ class Reporter:
 
 
 def _roofline(config: Config, plan: Plan, program: Program) -> dict[str, float]:
-    """Operations of a step and what the devices could make, if theirs is known."""
-    peak = roofline.peak(jax.devices()[0].device_kind)
+    """FLOPs of a step and the devices' peak FLOP/s, of all of them; none if unknown."""
+    peak = device_peaks.PEAKS.get(jax.devices()[0].device_kind)
     if peak is None:
         return {}
-    rate = roofline.flop_rate(peak, config.model.get("dtype", "float32"))
-    flops, count = roofline.cost(program.step).flops, plan.mesh.size
+    rate = device_peaks.flop_rate(peak, config.model.get("dtype", "float32"))
+    analysis = program.step.cost_analysis() or {}  # of what one device does
+    count = plan.mesh.size
+    flops = analysis.get("flops", float("nan"))
     return {"flops_per_step": flops * count, "peak_flops": rate * count}
 
 

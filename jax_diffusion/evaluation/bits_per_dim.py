@@ -67,7 +67,7 @@ class Evaluation:
         path = self.out / "scores.json"
         text = json.dumps({"evaluations": [*_evaluations(path), entry]}, indent=2)
         self.out.mkdir(parents=True, exist_ok=True)
-        parts.write_atomic(path, lambda f: f.write(text.encode()))
+        parts.write_atomic(path, text)
         for writer, n, keep in self.written:
             if keep == ():
                 writer.discard()

@@ -201,9 +201,8 @@ class BestCheckpoint:
             return
         if self._old and jax.process_index() == 0:
             shutil.rmtree(self._folder)  # by other scores, perhaps of a later step
-        self._old = bool(
-            sharding.broadcast_from_first(0)
-        )  # the others wait until it is gone
+        sharding.barrier("old best network removed")
+        self._old = False
         ema, metric = emas[i], [*scores][i].rpartition("_")[0]
         self._best = dict(metric=metric, value=values[i], step=step, ema=ema)
         config = dict(self._record["config"], ema_decays=[float(ema)])

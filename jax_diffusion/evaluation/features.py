@@ -7,7 +7,6 @@ a function of any of them, and `extract` runs it over batches.
 """
 
 import dataclasses
-import hashlib
 import http.client
 import itertools
 import json
@@ -141,7 +140,7 @@ def inception(
             raise ValueError(
                 f"Inception's weights must be a file, got {str(path)!r}; {advice}."
             )
-    found = _hash_of_file(path)
+    found = parts.sha256_of_file(path)
     if sha256 not in (None, found):
         remedy = f"remove it, or {advice}" if source is None else advice
         raise ValueError(f"{path} must have SHA-256 {sha256}, got {found}; {remedy}.")
@@ -169,7 +168,7 @@ def _cached(url: str, sha256: str, cache: Path | None, advice: str) -> Path:
         with tempfile.TemporaryDirectory(prefix="download_", dir=folder) as aside:
             new = Path(aside) / INCEPTION_FILE
             _download(url, new)
-            found = _hash_of_file(new)
+            found = parts.sha256_of_file(new)
             if found != sha256:
                 raise ValueError(f"a file of SHA-256 {found} for {sha256}")
             os.replace(new, path)
@@ -189,11 +188,6 @@ def _download(url: str, path: Path) -> None:
     except urllib.error.HTTPError as error:
         error.close()  # it holds the connection
         raise
-
-
-def _hash_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def train_classifier(
@@ -252,7 +246,7 @@ def train_classifier(
     if jax.process_index() == 0:
         arrays = {**_flat(params), "meta": np.array(json.dumps(meta))}
         parts.write_atomic(path, lambda file: np.savez(file, **arrays))
-    sharding.broadcast_from_first(0)  # the others wait until the file is there
+    sharding.barrier("classifier written")
     told = {"seconds": time.perf_counter() - began, "sha256": extractor.sha256}
     return {"accuracy": meta["accuracy"], "steps": steps, **told}
 
@@ -327,8 +321,7 @@ def load_classifier(
     if not path.is_file():
         raise ValueError(f"the classifier must be a file, got {path}; {ADVICE}.")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = dict(stored)
+        arrays = parts.read_npz(path)
         meta = json.loads(str(arrays.pop("meta")))
         shape, num_classes = tuple(meta["image_shape"]), int(meta["num_classes"])
         image = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
@@ -358,11 +351,8 @@ def _classifier(params: PyTree, num_classes: int) -> FeatureExtractor:
     def features(params, images):
         return model.apply({"params": params}, images)._asdict()
 
-    digest = hashlib.sha256()
-    for name, array in sorted(_flat(params).items()):
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return FeatureExtractor("classifier", digest.hexdigest(), params, features)
+    digest = parts.sha256_of_tree(params)
+    return FeatureExtractor("classifier", digest, params, features)
 
 
 def _flat(params: PyTree) -> dict[str, Any]:

@@ -22,6 +22,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from jax_diffusion.runtime import sharding
+
 BAD = "bad_checkpoints"  # in the workdir: where damaged ones are moved
 
 
@@ -290,8 +292,7 @@ def _move_later_aside(workdir: Path, step: int) -> None:
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(exist_ok=True)
             shutil.move(_directory(workdir) / str(later), target)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("damaged checkpoints moved")
+    sharding.barrier("damaged checkpoints moved")
 
 
 def _on_every_host(good: bool) -> bool:

@@ -1,39 +1,152 @@
-"""Arrays of many images in one .npz, written in parts that survive a kill.
+"""Files that are whole or not there: atomic writes, .npz archives, SHA-256 hashes.
 
-`FILE.parts` holds the parts and a record of what decides their bytes, until all are
-there; then they become `FILE.npz`, the same bytes whatever happened on the way.
+`ResumableNpz` writes one .npz of many images over hours: `FILE.parts/` collects the
+parts and a record of the settings that decide their bytes; once all parts are there
+they are joined into `FILE.npz`. Its bytes are the same however often the job was
+killed on the way.
 """
 
+import hashlib
 import itertools
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import jax
 import numpy as np
+from jaxtyping import PyTree
 
-DATE = (1980, 1, 1, 0, 0, 0)  # of the entries of every archive
+DATE = (1980, 1, 1, 0, 0, 0)  # of all archive entries: bytes must not tell the time
+
+Content = bytes | str | Callable[[BinaryIO], Any]
+
+
+def write_atomic(path: str | os.PathLike, content: Content) -> None:
+    """Writes a file so that a kill leaves the old file or the new one, never a half.
+
+    Args:
+        path: the file to write or replace, in a folder that exists.
+        content: bytes, text (written as UTF-8), or a function that writes to the open
+            binary file that it is given.
+    """
+    write_all_atomic({Path(path): content})
+
+
+def write_all_atomic(files: Mapping[Path, Content]) -> None:
+    """Writes several files that belong together: all of them or none.
+
+    They are written beside their places, as `NAME.tmp`, and then renamed; only a kill
+    between two renames leaves some of them old and some new.
+
+    Args:
+        files: the content of each file by its path, as `write_atomic` takes it.
+    """
+    beside = {path: path.with_name(f"{path.name}.tmp") for path in files}
+    try:
+        for path, content in files.items():
+            with beside[path].open("wb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(
+                        content.encode() if isinstance(content, str) else content
+                    )
+                file.flush()
+                os.fsync(file.fileno())
+    except Exception:
+        for path in beside.values():
+            path.unlink(missing_ok=True)
+        raise
+    for path in files:
+        os.replace(beside[path], path)
+
+
+def read_npz(
+    path: str | os.PathLike, names: Iterable[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Reads the arrays of a .npz file.
+
+    Args:
+        path: the file; its name may end in anything.
+        names: the arrays to read, default all; names that the file lacks are left out.
+
+    Returns:
+        Arrays by name, in the order of `names` or of the file.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or holds pickled objects.
+    """
+    try:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            wanted = arrays.files if names is None else names
+            return {name: arrays[name] for name in wanted if name in arrays.files}
+    except Exception as error:  # damage shows as any kind of error
+        raise ValueError(
+            f"{path} must be a whole .npz file of plain arrays, got {error!r}."
+        ) from error
+
+
+def sha256_of_file(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_tree(tree: PyTree) -> str:
+    """Returns the SHA-256 of a pytree of arrays, as 64 hexadecimal digits.
+
+    Names ("block/kernel"), dtypes, shapes and bytes of all leaves enter, in the order
+    of the names; JAX and NumPy arrays of the same values give the same hash.
+
+    >>> a, b = np.zeros(2, np.float32), np.zeros(2, np.int32)
+    >>> sha256_of_tree({"a": a}) == sha256_of_tree({"a": b})
+    False
+    """
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    digest = hashlib.sha256()
+    for name, array in sorted(leaves.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 class ResumableNpz:
-    """What has been written of FILE.npz.
+    """Writes the arrays of many images to one .npz, in parts that survive a kill.
+
+    A job that is started again finds the number of images that are there in `done`,
+    and goes on with `add` from that one.
+
+    Args:
+        out: the .npz file to end in; the parts lie in the folder `out` with the suffix
+            .parts, which appears with the first part.
+        record: the settings that decide the arrays' bytes, as plain JSON values. Parts
+            of another record are refused.
+
+    Attributes:
+        out: the file.
+        folder: the folder of the parts.
+        done: the number of images in the parts.
 
     Raises:
-        ValueError: if parts of other settings are there, or one cannot be read.
+        ValueError: if there are parts of other settings, or one cannot be read.
     """
 
     def __init__(self, out: Path, record: dict[str, Any]):
         self.out, self.folder = out, out.with_suffix(".parts")
         self._record = json.loads(json.dumps(record))
-        self.done = 0  # images that are there
+        self.done = 0
         stored = [*self._stored()]
         if stored:
             self._check_record()
         for first, part in stored:
-            lengths = {len(array) for array in _read(part).values()}
+            lengths = {len(array) for array in _read_part(part).values()}
             if first != self.done or len(lengths) != 1:
                 raise ValueError(
                     f"{self.folder} must hold parts without gaps, got {part.name} "
@@ -42,40 +155,63 @@ class ResumableNpz:
             self.done += lengths.pop()
 
     def add(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes what is known of the next images, arrays [n, ...] by name."""
+        """Writes the next part: by name, arrays [n, ...] of the next n images."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.done:
             text = json.dumps(self._record, indent=2)
-            write_atomic(self.folder / "record.json", lambda f: f.write(text.encode()))
+            write_atomic(self.folder / "record.json", text)
         part = self.folder / f"{self.done:08d}.npz"
         named: Any = arrays
-        write_atomic(part, lambda f: np.savez(f, **named))
+        write_atomic(part, lambda file: np.savez(file, **named))
         self.done += len(next(iter(arrays.values())))
 
     def read(self, n: int, *, without: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        """All arrays of the first n images but some, from the parts."""
+        """Reads the arrays of the first n images from the parts.
+
+        Args:
+            n: the number of images, <= `done`.
+            without: names of arrays to leave out.
+
+        Returns:
+            Arrays [n, ...] by name.
+        """
         stored = [part for first, part in self._stored() if first < n]
-        names = [name for name in _names(stored[0]) if name not in without]
-        kept = [_read(part, names) for part in stored]
+        names = [name for name in _read_part(stored[0]) if name not in without]
+        kept = [_read_part(part, names) for part in stored]
         return {name: np.concatenate([k[name] for k in kept])[:n] for name in names}
 
     def join(self, n: int, names: Sequence[str] | None = None) -> None:
         """Makes FILE.npz of the first n images, and removes the parts.
 
+        One part is in memory at a time.
+
         Args:
-            names: of the arrays to keep; default all.
+            n: the number of images, <= `done`.
+            names: the arrays to keep; default all.
         """
         parts = [part for _, part in self._stored()]
-        write_atomic(self.out, lambda f: _join(f, parts, n, names))
+        names = names or [*_read_part(parts[0])]
+
+        def cut(name):
+            for part in parts:
+                yield _read_part(part, [name])[name][: max(n - int(part.stem), 0)]
+
+        def write(file):
+            with zipfile.ZipFile(file, "w") as archive:
+                for name in names:
+                    _write_array(archive, name, n, cut(name))
+
+        write_atomic(self.out, write)
         self.discard()
 
     def discard(self) -> None:
-        """Removes the parts."""
-        for _, part in reversed([*self._stored()]):  # a kill leaves the first ones
+        """Removes the parts, the last ones first: a kill leaves no gap."""
+        for _, part in reversed([*self._stored()]):
             part.unlink()
         shutil.rmtree(self.folder)
 
     def _stored(self) -> Iterator[tuple[int, Path]]:
+        """Yields each part with the number of its first image, in order."""
         for part in sorted(self.folder.glob("[0-9]*.npz")):
             yield int(part.stem), part
 
@@ -100,21 +236,21 @@ class ResumableNpz:
             )
 
 
-def _join(file: Any, parts: list[Path], n: int, names: Sequence[str] | None) -> None:
-    """One archive of the arrays of all parts, of which one is in memory at a time."""
-
-    def cut(name):
-        for part in parts:
-            yield _read(part, [name])[name][: max(n - int(part.stem), 0)]
-
-    with zipfile.ZipFile(file, "w") as archive:
-        for name in names or _names(parts[0]):
-            _write_array(archive, name, n, cut(name))
+def _read_part(part: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    try:
+        arrays = read_npz(part, names)
+        return {name: arrays[name] for name in names or arrays}
+    except (ValueError, KeyError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"{part} must be a whole part, got {cause!r}; remove it."
+        ) from error
 
 
 def _write_array(
     archive: zipfile.ZipFile, name: str, n: int, arrays: Iterable[np.ndarray]
 ) -> None:
+    """Writes an entry `name`.npy of n rows, which come in several arrays."""
     arrays = iter(arrays)
     first = next(arrays)
     shape = (n, *first.shape[1:])
@@ -124,27 +260,3 @@ def _write_array(
         np.lib.format.write_array_header_1_0(file, header)
         for array in itertools.chain([first], arrays):
             file.write(np.ascontiguousarray(array).tobytes())
-
-
-def _names(part: Path) -> list[str]:
-    return [*_read(part)]
-
-
-def _read(part: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    try:
-        with part.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names or arrays.files}
-    except Exception as error:
-        raise ValueError(
-            f"{part} must be a whole part, got {error!r}; remove it."
-        ) from error
-
-
-def write_atomic(path: Path, write: Any) -> None:
-    """Writes a file beside and moves it into place: it is whole or not there."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

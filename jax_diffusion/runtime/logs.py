@@ -24,8 +24,7 @@ from typing import Any
 
 import jax
 
-# --- numbers
-
+from jax_diffusion.runtime.files import write_atomic
 
 WRITERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # and the package of each
 
@@ -123,7 +122,7 @@ class _WeightsAndBiases:
 
         path = workdir / "wandb_id"
         if step == 0 or not path.exists():  # at 0 nothing is resumed: a run of its own
-            _replace(path, secrets.token_hex(8))
+            write_atomic(path, secrets.token_hex(8))
         try:
             self._run = wandb.init(
                 dir=str(workdir),
@@ -161,17 +160,7 @@ def _keep_until(path: Path, step: int) -> None:
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
-    _replace(path, "".join(kept))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file at once: a kill leaves the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-# --- circumstances
+    write_atomic(path, "".join(kept))
 
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -208,7 +197,7 @@ def write_description(workdir: str | Path, record: Mapping[str, Any]) -> None:
     path = Path(workdir) / "run.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     starts = _read_starts(path) if path.exists() else []
-    _replace(path, json.dumps({"starts": [*starts, dict(record)]}, indent=2) + "\n")
+    write_atomic(path, json.dumps({"starts": [*starts, dict(record)]}, indent=2) + "\n")
 
 
 def _read_starts(path: Path) -> list[Any]:
@@ -282,9 +271,6 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-# --- time
 
 
 class StepClock:

@@ -242,6 +242,16 @@ def broadcast_from_first(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def barrier(name: str) -> None:
+    """Waits until all processes have come to this line, such as for a file of one.
+
+    Args:
+        name: of the line, the same in all processes, for JAX to check.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def fetch(tree: PyTree) -> PyTree:
     """NumPy copies, on every host, of arrays that may lie on several."""
     if jax.process_count() == 1:

@@ -29,9 +29,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jax_diffusion import config as settings
-from jax_diffusion.runtime import device_peaks as roofline
-from jax_diffusion.runtime import sharding
+from jax_diffusion.runtime import device_peaks, sharding
 from jax_diffusion.training import step as training
+
+from . import roofline
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 IMAGES = {"cifar10": (32, 64), "imagenet64": (64, 16)}  # side, and images per device
@@ -105,7 +106,7 @@ def times(cost, compiler, kind):
     """Seconds of a step without overlap and with it."""
     if compiler == "cpu":
         cost = cost._replace(bytes=0.0)
-    peak = roofline.PEAKS[kind]
+    peak = device_peaks.PEAKS[kind]
     return [
         roofline.seconds(cost, peak, "float32", overlap=overlap)
         for overlap in (False, True)

@@ -1,14 +1,23 @@
-"""Many images in one file, whatever happens while it is written."""
+"""Atomic writes, reading .npz, hashes; one .npz of many images written in parts."""
 
+import hashlib
 import json
 import os
 import time
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_diffusion.runtime.files import ResumableNpz
+from jax_diffusion.runtime.files import (
+    ResumableNpz,
+    read_npz,
+    sha256_of_file,
+    sha256_of_tree,
+    write_all_atomic,
+    write_atomic,
+)
 
 N = 10
 RNG = np.random.default_rng(0)
@@ -69,6 +78,70 @@ def kill_at(monkeypatch, moment):
     for name in ("replace", "fsync", "unlink", "rmdir"):
         monkeypatch.setattr(os, name, watched(getattr(os, name)))
     return made
+
+
+@pytest.mark.parametrize(
+    "content", [b"caf\xc3\xa9\n", "café\n", lambda file: file.write(b"caf\xc3\xa9\n")]
+)
+def test_write_atomic_takes_bytes_text_and_functions(content, tmp_path):
+    write_atomic(tmp_path / "a", content)
+    assert (tmp_path / "a").read_bytes() == b"caf\xc3\xa9\n"
+    assert (
+        sha256_of_file(tmp_path / "a") == hashlib.sha256(b"caf\xc3\xa9\n").hexdigest()
+    )
+
+
+def test_write_atomic_that_fails_leaves_the_old_files_and_nothing_else(tmp_path):
+    paths = [tmp_path / name for name in "ab"]
+    write_all_atomic(dict.fromkeys(paths, "old"))
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_all_atomic({paths[0]: "new", paths[1]: fail})
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "a": "old",
+        "b": "old",
+    }
+
+
+def test_read_npz_returns_all_arrays_or_those_named_that_are_there(tmp_path):
+    np.savez(tmp_path / "a.npz", x=IMAGES, y=LABELS)
+    found = read_npz(tmp_path / "a.npz")
+    assert [*found] == ["x", "y"]
+    np.testing.assert_array_equal(found["x"], IMAGES, strict=True)
+    assert [*read_npz(tmp_path / "a.npz", ["y", "z"])] == ["y"]
+
+
+def test_read_npz_refuses_what_is_no_whole_file_of_plain_arrays(tmp_path):
+    np.save(tmp_path / "array.npy", LABELS)
+    np.savez(tmp_path / "objects.npz", x=np.array([{}], object))
+    (tmp_path / "empty.npz").touch()
+    for name in ("array.npy", "objects.npz", "empty.npz", "missing.npz"):
+        with pytest.raises(
+            ValueError, match=r"must be a whole \.npz file of plain"
+        ):
+            read_npz(tmp_path / name)
+
+
+def test_sha256_of_tree_depends_on_names_dtypes_shapes_and_values_alone():
+    tree = {"b": {"y": LABELS}, "a": np.float32(1)}
+    expected = hashlib.sha256()
+    for name, array in (("a", np.float32(1)), ("b/y", LABELS)):
+        expected.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        expected.update(array.tobytes())
+    assert sha256_of_tree(tree) == expected.hexdigest()
+    same = {"a": jnp.ones(()), "b": {"y": jnp.asarray(LABELS)}}
+    assert sha256_of_tree(same) == expected.hexdigest()
+    others = [
+        {"b": {"z": LABELS}, "a": np.float32(1)},
+        {"b": {"y": LABELS[:, None]}, "a": np.float32(1)},
+        {"b": {"y": LABELS.astype(np.uint32)}, "a": np.float32(1)},
+        {"b": {"y": LABELS[::-1]}, "a": np.float32(1)},
+    ]
+    assert len({sha256_of_tree(t) for t in [tree, *others]}) == 5
 
 
 def test_a_job_killed_at_any_moment_ends_in_the_same_bytes(tmp_path):
