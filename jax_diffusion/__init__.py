@@ -14,8 +14,8 @@ The core needs jax, numpy and jaxtyping, and takes a denoiser from any library:
 
 Beside it stand, imported only on demand: `models` (Flax networks, and the weights and
 names of those that others have released), `training` (the Optax train step), `sharding`
-(one mesh for devices and hosts), `data` and its `sources`, `pictures` (anybody's
-images, as they are), `checkpoint`, `metrics`, `roofline`, `plotting`, `logs`, `parts`
+(one mesh for devices and hosts), `data` (training data; anybody's images, as they
+are), `checkpoint`, `metrics`, `roofline`, `plotting`, `logs`, `parts`
 (arrays of many images in a file), `export` (a sampler in one file), `tasks` (what
 samplers are for), `cpu`, and the programs. Of these, `train` has `plan` and `watching`
 (scores on the way), `sample` has `asked`, `evaluate` has `evaluation`, `image_scores`,

@@ -327,7 +327,7 @@ def _read_low_res(path: str | None, run: Run) -> data.Arrays | None:
         )
     if path is None:
         return None
-    images, labels = data.DATASETS["npz"]("all", path, None)
+    images, labels = data.load_npz("all", path, None)
     if images.shape[-1] != run.image_shape[-1]:
         raise ValueError(
             f"images of --low-res must have {run.image_shape[-1]} channels, got "

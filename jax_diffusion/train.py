@@ -202,7 +202,7 @@ class Reporter:
                 self._plan.batches.batch(i)["image"] for i in range(COLOUR_BATCHES)
             ]
             self._colours = metrics.channel_stats(np.concatenate(shown))
-        return metrics.colour_metrics(metrics.channel_stats(images), self._colours)
+        return metrics.color_metrics(metrics.channel_stats(images), self._colours)
 
     def finish(self, step: int, stopped_by: str) -> None:
         """Says where the run stands, and draws its losses if it has ended."""

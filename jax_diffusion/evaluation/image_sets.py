@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_diffusion import metrics
+from jax_diffusion import data, metrics
 from jax_diffusion import pipeline as runs
 from jax_diffusion import sampling_arguments as asked
-from jax_diffusion.data import pictures
 from jax_diffusion.evaluation import bits_per_dim as evaluation
 from jax_diffusion.evaluation import features as extractors
 from jax_diffusion.evaluation import sample_quality as scoring
@@ -125,7 +124,7 @@ def _reference(job: Evaluation, names: list[str]) -> tuple[ImageSet | None, Any]
     if args.reference is None:
         return evaluation.split_of(job, args.reference_split), None
     moments = None
-    if pictures.holds_moments(args.reference):
+    if metrics.holds_moments(args.reference):
         others = [n for n in names if scoring.METRICS[n][0] != "inception"]
         if others:
             raise ValueError(
@@ -141,7 +140,7 @@ def _reference(job: Evaluation, names: list[str]) -> tuple[ImageSet | None, Any]
 
 
 def _pictures(path: str, n: int | None, batch_size: int) -> ImageSet:
-    found = pictures.open_pictures(path)
+    found = data.open_images(path)
     if n is not None and n > len(found):
         raise ValueError(f"--n must be at most {len(found)} images, got {n}.")
 

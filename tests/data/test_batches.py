@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jax_diffusion import data
-from jax_diffusion.data import sources
+from jax_diffusion.data import folder, philox
 
 
 def numbered(n, c=1):
@@ -180,7 +180,7 @@ def test_evaluation_is_one_pass_in_order_with_a_short_end():
 def test_steps_outside_the_data_are_refused():
     for step in (-1, -7):
         for train in (True, False):
-            with pytest.raises(ValueError, match=f"at least 0.*got {step}"):
+            with pytest.raises(ValueError, match=f">= 0 and in the data, got {step}"):
                 batches_of(10, batch_size=4, train=train).batch(step)
     with pytest.raises(ValueError, match="in the data, got 3"):
         batches_of(10, batch_size=4, train=False).batch(3)
@@ -231,7 +231,7 @@ def test_flipping_leaves_the_order_alone():
 
 def test_draws_of_different_purposes_seeds_and_indices_never_meet():
     keys = itertools.product((0, 1, 2), (0, 1, 2**63 + 5), (0, 1, 2**40))
-    draws = np.concatenate([sources.draw(*key, 500) for key in keys])
+    draws = np.concatenate([philox.draw(*key, 500) for key in keys])
     assert len(np.unique(draws)) == len(draws) == 27 * 500
 
 
@@ -318,7 +318,7 @@ def test_lazy_batches_equal_those_in_memory(tmp_path, c, train):
 
 def test_what_is_known_of_a_lazy_folder_decodes_nothing(tmp_path, monkeypatch):
     write_files(tmp_path, square(10, 3))
-    monkeypatch.delattr(sources, "decode")
+    monkeypatch.delattr(folder, "decode")
     batches = lazy(tmp_path)
     assert batches.image_shape == (4, 4, 3)
     assert (batches.num_examples, batches.num_classes) == (10, 3)
@@ -406,7 +406,7 @@ def test_streams_beside_each_other_do_not_meet(make):
 
 
 def test_a_step_before_the_first_is_refused(make):
-    with pytest.raises(ValueError, match="first must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="first must be >= 0, got -1"):
         make().stream(-1)
 
 
@@ -441,7 +441,7 @@ def test_no_thread_outlives_a_stream(make):
 @pytest.fixture
 def reads(monkeypatch):
     """Lists of the reads from folders that have begun and that have ended."""
-    begun, ended, read = [], [], sources.Folder.read
+    begun, ended, read = [], [], folder.Folder.read
 
     def noted(self, rows):
         begun.append(len(rows))
@@ -450,7 +450,7 @@ def reads(monkeypatch):
         ended.append(len(rows))
         return found
 
-    monkeypatch.setattr(sources.Folder, "read", noted)
+    monkeypatch.setattr(folder.Folder, "read", noted)
     return begun, ended
 
 
@@ -521,9 +521,7 @@ def test_bad_arrays_and_numbers_are_refused(images, labels, kwargs, words):
 
 
 def test_unknown_names_list_the_choices_and_the_nearest():
-    with pytest.raises(
-        ValueError, match=r"'digits', 'synthetic'.*did you mean 'digits'"
-    ):
+    with pytest.raises(ValueError, match=r"'digits', 'folder'.*did you mean 'digits'"):
         data.load("digts", batch_size=2)
     with pytest.raises(
         ValueError, match=r"'train', 'test', 'all'.*did you mean 'train'"
@@ -537,9 +535,7 @@ def test_a_wrong_image_size_is_refused():
     with pytest.raises(ValueError, match="digits must be 8 x 8, got 16"):
         data.load("digits", image_size=16, batch_size=2)
     for size in (0, -1):
-        with pytest.raises(
-            ValueError, match=f"image_size must be at least 1, got {size}"
-        ):
+        with pytest.raises(ValueError, match=f"image_size must be >= 1, got {size}"):
             data.load("synthetic", image_size=size, batch_size=2)
     with pytest.raises(TypeError, match="fip"):
         data.load("synthetic", batch_size=2, fip=True)  # pyright: ignore

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_diffusion import data
-from jax_diffusion.data import pictures
+from jax_diffusion import data, metrics
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (70, 4, 5, 3), np.uint8)
 
@@ -24,7 +23,7 @@ def write(folder, images, names=None):
 
 
 def everything(path):
-    found = pictures.open_pictures(path)
+    found = data.open_images(path)
     return found.read(np.arange(len(found)))
 
 
@@ -36,13 +35,13 @@ def test_a_folder_holds_its_images_as_they_are_in_order_of_paths(tmp_path):
     write(tmp_path, PIXELS[:4], names)
     write(tmp_path, PIXELS[4:6], [".hidden.png", ".cache/0.png"])
     (tmp_path / "notes.txt").write_text("no image")
-    found = pictures.open_pictures(tmp_path)
+    found = data.open_images(tmp_path)
     assert len(found) == 4 and found.image_shape == (4, 5, 3)
     np.testing.assert_array_equal(found.read(np.arange(4)), PIXELS[:4])
 
 
 def test_rows_come_as_they_are_asked_for_whichever_thread_decodes_them(tmp_path):
-    found = pictures.open_pictures(write(tmp_path, PIXELS))
+    found = data.open_images(write(tmp_path, PIXELS))
     rows = np.random.default_rng(1).integers(0, 70, 200)  # some of them twice
     np.testing.assert_array_equal(found.read(rows), PIXELS[rows])
     assert found.read(np.arange(0)).shape == (0, 4, 5, 3)
@@ -57,7 +56,7 @@ def test_batches_go_on_from_any_image(tmp_path, name):
         np.savez(path, arr_0=PIXELS[:10], arr_1=np.arange(10))
     else:
         np.save(path, PIXELS[:10])
-    found = pictures.open_pictures(path)
+    found = data.open_images(path)
     whole = [batch["image"] for batch in found.batches(4)]
     assert [len(images) for images in whole] == [4, 4, 2]
     np.testing.assert_array_equal(np.concatenate(whole), PIXELS[:10])
@@ -74,7 +73,7 @@ def test_an_archive_may_hold_grey_images_without_channels(tmp_path, key):
 
 def test_an_array_in_a_file_is_mapped_and_not_read(tmp_path):
     np.save(tmp_path / "x.npy", PIXELS)
-    assert isinstance(pictures.open_pictures(tmp_path / "x.npy").stored, np.memmap)
+    assert isinstance(data.open_images(tmp_path / "x.npy").stored, np.memmap)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16"])
@@ -128,9 +127,9 @@ def test_grey_among_colours_is_repeated_and_colours_among_grey_are_refused(tmp_p
     expected = [PIXELS[0], np.repeat(grey, 3, axis=-1)]
     np.testing.assert_array_equal(everything(tmp_path / "colour"), expected)
     write(tmp_path / "grey", [grey, PIXELS[0]])
-    found = pictures.open_pictures(tmp_path / "grey")
+    found = data.open_images(tmp_path / "grey")
     assert found.image_shape == (4, 5, 1)
-    with pytest.raises(ValueError, match=r"grey where the first .*0001\.png\)\.$"):
+    with pytest.raises(ValueError, match=r"gray where the first .*0001\.png\)\.$"):
         found.read(np.arange(2))
 
 
@@ -140,7 +139,7 @@ def test_grey_among_colours_is_repeated_and_colours_among_grey_are_refused(tmp_p
 def test_a_file_is_decoded_when_it_is_asked_for_and_no_sooner(tmp_path):
     write(tmp_path, PIXELS[:10])
     (tmp_path / "0007.png").write_bytes(b"no image")
-    found = pictures.open_pictures(tmp_path)
+    found = data.open_images(tmp_path)
     first = next(found.batches(7))["image"]
     np.testing.assert_array_equal(first, PIXELS[:7])
     with pytest.raises(ValueError, match=r"0007\.png must be a whole image, got "):
@@ -153,12 +152,12 @@ def test_a_file_is_decoded_when_it_is_asked_for_and_no_sooner(tmp_path):
 def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=PIXELS)
     expected = hashlib.sha256((tmp_path / "x.npz").read_bytes()).hexdigest()
-    assert pictures.open_pictures(tmp_path / "x.npz").sha256 == expected
+    assert data.open_images(tmp_path / "x.npz").sha256 == expected
 
 
 def test_the_digest_of_a_folder_knows_names_and_contents_and_no_more(tmp_path):
     def digest(name):
-        return pictures.open_pictures(tmp_path / name).sha256
+        return data.open_images(tmp_path / name).sha256
 
     write(tmp_path / "one", PIXELS)
     before = digest("one")
@@ -183,13 +182,13 @@ def test_moments_are_told_from_images_by_their_names(tmp_path):
     np.savez(tmp_path / "both.npz", **moments, arr_0=PIXELS)
     np.savez(tmp_path / "images.npz", arr_0=PIXELS)
     np.save(tmp_path / "images.npy", PIXELS)
-    kept = {p.name for p in tmp_path.iterdir() if pictures.holds_moments(p)}
+    kept = {p.name for p in tmp_path.iterdir() if metrics.holds_moments(p)}
     assert kept == {"moments.npz", "both.npz"}
-    assert not pictures.holds_moments(tmp_path)
-    assert not pictures.holds_moments(tmp_path / "none.npz")
+    assert not metrics.holds_moments(tmp_path)
+    assert not metrics.holds_moments(tmp_path / "none.npz")
     np.testing.assert_array_equal(everything(tmp_path / "both.npz"), PIXELS)
     with pytest.raises(ValueError, match=r"images or arr_0, got .*mu.*sigma"):
-        pictures.open_pictures(tmp_path / "moments.npz")
+        data.open_images(tmp_path / "moments.npz")
 
 
 # What is refused
@@ -197,7 +196,7 @@ def test_moments_are_told_from_images_by_their_names(tmp_path):
 
 def test_sizes_that_differ_are_named(tmp_path):
     write(tmp_path, [PIXELS[0], PIXELS[1, :3]], ["a.png", "b.png"])
-    found = pictures.open_pictures(tmp_path)
+    found = data.open_images(tmp_path)
     rule = r"images must be of one size, got 4 x 5 \(.*a\.png\) and 3 x 5 \(.*b\.png\)"
     with pytest.raises(ValueError, match=rule):
         found.read(np.arange(2))
@@ -216,7 +215,7 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, name):
     path.write_bytes(path.read_bytes()[:-1000])
     place = tmp_path if name.endswith("png") else path
     with pytest.raises(ValueError, match=re.escape(name) + " must be .*, got "):
-        pictures.open_pictures(place)
+        data.open_images(place)
 
 
 @pytest.mark.parametrize(
@@ -234,29 +233,29 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, name):
 def test_arrays_that_are_no_images_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(ValueError, match=r"x\.npz .*" + message):
-        pictures.open_pictures(tmp_path / "x.npz")
+        data.open_images(tmp_path / "x.npz")
 
 
 def test_an_array_of_no_images_in_a_file_of_its_own_is_refused(tmp_path):
     np.save(tmp_path / "x.npy", PIXELS[:0])
     with pytest.raises(ValueError, match=r"x\.npy must .*, got "):
-        pictures.open_pictures(tmp_path / "x.npy")
+        data.open_images(tmp_path / "x.npy")
 
 
 def test_a_place_without_images_is_refused(tmp_path):
     (tmp_path / "x.txt").write_text("no image")
     with pytest.raises(ValueError, match=r"must hold images, .* got none\.$"):
-        pictures.open_pictures(tmp_path)
+        data.open_images(tmp_path)
     with pytest.raises(ValueError, match=r"x\.txt must be a \.npz or \.npy file"):
-        pictures.open_pictures(tmp_path / "x.txt")
+        data.open_images(tmp_path / "x.txt")
     for missing in ("", str(tmp_path / "none")):
         with pytest.raises(ValueError, match=r"must be in a folder, .* got no '"):
-            pictures.open_pictures(missing)
+            data.open_images(missing)
 
 
 def test_batches_start_within_the_images(tmp_path):
-    found = pictures.open_pictures(write(tmp_path, PIXELS[:3]))
-    with pytest.raises(ValueError, match=r"batch_size must be at least 1, got 0\.$"):
+    found = data.open_images(write(tmp_path, PIXELS[:3]))
+    with pytest.raises(ValueError, match=r"batch_size must be >= 1, got 0\.$"):
         found.batches(0)
     for start in (-1, 4):
         with pytest.raises(

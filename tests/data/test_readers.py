@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from jax_diffusion import data
-from jax_diffusion.data import sources
+from jax_diffusion.data import folder
 
 ROOT = Path(__file__).parents[2]
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
@@ -369,7 +369,7 @@ def test_names_need_not_be_text(tmp_path):
 
 def test_packed_strings_are_as_they_were():
     strings = ["", "a", "\u00e4\u20ac", os.fsdecode(b"\xff"), "a" * 300, ""]
-    packed = sources._Strings(strings)
+    packed = folder.PackedStrings(strings)
     assert [packed[i] for i in range(len(strings))] == strings
 
 
@@ -378,11 +378,11 @@ def test_a_lazy_folder_that_looks_grey_names_the_file_that_is_not(
 ):
     for i in range(3):
         save(tmp_path / f"{i}.png", flat(i) if i == 1 else flat(i)[..., 0])
-    monkeypatch.setattr(sources, "LOOKED_AT", 2)  # the first and the last
+    monkeypatch.setattr(folder, "HEADERS", 2)  # the first and the last
     options = dict(path=tmp_path, image_size=4, batch_size=1, train=False)
     lazy = data.load("folder", "all", in_memory=False, **options)
     assert lazy.image_shape == lazy.batch(0)["image"].shape[1:] == (4, 4, 1)
-    with pytest.raises(ValueError, match=r"1\.png must be grey.*in_memory=True"):
+    with pytest.raises(ValueError, match=r"1\.png must be gray.*in_memory=True"):
         lazy.batch(1)
     assert data.load("folder", "all", **options).image_shape == (4, 4, 3)
 
@@ -397,10 +397,133 @@ def test_a_lazy_folder_that_looks_coloured_shows_grey_in_three_channels(tmp_path
 
 def test_readers_give_arrays_by_their_names(tmp_path):
     save(tmp_path / "1.png", flat(7))
-    images, labels = data.DATASETS["folder"]("all", tmp_path, 4)
+    images, labels = data.DATASETS["folder"]("all", tmp_path, 4).read_all()
     np.testing.assert_array_equal(images, flat(7)[None])
     assert labels.tolist() == [0]
-    assert sources.LAZY.keys() < data.DATASETS.keys()
+
+
+# Readers of one's own
+
+OWN = """
+import numpy as np
+from jax_diffusion import data
+
+def arrays(split, path, image_size):
+    images = np.full((6, 4, 4, 1), len(split), np.uint8)
+    return images, np.arange(6) % 3
+
+class Lazy(data.Examples):
+    labels = np.arange(6, dtype=np.int32)
+    image_shape = (4, 4, 3)
+
+    def __init__(self, value):
+        self.value = value
+
+    def __len__(self):
+        return 6
+
+    def read(self, rows):
+        images = np.full((len(rows), 4, 4, 3), self.value, np.uint8)
+        images[:, 0, 0] = np.asarray(rows)[:, None]
+        return images, self.labels[rows]
+
+def lazy(split, path, image_size):
+    return Lazy(int(path))
+
+def wrong(split, path, image_size):
+    return np.zeros((6, 4, 4, 1), np.uint8)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The name of a module with readers."""
+    name = f"own_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_a_reader_of_ones_own_is_a_function_by_its_name(own):
+    batches = data.load(f"{own}:arrays", "my split", image_size=4, batch_size=2)
+    assert batches.in_memory and batches.num_classes == 3
+    assert (batches.batch(5)["image"] == len("my split")).all()
+    with pytest.raises(ValueError, match=r"must be 4 x 4, got 8\.$"):
+        data.load(f"{own}:arrays", image_size=8, batch_size=2)
+    with pytest.raises(ValueError, match=r"None or True for 'own.*:arrays', got False"):
+        data.load(f"{own}:arrays", batch_size=2, in_memory=False)
+
+
+def test_a_reader_of_ones_own_may_be_lazy(own):
+    options = dict(path="9", batch_size=4, train=True, flip=True, seed=1)
+    lazy, memory = (
+        data.load(f"{own}:lazy", in_memory=in_memory, **options)
+        for in_memory in (False, None)
+    )
+    assert memory.in_memory and not lazy.in_memory
+    assert lazy.num_classes == 6 and lazy.image_shape == (4, 4, 3)
+    for step in range(5):
+        for key, value in memory.batch(step).items():
+            np.testing.assert_array_equal(lazy.batch(step)[key], value)
+    np.testing.assert_array_equal(lazy.images[:, 1, 1, 1], 9)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("wrong", r"a reader must return .*, got ndarray from 'own.*:wrong'\.$"),
+        ("missing", r"dataset must name an importable .*, got 'own.*:missing'"),
+    ],
+)
+def test_what_is_no_reader_is_refused(own, name, words):
+    with pytest.raises(ValueError, match=words):
+        data.load(f"{own}:{name}", batch_size=2)
+
+
+# PATH or NAME:PATH
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("folder:photos", ("folder", "photos")),
+        ("npz:a.npz", ("npz", "a.npz")),
+        ("tfds:cifar10:3.0.2", ("tfds", "cifar10:3.0.2")),
+        ("digits", ("digits", None)),
+        ("digits:", ("digits", None)),
+        ("FOLDER", ("folder", "FOLDER")),
+        ("./FOLDER", ("folder", "./FOLDER")),
+        ("a:b", ("folder", "a:b")),
+        ("missing.npz", ("npz", "missing.npz")),
+        ("x/A.NPY", ("npz", "x/A.NPY")),
+        ("my.readers:read", ("my.readers:read", None)),
+        ("my.readers:read:/a:b/c", ("my.readers:read", "/a:b/c")),
+    ],
+)
+def test_a_source_of_images_is_a_path_or_a_name_and_a_path(
+    text, expected, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("FOLDER", "a:b", "digits"):  # "./digits" would be the folder
+        (tmp_path / name).mkdir()
+    assert data.parse_source(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", r"got ''\.$"),
+        ("nowhere", r"got 'nowhere'\.$"),
+        ("fodler", r"did you mean 'folder'\?$"),
+        ("digit:x/y", r"one of \['digits', 'folder', .*did you mean 'digits'\?$"),
+        ("a.png", r"a \.npz or \.npy file, or NAME:PATH .*got 'a\.png'\.$"),
+    ],
+)
+def test_what_is_no_source_of_images_is_refused(text, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^images must be a folder, .*" + words):
+        data.parse_source(text)
 
 
 # NPZ files

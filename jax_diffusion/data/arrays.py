@@ -1,0 +1,152 @@
+"""Data sets that are arrays: digits, synthetic discs, MNIST's files, .npz and .npy.
+
+Each reader `load_*(split, path, image_size)` returns images uint8 [n h w c] and labels
+int [n] of one split.
+"""
+
+import gzip
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_diffusion.data import philox
+from jax_diffusion.data.decode import reading
+from jax_diffusion.data.examples import (
+    Arrays,
+    Source,
+    check_arrays,
+    check_split,
+    every_tenth,
+    rows_of_split,
+)
+
+
+def load_digits(split: str, path: Source, image_size: int | None) -> Arrays:
+    """Reads the 1,797 digits that scikit-learn brings along, 8 x 8 x 1, ten classes.
+
+    Every tenth image is for "test". With `image_size=4`, each pixel is the mean of a
+    2 x 2 block: the low-resolution half of a super-resolution pair. `path` is unused.
+    """
+    check_split(split)
+    spec: Any = importlib.util.find_spec("sklearn")  # its import takes half a second
+    file = Path(spec.submodule_search_locations[0], "datasets/data/digits.csv.gz")
+    pixels, labels = np.split(np.loadtxt(file, delimiter=","), [64], axis=1)
+    size = 4 if image_size == 4 else 8
+    pixels = pixels.reshape(-1, size, 8 // size, size, 8 // size, 1).mean(axis=(2, 4))
+    images = np.rint(pixels * (255 / 16)).astype(np.uint8)
+    rows = rows_of_split(split, every_tenth(len(images)))
+    return images[rows], labels[rows, 0].astype(int)
+
+
+def load_synthetic(split: str, path: Source, image_size: int | None) -> Arrays:
+    """Draws 512 soft discs on a darker ground; the label is the color of the disc.
+
+    "train" and "test" have 512 images each, of four classes, [n 16 16 3] unless
+    `image_size` says otherwise. `path` is unused.
+    """
+    check_split(split)
+    seeds = {"train": [0], "test": [1]}.get(split, [0, 1])
+    draws = np.concatenate(
+        [philox.draw(philox.DISCS, seed, 0, 512 * 6) for seed in seeds]
+    )
+    colors = np.array([[240, 80, 60], [80, 220, 100], [90, 110, 250], [250, 220, 80]])
+    labels = np.arange(512 * len(seeds)) % len(colors)
+    x, images, draws = np.linspace(0, 1, image_size or 16), [], draws.reshape(-1, 6)
+    for color, u in zip(colors[labels], draws / 2.0**64, strict=True):
+        dx, dy = x - 0.3 - 0.4 * u[0], x[:, None] - 0.3 - 0.4 * u[1]
+        square = (dx * dx + dy * dy) / (0.1 + 0.15 * u[2]) ** 2
+        disc = np.clip(2 - square, 0, 1)[..., None]
+        images.append((disc * color + (1 - disc) * 80 * u[3:]).astype(np.uint8))
+    return np.stack(images), labels
+
+
+def load_idx(split: str, path: Source, image_size: int | None) -> Arrays:
+    """Reads a folder of MNIST's four IDX files, gzipped or not; "test" is called t10k.
+
+    Raises:
+        ValueError: if a file is missing or damaged.
+    """
+    check_split(split)
+    folder, parts = check_folder(path), []
+    for stem in {"train": ["train"], "test": ["t10k"]}.get(split, ["train", "t10k"]):
+        images = _read_idx(folder, f"{stem}-images", 3)
+        parts.append(check_arrays(images, _read_idx(folder, f"{stem}-labels", 1)))
+    images, labels = zip(*parts, strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def check_folder(path: Source) -> Path:
+    """Returns an existing folder as a Path, "~" expanded; else raises ValueError."""
+    if not path or not Path(path).expanduser().is_dir():
+        raise ValueError(f"config.data.path must be a folder for this, got {path}.")
+    return Path(path).expanduser()
+
+
+def _read_idx(folder: Path, stem: str, ndim: int) -> np.ndarray:
+    """Reads one IDX file of unsigned bytes with `ndim` dimensions."""
+    ends = [f"{mark}idx{ndim}-ubyte{gz}" for mark in "-." for gz in ("", ".gz")]
+    file = next((f for end in ends if (f := folder / (stem + end)).is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder} must hold {stem}{ends[0]}[.gz], got no such file.")
+    with reading(f"{file} must be a whole file"):
+        data = file.read_bytes()
+        data = gzip.decompress(data) if file.suffix == ".gz" else data
+    magic, start = bytes([0, 0, 8, ndim]), 4 + 4 * ndim  # 8: unsigned bytes
+    if data[:4] != magic:
+        raise ValueError(f"{file} must start with {magic}, got {data[:4]}.")
+    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
+    if len(data) != (size := start + math.prod(shape)):
+        raise ValueError(f"{file} must hold {size} bytes, got {len(data)}.")
+    return np.frombuffer(data, np.uint8)[start:].reshape(shape)
+
+
+def load_npz(split: str, path: Source, image_size: int | None) -> Arrays:
+    """Reads images and labels of a .npz file, or images of a .npy file.
+
+    Every tenth image is for "test". See `read_image_file` for the names of the arrays.
+
+    Raises:
+        ValueError: if the file or its arrays are not as described.
+    """
+    check_split(split)
+    images, labels = check_arrays(*read_image_file(path))
+    rows = rows_of_split(split, every_tenth(len(images)))
+    return images[rows], labels[rows]
+
+
+def read_image_file(
+    path: Source, *, with_labels: bool = True
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads images, and labels if there are any, from a .npz or .npy file.
+
+    Args:
+        path: a .npz file with "images" and perhaps "labels", or with "arr_0" and
+            perhaps "arr_1" as improved-diffusion and guided-diffusion write them; its
+            other arrays are not read. Or a .npy file, which is mapped into memory.
+        with_labels: False leaves the labels unread.
+
+    Returns:
+        Images and labels as they are stored, unchecked; labels may be None.
+
+    Raises:
+        ValueError: if it is no such file of plain arrays, or has no images.
+    """
+    file = Path(path or "").expanduser()
+    with reading(f"{path} must be a .npz or .npy file of plain arrays"):
+        with file.open("rb") as f:
+            if f.read(6) == np.lib.format.MAGIC_PREFIX:
+                return np.lib.format.open_memmap(file, mode="r"), None
+            f.seek(0)
+            with np.load(f, allow_pickle=False) as arrays:
+                names = [*arrays.files]
+                keys = ("images", "labels") if "images" in names else ("arr_0", "arr_1")
+                found = [
+                    arrays[k] if k in names else None for k in keys[: 1 + with_labels]
+                ]
+    images, labels = [*found, None][:2]
+    if images is None:
+        raise ValueError(f"{path} must have images or arr_0, got {names}.")
+    return images, labels

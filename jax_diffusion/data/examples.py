@@ -1,0 +1,140 @@
+"""What a reader of a data set returns: arrays, or `Examples` that are read by row.
+
+A reader is a function `f(split, path, image_size)`. It returns either the arrays
+(images uint8 [n h w c], labels int [n]), or an instance of a subclass of `Examples`,
+whose images are decoded only when they are asked for.
+"""
+
+import abc
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+
+from jax_diffusion import registry
+
+Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [n h w c], labels int [n]
+Source = str | os.PathLike | None  # where the data are
+
+SPLITS = ("train", "test", "all")
+
+
+class Examples(abc.ABC):
+    """Labeled images that are read by row; the base class of lazy readers.
+
+    Attributes:
+        labels: int32 [n].
+    """
+
+    labels: np.ndarray
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Returns the number of images."""
+
+    @property
+    @abc.abstractmethod
+    def image_shape(self) -> tuple[int, ...]:
+        """(h, w, c), which all images have."""
+
+    @abc.abstractmethod
+    def read(self, rows: np.ndarray) -> Arrays:
+        """Returns images uint8 [k h w c] and labels int32 [k] of rows int [k].
+
+        The arrays are the caller's to change. May be called by several threads at once.
+
+        Raises:
+            ValueError: if an image cannot be decoded.
+        """
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes: the largest label plus one, unless a reader knows."""
+        return int(self.labels.max()) + 1
+
+    def read_all(self) -> Arrays:
+        """Returns all images uint8 [n h w c] and labels int32 [n]."""
+        return self.read(np.arange(len(self)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InMemory(Examples):
+    """Decoded images and their labels, as `check_arrays` returns them.
+
+    Attributes:
+        images: uint8 [n h w c].
+        labels: int32 [n].
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.images.shape[1:]
+
+    def read(self, rows: np.ndarray) -> Arrays:
+        return self.images.take(rows, axis=0), self.labels.take(rows)
+
+    def read_all(self) -> Arrays:
+        """Returns all images and labels: the arrays themselves, no copies."""
+        return self.images, self.labels
+
+
+def check_arrays(images: Any, labels: Any) -> Arrays:
+    """Checks images and labels and brings them to one form.
+
+    Args:
+        images: uint8 [n h w c] or [n h w], with n >= 1.
+        labels: integers [n] in [0, 2^31); None labels all images 0.
+
+    Returns:
+        Contiguous images uint8 [n h w c], and labels int32 [n].
+
+    Raises:
+        ValueError: if they are not as described.
+    """
+    x = np.asarray(images)
+    x = x[..., None] if x.ndim == 3 else x
+    if x.dtype != np.uint8 or x.ndim != 4 or not x.size:
+        raise ValueError(f"images must be uint8 [n h w c], got {x.dtype} {x.shape}.")
+    y = np.zeros(len(x), int) if labels is None else np.asarray(labels)
+    if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
+        raise ValueError(f"labels must be {len(x)} integers, got {y.dtype} {y.shape}.")
+    if y.min() < 0 or y.max() >= 2**31:
+        raise ValueError(f"labels must be in [0, 2^31), got {y.min()} to {y.max()}.")
+    return np.ascontiguousarray(x), y.astype(np.int32)
+
+
+def check_split(split: str) -> None:
+    """Raises ValueError unless `split` is in `SPLITS`."""
+    if split not in SPLITS:
+        raise ValueError(
+            f"split must be one of {SPLITS}, got {split!r}"
+            f"{registry.hint(split, SPLITS)}"
+        )
+
+
+def rows_of_split(split: str, held_out: np.ndarray) -> np.ndarray:
+    """Returns the row numbers int [k] of a split.
+
+    Args:
+        split: "train", "test", or "all".
+        held_out: bool [n], the rows that belong to "test".
+
+    Raises:
+        ValueError: if the split has no rows.
+    """
+    rows = {"train": ~held_out, "test": held_out}.get(split, held_out | True)
+    if not rows.any():
+        raise ValueError(f"split {split!r} must have examples, got 0 of {len(rows)}.")
+    return np.flatnonzero(rows)
+
+
+def every_tenth(n: int) -> np.ndarray:
+    """Marks rows 9, 19, ... as the test images of data without splits: bool [n]."""
+    return np.arange(n) % 10 == 9

@@ -1,0 +1,297 @@
+"""Folders of image files: as training data, and images of anybody as they are.
+
+`open_folder` is the reader "folder" of `DATASETS`: square images of one size, with
+labels and splits. `open_images` opens a folder, a .npz or a .npy of images to be
+evaluated: neither resized nor cropped, neither split nor shuffled, without labels.
+Files are decoded when they are asked for, so a folder may be larger than memory.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from jax_diffusion.data.arrays import check_folder, read_image_file
+from jax_diffusion.data.decode import (
+    SUFFIXES,
+    decode,
+    find_images,
+    fit,
+    in_threads,
+    is_gray,
+    reading,
+)
+from jax_diffusion.data.examples import (
+    Arrays,
+    Examples,
+    Source,
+    check_split,
+    every_tenth,
+    rows_of_split,
+)
+
+HEADERS = 64  # files of a folder, at most, whose headers say whether all are gray
+
+
+class PackedStrings:
+    """Millions of strings in one piece of memory, 8 bytes each besides their own."""
+
+    def __init__(self, strings: Iterable[str]):
+        encoded = [os.fsencode(string) for string in strings]
+        self._ends = np.cumsum([0, *map(len, encoded)])
+        self._bytes = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, row: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[row] : self._ends[row + 1]])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Folder(Examples):
+    """Image files, decoded when they are asked for.
+
+    Attributes:
+        paths: paths of the n files.
+        labels: int32 [n].
+        image_size: side of the square that images are resized and cropped to. None
+            leaves them as they are; then all must be as large as the first one.
+    """
+
+    paths: PackedStrings
+    labels: np.ndarray
+    image_size: int | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @functools.cached_property
+    def image_shape(self) -> tuple[int, ...]:
+        """(h, w, c); `read` refuses colors if c is 1, and repeats gray if it is 3.
+
+        With an `image_size`, c is 1 if a sample of the files is gray by their headers;
+        without, the first image decides.
+        """
+        from PIL import Image
+
+        if self.image_size is None:
+            return decode(self.paths[0]).shape
+        gray, sample = True, np.linspace(0, len(self) - 1, HEADERS).astype(int)
+        for row in np.unique(sample).tolist():
+            path = self.paths[row]
+            with reading(f"{path} must be a whole image"), Image.open(path) as image:
+                gray = gray and is_gray(image)
+        return self.image_size, self.image_size, 1 if gray else 3
+
+    def read(self, rows: np.ndarray) -> Arrays:
+        """Decodes the images of these rows, int [k].
+
+        Raises:
+            ValueError: if a file cannot be decoded, or is not of the first one's size
+                where `image_size` is None, or has colors where `image_shape` is gray.
+        """
+        images = np.empty((len(rows), *self.image_shape), np.uint8)
+
+        def fill(places: list[int]) -> None:
+            for i in places:
+                image = self._decode(int(rows[i]))
+                if image.shape[-1] > images.shape[-1]:
+                    raise ValueError(self._colors_among_gray(int(rows[i])))
+                images[i] = image
+
+        in_threads(fill, np.arange(len(rows)))
+        return images, self.labels[rows]
+
+    def read_all(self) -> Arrays:
+        """Decodes all images; unlike `read`, in color if any one of them is."""
+        chunks = in_threads(
+            lambda rows: [self._decode(row) for row in rows], np.arange(len(self))
+        )
+        images = [*itertools.chain.from_iterable(chunks)]
+        shape = *images[0].shape[:2], max(image.shape[-1] for image in images)
+        return np.stack([np.broadcast_to(x, shape) for x in images]), self.labels
+
+    def _decode(self, row: int) -> np.ndarray:
+        """One image, uint8 [h w c], of the size of all and the channels of its file."""
+        image = decode(self.paths[row])
+        if self.image_size is not None:
+            return fit(image, self.image_size)
+        (h, w), (height, width) = self.image_shape[:2], image.shape[:2]
+        if (height, width) != (h, w):
+            raise ValueError(
+                f"images must be of one size, got {h} x {w} ({self.paths[0]}) and "
+                f"{height} x {width} ({self.paths[row]})."
+            )
+        return image
+
+    def _colors_among_gray(self, row: int) -> str:
+        if self.image_size is None:
+            return (
+                f"images must be gray where the first one is ({self.paths[0]}), got "
+                f"colors ({self.paths[row]})."
+            )
+        return (
+            f"{self.paths[row]} must be gray, as a sample of the files is, got colors; "
+            "in_memory=True looks at all of them."
+        )
+
+
+def open_folder(split: str, path: Source, image_size: int | None) -> Folder:
+    """Opens a folder of images whose classes are sub-folders, or prefixes of names.
+
+    Without sub-folders, the class of `cat_1.png` is "cat"; without underscores, all
+    images are of one class. Classes are numbered in the order of their names as text.
+    Sub-folders "train" and "test" (or "val"), if there are both, are the splits, and
+    classes are numbered over both together; else every tenth image is for "test".
+
+    Args:
+        split: "train", "test" or "all".
+        path: the folder; images are those with `SUFFIXES`, at any depth.
+        image_size: side of the square images, in pixels.
+
+    Raises:
+        ValueError: if there is no such folder, no image or no `image_size`.
+    """
+    check_split(split)
+    root = check_folder(path)
+    if image_size is None:
+        raise ValueError("image_size of a folder of images must be given, got None.")
+    test = next((root / k for k in ("test", "val") if (root / k).is_dir()), None)
+    parts = [root / "train", test] if test and (root / "train").is_dir() else [root]
+    found = [find_images(part) for part in parts]
+    paths = _not_empty(root, [*itertools.chain.from_iterable(found)])
+    inside = zip(parts, found, strict=True)
+    names = [path[len(str(part)) + 1 :] for part, of in inside for path in of]
+    classes = _class_names(names)
+    numbers = {name: i for i, name in enumerate(sorted(set(classes)))}
+    labels = np.fromiter((numbers[name] for name in classes), np.int32, len(classes))
+    held_out = every_tenth(len(paths))
+    if parts[1:]:
+        held_out = np.repeat([False, True], [len(part) for part in found])
+    rows = rows_of_split(split, held_out)
+    return Folder(PackedStrings(paths[i] for i in rows), labels[rows], image_size)
+
+
+def _not_empty(root: Path, paths: list[str]) -> list[str]:
+    """Returns the paths, or raises ValueError if there are none."""
+    if not paths:
+        raise ValueError(f"{root} must hold images, {SUFFIXES}, got none.")
+    return paths
+
+
+def _class_names(names: list[str]) -> list[str]:
+    """The class of each file, from its path below the folder."""
+    if all(os.sep in name for name in names):
+        return [name.partition(os.sep)[0] for name in names]
+    files = [os.path.basename(name) for name in names]
+    marked = all("_" in file for file in files)
+    return [file.partition("_")[0] if marked else "" for file in files]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredImages:
+    """Images of one size as they are, opened by `open_images`.
+
+    The first image decides on colors. If it has some, gray images are repeated to three
+    channels; if it is gray, all others must be.
+
+    Attributes:
+        path: the folder or file.
+        image_shape: (h, w, c), with c = 1 or 3.
+        stored: uint8 [n h w c], or the files of a folder.
+    """
+
+    path: Path
+    image_shape: tuple[int, ...]
+    stored: np.ndarray | Folder
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the images uint8 [k h w c] of rows int [k], decoded on all cores.
+
+        Raises:
+            ValueError: if a file cannot be decoded, or its image is not of the first
+                one's size or has colors where that is gray.
+        """
+        if isinstance(self.stored, Folder):
+            return self.stored.read(rows)[0]
+        return np.asarray(self.stored)[rows]
+
+    def batches(
+        self, batch_size: int, start: int = 0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yields {"image": uint8 [b h w c]} of all images, in order, from row `start`.
+
+        Raises:
+            ValueError: if an argument is out of range, or as `read` does.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}.")
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start must be in [0, {len(self)}], got {start}.")
+        rows = np.arange(len(self))
+        firsts = range(start, len(self), batch_size)
+        return ({"image": self.read(rows[i : i + batch_size])} for i in firsts)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """SHA-256 in hex: of a file's bytes; of a folder's names and bytes, in order.
+
+        The names are those below the folder, which may be moved. Bytes count, not
+        pixels: nothing is decoded, and the same pixels in another format differ.
+        """
+        if isinstance(self.stored, np.ndarray):
+            return _sha256(os.fspath(self.path)).hex()
+        files, digest = self.stored.paths, hashlib.sha256()
+        chunks = in_threads(
+            lambda rows: [_sha256(files[i]) for i in rows], np.arange(len(files))
+        )
+        for i, found in enumerate(itertools.chain.from_iterable(chunks)):
+            name = Path(files[i]).relative_to(self.path).as_posix()
+            digest.update(os.fsencode(name) + b"\0" + found)
+        return digest.hexdigest()
+
+
+def _sha256(file: str) -> bytes:
+    with reading(f"{file} must be a readable file"), open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").digest()
+
+
+def open_images(path: str | os.PathLike) -> StoredImages:
+    """Opens a folder of images, or a file of an array of images, as they are.
+
+    Args:
+        path: a folder of files with `SUFFIXES` at any depth, in order of their paths,
+            hidden ones left out. Or a .npz with uint8 [n h w c] or [n h w] as "images"
+            or "arr_0". Or a .npy of such an array, which is mapped and not read.
+
+    Raises:
+        ValueError: if there are no images there or they are not as described.
+    """
+    place = Path(path).expanduser()
+    if not os.fspath(path) or not place.exists():
+        raise ValueError(
+            f"images must be in a folder, or in a .npz or .npy file, got no {path!r}."
+        )
+    if place.is_dir():
+        files = PackedStrings(_not_empty(place, find_images(place)))
+        found = Folder(files, np.zeros(len(files), np.int32), image_size=None)
+        return StoredImages(place, found.image_shape, found)
+    images, _ = read_image_file(place, with_labels=False)
+    got = f"got {images.dtype} {images.shape}."
+    images = images[..., None] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(
+            f"{place} must hold uint8 [n h w] or [n h w c] with c 1 or 3, {got}"
+        )
+    if not images.size:
+        raise ValueError(f"{place} must hold an image at least, {got}")
+    return StoredImages(place, images.shape[1:], images)
