@@ -25,22 +25,11 @@ from ml_collections import ConfigDict, config_flags
 
 from jax_diffusion import schedules, timesteps
 from jax_diffusion.diffusion import Objective, check_signal
-from jax_diffusion.models.annotated import AnnotatedUNet
-from jax_diffusion.models.lucidrains import LucidrainsUNet
-from jax_diffusion.models.noisy_classifier import NoisyClassifier
-from jax_diffusion.models.unet import UNet
+from jax_diffusion.models import MODELS, traits
 from jax_diffusion.runtime import cpu, sharding
 from jax_diffusion.schedules import NoiseSchedule
 
 Config = Any  # a ConfigDict or a dict: neither has fields of static types
-
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "unet": UNet,
-    "annotated": AnnotatedUNet,
-    "lucidrains": LucidrainsUNet,
-    "encoder": NoisyClassifier,
-}
-CLASSIFIERS = ("encoder",)  # of noisy images; they have no objective and no samples
 
 FIELDS = {
     "seed": "of parameters, data order, noise and dropout",
@@ -168,7 +157,8 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"config.ema_decays must be numbers in [0, 1), got {config.ema_decays}."
         )
-    classifies = dict(config.model).get("name") in CLASSIFIERS
+    named = MODELS.get(str(dict(config.model).get("name")))
+    classifies = traits(named).num_labels is not None
     for name in ("objective", "sampling"):
         if (config[name] is None) != classifies:
             raise ValueError(

@@ -23,7 +23,8 @@ from jax_diffusion.evaluation import image_sets as image_scores
 from jax_diffusion.evaluation import published as papers
 from jax_diffusion.evaluation import sample_quality as scoring
 from jax_diffusion.evaluation.sample_quality import Score
-from jax_diffusion.models import inception
+from jax_diffusion.interop import inception_weights
+from jax_diffusion.models import traits
 from jax_diffusion.pipeline import Run
 
 STAGES = {  # of networks, which need no samples
@@ -80,7 +81,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _metrics_of(args: argparse.Namespace, run: Run | None) -> list[str]:
     """The metrics asked for, or those that take no more than there is."""
-    if getattr(run and run.model, "low_res", False):
+    if run is not None and traits(run.model).low_res:
         raise ValueError("the run must be of a network without low_res, got one with.")
     if run is None:
         allowed, default = [*scoring.METRICS], ["fid", "kid", "precision_recall"]
@@ -176,8 +177,16 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument_group("features").add_argument
     add("--inception", metavar="FILE", help="pytorch-fid's .pth; default downloaded")
-    add("--inception-url", default=inception.URL, help="where it is downloaded from")
-    add("--inception-sha256", default=inception.SHA256, help="what the file must have")
+    add(
+        "--inception-url",
+        default=inception_weights.URL,
+        help="where it is downloaded from",
+    )
+    add(
+        "--inception-sha256",
+        default=inception_weights.SHA256,
+        help="what the file must have",
+    )
     add("--classifier", metavar="FILE", help="default OUT/classifier.npz")
     add("--train-classifier", action="store_true", help="on the run's labelled data")
 

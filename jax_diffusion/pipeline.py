@@ -18,9 +18,10 @@ from jax_diffusion import config as settings
 from jax_diffusion import data, diffusion, guidance, samplers, tasks
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import DenoiseFn, Objective
+from jax_diffusion.models import bind, num_classes
 from jax_diffusion.runtime import checkpoint, sharding
 from jax_diffusion.schedules import NoiseSchedule
-from jax_diffusion.training.step import bind, ema_name, num_classes
+from jax_diffusion.training.step import ema_name
 
 SAMPLERS = {
     "ddpm": samplers.ddpm_step,

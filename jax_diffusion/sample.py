@@ -21,11 +21,11 @@ from jax_diffusion import config as settings
 from jax_diffusion import export, plotting, tasks
 from jax_diffusion import pipeline as runs
 from jax_diffusion import sampling_arguments as asked
+from jax_diffusion.models import num_classes
 from jax_diffusion.pipeline import Run
 from jax_diffusion.runtime import checkpoint, sharding
 from jax_diffusion.runtime import files as parts
 from jax_diffusion.sampling_arguments import BoundSampler
-from jax_diffusion.training.step import num_classes
 
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # frames [k b h w c], labels [b]
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from jax_diffusion import config as settings
 from jax_diffusion import data, schedules, tasks
 from jax_diffusion import pipeline as runs
+from jax_diffusion.models import num_classes, traits
 from jax_diffusion.pipeline import Run
 from jax_diffusion.schedules import NoiseSchedule
-from jax_diffusion.training.step import num_classes
 
 GIF_FRAMES = 25
 LONG = 100  # steps, from which on they have a progress bar
@@ -170,7 +170,7 @@ def prepare_upsampler(args: argparse.Namespace, run: Run) -> BoundSampler:
         ValueError: if it does not enlarge, or not such images.
     """
     second = runs.load_run(args.upsample)
-    if not getattr(second.model, "low_res", False):
+    if not traits(second.model).low_res:
         raise ValueError(
             f"--upsample must be a run of a network with low_res, got {args.upsample}."
         )
@@ -285,8 +285,8 @@ def _arrays(args, run: Run, classifier: nn.Module | None) -> dict[str, np.ndarra
         raise ValueError(f"--images are for {tasks.FROM_IMAGES}, got {args.task!r}.")
     known = run.num_labels if num_classes(run.model) is not None else None
     if classifier is not None:
-        answers = getattr(classifier, "num_labels")  # noqa: B009, not of every module
-        known = min(known or answers, answers)
+        told_apart = traits(classifier).num_labels
+        known = min(n for n in (known, told_apart) if n is not None)
     if args.label is not None:
         labels = _labels(args.label, known)
     elif labels is None or known is None:
@@ -319,7 +319,7 @@ def _floats(flag: str, text: str, count: int | None = None) -> list[float]:
 
 def _read_low_res(path: str | None, run: Run) -> data.Arrays | None:
     """Images to enlarge and their labels, if the run's network does that."""
-    enlarges, classes = getattr(run.model, "low_res", False), num_classes(run.model)
+    enlarges, classes = traits(run.model).low_res, num_classes(run.model)
     if (path is not None) != enlarges:
         raise ValueError(
             "--low-res must be given for a network with low_res and for no other, got "

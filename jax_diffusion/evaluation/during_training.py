@@ -22,7 +22,8 @@ from jax_diffusion.config import Config
 from jax_diffusion.evaluation import features as extractors
 from jax_diffusion.evaluation import sample_quality as scoring
 from jax_diffusion.evaluation.features import FeatureExtractor
-from jax_diffusion.evaluation.sample_quality import Arrays, Reference, ImageSet
+from jax_diffusion.evaluation.sample_quality import Arrays, ImageSet, Reference
+from jax_diffusion.models import traits
 from jax_diffusion.runtime import checkpoint, sharding
 from jax_diffusion.training.setup import Plan
 from jax_diffusion.training.step import TrainState
@@ -58,7 +59,7 @@ class PeriodicEvaluation:
 
     def __post_init__(self):
         config, model, objective = self.config, self.plan.model, self.plan.objective
-        if objective is None or getattr(model, "low_res", False):
+        if objective is None or traits(model).low_res:
             raise ValueError(
                 "config.eval_every must be 0 for a classifier and for a network with "
                 f"low_res, got {config.eval_every}."

@@ -29,9 +29,10 @@ from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from jax_diffusion import data
+from jax_diffusion.interop import inception_weights
 from jax_diffusion.interop.torch_files import read_torch
-from jax_diffusion.models import inception as inception_v3
 from jax_diffusion.models.feature_cnn import FeatureCNN
+from jax_diffusion.models.inception import Inception
 from jax_diffusion.runtime import cpu, sharding
 from jax_diffusion.runtime import files as parts
 from jax_diffusion.training import step as training
@@ -107,15 +108,15 @@ def pixels() -> FeatureExtractor:
 
 
 def _inception_features(params: PyTree, images: Array) -> dict[str, Array]:
-    network = inception_v3.Inception()
+    network = Inception()
     return network.apply({"params": params}, images)._asdict()  # pyright: ignore
 
 
 def inception(
     source: str | os.PathLike | None = None,
     *,
-    url: str = inception_v3.URL,
-    sha256: str | None = inception_v3.SHA256,
+    url: str = inception_weights.URL,
+    sha256: str | None = inception_weights.SHA256,
     cache: Path | None = None,
 ) -> FeatureExtractor:
     """The Inception of published FIDs, with the weights of pytorch-fid.
@@ -148,7 +149,7 @@ def inception(
         tensors = read_torch(path)
         if not isinstance(tensors, dict):
             raise ValueError(f"{type(tensors).__name__} for a state dict")
-        params = inception_v3.params_from_torch(tensors)
+        params = inception_weights.params_from_torch(tensors)
     except (TypeError, ValueError) as error:  # a file may hold what is no dict
         raise ValueError(
             f"{path} must hold Inception's weights, got {str(error)!r}; {advice}."

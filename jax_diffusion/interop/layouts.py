@@ -70,7 +70,7 @@ class Leaf(NamedTuple):
 def leaves(
     params: PyTree, layout: str, heads_of: Callable[[int], int] = lambda channels: 1
 ) -> list[Leaf]:
-    """The tensors in which a layout stores the parameters of a UNet or an NoisyClassifier.
+    """The tensors in which a layout stores the parameters of a network.
 
     Args:
         params: arrays, or anything with shapes.

@@ -25,105 +25,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from jax_diffusion.models.layers import check_halvings, layer_init
-from jax_diffusion.models.unet import timestep_embedding
-
-gelu = functools.partial(nn.gelu, approximate=False)
-
-# Forward and backward, on two cores of a CPU: the product takes 20 ms where XLA's
-# convolution takes 109 (64x28x28x18), 140 for 218 (4x128x128x32), 284 for 220
-# (1x256x256x32). It does width / size times the work.
-MAX_BANDED_WIDTH = 128
-
-
-def depthwise_conv(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "size size 1 c"]
-) -> Float[Array, "b h w c"]:
-    """Every channel convolved with its own kernel of odd size, padded with zeros.
-
-    XLA's convolution of this kind is slow on the CPU, above all its gradients. There it
-    is a product of matrices instead, equal but for rounding.
-    """
-    if x.shape[2] > MAX_BANDED_WIDTH:
-        return _grouped_conv(x, kernel)
-    return jax.lax.platform_dependent(
-        x, kernel, cpu=_banded_conv, default=_grouped_conv
-    )
-
-
-def _grouped_conv(x, kernel):
-    padding = [(kernel.shape[0] // 2,) * 2] * 2
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(1, 1),
-        padding=padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-    )
-
-
-def _banded_conv(x, kernel):
-    """Rows of `size` lines, times the matrix that a row of kernels is: a band."""
-    b, height, width, c = x.shape
-    size = kernel.shape[0]
-    offset = np.subtract.outer(np.arange(width), np.arange(width)) + size // 2
-    is_tap = offset == np.arange(size)[:, None, None]
-    band = jnp.einsum("ijc,jXx->ciXx", kernel[:, :, 0], is_tap.astype(kernel.dtype))
-
-    lines = jnp.moveaxis(x, -1, 0)
-    lines = jnp.pad(lines, ((0, 0), (0, 0), (size // 2, size // 2), (0, 0)))
-    lines = jnp.stack([lines[:, :, i : i + height] for i in range(size)], axis=3)
-    y = jnp.einsum(
-        "cnk,ckx->cnx",
-        lines.reshape(c, b * height, size * width),
-        band.reshape(c, size * width, width),
-    )
-    return jnp.moveaxis(y.reshape(c, b, height, width), 0, -1)
-
-
-class TorchLayers(nn.Module):
-    """What the blocks share: layers as PyTorch makes them. Has no parameters itself."""
-
-    dtype: Any = jnp.float32
-
-    def conv(self, x, features, *, name, size=3, stride=1, padding=None, bias=True):
-        """A convolution of `size` x `size`, padded symmetrically unless told."""
-        init = layer_init("torch", size * size * x.shape[-1])
-        padding = size // 2 if padding is None else padding
-        return nn.Conv(
-            features,
-            (size, size),
-            strides=stride,
-            padding=(padding, padding),
-            use_bias=bias,
-            dtype=self.dtype,
-            name=name,
-            **init,
-        )(x)
-
-    def dense(self, x, features, *, name):
-        """A linear layer in float32."""
-        return nn.Dense(features, name=name, **layer_init("torch", x.shape[-1]))(x)
-
-    def norm(self, x, *, name, num_groups=1):
-        """Group norm in float32, of the true variance."""
-        return nn.GroupNorm(
-            num_groups,
-            epsilon=1e-5,
-            use_fast_variance=False,
-            dtype=jnp.float32,
-            name=name,
-        )(x)
-
-    def embed(self, timesteps, channels):
-        """The timestep as [b, 4 channels]."""
-        emb = timestep_embedding(timesteps, channels, order="sin_cos", endpoint=True)
-        emb = gelu(self.dense(emb, 4 * channels, name="time_0"))
-        return self.dense(emb, 4 * channels, name="time_1")
+from jax_diffusion.models.cpu_convs import depthwise_conv
+from jax_diffusion.models.layers import (
+    TorchLayers,
+    check_halvings,
+    gelu,
+    layer_init,
+    linear_attention,
+)
 
 
 class DepthwiseConv(nn.Module):
@@ -180,22 +91,6 @@ class ResNetBlock(TorchLayers):
         if x.shape[-1] != self.channels:
             x = self.conv(x, self.channels, name="skip", size=1)
         return x + h
-
-
-def linear_attention(
-    q: Float[Array, "b n head d"],
-    k: Float[Array, "b m head d"],
-    v: Float[Array, "b m head e"],
-) -> Float[Array, "b n head e"]:
-    """softmax(q) (softmax(k)^T v) / sqrt(d), in time linear in the pixels.
-
-    q's softmax is over d, k's over the pixels (Shen et al. 2018).
-    """
-    dtype, scale = q.dtype, q.shape[-1] ** -0.5
-    q = scale * jax.nn.softmax(q.astype(jnp.float32), axis=-1)
-    k = jax.nn.softmax(k.astype(jnp.float32), axis=1)
-    context = jnp.einsum("bmhd,bmhe->bhde", k.astype(dtype), v)
-    return jnp.einsum("bnhd,bhde->bnhe", q.astype(dtype), context)
 
 
 class Attention(TorchLayers):

@@ -9,36 +9,24 @@ The network of Szegedy et al. (2016) as TensorFlow released it on 2015-12-05, wh
 Heusel et al. (2017) took for their FID, in the port to PyTorch of pytorch-fid, whose
 names modules have. It differs from torchvision's: average pools do not count what is
 padded, the last block has a max pool in their place, and there are 1008 classes. Batch
-norms are part of the kernels and biases that they follow, see `params_from_torch`.
+norms are part of the kernels and biases that they follow, see
+`interop.inception_weights`.
 
 Convolutions are in full float32 wherever they run: scores are compared.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.lax import Precision
-from jaxtyping import Array, Float, PyTree, Shaped
-
-from jax_diffusion.interop.layouts import check_same
-
-# Of https://github.com/mseitzer/pytorch-fid. The hash is that of the published file of
-# 95,628,359 bytes; its first digits are in the name, as PyTorch's hub wants it.
-URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth"
-)
-SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+from jaxtyping import Array, Float, Shaped
 
 SIZE = 299  # pixels of a side, as the network was trained
 SPATIAL_CHANNELS = 7  # of 768: so many that 17 x 17 pixels make about 2048 features
-NORM_EPSILON = 1e-3
-NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 class Features(NamedTuple):
@@ -245,49 +233,3 @@ def prepare(images: Shaped[Array | np.ndarray, "..."]) -> Float[Array, "b 299 29
     x = jnp.asarray(images, jnp.float32) / 255
     x = jax.image.resize(x, size, "bilinear", antialias=False)
     return jnp.broadcast_to(2 * x - 1, (*size[:3], 3))
-
-
-def params_from_torch(tensors: Mapping[str, np.ndarray]) -> PyTree:
-    """The parameters of `Inception` from the state dict of the file at `URL`.
-
-    A convolution and the batch norm after it, of running mean m and variance v, are
-    one convolution: its kernel is gain / sqrt(v + 1e-3) times the kernel, its bias is
-    bias - m gain / sqrt(v + 1e-3), computed in float64, given in float32.
-
-    Args:
-        tensors: arrays by PyTorch's names, as `torch_files.read_torch` returns them.
-            How many batches each norm has seen may be among them, it does not matter.
-
-    Raises:
-        ValueError: one that names every tensor that is missing, unexpected or of
-            another shape; nothing is taken in part.
-    """
-    kernels = _kernel_shapes()
-    wanted: dict[str, tuple[int, ...]] = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
-    for name, (*size, c_in, c_out) in kernels.items():
-        wanted[f"{name}.conv.weight"] = (c_out, c_in, *size)
-        wanted |= {f"{name}.bn.{kind}": (c_out,) for kind in NORM}
-    counts = {f"{name}.bn.num_batches_tracked" for name in kernels}
-    found = {name: np.shape(tensors[name]) for name in tensors if name not in counts}
-    check_same(wanted, found)
-    params: dict[tuple[str, ...], np.ndarray] = {}
-    params["fc", "kernel"] = np.asarray(tensors["fc.weight"], np.float32).T
-    for name in kernels:
-        gain, bias, mean, var = (
-            np.asarray(tensors[f"{name}.bn.{kind}"], np.float64) for kind in NORM
-        )
-        scale = gain / np.sqrt(var + NORM_EPSILON)
-        kernel = np.transpose(tensors[f"{name}.conv.weight"], (2, 3, 1, 0)) * scale
-        path = tuple(name.split("."))
-        params[*path, "kernel"] = np.asarray(kernel, np.float32)
-        params[*path, "bias"] = np.asarray(bias - mean * scale, np.float32)
-    return unflatten_dict(params)
-
-
-def _kernel_shapes() -> dict[str, tuple[int, ...]]:
-    """[*size, in, out] of every convolution, by its PyTorch name."""
-    image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
-    init = jax.eval_shape(Inception().init, jax.random.key(0), image)
-    flat: dict[tuple[str, ...], Any] = flatten_dict(init["params"])
-    shapes = {path: array.shape for path, array in flat.items() if path[0] != "fc"}
-    return {".".join(p[:-1]): s for p, s in shapes.items() if p[-1] == "kernel"}

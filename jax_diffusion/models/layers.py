@@ -4,14 +4,18 @@ Images are [b, *spatial, c] with one, two or three spatial axes. Of three, the f
 not resampled (guided-diffusion's video networks).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from jax_diffusion.models.cpu_convs import conv_of_doubled
 
 
 def layer_init(
@@ -180,33 +184,88 @@ def repeat(x: Float[Array, "b *d c"]) -> Float[Array, "b *d_out c"]:
     return x
 
 
-def conv_of_doubled(
-    x: Array, kernel: Array, strides: Any, padding: Any, **options: Any
-) -> Array:
-    """A convolution of `layers.repeat(x)`, without ever doubling x.
+def timestep_embedding(
+    t: Float[Array, "b"],
+    dim: int,
+    *,
+    max_period: float = 10_000.0,
+    order: str = "cos_sin",
+    endpoint: bool = False,
+) -> Float[Array, "b dim"]:
+    """Sinusoids of t at frequencies from 1 down to 1 / max_period, in float32.
 
-    Of the three rows that an output sees, two are the same row of x, so their weights
-    may be added first: four convolutions of 2 x 2 at the low resolution, one for each
-    place in a block of 2 x 2 outputs, take 16 products in place of 36. On the CPU
-    forward and backward take half the time; accelerators are left with one convolution.
+    Args:
+        t: timesteps, fractions allowed.
+        dim: if odd, the last column is zero.
+        order: which half comes first; OpenAI cos_sin, Ho et al. and DDIM sin_cos.
+        endpoint: include the lowest frequency itself, i.e. divide by half - 1 (Ho et
+            al., DDIM) and not by half (OpenAI).
     """
+    half = dim // 2
+    exponents = np.arange(half) / (half - 1 if endpoint else half)
+    freqs = jnp.asarray(np.exp(-np.log(max_period) * exponents), jnp.float32)
+    angles = t.astype(jnp.float32)[:, None] * freqs[None, :]
+    waves = [jnp.cos(angles), jnp.sin(angles)]
+    if order == "sin_cos":
+        waves.reverse()
+    return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, dim % 2)))
 
-    def convolve(x, kernel, padding):
-        return lax.conv_general_dilated(
-            x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
 
-    def halves(kernel, axis):
-        """Its three rows, added up as an output in an even and an odd row sees x."""
-        above, middle, below = jnp.split(kernel, 3, axis)
-        even = jnp.concatenate([above, middle + below], axis)
-        return even, jnp.concatenate([above + middle, below], axis)
+gelu = functools.partial(nn.gelu, approximate=False)
 
-    outputs = [
-        convolve(x, part, [(1 - i, i), (1 - j, j)])
-        for i, rows in enumerate(halves(kernel, 0))
-        for j, part in enumerate(halves(rows, 1))
-    ]
-    b, h, w, c = outputs[0].shape
-    y = jnp.stack(outputs, axis=3).reshape(b, h, w, 2, 2, c)
-    return y.swapaxes(2, 3).reshape(b, 2 * h, 2 * w, c)
+
+class TorchLayers(nn.Module):
+    """What the blocks share: layers as PyTorch makes them. Has no parameters itself."""
+
+    dtype: Any = jnp.float32
+
+    def conv(self, x, features, *, name, size=3, stride=1, padding=None, bias=True):
+        """A convolution of `size` x `size`, padded symmetrically unless told."""
+        init = layer_init("torch", size * size * x.shape[-1])
+        padding = size // 2 if padding is None else padding
+        return nn.Conv(
+            features,
+            (size, size),
+            strides=stride,
+            padding=(padding, padding),
+            use_bias=bias,
+            dtype=self.dtype,
+            name=name,
+            **init,
+        )(x)
+
+    def dense(self, x, features, *, name):
+        """A linear layer in float32."""
+        return nn.Dense(features, name=name, **layer_init("torch", x.shape[-1]))(x)
+
+    def norm(self, x, *, name, num_groups=1):
+        """Group norm in float32, of the true variance."""
+        return nn.GroupNorm(
+            num_groups,
+            epsilon=1e-5,
+            use_fast_variance=False,
+            dtype=jnp.float32,
+            name=name,
+        )(x)
+
+    def embed(self, timesteps, channels):
+        """The timestep as [b, 4 channels]."""
+        emb = timestep_embedding(timesteps, channels, order="sin_cos", endpoint=True)
+        emb = gelu(self.dense(emb, 4 * channels, name="time_0"))
+        return self.dense(emb, 4 * channels, name="time_1")
+
+
+def linear_attention(
+    q: Float[Array, "b n head d"],
+    k: Float[Array, "b m head d"],
+    v: Float[Array, "b m head e"],
+) -> Float[Array, "b n head e"]:
+    """softmax(q) (softmax(k)^T v) / sqrt(d), in time linear in the pixels.
+
+    q's softmax is over d, k's over the pixels (Shen et al. 2018).
+    """
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5
+    q = scale * jax.nn.softmax(q.astype(jnp.float32), axis=-1)
+    k = jax.nn.softmax(k.astype(jnp.float32), axis=1)
+    context = jnp.einsum("bmhd,bmhe->bhde", k.astype(dtype), v)
+    return jnp.einsum("bnhd,bhde->bnhe", q.astype(dtype), context)

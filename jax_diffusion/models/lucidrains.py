@@ -27,8 +27,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jax_diffusion.models.annotated import TorchLayers, linear_attention
-from jax_diffusion.models.layers import check_halvings, repeat
+from jax_diffusion.models.layers import (
+    TorchLayers,
+    check_halvings,
+    linear_attention,
+    repeat,
+)
 
 
 def pixel_unshuffle(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c4"]:

@@ -15,10 +15,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jax_diffusion.models.layers import Layers, check_halvings, pool, repeat
+from jax_diffusion.models.layers import (
+    Layers,
+    check_halvings,
+    pool,
+    repeat,
+    timestep_embedding,
+)
 
 CHOICES = {
     "resample": ("conv", "pool", "resblock"),
@@ -26,33 +31,6 @@ CHOICES = {
     "down_padding": ("symmetric", "bottom_right"),
     "init_style": ("openai", "ho", "torch"),
 }
-
-
-def timestep_embedding(
-    t: Float[Array, "b"],
-    dim: int,
-    *,
-    max_period: float = 10_000.0,
-    order: str = "cos_sin",
-    endpoint: bool = False,
-) -> Float[Array, "b dim"]:
-    """Sinusoids of t at frequencies from 1 down to 1 / max_period, in float32.
-
-    Args:
-        t: timesteps, fractions allowed.
-        dim: if odd, the last column is zero.
-        order: which half comes first; OpenAI cos_sin, Ho et al. and DDIM sin_cos.
-        endpoint: include the lowest frequency itself, i.e. divide by half - 1 (Ho et
-            al., DDIM) and not by half (OpenAI).
-    """
-    half = dim // 2
-    exponents = np.arange(half) / (half - 1 if endpoint else half)
-    freqs = jnp.asarray(np.exp(-np.log(max_period) * exponents), jnp.float32)
-    angles = t.astype(jnp.float32)[:, None] * freqs[None, :]
-    waves = [jnp.cos(angles), jnp.sin(angles)]
-    if order == "sin_cos":
-        waves.reverse()
-    return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, dim % 2)))
 
 
 class ResBlock(Layers):

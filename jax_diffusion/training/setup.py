@@ -21,6 +21,7 @@ from jax_diffusion import data, editing
 from jax_diffusion import pipeline as runs
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
+from jax_diffusion.models import traits
 from jax_diffusion.runtime import sharding
 from jax_diffusion.training import step as training
 from jax_diffusion.training.step import TrainState
@@ -220,7 +221,7 @@ def _preview_rows(
 
 def _check_low_res(config: Config, model: nn.Module, image_shape) -> None:
     size = config.low_res_size
-    if bool(size) != getattr(model, "low_res", False):
+    if bool(size) != traits(model).low_res:
         raise ValueError(
             "config.low_res_size must be given for a model with low_res and for no "
             f"other, got {size}."
@@ -239,7 +240,7 @@ def _check_labels(config: Config, model: nn.Module, batches: data.Batches) -> No
             f"labels, got {share}."
         )
     for name in ("num_classes", "num_labels"):  # a classifier answers with the latter
-        known = getattr(model, name, None)
+        known = traits(model)._asdict()[name]
         if known is None:
             continue
         hidden = ", the last being for hidden labels" if share else ""

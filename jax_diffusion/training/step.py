@@ -16,6 +16,7 @@ from jaxtyping import Array, Key, PyTree
 
 from jax_diffusion import data, editing, guidance, losses
 from jax_diffusion.diffusion import Objective
+from jax_diffusion.models import bind, example_inputs, num_classes
 from jax_diffusion.schedules import NoiseSchedule
 from jax_diffusion.timesteps import TimestepSampler
 
@@ -202,7 +203,12 @@ def _hide_labels(key, model, batch, share):
         return batch
     # What follows splits the key by three, into what 0, 1 and 2 would give here.
     key = jax.random.fold_in(key, 3)
-    null = model.num_classes - 1
+    known = num_classes(model)
+    if known is None:
+        raise ValueError(
+            "label_dropout needs a model with num_classes, got one without."
+        )
+    null = known - 1
     return {**batch, "label": guidance.drop_labels(key, batch["label"], null, share)}
 
 
@@ -268,36 +274,6 @@ def _grads(loss_fn, microbatches, params, key, examples):
     total, terms = jax.lax.scan(add, zero, parts)
     loss, grads = jax.tree.map(lambda a: a / microbatches, total)
     return loss, jax.tree.map(join, terms), grads
-
-
-def num_classes(model: nn.Module) -> int | None:
-    """How many labels the network knows; None if it takes none."""
-    return getattr(model, "num_classes", None)
-
-
-def example_inputs(model: nn.Module, image_shape: Sequence[int]) -> dict[str, Array]:
-    """A batch of one of all that the network takes, zeros, by name."""
-    inputs = {"x": jnp.zeros((1, *image_shape)), "timesteps": jnp.zeros(1)}
-    if num_classes(model) is not None:
-        inputs["label"] = jnp.zeros(1, jnp.int32)
-    if getattr(model, "low_res", False):
-        inputs["low_res"] = jnp.zeros((1, *image_shape))
-    return inputs
-
-
-def bind(
-    model: nn.Module, params: PyTree, label: Any, **options: Any
-) -> Callable[..., Any]:
-    """The network as the core wants it, model_fn(x_t, timesteps), all else bound.
-
-    `label` is ignored if the network takes none; `options` are those of the call.
-    """
-    labels = () if num_classes(model) is None else (label,)
-
-    def model_fn(x_t, timesteps):
-        return model.apply({"params": params}, x_t, timesteps, *labels, **options)
-
-    return model_fn
 
 
 def _averages(state, params, decays, warmup):

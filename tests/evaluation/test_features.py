@@ -14,8 +14,7 @@ from support.oracles import F32
 
 from jax_diffusion import data
 from jax_diffusion.evaluation import features as extractors
-from jax_diffusion.interop import torch_files
-from jax_diffusion.models import inception
+from jax_diffusion.interop import inception_weights, torch_files
 from jax_diffusion.models.feature_cnn import FeatureCNN
 from jax_diffusion.runtime import sharding
 
@@ -316,7 +315,9 @@ STATE = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
     """A file of tensors that stand for Inception's, and its hash."""
-    monkeypatch.setattr(inception, "params_from_torch", lambda state: dict(state))
+    monkeypatch.setattr(
+        inception_weights, "params_from_torch", lambda state: dict(state)
+    )
     monkeypatch.setenv("no_proxy", "*")
     path = tmp_path / "weights.pth"
     torch_files.write_torch(path, STATE)
@@ -465,7 +466,7 @@ def test_another_file_in_the_cache_is_refused_and_not_removed(weights, tmp_path)
 def test_a_path_of_another_hash_is_refused(weights):
     sentence = refuses(extractors.inception, weights[0], sha256="0" * 64)
     assert f"got {weights[1]}" in sentence and "--inception FILE" in sentence
-    assert inception.URL in sentence
+    assert inception_weights.URL in sentence
 
 
 def test_a_path_without_a_file_is_refused(tmp_path):

@@ -12,8 +12,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from support.oracles import F32, F32_SUM, assert_moments, normal, normal_cdf
 
-from jax_diffusion.models import annotated
-from jax_diffusion.models.annotated import AnnotatedUNet, Attention, TorchLayers
+from jax_diffusion.models import cpu_convs, layers
+from jax_diffusion.models.annotated import AnnotatedUNet, Attention
+from jax_diffusion.models.layers import TorchLayers
 
 # LLVM's optimisation is most of the time that a network takes here, and gains nothing.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -147,7 +148,7 @@ def test_doubling_is_the_transposed_convolution_of_pytorch(torch):
     np.testing.assert_allclose(ours, from_torch(theirs), **F32_SUM)
 
 
-WAYS = [annotated._banded_conv, annotated._grouped_conv, annotated.depthwise_conv]
+WAYS = [cpu_convs._banded_conv, cpu_convs._grouped_conv, cpu_convs.depthwise_conv]
 ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 
 
@@ -187,7 +188,7 @@ def test_only_the_cpu_multiplies_matrices_for_a_depthwise_convolution(
 ):
     x, kernel = jnp.zeros((1, 4, width, 2)), jnp.zeros((7, 7, 1, 2))
     traced = jax.jit(
-        jax.grad(lambda x, k: jnp.sum(annotated.depthwise_conv(x, k) ** 2))
+        jax.grad(lambda x, k: jnp.sum(cpu_convs.depthwise_conv(x, k) ** 2))
     )
     text = traced.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.convolution" in text) == convolves
@@ -205,7 +206,7 @@ def test_norm_is_over_the_whole_image_with_the_true_variance():
 
 def test_gelu_is_x_times_the_normal_distribution_function():
     x = np.linspace(-4, 4, 41)
-    ours = annotated.gelu(jnp.asarray(x, jnp.float32))
+    ours = layers.gelu(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(ours, x * normal_cdf(x), **F32)
 
 
@@ -231,9 +232,7 @@ def test_linear_attention_weighs_values_by_products_of_two_softmaxes():
     weights = np.einsum("bnhd,bmhd->bhnm", q_soft, k_soft)  # of each pixel by pixel
     np.testing.assert_allclose(weights.sum(axis=-1), 1)
     expected = np.einsum("bhnm,bmhe->bnhe", weights, v) / 4**0.5
-    np.testing.assert_allclose(
-        jit(annotated.linear_attention)(q, k, v), expected, **F32
-    )
+    np.testing.assert_allclose(jit(layers.linear_attention)(q, k, v), expected, **F32)
 
 
 def test_full_attention_is_that_of_pytorch(torch):

@@ -16,8 +16,9 @@ from support.peers import peer
 
 from jax_diffusion import metrics
 from jax_diffusion.interop import torch_files
+from jax_diffusion.interop.inception_weights import SHA256, URL, params_from_torch
 from jax_diffusion.models import inception
-from jax_diffusion.models.inception import Inception, params_from_torch, prepare
+from jax_diffusion.models.inception import Inception, prepare
 
 BATCH = 16
 SET_SIZE = 2048  # images, as many as features
@@ -314,6 +315,6 @@ def test_how_many_batches_a_norm_has_seen_does_not_matter(tensors):
 
 def test_the_file_is_the_one_of_its_hash():
     # PyTorch's hub wants the first digits of the hash in the name.
-    stem = inception.URL.removesuffix(".pth")
-    assert inception.SHA256.startswith(stem.split("-")[-1])
-    assert len(bytes.fromhex(inception.SHA256)) == 32
+    stem = URL.removesuffix(".pth")
+    assert SHA256.startswith(stem.split("-")[-1])
+    assert len(bytes.fromhex(SHA256)) == 32

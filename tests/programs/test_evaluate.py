@@ -15,7 +15,7 @@ from jax_diffusion import data, evaluate, metrics, sample, train
 from jax_diffusion import pipeline as runs
 from jax_diffusion.evaluation import bits_per_dim as evaluation
 from jax_diffusion.evaluation import features as extractors
-from jax_diffusion.models import inception
+from jax_diffusion.interop import inception_weights
 from jax_diffusion.runtime import checkpoint
 
 # 100 samples and 64 pixels: enough for moments of full rank.
@@ -411,7 +411,7 @@ def test_weights_of_another_hash_are_refused(tmp_path, refused):
     file.write_bytes(b"not what it should be")
     both = ("--images", tmp_path / "a.npz", "--reference", tmp_path / "a.npz")
     sentence = refused(*both, "--metrics", "fid", "--inception", file)
-    assert inception.SHA256 in sentence
+    assert inception_weights.SHA256 in sentence
     assert hashlib.sha256(file.read_bytes()).hexdigest() in sentence
 
 
