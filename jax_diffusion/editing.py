@@ -1,8 +1,8 @@
-"""What people do with a sampler: change, complete and join images.
+"""Editing images with a sampler: RePaint, SDEdit, reconstruction by DDIM inversion.
 
-Each function is a few lines around `samplers.sample`, with one key per image as there.
-What is known of an image may be given as a mask or as a projection, see
-`samplers.inpaint`; `grey` and `block_mean` are projections.
+Each function is a few lines around `samplers.sample` and takes one key for each image.
+What is known of an image is a mask or a projection, see `samplers.inpaint`. `gray` and
+`block_mean` are projections: with `inpaint` they colorize and enlarge.
 """
 
 from collections.abc import Callable
@@ -17,29 +17,55 @@ from jax_diffusion.samplers import StepFn
 from jax_diffusion.schedules import NoiseSchedule, check_step, take
 
 
-def grey(x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
-    """The mean of the channels, in each of them: what colourisation knows."""
+def gray(x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
+    """Replaces every channel by the mean of the channels: the projection to colorize.
+
+    Takes images x [b, ..., c] and returns images of the same shape.
+
+    >>> gray(jnp.array([[[[0.0, 0.5, 1.0]]]])).ravel().tolist()
+    [0.5, 0.5, 0.5]
+    """
     return jnp.broadcast_to(jnp.mean(x, axis=-1, keepdims=True), x.shape)
 
 
-def block_mean(x: Float[Array, "b h w c"], *, size: int) -> Float[Array, "b h w c"]:
-    """The mean of every block of pixels, in each of them: what enlarging knows.
+grey = gray  # its old name
 
-    With `samplers.inpaint`, enlarging with any network (Choi et al. 2021 do so with
-    another filter).
+
+def block_mean(x: Float[Array, "b h w c"], *, size: int) -> Float[Array, "b h w c"]:
+    """Replaces every pixel by the mean of its block: the projection to enlarge images.
+
+    With `samplers.inpaint` it enlarges with any network (cf. Choi et al. 2021, whose
+    filter is another).
+
+    Args:
+        x: images [b, h, w, c].
+        size: side of a block, in pixels.
+
+    Returns:
+        Images [b, h, w, c].
 
     Raises:
-        ValueError: unless both sides divide by the size of a block.
+        ValueError: unless size divides h and w.
     """
     small = shrink(x, size=size)
     return jnp.repeat(jnp.repeat(small, size, axis=1), size, axis=2)
 
 
 def shrink(x: Float[Array, "b h w c"], *, size: int) -> Float[Array, "b h2 w2 c"]:
-    """The mean of every block of size x size pixels.
+    """Averages every block of size x size pixels into one pixel.
+
+    Args:
+        x: images [b, h, w, c].
+        size: side of a block, in pixels.
+
+    Returns:
+        Images [b, h / size, w / size, c].
 
     Raises:
-        ValueError: unless both sides divide by it.
+        ValueError: unless size divides h and w.
+
+    >>> shrink(jnp.arange(4.0).reshape(1, 2, 2, 1), size=2).ravel().tolist()
+    [1.5]
     """
     b, h, w, c = x.shape
     if size < 1 or h % size or w % size:
@@ -54,9 +80,19 @@ def renoise(
     t: Int[Array, "b"],
     to: Int[Array, "b"],
 ) -> Float[Array, "b *d"]:
-    """x_to ~ q(x_to | x), where x is what a sampler's step at t has returned, t <= to.
+    """Adds noise to an unfinished sample: draws x_to from q(x_to | x_{t-1}).
 
-    From the level of t - 1 up to that of `to` (DDPM eq. 4, from one level to another).
+    DDPM eq. 4, between two noise levels.
+
+    Args:
+        keys: one for each image.
+        schedule: the steps to take.
+        x: [b, ...], what a sampler's step at t has returned, at the level of t - 1.
+        t: int32 [b], the step that was made last.
+        to: int32 [b], the step whose level is wanted; t <= to.
+
+    Returns:
+        x at the level of `to`, [b, ...].
     """
     low = take(schedule, t, x.ndim).prev
     high = take(schedule, to, x.ndim).now
@@ -78,15 +114,28 @@ def repaint(
     jump: int = 10,
     resamples: int = 10,
 ) -> Float[Array, "b *d"]:
-    """Inpainting that goes back and forth (Lugmayr et al. 2022, algorithm 1).
+    """RePaint: inpainting with resampling (Lugmayr et al. 2022, algorithm 1).
 
-    Every `jump` steps are made `resamples` times, with noise added in between that
-    takes the image back to where they begin, so that what is generated comes to fit
-    what is known. resamples = 1 is `samplers.inpaint`. A step that remembers the last
-    prediction (`samplers.dpmpp_2m_step`) begins anew each time.
+    Every stretch of `jump` steps is repeated: noise takes the image back to the level
+    where the stretch began, and the steps are made again, `resamples` times in all.
+    Each time the generated pixels fit the known ones better. A step that uses the last
+    prediction (`samplers.dpmpp_2m_step`) forgets it between repetitions.
+
+    Args:
+        keys: one for each image.
+        denoise_fn: the network as a denoiser.
+        step_fn: the sampler's step, not wrapped by `samplers.inpaint`.
+        schedule: the steps to take.
+        x_T: noise [b, ...].
+        x_known, mask: the known pixels and where they are, see `samplers.inpaint`.
+        jump: steps in a stretch, >= 1.
+        resamples: how often each stretch is made, >= 1; 1 is `samplers.inpaint`.
+
+    Returns:
+        Images [b, ...].
 
     Raises:
-        ValueError: unless both numbers are positive.
+        ValueError: if jump or resamples is less than 1, or the mask does not fit.
     """
     if jump < 1 or resamples < 1:
         raise ValueError(
@@ -99,7 +148,7 @@ def repaint(
     def stretch(x, number_and_ts):
         number, ts = number_and_ts
         keys_here = samplers.fold_in(keys, number)
-        # Steps that are skipped stand first: the largest is where the others begin.
+        # Skipped steps, -1, come first in a stretch: it begins at the largest t.
         first, last = jnp.max(ts), ts[-1]
 
         def once(x, i):
@@ -113,7 +162,7 @@ def repaint(
         done, _ = jax.lax.scan(once, x, jnp.arange(resamples))
         return jnp.where(last < 0, x, done), None
 
-    # Noise is keyed by the stretches to go, so that skipped ones do not change it.
+    # Noise is keyed by how many stretches are left, so that skipped ones do not count.
     x, _ = jax.lax.scan(stretch, x_T, (jnp.arange(len(ts))[::-1], ts))
     return x
 
@@ -127,12 +176,21 @@ def edit(
     *,
     t: int | Int[Array, ""],
 ) -> Float[Array, "b *d"]:
-    """Takes an image up to level t with noise, and down again (Meng et al. 2022).
+    """SDEdit: noises an image to level t and samples from there (Meng et al. 2022).
 
-    SDEdit. The larger t, in [0, T), the more is made up. It may be traced.
+    Args:
+        keys: one for each image.
+        denoise_fn: the network as a denoiser.
+        step_fn: the sampler's step.
+        schedule: the steps to take.
+        x: images [b, ...].
+        t: in [0, T), may be traced; the larger it is, the more of the image changes.
+
+    Returns:
+        Images [b, ...].
 
     Raises:
-        ValueError: if t is no step of the schedule, where both have values.
+        ValueError: if t is no step of the schedule; not checked where one is traced.
     """
     check_step(schedule, t)
     level = jnp.full(x.shape[:1], t, jnp.int32)
@@ -150,12 +208,24 @@ def descend(
     *,
     t: int | Int[Array, ""],
 ) -> Float[Array, "b *d"]:
-    """Samples from level t, which may be traced, down to the image.
+    """Samples from level t down to the image.
 
-    From one x_t repeated for several keys: the completions of Ho et al. 2020, figure 7.
+    With one x_t repeated and different keys, this gives the images that share x_t (Ho
+    et al. 2020, figure 7).
+
+    Args:
+        keys: one for each image.
+        denoise_fn: the network as a denoiser.
+        step_fn: the sampler's step.
+        schedule: the steps to take.
+        x_t: noisy data [b, ...] at level t.
+        t: in [0, T), may be traced.
+
+    Returns:
+        Images [b, ...].
 
     Raises:
-        ValueError: if t is no step of the schedule, where both have values.
+        ValueError: if t is no step of the schedule; not checked where one is traced.
     """
     check_step(schedule, t)
     ts = jnp.where(schedule.steps <= t, schedule.steps, -1)[::-1]
@@ -170,11 +240,22 @@ def reconstruct(
     *,
     t: int | Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "b *d"], Float[Array, "b *d"]]:
-    """The noise at level t that stands for an image, and what DDIM makes of it.
+    """Encodes images as noise by DDIM inversion, and decodes them again by DDIM.
 
-    Do not clip the denoiser: what is clipped cannot be found again. Without clipping, a
-    network that predicts eps cannot come down from where hardly any signal is left, as
-    at the end of a cosine schedule: choose a lower t than T - 1, the default.
+    Args:
+        keys: one for each image; DDIM with eta = 0 does not use them.
+        denoise_fn: not clipped: what clipping removes cannot be recovered. Unclipped, a
+            network that predicts eps is inaccurate where hardly any signal is left, as
+            at the end of a cosine schedule: take a lower t there.
+        schedule: the steps to take.
+        x: images [b, ...].
+        t: the level to encode to, may be traced; default T - 1.
+
+    Returns:
+        The noise x_t and the reconstructions, [b, ...] each.
+
+    Raises:
+        ValueError: if t is no step of the schedule; not checked where one is traced.
     """
     if t is None:
         t = jnp.sum(schedule.visited) - 1
@@ -191,9 +272,18 @@ def between_noises(
     y_T: Float[Array, "b *d"],
     weights: Float[Array, "n"],
 ) -> Float[Array, "n b *d"]:
-    """Images of the noises between two, by `samplers.slerp` (Song et al. 2021, fig. 6).
+    """Samples from noises between x_T and y_T, by slerp (Song et al. 2021, fig. 6).
 
-    One row for each weight, 0 for x_T and 1 for y_T; all share the noise of the steps.
+    Args:
+        keys: one for each pair; all weights share the noise that steps add.
+        denoise_fn: the network as a denoiser.
+        step_fn: the sampler's step.
+        schedule: the steps to take.
+        x_T, y_T: noise [b, ...].
+        weights: [n], 0 for x_T and 1 for y_T.
+
+    Returns:
+        [n, b, ...]: a row of images for each weight.
     """
 
     def at(weight):

@@ -1,9 +1,17 @@
-"""Guidance: functions that take a denoiser and return one that a label or another
-network has a say in.
+"""Guidance: wrappers that steer a denoiser by a label or by a classifier.
 
-They nest with each other and with `diffusion.clip_x_0`, which inside `classifier_free`
-bounds both of its predictions and outside the result. A `classifier` that knows labels
-of single images goes outside `classifier_free`, whose network sees two rows an image.
+    denoise_fn = classifier_free(denoise_fn, label, null_label, scale=3.0)
+    denoise_fn = classifier(denoise_fn, schedule, log_prob_fn, scale=1.0)
+
+Each takes a denoiser and returns one, so that they nest, also with
+`diffusion.clip_x_0`. The order matters:
+
+    clip_x_0(classifier_free(f, ...))  clips the guided x_0
+    classifier_free(clip_x_0(f), ...)  clips x_0 with the label and x_0 without it; the
+                                       guided x_0 may lie outside the bounds
+    classifier(classifier_free(...))   is the right order of the two: inside
+                                       `classifier_free` every image has two rows, and a
+                                       log_prob_fn with one label an image has too few
 """
 
 from collections.abc import Callable
@@ -17,7 +25,10 @@ from jax_diffusion import diffusion
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.schedules import NoiseSchedule, take
 
-Scale = float | Array | Callable[[Array], Array]  # for all, for each image, or of t
+Scale = float | Array | Callable[[Array], Array]
+"""A guidance scale: one for all images, one for each image [b], or a function of t [b]
+that returns scales [b], such as `within` makes.
+"""
 
 
 def classifier_free(
@@ -28,19 +39,31 @@ def classifier_free(
     *,
     rescale: float | Float[Array, ""] = 0.0,
 ) -> DenoiseFn:
-    """x_0(null) + scale (x_0(label) - x_0(null)), for a network that knows both.
+    """Wraps a denoiser: x_0(null) + scale (x_0(label) - x_0(null)) as the new x_0.
 
-    The same as combining eps or v, and 1 + w in Ho & Salimans 2022, eq. 6: 1 is the
-    labelled prediction, 0 the one without. Both are made in one call, as neighbouring
-    rows of a batch of twice the size; the variance is that of the label.
+    Classifier-free guidance, for a network that was trained with labels and with hidden
+    labels. Combining x_0 is the same as combining eps or v; scale is 1 + w of Ho &
+    Salimans 2022, eq. 6, so that 1 is the prediction with the label and 0 the one
+    without. Both are made in one call, as neighboring rows of a batch of twice the
+    size. The variance is that of the prediction with the label.
 
     Args:
         denoise_fn: takes the label by keyword, denoise_fn(x_t, t, label=...).
-        null_label: what the network was told where the label was hidden, see
-            `drop_labels`.
-        scale: see `within` for one that depends on t.
-        rescale: the share in which x_0 gets back the standard deviation, over each
-            image, of the labelled prediction (Lin et al. 2023, eq. 15 and 16).
+        label: int [b], the wanted labels.
+        null_label: the label that means hidden, see `drop_labels`.
+        scale: one number, one for each image, or a function of t, see `within`.
+        rescale: in [0, 1]: how far x_0 is rescaled to the standard deviation, image by
+            image, of the prediction with the label (Lin et al. 2023, eq. 15 and 16).
+
+    Returns:
+        A denoiser that takes no label.
+
+    >>> def denoise_fn(x_t, t, *, label):
+    ...     return diffusion.Prediction(0 * x_t + label[:, None], jnp.zeros(()))
+    >>> label, null_label = jnp.array([1, 2]), 0
+    >>> guided = classifier_free(denoise_fn, label, null_label, scale=3.0)
+    >>> guided(jnp.zeros((2, 1)), jnp.array([5, 5])).x_0.tolist()
+    [[3.0], [6.0]]
     """
 
     def guided(x_t, t, **conditioning):
@@ -52,11 +75,11 @@ def classifier_free(
         log_var = jnp.broadcast_to(
             prediction.log_var, (2 * len(t), *prediction.log_var.shape[1:])
         )
-        labelled, plain = prediction.x_0[::2], prediction.x_0[1::2]
-        x_0 = plain + _column(scale, t, x_t.ndim) * (labelled - plain)
+        labeled, plain = prediction.x_0[::2], prediction.x_0[1::2]
+        x_0 = plain + _column(scale, t, x_t.ndim) * (labeled - plain)
         axes = tuple(range(1, x_t.ndim))
         spread = jnp.std(x_0, axes, keepdims=True)
-        ratio = jnp.std(labelled, axes, keepdims=True) / jnp.maximum(spread, 1e-6)
+        ratio = jnp.std(labeled, axes, keepdims=True) / jnp.maximum(spread, 1e-6)
         x_0 = x_0 * (1 + rescale * (ratio - 1))
         grad = None if prediction.grad is None else prediction.grad[::2]
         return prediction._replace(x_0=x_0, log_var=log_var[::2], grad=grad)
@@ -70,14 +93,31 @@ def classifier(
     log_prob_fn: Callable[[Array, Array], Float[Array, "b"]],
     scale: Scale = 1.0,
 ) -> DenoiseFn:
-    """Adds scale times grad log p(y | x_t) to the score (Dhariwal & Nichol 2021).
+    """Wraps a denoiser: adds scale * grad log p(y | x_t) to the score.
 
-    Exact for every sampler, see `diffusion.guided_mean` and `guided_x_0`: ancestral
-    sampling shifts its mean by variance times gradient, the others their eps.
+    Classifier guidance (Dhariwal & Nichol 2021). The gradient goes into
+    `Prediction.grad`, and each sampler applies it in its own way: ancestral sampling
+    shifts its mean by variance times gradient (`diffusion.guided_mean`), the others
+    shift eps (`diffusion.guided_x_0`).
 
     Args:
-        log_prob_fn: of (x_t, timesteps), each image by itself, in nats; `timesteps` are
-            the schedule's own, as the network is told. See `label_log_prob`.
+        denoise_fn: the denoiser to wrap.
+        schedule: the steps to take.
+        log_prob_fn: log_prob_fn(x_t, timesteps) -> log p(y | x_t) [b] in nats, each
+            image by itself; timesteps [b] are what a network is told,
+            `schedule.timesteps`. `label_log_prob` makes one from a classifier.
+        scale: one number, one for each image, or a function of t, see `within`.
+
+    Returns:
+        A denoiser.
+
+    >>> from jax_diffusion.schedules import cosine_betas, make_schedule
+    >>> def denoise_fn(x_t, t):
+    ...     return diffusion.Prediction(x_t, jnp.zeros(()))
+    >>> schedule = make_schedule(cosine_betas(10))
+    >>> guided = classifier(denoise_fn, schedule, lambda x, t: -x[:, 0] ** 2, scale=2.0)
+    >>> guided(jnp.array([[1.0]]), jnp.array([5])).grad.tolist()
+    [[-4.0]]
     """
 
     def guided(x_t, t, **conditioning):
@@ -93,10 +133,18 @@ def classifier(
 
 
 def shift_x_0(denoise_fn: DenoiseFn, schedule: NoiseSchedule) -> DenoiseFn:
-    """Moves x_0 by what a classifier has added to the score, so that it can be clipped.
+    """Wraps a denoiser: moves `grad`, set by `classifier`, into x_0, to be clipped.
 
-    Clipped after that, guidance is bounded where steps are long and the signal is weak:
-    a cosine schedule begins with both. The official DDIM does not clip again.
+    With `diffusion.clip_x_0` around it, guidance cannot push x_0 out of bounds, which
+    matters where steps are long and the signal is weak: the first steps of a cosine
+    schedule are both. The official DDIM does not clip again.
+
+    Args:
+        denoise_fn: a denoiser that `classifier` has wrapped.
+        schedule: the steps to take.
+
+    Returns:
+        A denoiser whose predictions have grad None.
     """
 
     def shifted(x_t, t, **conditioning):
@@ -110,7 +158,15 @@ def shift_x_0(denoise_fn: DenoiseFn, schedule: NoiseSchedule) -> DenoiseFn:
 def label_log_prob(
     logits_fn: Callable[[Array, Array], Float[Array, "b k"]], label: Int[Array, "b"]
 ) -> Callable[[Array, Array], Float[Array, "b"]]:
-    """log p(label | x_t) of a classifier of noisy images, for `classifier`."""
+    """Makes log p(label | x_t) from a classifier of noisy images, for `classifier`.
+
+    Args:
+        logits_fn: logits_fn(x_t, timesteps) -> logits [b, k].
+        label: int [b], in [0, k).
+
+    Returns:
+        log_prob_fn(x_t, timesteps) -> nats [b].
+    """
 
     def log_prob(x_t, timesteps):
         log_probs = jax.nn.log_softmax(logits_fn(x_t, timesteps))
@@ -127,15 +183,28 @@ def within(
     high: float | Float[Array, ""] = jnp.inf,
     outside: float | Float[Array, ""] = 1.0,
 ) -> Callable[[Array], Array]:
-    """The scale while low <= noise / signal <= high, and another outside.
+    """Makes a scale for an interval of noise levels only (Kynkäänniemi et al. 2024).
 
-    A guidance interval (Kynkäänniemi et al. 2024) in their units, whatever the steps.
-    Outside, 1 leaves `classifier_free` its label; `classifier` wants 0.
+    Args:
+        schedule: the steps to take.
+        scale: inside the interval; a number, or one for each image [b].
+        low, high: the interval, in units of noise / signal, the paper's sigma; both
+            ends are inside.
+        outside: the scale elsewhere. 1 is the prediction with the label for
+            `classifier_free`; give 0 for `classifier`.
+
+    Returns:
+        scale_fn(t) -> scales [b].
+
+    >>> from jax_diffusion.schedules import cosine_betas, make_schedule
+    >>> scale_fn = within(make_schedule(cosine_betas(10)), 3.0, low=0.3, high=2.0)
+    >>> scale_fn(jnp.array([0, 5, 9])).tolist()
+    [1.0, 3.0, 1.0]
     """
 
     def scale_fn(t):
         level = take(schedule, t, 1).now
-        ratio = level.noise / jnp.maximum(level.signal, 1e-30)  # may be without signal
+        ratio = level.noise / jnp.maximum(level.signal, 1e-30)  # signal may be zero
         inside = (ratio >= low) & (ratio <= high)
         return jnp.where(inside, scale, outside)
 
@@ -148,13 +217,26 @@ def drop_labels(
     null_label: int,
     share: float | Float[Array, ""],
 ) -> Int[Array, "b"]:
-    """Hides each label with probability `share`, by itself, wherever it stands."""
+    """Replaces each label by `null_label`, independently with probability `share`.
+
+    Args:
+        key: says which ones.
+        label: int [b].
+        null_label: the label that means hidden.
+        share: in [0, 1].
+
+    Returns:
+        Labels [b].
+
+    >>> drop_labels(jax.random.key(0), jnp.array([3, 5, 2]), null_label=10, share=1.0)
+    Array([10, 10, 10], dtype=int32)
+    """
     return jnp.where(
         jax.random.bernoulli(key, share, label.shape), null_label, label
     ).astype(label.dtype)
 
 
 def _column(scale: Any, t: Array, ndim: int) -> Array:
-    """A scale as [b or 1, 1, ...], to multiply rank-`ndim` data."""
+    """A scale at t, reshaped to [b or 1, 1, ...], to multiply rank-`ndim` data."""
     value = jnp.asarray(scale(t) if callable(scale) else scale, jnp.float32)
     return value.reshape((-1,) + (1,) * (ndim - 1))

@@ -1,15 +1,16 @@
-"""How many bits a diffusion needs for an image: the discrete bound, and by an ODE.
+"""Bits/dim of images: the variational bound, and the exact density by an ODE.
+
+`bits_per_dim` computes the bound of DDPM eq. 5 for 8-bit data. It sums the terms of all
+timesteps; none is skipped or sampled. Terms are in ascending order of t.
 
     bits/dim = prior + sum_t vlb[t],  vlb[0] the decoder, vlb[t > 0] the KL terms
 
-This is the negative log likelihood bound of DDPM eq. 5 for 8-bit data, summed over all
-timesteps, none skipped or sampled. Terms are in ascending order of t.
+`ode_bits_per_dim` integrates the probability flow (Song et al. 2021, eq. 39), which
+maps images to noise one to one and so gives each image a density. The variable of
+integration is the angle phi of a noise level, in which v is finite everywhere, also
+where no signal is left:
 
     dx / dphi = v(x, phi)   d log p(x) / dphi = -tr(dv / dx)   tan phi = noise / signal
-
-This is the probability flow (Song et al. 2021, eq. 39), in the angle of a noise level:
-nothing is infinite, not even where no signal is left. It takes images to noise one to
-one, and so gives them a density.
 """
 
 import functools
@@ -24,30 +25,61 @@ from jax_diffusion import diffusion, losses, samplers
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.schedules import NoiseSchedule
 
-BINS = 127.5  # of 8-bit data, per unit of x_0 in [-1, 1]
+BINS = 127.5  # how many values of 8-bit data fall into an interval of length 1
 
 
 class BitsPerDim(NamedTuple):
-    """The bound of each example and what it is made of."""
+    """The variational bound of each example, and its terms.
 
-    total: Array  # [b] bits/dim: prior plus all of vlb
-    prior: Array  # [b] bits/dim: KL(q(x_T | x_0) || N(0, I))
-    vlb: Array  # [b, T] bits/dim; column 0 is the decoder's
-    x_0_mse: Array  # [b, T] mean squared error of the predicted x_0
-    eps_mse: Array  # [b, T] mean squared error of the eps that this x_0 implies
+    Attributes:
+        total: [b] bits/dim, the prior plus all of vlb.
+        prior: [b] bits/dim, KL(q(x_T | x_0) || N(0, I)).
+        vlb: [b, T] bits/dim: in column 0 the decoder, -log2 p(x_0 | x_1), in column t
+            the KL term of step t.
+        x_0_mse: [b, T] mean squared error of the predicted x_0.
+        eps_mse: [b, T] mean squared error of the eps that the predicted x_0 implies.
+    """
+
+    total: Array
+    prior: Array
+    vlb: Array
+    x_0_mse: Array
+    eps_mse: Array
 
 
 class OdeBits(NamedTuple):
-    """Bits of each example by the flow, and how far its parts can be trusted."""
+    """Bits/dim of each example by the probability flow, and estimates of their error.
 
-    total: Array  # [b] bits/dim, averaged over the probes
-    prior: Array  # [b] bits/dim: -log N(x_T; 0, I), a part of the total
-    step_error: Array  # [b] bits/dim: from steps twice as long; NaN for a single step
-    probe_error: Array  # [b] bits/dim: standard error over probes; NaN for one probe
+    Attributes:
+        total: [b] bits/dim, the mean over probes.
+        prior: [b] bits/dim, -log2 N(x_T; 0, I), a part of the total.
+        step_error: [b] bits/dim, how much the total changes with steps twice as long,
+            about three times its own error; NaN if there is one step only.
+        probe_error: [b] bits/dim, the standard error of the mean over probes; NaN if
+            there is one probe only.
+    """
+
+    total: Array
+    prior: Array
+    step_error: Array
+    probe_error: Array
 
 
 def prior_bpd(schedule: NoiseSchedule, x_0: Float[Array, "b *d"]) -> Float[Array, "b"]:
-    """KL(q(x_T | x_0) || N(0, I)) in bits/dim: what x_T still tells of x_0."""
+    """KL(q(x_T | x_0) || N(0, I)) in bits/dim: the information on x_0 left in x_T.
+
+    Args:
+        schedule: its last row is x_T; rows added by `schedules.pad` do not count.
+        x_0: data [b, ...].
+
+    Returns:
+        Bits/dim [b].
+
+    >>> from jax_diffusion import schedules
+    >>> schedule = schedules.make_schedule(schedules.cosine_betas(10))
+    >>> bool(prior_bpd(schedule, jnp.ones((1, 3)))[0] < 0.01)
+    True
+    """
     last = jnp.sum(schedule.visited, dtype=jnp.int32) - 1
     last = jnp.broadcast_to(last, x_0.shape[:1])
     mean, log_var = diffusion.q_mean_log_var(schedule, x_0, last)
@@ -61,15 +93,21 @@ def bits_per_dim(
     schedule: NoiseSchedule,
     x_0: Float[Array, "b *d"],
 ) -> BitsPerDim:
-    """The variational bound on -log2 p(x_0) per dimension, all T terms of it.
+    """The variational bound on -log2 p(x_0) per dimension, with all of its T terms.
 
-    Calls the denoiser T times in one scan. Noise is drawn afresh at each t, as in the
-    official code, whose denoiser is clipped (`diffusion.clip_x_0`).
+    Calls the denoiser T times in one scan, with new noise at each t, as the official
+    code does.
 
     Args:
         key: one for the batch, or one for each image (`samplers.image_keys`), which
             makes an image's result independent of its batch.
-        x_0: uint8 / 127.5 - 1.
+        denoise_fn: the network as a denoiser; the official code clips it
+            (`diffusion.clip_x_0`).
+        schedule: the noise levels; terms of rows added by `schedules.pad` are zero.
+        x_0: data [b, ...], uint8 / 127.5 - 1.
+
+    Returns:
+        BitsPerDim with arrays [b] and [b, T].
     """
     num_images = x_0.shape[0]
     keys = key if key.ndim else samplers.image_keys(key, jnp.arange(num_images))
@@ -99,29 +137,43 @@ def bits_per_dim(
 def progressive_coding(
     bpd: BitsPerDim,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """Rate and distortion of sending an image step by step (DDPM sec. 4.3).
+    """Rate and distortion of progressive coding, step by step (DDPM sec. 4.3).
 
-    Who has received x_t has paid the prior and all terms above t, and can show the x_0
-    predicted there.
+    A receiver of x_t has been sent the prior and the terms of all steps above t, and
+    can show the x_0 predicted from x_t.
+
+    Args:
+        bpd: from `bits_per_dim`.
 
     Returns:
-        rate in bits/dim and distortion as root mean squared error on the scale of 0 to
-        255, both [b, T] with t ascending: from lossy at T - 1 to nearly exact at 0.
+        rate [b, T] in bits/dim and distortion [b, T], the root mean squared error on
+        the scale of 0 to 255. t ascends: column T - 1 has the lowest rate, column 0
+        the lowest distortion.
     """
     above = jnp.cumsum(bpd.vlb[:, ::-1], axis=1)[:, ::-1] - bpd.vlb
     return bpd.prior[:, None] + above, 127.5 * jnp.sqrt(bpd.x_0_mse)
 
 
-def dequantise(
+def dequantize(
     keys: Key[Array, "b"], x_0: Float[Array, "b *d"]
 ) -> Float[Array, "b *d"]:
-    """8-bit data as continuous: noise is added, uniform in the bin around a value.
+    """Makes 8-bit data continuous: adds noise that is uniform in the bin of each value.
 
-    The mean of -log2 p over a bin, p per bin, is no less than -log2 of the bin's mass
-    (Theis et al. 2016, sec. 3.1).
+    On average over that noise, -log2 of the density (times the width of a bin) is an
+    upper bound of -log2 of the bin's probability (Theis et al. 2016, sec. 3.1).
+
+    Args:
+        keys: one for each image.
+        x_0: data [b, ...], uint8 / 127.5 - 1.
+
+    Returns:
+        [b, ...], within half a bin, 1 / 255, of x_0.
     """
     draw = functools.partial(jax.random.uniform, minval=-0.5, maxval=0.5)
     return x_0 + jax.vmap(lambda key: draw(key, x_0.shape[1:]))(keys) / BINS
+
+
+dequantise = dequantize  # its old name
 
 
 def ode_bits_per_dim(
@@ -134,22 +186,31 @@ def ode_bits_per_dim(
 ) -> OdeBits:
     """-log2 p(x) per dimension by the probability flow (Song et al. 2021, sec. 4.3).
 
-    x is the dequantised x_0, and p the density of what the flow makes of N(0, I) from
-    the last row back to the first, divided by the signal there. Heun's method goes from
-    row to row, with two evaluations a step, so that the network sees its own timesteps
-    only. Rows should be dense where noise is little (`schedules.angle_steps`). The
-    same again over every second row changes the result by three times its error, if
-    steps are short enough for a method of second order.
+    x is the dequantized x_0. Its density p is that of samples of the flow, which takes
+    N(0, I) from the noise level of the last row back to that of the first and then
+    divides by the first row's signal.
 
-    The trace is Hutchinson's unbiased estimate with random signs, the same at all
-    steps. Derivatives are taken forwards: nothing is stored for them, remat costs
-    nothing, and the network cannot have a `custom_vjp`. Do not clip the denoiser, as
-    the order is lost at a kink.
+    Heun's method integrates from row to row, with two evaluations of the network a
+    step, so that the network sees its own timesteps only. Take rows that are dense
+    where there is little noise (`spacing.angle_steps`). A second integration, over
+    every second row, gives `OdeBits.step_error`: by Richardson's rule the difference is
+    three times the error of the first one, if steps are short.
+
+    Hutchinson's estimate of the trace is unbiased; its random signs are the same at all
+    steps. Derivatives are in forward mode, which stores nothing, but the network must
+    not have a `custom_vjp`.
 
     Args:
         key: one for the batch, or one for each image, see `bits_per_dim`.
-        x_0: uint8 / 127.5 - 1.
-        probes: vectors to estimate the trace with, each at the price of a forward pass.
+        denoise_fn: not clipped: clipping is not smooth, and Heun's method would lose
+            its second order.
+        schedule: the noise levels; rows added by `schedules.pad` are skipped.
+        x_0: data [b, ...], uint8 / 127.5 - 1.
+        probes: how many vectors of signs to estimate the trace with, >= 1. Each costs
+            as much as a forward pass.
+
+    Returns:
+        OdeBits with arrays [b].
 
     Raises:
         ValueError: if probes is less than 1.
@@ -158,11 +219,11 @@ def ode_bits_per_dim(
         raise ValueError(f"probes must be at least 1, got {probes}.")
     keys = key if key.ndim else samplers.image_keys(key, jnp.arange(x_0.shape[0]))
     signal = schedule.now.signal[0]
-    x = signal * dequantise(keys, x_0)  # with these keys, and probes with others
-    signs = [
-        _signs(samplers.fold_in(keys, 1 + i), x_0.shape[1:]) for i in range(probes)
-    ]
-    flow = functools.partial(_flow, denoise_fn, schedule, x, jnp.stack(signs))
+    x = signal * dequantize(keys, x_0)  # with these keys, and probes with others
+    shape, dtype = x_0.shape[1:], jnp.float32
+    draw = jax.vmap(lambda key: jax.random.rademacher(key, shape, dtype))
+    signs = jnp.stack([draw(samplers.fold_in(keys, 1 + i)) for i in range(probes)])
+    flow = functools.partial(_flow, denoise_fn, schedule, x, signs)
 
     def bits(stride):
         x_T, volume = flow(stride)
@@ -170,7 +231,7 @@ def ode_bits_per_dim(
         growth = (volume + jnp.log(signal)) / np.log(2.0) - np.log2(BINS)
         return prior, prior[None] - growth
 
-    # One program for both: networks take long to compile.
+    # A map, so that the network is compiled once for both lengths of step.
     prior, total = jax.lax.map(bits, jnp.arange(1, 3, dtype=jnp.int32))
     fine, coarse = jnp.mean(total, axis=1)
     two_steps = jnp.sum(schedule.visited, dtype=jnp.int32) > 2
@@ -180,8 +241,10 @@ def ode_bits_per_dim(
 
 
 def _flow(denoise_fn, schedule, x, signs, stride):
-    """x at the last row, and the log of how volume grows to there, by every `stride`-th
-    row: [b, ...] and, for each probe, nats/dim [probes, b].
+    """Integrates the flow from the first row to the last, over every `stride`-th row.
+
+    Returns x there, [b, ...], and by how much volume has grown, the log of it for each
+    probe, in nats/dim: [probes, b].
     """
     angle = jnp.arctan2(schedule.now.noise, schedule.now.signal)
     last = jnp.sum(schedule.visited, dtype=jnp.int32) - 1
@@ -212,8 +275,3 @@ def _flow(denoise_fn, schedule, x, signs, stride):
     state = x, jnp.zeros(signs.shape[:2])
     state, _ = jax.lax.scan(one, state, jnp.arange(schedule.num_steps - 1))
     return state
-
-
-def _signs(keys, shape):
-    draw = functools.partial(jax.random.rademacher, shape=shape, dtype=jnp.float32)
-    return jax.vmap(draw)(keys)

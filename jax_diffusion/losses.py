@@ -1,12 +1,12 @@
-"""Training losses: simple, variational and hybrid, and their weights over noise levels.
-And the cross-entropy of a classifier of noisy images, for guidance.
+"""Training losses: simple, variational and hybrid; that of a noisy classifier.
 
     L_simple = E_t || target - output ||^2                        (DDPM eq. 14)
     L_vlb    = sum_t L_t,  L_t = KL(q(x_{t-1} | x_t, x_0) || p), L_0 = -log p(x_0 | x_1)
     L_hybrid = L_simple + lambda L_vlb, the mean stopped in L_vlb (Improved DDPM eq. 16)
 
-Variational terms are in bits per dimension, averaged over the dimensions of an image.
-L_vlb is a sum over t, so one term at a uniform t counts T times.
+Variational terms are in bits/dim: divided by log 2 and by the number of values in an
+image. L_vlb is a sum over t, so a single term at a uniform t counts T times.
+`loss_weight` weights L_simple over noise levels.
 """
 
 from collections.abc import Callable
@@ -23,30 +23,55 @@ from jax_diffusion.schedules import NoiseSchedule, take
 
 
 class LossTerms(NamedTuple):
-    """Per-example training loss and its parts."""
+    """The training loss of each example, and its parts.
 
-    loss: Array  # [b] what is minimised
-    mse: Array  # [b] plain mean squared error of the network output, for logging
-    vlb: Array  # [b] bits/dim of the sampled term; zero unless "vlb" or "hybrid"
+    Attributes:
+        loss: [b] what training minimizes.
+        mse: [b] mean squared error of the network's output, without weights, for logs.
+        vlb: [b] the term of the variational bound at the sampled t, in bits/dim; zero
+            unless the loss is "vlb" or "hybrid".
+    """
+
+    loss: Array
+    mse: Array
+    vlb: Array
 
 
 class ClassifierTerms(NamedTuple):
-    """Per-example loss of a classifier, and whether it was right."""
+    """The loss of a classifier for each example, and whether it was right.
 
-    loss: Array  # [b] cross-entropy in nats
-    accuracy: Array  # [b] 1 where the label has the highest logit, else 0
-    top_5: Array  # [b] 1 where it is among the five highest
+    Attributes:
+        loss: [b] cross-entropy in nats.
+        accuracy: [b] 1 where the label has the highest logit, else 0.
+        top_5: [b] 1 where the label is among the five highest logits, else 0.
+    """
+
+    loss: Array
+    accuracy: Array
+    top_5: Array
 
 
 def mean_flat(x: Float[Array, "b *d"]) -> Float[Array, "b"]:
-    """The mean over all axes but the first."""
+    """Averages x [b, ...] over all axes but the first: [b].
+
+    >>> mean_flat(jnp.array([[1.0, 3.0], [5.0, 5.0]]))
+    Array([2., 5.], dtype=float32)
+    """
     return jnp.mean(x, axis=tuple(range(1, x.ndim)))
 
 
 def normal_kl(
     mean_1: Array, log_var_1: Array, mean_2: Array, log_var_2: Array
 ) -> Array:
-    """KL(N(mean_1, var_1) || N(mean_2, var_2)) in nats, elementwise and broadcast."""
+    """KL(N(mean_1, var_1) || N(mean_2, var_2)) in nats, element by element.
+
+    Takes the logarithms of the variances, log_var_1 and log_var_2. The four arrays
+    broadcast against each other to the shape of the result.
+
+    >>> one, zero = jnp.ones(()), jnp.zeros(())
+    >>> normal_kl(one, zero, zero, zero).item()
+    0.5
+    """
     return 0.5 * (
         -1.0
         + log_var_2
@@ -59,20 +84,23 @@ def normal_kl(
 def discretized_gaussian_log_likelihood(
     x: Float[Array, "*d"], mean: Float[Array, "*d"], log_scale: Float[Array, "*_"]
 ) -> Float[Array, "*d"]:
-    """Log probability in nats of 8-bit data under a Gaussian, elementwise.
+    """Log probability of 8-bit data under a Gaussian, in nats, element by element.
 
-    The Gaussian's mass in the bin of width 2/255 about x; the first and last bins
-    reach to infinity (DDPM eq. 13). Its CDF is the tanh approximation of the official
-    codes, and every logarithm is cut off at 1e-12, as theirs.
+    That is the log of the Gaussian's mass in the bin of width 2/255 around x, where the
+    first and last bins extend to infinity (DDPM eq. 13). As in the official codes, a
+    tanh approximates the normal CDF, and probabilities below 1e-12 count as 1e-12.
 
     Args:
-        x: uint8 / 127.5 - 1.
-        mean: of the Gaussian.
-        log_scale: log of its standard deviation; broadcasts.
+        x: data, uint8 / 127.5 - 1.
+        mean: mean of the Gaussian, of the shape of x.
+        log_scale: log of its standard deviation, broadcasts against x.
+
+    Returns:
+        Nats, of the shape of x.
     """
-    centred, inv_std = x - mean, jnp.exp(-log_scale)
-    cdf_high = _approx_normal_cdf(inv_std * (centred + 1 / 255))
-    cdf_low = _approx_normal_cdf(inv_std * (centred - 1 / 255))
+    centered, inv_std = x - mean, jnp.exp(-log_scale)
+    cdf_high = _approx_normal_cdf(inv_std * (centered + 1 / 255))
+    cdf_low = _approx_normal_cdf(inv_std * (centered - 1 / 255))
 
     def log(p):  # cut off inside, so that no branch of the `where`s has bad gradients
         return jnp.log(jnp.maximum(p, 1e-12))
@@ -91,15 +119,28 @@ def _approx_normal_cdf(x):
 def loss_weight(
     schedule: NoiseSchedule, objective: Objective, t: Int[Array, "b"]
 ) -> Float[Array, "b"]:
-    """The factor of the network's squared error at t.
+    """The weight of the network's squared error at t, by `objective.weighting`.
 
-    "uniform" is 1 whatever the network predicts. The others are one weight of the error
-    in x_0, given here, and converted to the error in eps, v or mu:
+    "uniform" is 1 whatever the network predicts. The others are defined as weights of
+    the error in x_0, as listed, and converted to weights of the error in eps, v or mu:
 
-        snr            snr                          Ho et al.: 1 for eps
+        snr            snr                          Ho et al. 2020: 1 for eps
         min_snr        min(snr, gamma)              Hang et al. 2023
         truncated_snr  max(snr, 1)                  Salimans & Ho 2022
         p2             snr / (k + snr)^gamma        Choi et al. 2022
+
+    Args:
+        schedule: gives the signal-to-noise ratio, snr = signal^2 / noise^2, at t.
+        objective: names the weighting, its parameters, and what the network predicts.
+        t: int32 [b].
+
+    Returns:
+        Weights [b].
+
+    >>> from jax_diffusion.schedules import cosine_betas, make_schedule
+    >>> schedule = make_schedule(cosine_betas(10))
+    >>> loss_weight(schedule, Objective("eps", weighting="snr"), jnp.array([0, 9]))
+    Array([1., 1.], dtype=float32)
     """
     c = take(schedule, t, 1)
     snr = jnp.exp(c.now.log_snr)
@@ -133,10 +174,19 @@ def vlb_terms(
     x_t: Float[Array, "b *d"],
     t: Int[Array, "b"],
 ) -> Float[Array, "b"]:
-    """The term of the variational bound at t, in bits/dim.
+    """The term of the variational bound at t, in bits/dim (DDPM eq. 5).
 
-    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at t = 0 the discretised negative log
-    likelihood of x_0 (DDPM eq. 5).
+    That is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and at t = 0 the discretized
+    negative log likelihood -log p(x_0 | x_1).
+
+    Args:
+        schedule: where the posterior's coefficients of row t stand.
+        prediction: x_0 and log variance that the denoiser predicts from x_t.
+        x_0, x_t: clean and noisy data [b, ...]; x_0 is uint8 / 127.5 - 1.
+        t: int32 [b].
+
+    Returns:
+        Bits/dim [b].
     """
     mean, _ = diffusion.q_posterior(schedule, prediction.x_0, x_t, t)
     true_mean, true_log_var = diffusion.q_posterior(schedule, x_0, x_t, t)
@@ -156,16 +206,32 @@ def training_loss(
     *,
     eps: Float[Array, "b *d"] | None = None,
 ) -> LossTerms:
-    """Noises x_0 to level t, calls the network once, and scores it.
+    """Noises x_0 to level t, calls the network once, and computes its loss.
 
     Args:
+        key: for eps.
         model_fn: the raw network, (x_t [b, ...], timesteps [b]) -> output.
-        eps: the noise; drawn from `key` if not given.
+        schedule: the noise levels.
+        objective: what the network outputs, and which loss is taken of it.
+        x_0: data [b, ..., c] in [-1, 1].
+        t: int32 [b].
+        eps: the noise [b, ..., c]; drawn from `key` if not given.
+
+    Returns:
+        LossTerms with arrays [b]; the caller takes the mean.
 
     Raises:
         ValueError: if the output's channels do not fit the objective, if a learned
             variance meets a loss that would not train it, or if eps is predicted on a
             schedule that ends in zero signal.
+
+    >>> from jax_diffusion.schedules import cosine_betas, make_schedule
+    >>> terms = training_loss(
+    ...     jax.random.key(0), lambda x_t, timesteps: 0 * x_t,
+    ...     make_schedule(cosine_betas(10)), Objective(), jnp.ones((2, 3)),
+    ...     jnp.array([0, 9]), eps=jnp.full((2, 3), 2.0))
+    >>> terms.loss
+    Array([4., 4.], dtype=float32)
     """
     diffusion.check_signal(schedule, objective)
     if objective.learns_variance and objective.loss not in ("hybrid", "vlb"):
@@ -200,12 +266,20 @@ def classifier_loss(
     *,
     eps: Float[Array, "b *d"] | None = None,
 ) -> ClassifierTerms:
-    """Noises x_0 to level t and scores -log p(label | x_t) (Dhariwal & Nichol 2021).
+    """Noises x_0 to level t and computes -log p(label | x_t), the loss of a classifier
+    for guidance (Dhariwal & Nichol 2021).
 
     Args:
+        key: for eps.
         logits_fn: the classifier, (x_t [b, ...], timesteps [b]) -> logits [b, labels].
-        label: within the logits; one beyond them makes the loss NaN.
-        eps: the noise; drawn from `key` if not given.
+        schedule: the noise levels.
+        x_0: data [b, ...] in [-1, 1].
+        t: int32 [b].
+        label: int [b], in [0, labels); a larger one makes the loss NaN.
+        eps: the noise [b, ...]; drawn from `key` if not given.
+
+    Returns:
+        ClassifierTerms with arrays [b].
     """
     if eps is None:
         eps = jax.random.normal(key, x_0.shape)
@@ -213,14 +287,14 @@ def classifier_loss(
     logits = logits_fn(x_t, schedule.timesteps[t]).astype(jnp.float32)
     log_probs = jax.nn.log_softmax(logits)
     loss = -jnp.take_along_axis(log_probs, label[:, None], axis=-1)[:, 0]
-    # Equal logits rank by their place: a constant classifier is right by chance only.
+    # Equal logits rank by index, so that a constant classifier is right by chance only.
     _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
     right = (best == label[:, None]).astype(jnp.float32)
     return ClassifierTerms(loss, right[:, 0], right.sum(axis=-1))
 
 
 def _combine(schedule, objective, t, error, vlb):
-    """The simple term, weighted, and the bound, by the objective's loss."""
+    """Adds up what `objective.loss` asks for: the weighted simple term, the bound."""
     vlb_scale = objective.vlb_scale
     if vlb_scale is None:
         vlb_scale = 1e-3 if objective.loss == "hybrid" else 1.0

@@ -1,6 +1,8 @@
-"""Which steps of a diffusion to take: increasing int [n], for `make_schedule(keep=)`.
+"""Rules that choose steps of a diffusion, for `schedules.make_schedule(keep=...)`.
 
-Each rule gives exactly as many distinct steps as asked, but for `quadratic_steps`.
+Each returns increasing int [n], exactly as many distinct steps as it is asked for;
+`quadratic_steps` alone may return fewer. `SPACINGS` lists them by name, all with one
+signature.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,16 +11,27 @@ import numpy as np
 
 
 def spaced_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarray:
-    """Steps to keep, by the section rule of improved-diffusion.
+    """Chooses evenly spaced steps, by the section rule of improved-diffusion.
 
     Args:
         num_steps: T.
-        spec: 250, or "250": that many, first and last included; "10,15,20" or
-            [10, 15, 20]: the steps are cut in equal sections and that many are kept of
-            each; "ddim50": every k-th step from 0, for the k that gives exactly 50.
+        spec: one of
+            250 or "250": so many steps, the first and the last among them;
+            [10, 15, 20] or "10,15,20": the T steps are cut into equal sections, and so
+            many are taken in each;
+            "ddim50": every k-th step from 0 on, for the k that gives exactly 50.
+
+    Returns:
+        Increasing int [n].
 
     Raises:
-        ValueError: if a section is shorter than asked, or no stride gives the count.
+        ValueError: if spec is none of these, if it takes no step or more than a
+            section has, or if no stride gives the number.
+
+    >>> spaced_steps(1000, 5)
+    array([  0, 250, 500, 749, 999])
+    >>> spaced_steps(100, "3,2")
+    array([ 0, 24, 49, 50, 99])
     """
     if isinstance(spec, str):
         try:
@@ -50,18 +63,45 @@ def spaced_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarray:
 
 
 def uniform_steps(num_steps: int, n: int) -> np.ndarray:
-    """floor(i T / n): exactly n steps from 0 on (Song et al. 2021, app. D.2, linear).
+    """Chooses floor(i T / n) for i = 0 .. n - 1 (Song et al. 2021, app. D.2, linear).
 
     The DDIM repository's "uniform" where n divides T; elsewhere that takes more steps.
+
+    Args:
+        num_steps: T.
+        n: how many steps, in [1, T].
+
+    Returns:
+        Increasing int [n], from 0 on.
+
+    Raises:
+        ValueError: if n is out of range.
+
+    >>> uniform_steps(1000, 4)
+    array([  0, 250, 500, 750])
     """
     return np.arange(_count(num_steps, n)) * num_steps // n
 
 
 def quadratic_steps(num_steps: int, n: int) -> np.ndarray:
-    """floor(c i^2) up to 0.8 T: dense near the image ("quad" of the DDIM repository).
+    """Chooses floor(c i^2) up to 0.8 T ("quad" of the DDIM repository).
 
-    The original visits some small steps twice, to no effect; here they occur once, so
-    that there may be fewer than n (49 for n = 50 and T = 1000).
+    Steps are dense where there is little noise. The original visits some small steps
+    twice, to no effect; here they occur once, so that there may be fewer than n (49 for
+    n = 50 and T = 1000).
+
+    Args:
+        num_steps: T.
+        n: how many steps, in [1, T].
+
+    Returns:
+        Increasing int [n], or fewer, from 0 on.
+
+    Raises:
+        ValueError: if n is out of range.
+
+    >>> quadratic_steps(1000, 4)
+    array([  0,  88, 355, 800])
     """
     n = _count(num_steps, n)
     roots = np.linspace(0, np.sqrt(num_steps * 0.8), n)
@@ -69,37 +109,82 @@ def quadratic_steps(num_steps: int, n: int) -> np.ndarray:
 
 
 def trailing_steps(num_steps: int, n: int) -> np.ndarray:
-    """floor(i T / n) - 1 for i = 1 .. n: exactly n steps that end in T - 1.
+    """Chooses floor(i T / n) - 1 for i = 1 .. n (Lin et al. 2023; lucidrains).
 
-    Starts sampling at pure noise, where x_T was drawn (Lin et al. 2023; lucidrains).
+    Sampling then starts at T - 1, the noise level of x_T.
+
+    Args:
+        num_steps: T.
+        n: how many steps, in [1, T].
+
+    Returns:
+        Increasing int [n], up to T - 1.
+
+    Raises:
+        ValueError: if n is out of range.
+
+    >>> trailing_steps(1000, 4)
+    array([249, 499, 749, 999])
     """
     return np.arange(1, _count(num_steps, n) + 1) * num_steps // n - 1
 
 
 def karras_steps(betas: np.ndarray, n: int, *, rho: float = 7.0) -> np.ndarray:
-    """n steps whose (noise / signal)^(1 / rho) are evenly spaced (Karras et al. 2022).
+    """Chooses steps evenly spaced in (noise / signal)^(1 / rho) (Karras et al. 2022).
 
-    Nearly so: the nearest steps, or, where two would fall on one, the next ones. Step 0
-    and T - 1 are among them.
+    As there are only T steps to choose from, these are the ones nearest to an even
+    spacing, or, where two would fall on one step, the next ones. Steps 0 and T - 1 are
+    among them.
+
+    Args:
+        betas: float64 [T].
+        n: how many steps, in [1, T].
+        rho: a larger one takes more steps where there is little noise.
+
+    Returns:
+        Increasing int [n].
+
+    Raises:
+        ValueError: if n is out of range.
     """
     return _nearest(np.exp(_log_ratio(betas) / rho), len(betas), n)
 
 
 def log_snr_steps(betas: np.ndarray, n: int) -> np.ndarray:
-    """n steps that are evenly spaced in log-SNR (Lu et al. 2022).
+    """Chooses steps evenly spaced in log-SNR, log(signal^2 / noise^2) (Lu et al. 2022).
 
-    Nearly so: the nearest steps, or, where two would fall on one, the next ones. Step 0
-    and T - 1 are among them.
+    Rounded to the nearest of the T steps as in `karras_steps`.
+
+    Args:
+        betas: float64 [T].
+        n: how many steps, in [1, T].
+
+    Returns:
+        Increasing int [n], step 0 and T - 1 among them.
+
+    Raises:
+        ValueError: if n is out of range.
     """
     return _nearest(_log_ratio(betas), len(betas), n)
 
 
 def angle_steps(betas: np.ndarray, n: int) -> np.ndarray:
-    """n steps that are evenly spaced in log(noise / (1 + signal)).
+    """Chooses steps evenly spaced in log(noise / (1 + signal)), to integrate the flow.
 
-    That is log tan(phi / 2), phi being the angle of (signal, noise): like log-SNR near
-    the image, like the angle itself near noise. For integrating the flow
-    (`likelihood.ode_bits_per_dim`). Nearly so, as `log_snr_steps`.
+    With phi = atan(noise / signal), that is log tan(phi / 2). Where there is little
+    noise it changes like log-SNR, where there is much like phi itself, the variable in
+    which `likelihood.ode_bits_per_dim` integrates. Rounded to the nearest of the T
+    steps as in `karras_steps`.
+
+    Args:
+        betas: float64 [T].
+        n: how many steps, in [1, T].
+
+    Returns:
+        Increasing int [n], step 0 and T - 1 among them.
+
+    Raises:
+        ValueError: if n is out of range.
     """
     with np.errstate(divide="ignore"):  # a last step may have no signal
         alpha_bar = np.exp(np.cumsum(np.log1p(-np.asarray(betas, np.float64))))
@@ -125,14 +210,14 @@ SPACINGS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 
 def _log_ratio(betas: np.ndarray) -> np.ndarray:
-    """log(noise / signal) of every step but a last one without signal."""
+    """log(noise / signal) of every step, without a last one that has no signal."""
     betas = np.asarray(betas, np.float64)
     log_alpha_bar = np.cumsum(np.log1p(-betas[betas < 1]))
     return (np.log(-np.expm1(log_alpha_bar)) - log_alpha_bar) / 2
 
 
 def _nearest(scale: np.ndarray, num_steps: int, n: int) -> np.ndarray:
-    """n distinct steps next to an even spacing of an increasing scale."""
+    """The n distinct steps nearest to an even spacing of an increasing scale [T]."""
     wanted = np.linspace(scale[0], scale[-1], _count(num_steps, n))
     steps = np.abs(scale[None, :] - wanted[:, None]).argmin(axis=1)
     steps[-1] = num_steps - 1
@@ -142,13 +227,14 @@ def _nearest(scale: np.ndarray, num_steps: int, n: int) -> np.ndarray:
 
 
 def _count(num_steps: int, n: int) -> int:
+    """Returns n, once it is known to be in [1, T]."""
     if not 1 <= n <= num_steps:
         raise ValueError(f"steps must be between 1 and T = {num_steps}, got {n}.")
     return n
 
 
 def _ddim_stride(num_steps: int, counts: Sequence[int]) -> int:
-    """The smallest stride that visits exactly as many steps as asked."""
+    """The smallest stride that visits exactly counts[0] steps."""
     strides = {len(range(0, num_steps, k)): k for k in range(num_steps - 1, 0, -1)}
     if len(counts) > 1 or counts[0] not in strides:
         near = min(strides or [num_steps], key=lambda m: abs(m - counts[0]))

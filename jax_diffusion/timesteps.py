@@ -1,11 +1,12 @@
-"""Which timesteps to train on, as triples of pure functions (cf. Optax).
+"""Samplers of training timesteps: which t each image of a batch is noised to.
 
+    sampler = loss_second_moment(1000)
     state = sampler.init()
     t, weight = sampler.sample(key, state, batch_size)
     state = sampler.update(state, t, loss)
 
-The mean of weight * loss(t) estimates the mean of loss(t) over uniform t without bias,
-whatever the sampler. The state is a pytree that lives in the train state.
+Whatever the sampler, the mean of weight * loss(t) is an unbiased estimate of the mean
+loss over uniform t. The state is a pytree of arrays, a part of the train state.
 """
 
 from collections.abc import Callable
@@ -18,22 +19,34 @@ from jaxtyping import Array, PyTree
 
 
 class TimestepSampler(NamedTuple):
-    """A distribution over training timesteps."""
+    """A distribution over training timesteps: three pure functions, as in Optax.
+
+    Attributes:
+        init: init() -> state, a pytree of arrays, () if nothing is remembered.
+        sample: sample(key, state, batch_size) -> (t, weight): int32 [b] and float32
+            [b], the factor of each image's loss.
+        update: update(state, t, loss) -> state, given the unweighted losses [b] at t.
+    """
 
     init: Callable[[], PyTree]
-    sample: Callable[..., tuple[Array, Array]]  # (key, state, b) -> t [b], weight [b]
-    update: Callable[..., PyTree]  # (state, t [b], loss [b]) -> state
+    sample: Callable[..., tuple[Array, Array]]
+    update: Callable[..., PyTree]
 
 
 class LossHistory(NamedTuple):
-    """The last losses of every timestep."""
+    """The last losses of every timestep: the state of `loss_second_moment`.
 
-    losses: Array  # [T, history], oldest first
-    counts: Array  # [T] int32, how many entries of a row are filled
+    Attributes:
+        losses: float32 [T, history], oldest first.
+        counts: int32 [T], how many entries of each row are filled.
+    """
+
+    losses: Array
+    counts: Array
 
 
 def _stateless(draw: Callable[..., Array]) -> TimestepSampler:
-    """A sampler without memory whose draws are uniform one by one."""
+    """A sampler without memory, whose weights are 1: each single t must be uniform."""
 
     def sample(key, state, batch_size):
         del state
@@ -43,12 +56,18 @@ def _stateless(draw: Callable[..., Array]) -> TimestepSampler:
 
 
 def uniform(num_steps: int) -> TimestepSampler:
-    """Independent and uniform over [0, T) (DDPM algorithm 1)."""
+    """Draws t independently and uniformly from [0, num_steps) (DDPM algorithm 1).
+
+    >>> sampler = uniform(1000)
+    >>> t, weight = sampler.sample(jax.random.key(0), sampler.init(), 4)
+    >>> t.shape, weight.tolist()
+    ((4,), [1.0, 1.0, 1.0, 1.0])
+    """
     return _stateless(lambda key, b: jax.random.randint(key, (b,), 0, num_steps))
 
 
 def antithetic(num_steps: int) -> TimestepSampler:
-    """Pairs t and T - 1 - t (the DDIM repository)."""
+    """Draws pairs t and T - 1 - t, T being `num_steps` (the DDIM repository)."""
 
     def draw(key, b):
         t = jax.random.randint(key, (b // 2 + 1,), 0, num_steps)
@@ -58,9 +77,10 @@ def antithetic(num_steps: int) -> TimestepSampler:
 
 
 def stratified(num_steps: int) -> TimestepSampler:
-    """One t in each of b equal parts of [0, T), shifted together (Kingma et al. 2021).
+    """Draws one t in each of b equal parts of [0, T), T being `num_steps`.
 
-    Lowers the variance of the batch mean: every batch covers all noise levels.
+    One random shift moves all of them (Kingma et al. 2021). As every batch covers all
+    noise levels, the mean loss of a batch has a lower variance.
     """
 
     def draw(key, b):
@@ -75,8 +95,13 @@ def loss_second_moment(
 ) -> TimestepSampler:
     """Draws t in proportion to sqrt(E[loss_t^2]) (Nichol & Dhariwal 2021, sec. 3.3).
 
-    Uniform until every timestep has `history` losses. The weight is 1 / (T p), so that
-    it is 1 on average; `update` takes the losses without it.
+    Uniform until every timestep has `history` losses. The weight of a timestep drawn
+    with probability p is 1 / (T p), which is 1 on average.
+
+    Args:
+        num_steps: T.
+        history: how many losses of each timestep are remembered.
+        uniform_prob: the share of draws that stay uniform, in [0, 1].
     """
 
     def probs(state):
@@ -115,4 +140,6 @@ TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
     "stratified": stratified,
     "loss_second_moment": loss_second_moment,
 }
+"""Samplers by name: f(num_steps, **arguments) -> TimestepSampler."""
+
 SAMPLERS = TIMESTEP_SAMPLERS  # its old name

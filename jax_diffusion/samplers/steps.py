@@ -24,10 +24,16 @@ def ddpm_step(
     state: SampleState,
     t: Int[Array, "b"],
 ) -> SampleState:
-    """One step of ancestral sampling from t to t - 1 (Ho et al. 2020, algorithm 2).
+    """One step of ancestral sampling, from t to t - 1 (Ho et al. 2020, algorithm 2).
 
-    The mean is that of q(x_{t-1} | x_t, x_0) at the predicted x_0, the variance the
+    The mean is that of q(x_{t-1} | x_t, x_0) at the predicted x_0; the variance is the
     predicted one. The last step, t = 0, adds no noise.
+
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
+
+    Returns:
+        SampleState at the level of t - 1.
     """
     prediction = denoise_fn(state.x, t)
     mean = diffusion.guided_mean(schedule, prediction, state.x, t)
@@ -47,11 +53,29 @@ def ddim_step(
     *,
     eta: float | Float[Array, ""] = 0.0,
 ) -> SampleState:
-    """One step of DDIM from t to t - 1 (Song et al. 2021, eq. 12 and 16).
+    """One step of DDIM, from t to t - 1 (Song et al. 2021, eq. 12 and 16).
 
-    eta = 0 is deterministic; eta = 1 adds as much noise as ancestral sampling with the
-    posterior variance (`fixed_small`). The predicted variance is not used. eps is that
-    of the predicted x_0 after any clipping, as in improved-diffusion.
+    The predicted variance is not used. eps is computed from the predicted x_0 after any
+    clipping, as in improved-diffusion.
+
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
+        eta: how much noise is added, in [0, 1]: none with 0; with 1 as much as by
+            ancestral sampling with the posterior variance (`fixed_small`).
+
+    Returns:
+        SampleState at the level of t - 1.
+
+    >>> import jax
+    >>> from jax_diffusion import samplers, schedules
+    >>> schedule = schedules.make_schedule(schedules.cosine_betas(10))
+    >>> def denoise_fn(x_t, t):
+    ...     return diffusion.Prediction(0.5 * jnp.ones_like(x_t), jnp.zeros(()))
+    >>> keys = samplers.image_keys(jax.random.key(0), jnp.arange(2))
+    >>> state = samplers.start(samplers.normal(keys, (1,)))
+    >>> t = jnp.zeros(2, jnp.int32)
+    >>> ddim_step(keys, denoise_fn, schedule, state, t).x.tolist()
+    [[0.5], [0.5]]
     """
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
@@ -73,9 +97,17 @@ def ddim_inversion_step(
     state: SampleState,
     t: Int[Array, "b"],
 ) -> SampleState:
-    """One deterministic step of DDIM the other way, from t up to t + 1.
+    """One step of DDIM inversion, from t up to t + 1, with eta = 0.
 
-    Do not clip the denoiser: what is clipped cannot be found again.
+    No row of `SAMPLERS`, as it goes from data to noise; `invert` runs it.
+
+    Args:
+        keys: not used.
+        denoise_fn: not clipped: what clipping removes cannot be recovered.
+        schedule, state, t: see `jax_diffusion.samplers`.
+
+    Returns:
+        SampleState at the level of t + 1.
     """
     del keys
     c = take(schedule, t, state.x.ndim)
@@ -90,11 +122,18 @@ def dpmpp_2m_step(
     state: SampleState,
     t: Int[Array, "b"],
 ) -> SampleState:
-    """One step of DPM-Solver++(2M) from t to t - 1 (Lu et al. 2022, algorithm 2).
+    """One step of DPM-Solver++(2M), from t to t - 1 (Lu et al. 2022, algorithm 2).
 
-    A step of DDIM with eta = 0 and, for x_0, the line in log-SNR through this
-    prediction and the last one, at the middle of the step. Deterministic, of second
-    order; the first step and the last, endless in log-SNR, are of first order.
+    This is a step of DDIM with eta = 0 for which x_0 is extrapolated: a line in log-SNR
+    through the last prediction and this one is read off at the middle of the step.
+    Deterministic, of second order. Two steps are of first order, as DDIM's: the first,
+    which has no last prediction, and the last, which is infinitely long in log-SNR.
+
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
+
+    Returns:
+        SampleState at the level of t - 1.
     """
     del keys
     c = take(schedule, t, state.x.ndim)
@@ -114,12 +153,19 @@ def heun_step(
     state: SampleState,
     t: Int[Array, "b"],
 ) -> SampleState:
-    """One step of Heun's method from t to t - 1, in log-SNR, with two evaluations.
+    """One step of Heun's method, from t to t - 1, with two calls of the denoiser.
 
-    A step of DDIM with eta = 0, then again with the mean of x_0 at both its ends:
-    DPM-Solver++(2S) with r = 1 (Lu et al. 2022). Deterministic, of second order; the
-    last step, endless in log-SNR, is one of DDIM. Averaging eps instead (Karras et al.
-    2022) breaks down on a long step from where hardly any signal is left.
+    A step of DDIM with eta = 0 is made, and then made again with the mean of the x_0
+    predicted at its two ends: DPM-Solver++(2S) with r = 1 (Lu et al. 2022).
+    Deterministic, of second order. The last step, infinitely long in log-SNR, is one of
+    DDIM. Averaging eps instead of x_0 (Karras et al. 2022) is inaccurate on a long step
+    that starts with hardly any signal.
+
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
+
+    Returns:
+        SampleState at the level of t - 1.
     """
     del keys
     c = take(schedule, t, state.x.ndim)
@@ -131,12 +177,12 @@ def heun_step(
 
 
 def _x_0(denoise_fn, schedule, x, t):
-    """What steps that follow the score take the clean data to be."""
+    """The predicted x_0 with guidance, for steps that follow the score."""
     return diffusion.guided_x_0(schedule, denoise_fn(x, t), t)
 
 
 def _carry(x, x_0, now, to):
-    """x at another level, with the eps that it has if x_0 is the clean data."""
+    """Moves x from level `now` to level `to`, keeping the eps that x_0 implies."""
     return to.signal * x_0 + to.noise * (x - now.signal * x_0) / now.noise
 
 

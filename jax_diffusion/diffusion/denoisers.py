@@ -1,0 +1,310 @@
+"""A network read as a distribution: `denoiser`, and what clips its predictions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from jax_diffusion.diffusion.objective import Objective
+from jax_diffusion.diffusion.process import (
+    q_posterior,
+    x_0_from_eps,
+    x_0_from_mu,
+    x_0_from_v,
+)
+from jax_diffusion.schedules import NoiseSchedule, take
+
+
+class Prediction(NamedTuple):
+    """What a denoiser predicts from x_t: the clean data, and a variance.
+
+    eps, v, the score and the mean of p(x_{t-1} | x_t) follow from x_0 and are not
+    stored, so that none of them can contradict another.
+
+    Attributes:
+        x_0: [b, ...] the estimate of the clean data, on the scale of the data.
+        log_var: log variance of p(x_{t-1} | x_t), in nats; [b, ...] or a shape that
+            broadcasts to it.
+        grad: [b, ...] what guidance adds to the score of x_t; None, nothing.
+    """
+
+    x_0: Array
+    log_var: Array
+    grad: Any = None
+
+
+DenoiseFn = Callable[..., Prediction]
+"""A network read as a distribution: denoise_fn(x_t, t, **conditioning) -> Prediction.
+
+x_t is float32 [b, ...], t int32 [b]; conditioning, such as `label`, has a leading axis
+[b]. `denoiser` makes one of a network; `clip_x_0`, `threshold_x_0` and the functions of
+`guidance` wrap one.
+"""
+
+
+def guided_x_0(
+    schedule: NoiseSchedule, prediction: Prediction, t: Int[Array, "b"]
+) -> Float[Array, "b *d"]:
+    """The predicted x_0 after guidance, for samplers that follow the score.
+
+    Guidance replaces eps by eps - noise grad (Dhariwal & Nichol 2021, algorithm 2),
+    which is x_0 + noise^2 / signal grad. The result is not clipped again. Where the
+    signal is zero, x_t holds no information on x_0, and x_0 is returned as it is.
+
+    Args:
+        schedule: where signal and noise of row t stand.
+        prediction: with the gradient of guidance, or None, in `grad`.
+        t: int32 [b].
+
+    Returns:
+        x_0 [b, ...].
+    """
+    if prediction.grad is None:
+        return prediction.x_0
+    level = take(schedule, t, prediction.x_0.ndim).now
+    has_signal = level.signal > 0
+    shift = level.noise**2 / jnp.where(has_signal, level.signal, 1.0)
+    return prediction.x_0 + jnp.where(has_signal, shift, 0.0) * prediction.grad
+
+
+def guided_mean(
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+) -> Float[Array, "b *d"]:
+    """The mean of p(x_{t-1} | x_t): the posterior's at the predicted x_0, and guidance.
+
+    Guidance shifts it by the variance times the gradient (Dhariwal & Nichol 2021,
+    algorithm 1).
+
+    Args:
+        schedule: where the coefficients of row t stand.
+        prediction: what the denoiser predicts from x_t.
+        x_t: noisy data [b, ...].
+        t: int32 [b].
+
+    Returns:
+        The mean [b, ...].
+    """
+    mean, _ = q_posterior(schedule, prediction.x_0, x_t, t)
+    if prediction.grad is None:
+        return mean
+    return mean + jnp.exp(prediction.log_var) * prediction.grad
+
+
+def target(
+    schedule: NoiseSchedule,
+    objective: Objective,
+    x_0: Float[Array, "b *d"],
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    eps: Float[Array, "b *d"],
+) -> Float[Array, "b *d"]:
+    """What the network should output: eps, x_0, v or mu, by `objective.mean_type`.
+
+    Args:
+        schedule: where the coefficients of row t stand.
+        objective: says what the network predicts.
+        x_0, x_t: clean and noisy data [b, ...].
+        t: int32 [b].
+        eps: the noise in x_t, [b, ...].
+
+    Returns:
+        [b, ...], for the mean's channels only.
+    """
+    level = take(schedule, t, x_t.ndim).now
+    match objective.mean_type:
+        case "eps":
+            return eps
+        case "x_0":
+            return x_0
+        case "v":
+            return level.signal * eps - level.noise * x_0
+        case "mu":
+            return q_posterior(schedule, x_0, x_t, t)[0]
+
+
+def split_output(
+    objective: Objective, output: Float[Array, "b *d"], num_channels: int
+) -> tuple[Float[Array, "b *_"], Any]:
+    """Splits a network's output into the channels of the mean and of the variance.
+
+    Args:
+        objective: says whether the variance is learned.
+        output: of the network, [b, ..., num_channels], or twice as many channels if the
+            variance is learned.
+        num_channels: of the data.
+
+    Returns:
+        Both parts, [b, ..., num_channels]; the second is None if not learned.
+
+    Raises:
+        ValueError: if the last axis of output has another size.
+
+    >>> mean, var = split_output(Objective(), jnp.zeros((2, 8, 8, 3)), 3)
+    >>> mean.shape, var
+    ((2, 8, 8, 3), None)
+    """
+    expected = num_channels * (2 if objective.learns_variance else 1)
+    if output.shape[-1] != expected:
+        raise ValueError(
+            f"the network must output {expected} channels for {num_channels} of data "
+            f"and var_type {objective.var_type!r}, got {output.shape[-1]}."
+        )
+    if not objective.learns_variance:
+        return output, None
+    return output[..., :num_channels], output[..., num_channels:]
+
+
+def predict(
+    schedule: NoiseSchedule,
+    objective: Objective,
+    output: Float[Array, "b *_"],
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+) -> Prediction:
+    """Reads the network's output at x_t as x_0 and the variance of p(x_{t-1} | x_t).
+
+    At t = 0 both fixed variances are the posterior's at t = 1, as in the official code.
+    A learned range is not clamped: it may lie outside the two variances (Nichol &
+    Dhariwal 2021, eq. 15).
+
+    Args:
+        schedule: where the coefficients of row t stand.
+        objective: says what the network outputs.
+        output: of the network, [b, ..., c] or [b, ..., 2 c], see `split_output`.
+        x_t: noisy data [b, ..., c].
+        t: int32 [b].
+
+    Returns:
+        Prediction without guidance.
+
+    Raises:
+        ValueError: if output has another number of channels.
+    """
+    value, var_value = split_output(objective, output, x_t.shape[-1])
+    match objective.mean_type:
+        case "eps":
+            x_0 = x_0_from_eps(schedule, x_t, t, value)
+        case "x_0":
+            x_0 = value
+        case "v":
+            x_0 = x_0_from_v(schedule, x_t, t, value)
+        case "mu":
+            x_0 = x_0_from_mu(schedule, x_t, t, value)
+
+    c = take(schedule, t, x_t.ndim)
+    low, high = c.posterior_log_var, jnp.log(c.betas)
+    log_var: Any
+    match objective.var_type:
+        case "fixed_small":
+            log_var = low
+        case "fixed_large":
+            log_var = jnp.where(t.reshape(low.shape) == 0, low, high)
+        case "learned":
+            log_var = var_value
+        case "learned_range":
+            fraction = (var_value + 1) / 2
+            log_var = fraction * high + (1 - fraction) * low
+    return Prediction(x_0, log_var)
+
+
+def denoiser(
+    model_fn: Callable[..., Array], schedule: NoiseSchedule, objective: Objective
+) -> DenoiseFn:
+    """Reads a raw network as a `DenoiseFn` on the rows of `schedule`.
+
+    Args:
+        model_fn: model_fn(x_t, timesteps, **conditioning) -> output, from any library.
+            timesteps, float32 [b], are `schedule.timesteps` of rows t: numbers of the
+            full diffusion, whichever rows a shorter schedule has kept.
+        schedule: the steps to take.
+        objective: says what the network outputs.
+
+    Returns:
+        denoise_fn(x_t, t, **conditioning) -> Prediction.
+
+    Raises:
+        ValueError: if the network predicts eps and the schedule ends in zero signal.
+
+    >>> from jax_diffusion.schedules import cosine_betas, make_schedule
+    >>> objective = Objective(mean_type="x_0")
+    >>> denoise_fn = denoiser(lambda x, t: x, make_schedule(cosine_betas(9)), objective)
+    >>> denoise_fn(jnp.ones((2, 3)), jnp.array([0, 8])).x_0.shape
+    (2, 3)
+    """
+    check_signal(schedule, objective)
+
+    def denoise(x_t, t, **conditioning):
+        output = model_fn(x_t, schedule.timesteps[t], **conditioning)
+        return predict(schedule, objective, output, x_t, t)
+
+    return denoise
+
+
+def check_signal(schedule: NoiseSchedule, objective: Objective) -> None:
+    """Raises ValueError if the `objective` predicts eps and the `schedule` ends in zero
+    signal, where eps does not determine x_0.
+
+    A traced schedule has no values to check, and passes.
+    """
+    signal = schedule.now.signal
+    if objective.mean_type != "eps" or isinstance(signal, Tracer):
+        return
+    if not np.asarray(signal)[-1] > 0:  # NumPy: jnp would be traced within a jit
+        raise ValueError(
+            "a schedule that ends in zero signal needs mean_type 'v', 'x_0' or 'mu', "
+            "got 'eps', which does not determine x_0 there."
+        )
+
+
+def clip_x_0(denoise_fn: DenoiseFn, low: float = -1.0, high: float = 1.0) -> DenoiseFn:
+    """Wraps a denoiser: clips the predicted x_0, as original samplers do by default.
+
+    Args:
+        denoise_fn: the denoiser to wrap.
+        low, high: bounds of x_0, those of the data.
+
+    Returns:
+        A denoiser.
+
+    >>> def denoise_fn(x_t, t):
+    ...     return Prediction(2 * x_t, jnp.zeros(()))
+    >>> clip_x_0(denoise_fn)(jnp.array([[0.3, 0.9]]), jnp.array([5])).x_0
+    Array([[0.6, 1. ]], dtype=float32)
+    """
+
+    def clipped(x_t, t, **conditioning):
+        prediction = denoise_fn(x_t, t, **conditioning)
+        return prediction._replace(x_0=jnp.clip(prediction.x_0, low, high))
+
+    return clipped
+
+
+def threshold_x_0(denoise_fn: DenoiseFn, quantile: float = 0.995) -> DenoiseFn:
+    """Wraps a denoiser: dynamic thresholding of x_0 (Saharia et al. 2022, sec. 2.3).
+
+    Where the quantile of an image's |x_0| exceeds 1, clips x_0 to plus and minus that
+    quantile and divides by it.
+
+    Args:
+        denoise_fn: the denoiser to wrap.
+        quantile: in [0, 1].
+
+    Returns:
+        A denoiser.
+    """
+
+    def thresholded(x_t, t, **conditioning):
+        prediction = denoise_fn(x_t, t, **conditioning)
+        x_0 = prediction.x_0
+        flat = jnp.abs(x_0).reshape(x_0.shape[0], -1)
+        bound = jnp.maximum(jnp.quantile(flat, quantile, axis=-1), 1.0)
+        bound = bound.reshape((-1,) + (1,) * (x_0.ndim - 1))
+        return prediction._replace(x_0=jnp.clip(x_0, -bound, bound) / bound)
+
+    return thresholded

@@ -1,0 +1,78 @@
+"""What a network predicts and how it is scored: `Objective`."""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+MeanType = Literal["eps", "x_0", "v", "mu"]
+VarType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
+LossType = Literal["l2", "l1", "huber", "vlb", "hybrid"]
+Weighting = Literal["uniform", "snr", "min_snr", "truncated_snr", "p2"]
+Reduction = Literal["mean", "sum"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What the network outputs, and the loss that it is trained with.
+
+    Static: hashable, without arrays.
+
+    Attributes:
+        mean_type: what the network predicts: eps (DDPM), x_0, v (Salimans & Ho 2022),
+            or mu, the mean of p(x_{t-1} | x_t).
+        var_type: the variance of p(x_{t-1} | x_t): that of the posterior (fixed_small),
+            beta (fixed_large), or an output of the network, either its logarithm
+            (learned) or its place between the other two (learned_range).
+        loss: l2, l1 or huber loss of the output; vlb, the variational bound; hybrid, l2
+            plus the bound, whose gradient then reaches the variance only.
+        weighting: of the l2, l1 or huber term over noise levels, see
+            `losses.loss_weight`.
+        vlb_scale: the bound counts vlb_scale * T times its term at the sampled t, which
+            is vlb_scale times L_vlb on average. Default 1e-3 in "hybrid" (Improved
+            DDPM; OpenAI's RESCALED_MSE) and 1 in "vlb" (RESCALED_KL); 1 / T gives their
+            MSE and KL.
+        min_snr_gamma: gamma of the weighting "min_snr".
+        p2_gamma: gamma of the weighting "p2".
+        p2_k: k of the weighting "p2".
+        reduction: of the l2, l1 or huber term over an image: mean, or sum (the DDIM
+            repository), which is larger by the number of values in an image. Adam's
+            step hardly depends on that factor; gradient clipping and Adam's epsilon do.
+
+    Raises:
+        ValueError: for an unknown name, or "hybrid" without a learned variance.
+
+    >>> Objective(mean_type="v", var_type="learned_range", loss="hybrid").mean_type
+    'v'
+    """
+
+    mean_type: MeanType = "eps"
+    var_type: VarType = "fixed_large"
+    loss: LossType = "l2"
+    weighting: Weighting = "uniform"
+    vlb_scale: float | None = None
+    min_snr_gamma: float = 5.0
+    p2_gamma: float = 1.0
+    p2_k: float = 1.0
+    reduction: Reduction = "mean"
+
+    def __post_init__(self):  # not a pytree, so checking here is safe
+        _check_choice("mean_type", self.mean_type, MeanType)
+        _check_choice("var_type", self.var_type, VarType)
+        _check_choice("loss", self.loss, LossType)
+        _check_choice("weighting", self.weighting, Weighting)
+        _check_choice("reduction", self.reduction, Reduction)
+        if self.loss == "hybrid" and not self.learns_variance:
+            raise ValueError(
+                f"loss 'hybrid' needs a learned variance, got {self.var_type!r}."
+            )
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network outputs twice the channels, the second half of them for
+        the variance.
+        """
+        return self.var_type.startswith("learned")
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}.")

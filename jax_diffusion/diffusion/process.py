@@ -1,0 +1,148 @@
+"""The forward process, its posterior, and conversions between x_0, eps, v and mu."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jax_diffusion.schedules import NoiseSchedule, take
+
+
+def q_sample(
+    schedule: NoiseSchedule,
+    x_0: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    eps: Float[Array, "b *d"],
+) -> Float[Array, "b *d"]:
+    """Noises x_0 to level t: x_t = signal x_0 + noise eps (DDPM eq. 4).
+
+    Args:
+        schedule: where signal and noise of row t stand.
+        x_0: data [b, ...].
+        t: int32 [b].
+        eps: standard normal noise, [b, ...].
+
+    Returns:
+        x_t [b, ...], a draw from q(x_t | x_0).
+
+    >>> from jax_diffusion.schedules import cosine_betas, make_schedule
+    >>> schedule, x_0 = make_schedule(cosine_betas(10)), jnp.ones((2, 3))
+    >>> q_sample(schedule, x_0, jnp.array([0, 9]), eps=jnp.zeros((2, 3))).shape
+    (2, 3)
+    """
+    level = take(schedule, t, x_0.ndim).now
+    return level.signal * x_0 + level.noise * eps
+
+
+def q_mean_log_var(
+    schedule: NoiseSchedule, x_0: Float[Array, "b *d"], t: Int[Array, "b"]
+) -> tuple[Float[Array, "b *d"], Float[Array, "b *_"]]:
+    """Mean and log variance of q(x_t | x_0), for data x_0 [b, ...] (DDPM eq. 4).
+
+    Returns:
+        The mean [b, ...] and the log variance [b, 1, ...] at rows t of the schedule.
+    """
+    level = take(schedule, t, x_0.ndim).now
+    return level.signal * x_0, 2 * jnp.log(level.noise)
+
+
+def q_posterior(
+    schedule: NoiseSchedule,
+    x_0: Float[Array, "b *d"],
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+) -> tuple[Float[Array, "b *d"], Float[Array, "b *_"]]:
+    """Mean and log variance of the posterior q(x_{t-1} | x_t, x_0) (DDPM eq. 6, 7).
+
+    At t = 0 the mean is x_0 and the true variance 0; the log variance returned is that
+    of t = 1, as in the official code.
+
+    Args:
+        schedule: where the coefficients of row t stand.
+        x_0, x_t: clean and noisy data [b, ...].
+        t: int32 [b].
+
+    Returns:
+        The mean [b, ...] and the log variance [b, 1, ...].
+    """
+    c = take(schedule, t, x_t.ndim)
+    return c.posterior_x_0 * x_0 + c.posterior_x_t * x_t, c.posterior_log_var
+
+
+def x_0_from_eps(
+    schedule: NoiseSchedule,
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    eps: Float[Array, "b *d"],
+) -> Float[Array, "b *d"]:
+    """x_0 = (x_t - noise eps) / signal, [b, ...], at rows t of the schedule.
+
+    Not finite where the signal is zero.
+    """
+    level = take(schedule, t, x_t.ndim).now
+    return (x_t - level.noise * eps) / level.signal
+
+
+def x_0_from_v(
+    schedule: NoiseSchedule,
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    v: Float[Array, "b *d"],
+) -> Float[Array, "b *d"]:
+    """x_0 = signal x_t - noise v, [b, ...], at rows t of the schedule.
+
+    v is that of Salimans & Ho 2022, app. D.
+    """
+    level = take(schedule, t, x_t.ndim).now
+    return level.signal * x_t - level.noise * v
+
+
+def x_0_from_mu(
+    schedule: NoiseSchedule,
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    mu: Float[Array, "b *d"],
+) -> Float[Array, "b *d"]:
+    """The x_0 [b, ...] for which q(x_{t-1} | x_t, x_0) has mean mu (DDPM eq. 7).
+
+    The coefficients are those of rows t of the schedule.
+    """
+    c = take(schedule, t, x_t.ndim)
+    return (mu - c.posterior_x_t * x_t) / c.posterior_x_0
+
+
+def eps_from_x_0(
+    schedule: NoiseSchedule,
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    x_0: Float[Array, "b *d"],
+) -> Float[Array, "b *d"]:
+    """eps = (x_t - signal x_0) / noise, [b, ...], at rows t of the schedule."""
+    level = take(schedule, t, x_t.ndim).now
+    return (x_t - level.signal * x_0) / level.noise
+
+
+def v_from_x_0(
+    schedule: NoiseSchedule,
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    x_0: Float[Array, "b *d"],
+) -> Float[Array, "b *d"]:
+    """v = signal eps - noise x_0, [b, ...], at rows t of the schedule.
+
+    eps is the one that x_t and x_0 imply (Salimans & Ho 2022, app. D).
+    """
+    level = take(schedule, t, x_t.ndim).now
+    return (level.signal * x_t - x_0) / level.noise
+
+
+def score_from_x_0(
+    schedule: NoiseSchedule,
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    x_0: Float[Array, "b *d"],
+) -> Float[Array, "b *d"]:
+    """The score, grad_x log q(x_t | x_0) = -eps / noise, [b, ...].
+
+    eps is the one that x_t and x_0 imply at rows t of the schedule.
+    """
+    level = take(schedule, t, x_t.ndim).now
+    return -eps_from_x_0(schedule, x_t, t, x_0) / level.noise

@@ -1,0 +1,79 @@
+"""Noise schedules: from variances in float64 to a `NoiseSchedule`, a float32 table.
+
+    betas = cosine_betas(1000)                  float64 [T], on the host
+    keep = spaced_steps(1000, 50)               which steps to take, if not all
+    schedule = make_schedule(betas, keep=keep)  what the rest of the package reads
+
+    betas           variances by name: linear, cosine, ...; BETAS lists them
+    noise_schedule  Level, NoiseSchedule; make_schedule, pad, take
+
+`spacing.SPACINGS` lists the functions that choose steps.
+
+Timesteps count from 0: t = 0 is one step of noise, "t = 1" in the DDPM paper.
+alpha_bar, the product of (1 - beta) up to a step, occurs in this file only; elsewhere a
+noise level is a `Level`.
+"""
+
+from jax_diffusion.schedules.betas import (
+    BETAS,
+    betas_from_alpha_bar,
+    constant_betas,
+    cosine_betas,
+    given_betas,
+    jsd_betas,
+    linear_betas,
+    quadratic_betas,
+    sigmoid_alpha_bar_betas,
+    sigmoid_betas,
+    warmup_betas,
+    zero_terminal_snr,
+)
+from jax_diffusion.schedules.noise_schedule import (
+    Level,
+    NoiseSchedule,
+    Table,
+    check_step,
+    make_schedule,
+    pad,
+    tabulate,
+    take,
+)
+from jax_diffusion.spacing import (
+    angle_steps,
+    karras_steps,
+    log_snr_steps,
+    quadratic_steps,
+    spaced_steps,
+    trailing_steps,
+    uniform_steps,
+)
+
+__all__ = [
+    "BETAS",
+    "Level",
+    "NoiseSchedule",
+    "Table",
+    "angle_steps",
+    "betas_from_alpha_bar",
+    "check_step",
+    "constant_betas",
+    "cosine_betas",
+    "given_betas",
+    "jsd_betas",
+    "karras_steps",
+    "linear_betas",
+    "log_snr_steps",
+    "make_schedule",
+    "pad",
+    "quadratic_betas",
+    "quadratic_steps",
+    "sigmoid_alpha_bar_betas",
+    "sigmoid_betas",
+    "spaced_steps",
+    "tabulate",
+    "take",
+    "trailing_steps",
+    "uniform_steps",
+    "warmup_betas",
+    "zero_terminal_snr",
+]

@@ -1,0 +1,266 @@
+"""Variances (beta schedules): linear, cosine, sigmoid, ...; `BETAS` lists them.
+
+Each function returns float64 [T], the variance of q(x_t | x_{t-1}) at every step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def linear_betas(
+    num_steps: int, *, start: float = 1e-4, end: float = 0.02, rescale: bool = True
+) -> np.ndarray:
+    """Variances that grow linearly (Ho et al. 2020, sec. 4): float64 [T].
+
+    Args:
+        num_steps: T, at least 2.
+        start, end: first and last variance, meant for T = 1000.
+        rescale: whether to multiply both by 1000 / T, so that x_T is noise whatever T
+            is (improved-diffusion). Ho et al. and DDIM do not.
+
+    Raises:
+        ValueError: if num_steps < 2, or if rescaling takes a variance above 1, which
+            happens below T = 20.
+
+    >>> linear_betas(4, start=0.1, end=0.4, rescale=False)
+    array([0.1, 0.2, 0.3, 0.4])
+    """
+    check_length(num_steps)
+    scale = 1000 / num_steps if rescale else 1.0
+    if scale * max(start, end) > 1:
+        raise ValueError(
+            f"linear betas times 1000 / {num_steps} must not exceed 1, got "
+            f"{scale * max(start, end):.4g}; take more steps or rescale=False."
+        )
+    return np.linspace(scale * start, scale * end, num_steps, dtype=np.float64)
+
+
+def quadratic_betas(
+    num_steps: int, *, start: float = 1e-4, end: float = 0.02
+) -> np.ndarray:
+    """Variances whose square roots grow linearly ("quad" of Ho et al. and DDIM).
+
+    Args:
+        num_steps: T.
+        start, end: first and last variance.
+
+    Returns:
+        float64 [T].
+    """
+    return np.linspace(start**0.5, end**0.5, num_steps, dtype=np.float64) ** 2
+
+
+def cosine_betas(
+    num_steps: int,
+    *,
+    offset: float = 0.008,
+    min_beta: float = 0.0,
+    max_beta: float = 0.999,
+) -> np.ndarray:
+    """Variances whose alpha_bar is a squared cosine (Nichol & Dhariwal 2021, eq. 17).
+
+        alpha_bar(u) = cos((u + offset) / (1 + offset) * pi / 2)^2,   u = t / T
+
+    Args:
+        num_steps: T, at least 2.
+        offset: keeps the first betas from vanishing.
+        min_beta: lower bound; 1e-4 in the annotated DDPM, none in the paper.
+        max_beta: upper bound, reached only near u = 1, where alpha_bar goes to zero.
+
+    Returns:
+        float64 [T].
+
+    Raises:
+        ValueError: if num_steps < 2.
+
+    >>> cosine_betas(4).round(3)
+    array([0.153, 0.417, 0.708, 0.999])
+    """
+
+    def alpha_bar(u):
+        return np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2
+
+    betas = betas_from_alpha_bar(alpha_bar, num_steps, max_beta=max_beta)
+    return np.maximum(betas, min_beta)
+
+
+def sigmoid_betas(
+    num_steps: int, *, start: float = 1e-4, end: float = 0.02
+) -> np.ndarray:
+    """Variances that follow a sigmoid over [-6, 6] (DDIM code, annotated DDPM).
+
+    Args:
+        num_steps: T.
+        start, end: the variances at minus and plus infinity; the first and last of
+            the T are close to them.
+
+    Returns:
+        float64 [T].
+    """
+    return start + (end - start) * _sigmoid(np.linspace(-6, 6, num_steps))
+
+
+def sigmoid_alpha_bar_betas(
+    num_steps: int,
+    *,
+    start: float = -3.0,
+    end: float = 3.0,
+    tau: float = 1.0,
+    max_beta: float = 0.999,
+) -> np.ndarray:
+    """Variances whose alpha_bar follows a sigmoid (Jabri et al. 2022; lucidrains).
+
+    alpha_bar is sigmoid(-x / tau) over x in [start, end], shifted and scaled so that it
+    falls from 1 to 0.
+
+    Args:
+        num_steps: T, at least 2.
+        start, end: the part of the sigmoid to use.
+        tau: temperature; large values make alpha_bar a straight line.
+        max_beta: upper bound of a variance.
+
+    Returns:
+        float64 [T].
+
+    Raises:
+        ValueError: if num_steps < 2.
+    """
+    first, last = _sigmoid(start / tau), _sigmoid(end / tau)
+
+    def alpha_bar(u):
+        return (last - _sigmoid((u * (end - start) + start) / tau)) / (last - first)
+
+    return betas_from_alpha_bar(alpha_bar, num_steps, max_beta=max_beta)
+
+
+def constant_betas(num_steps: int, *, value: float = 0.02) -> np.ndarray:
+    """The same variance at all `num_steps` steps ("const" of Ho et al.): float64 [T].
+
+    `value` is that variance, in (0, 1).
+    """
+    return np.full(num_steps, value, np.float64)
+
+
+def warmup_betas(
+    num_steps: int, *, fraction: float = 0.1, start: float = 1e-4, end: float = 0.02
+) -> np.ndarray:
+    """Variances that grow linearly and then stay constant (Ho et al. 2020).
+
+    Args:
+        num_steps: T.
+        fraction: the part of the steps over which variances grow; 0.1 and 0.5 are
+            "warmup10" and "warmup50" of Ho et al.
+        start, end: first and last variance.
+
+    Returns:
+        float64 [T].
+    """
+    betas = np.full(num_steps, end, np.float64)
+    num_warmup = int(num_steps * fraction)
+    betas[:num_warmup] = np.linspace(start, end, num_warmup, dtype=np.float64)
+    return betas
+
+
+def jsd_betas(num_steps: int) -> np.ndarray:
+    """Variances 1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015): float64 [T].
+
+    The last of the `num_steps` leaves no signal, so the network must predict v or x_0.
+    """
+    return 1.0 / np.linspace(num_steps, 1, num_steps, dtype=np.float64)
+
+
+def given_betas(num_steps: int, *, betas: Any) -> np.ndarray:
+    """Returns the variances that it is given, such as those of another's checkpoint.
+
+    Args:
+        num_steps: T.
+        betas: T numbers.
+
+    Returns:
+        float64 [T].
+
+    Raises:
+        ValueError: unless there are num_steps of them.
+    """
+    if len(betas) != num_steps:
+        raise ValueError(f"there must be {num_steps} betas, got {len(betas)}.")
+    return np.asarray(betas, np.float64)
+
+
+def betas_from_alpha_bar(
+    alpha_bar_fn: Callable[[np.ndarray], np.ndarray],
+    num_steps: int,
+    *,
+    max_beta: float = 0.999,
+) -> np.ndarray:
+    """Variances of a diffusion whose alpha_bar is a given function.
+
+    Args:
+        alpha_bar_fn: takes u = t / T, float64 [T + 1] from 0 to 1, and returns
+            alpha_bar there, up to a factor: it need not be 1 at u = 0.
+        num_steps: T, at least 2.
+        max_beta: upper bound of a variance.
+
+    Returns:
+        float64 [T].
+
+    Raises:
+        ValueError: if num_steps < 2.
+
+    >>> betas_from_alpha_bar(lambda u: 1 - u / 2, 2).round(3)
+    array([0.25 , 0.333])
+    """
+    check_length(num_steps)
+    alpha_bar = alpha_bar_fn(np.arange(num_steps + 1) / num_steps)
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+
+
+def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Shifts and scales sqrt(alpha_bar) to end in 0 exactly (Lin et al. 2023, alg. 1).
+
+    The last variance becomes 1. As x_T then has no signal, the network must predict v
+    or x_0, not eps.
+
+    Args:
+        betas: float64 [T], T >= 2.
+
+    Returns:
+        float64 [T].
+
+    Raises:
+        ValueError: if there are fewer than two variances.
+
+    >>> zero_terminal_snr(np.array([0.1, 0.2, 0.3])).round(3)
+    array([0.1  , 0.663, 1.   ])
+    """
+    check_length(len(betas))
+    signal = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
+    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    alpha_bar = signal**2
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+
+BETAS: dict[str, Callable[..., np.ndarray]] = {
+    "linear": linear_betas,
+    "quadratic": quadratic_betas,
+    "cosine": cosine_betas,
+    "sigmoid": sigmoid_betas,
+    "sigmoid_alpha_bar": sigmoid_alpha_bar_betas,
+    "constant": constant_betas,
+    "warmup": warmup_betas,
+    "jsd": jsd_betas,
+    "given": given_betas,
+}
+"""Variances by name: f(num_steps, **arguments) -> float64 [T]."""
+
+
+def check_length(num_steps: int) -> None:
+    """Raises ValueError if there are too few steps for a diffusion."""
+    if num_steps < 2:
+        raise ValueError(f"a diffusion needs at least 2 steps, got {num_steps}.")
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-np.asarray(x, np.float64)))

@@ -1,0 +1,241 @@
+"""The table of a diffusion's coefficients: NoiseSchedule, make_schedule, pad, take."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Int
+
+from jax_diffusion.schedules.betas import check_length
+
+Table = Any
+"""One coefficient of every row: a jax.Array, or np.ndarray from `tabulate`."""
+
+
+class Level(NamedTuple):
+    """A noise level: x = signal * x_0 + noise * eps.
+
+    Attributes:
+        signal: the factor of clean data, sqrt(alpha_bar), in [0, 1].
+        noise: the factor of standard normal noise, sqrt(1 - alpha_bar), in [0, 1].
+        log_snr: log(signal^2 / noise^2), the natural logarithm; inf for clean data and
+            -inf for pure noise.
+    """
+
+    signal: Table
+    noise: Table
+    log_snr: Table
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """Coefficients of a discrete Gaussian diffusion, one row per timestep.
+
+    Every leaf is float32 of shape [T], or [b, 1, ...] after `take`. `make_schedule`
+    computes them in float64 on the host: computed in float32, `1 - alpha_bar[0]` is
+    wrong in the fourth digit already.
+
+    Attributes:
+        betas: variance of q(x_t | x_{t-1}), in (0, 1].
+        now: the noise level of x_t.
+        prev: the noise level of x_{t-1}; in row 0 that of clean data, signal 1 and
+            noise 0.
+        next: the noise level of x_{t+1}; in row T - 1 that of pure noise, signal 0 and
+            noise 1.
+        posterior_x_0: factor of x_0 in the mean of q(x_{t-1} | x_t, x_0), which is
+            posterior_x_0 * x_0 + posterior_x_t * x_t (DDPM eq. 7).
+        posterior_x_t: factor of x_t in that mean.
+        posterior_log_var: log variance of q(x_{t-1} | x_t, x_0), in nats; row 0, where
+            it would be -inf, repeats row 1.
+        timesteps: what the network is told: the step's number in the full diffusion,
+            perhaps rescaled; -1 in rows that `pad` has added.
+    """
+
+    betas: Table
+    now: Level
+    prev: Level
+    next: Level
+    posterior_x_0: Table
+    posterior_x_t: Table
+    posterior_log_var: Table
+    timesteps: Table
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of rows, including those that `pad` has added."""
+        return self.betas.shape[0]
+
+    @property
+    def visited(self) -> Table:
+        """Bool [T]: True in steps of the diffusion, False in rows added by `pad`."""
+        return self.timesteps >= 0
+
+    @property
+    def steps(self) -> Array:
+        """Int32 [T]: the number of each row, -1 in rows added by `pad`."""
+        rows = jnp.arange(self.num_steps, dtype=jnp.int32)
+        return jnp.where(self.visited, rows, -1)
+
+
+def make_schedule(
+    betas: np.ndarray,
+    *,
+    keep: Sequence[int] | np.ndarray | None = None,
+    rescale_timesteps: bool = False,
+) -> NoiseSchedule:
+    """Tabulates a diffusion from its variances, optionally on a subset of its steps.
+
+    With `keep`, the result is the shorter diffusion whose marginals q(x_t | x_0) are
+    those of the kept steps (Nichol & Dhariwal 2021, sec. 4). Its posterior and its
+    variances are those of the shorter chain; its `timesteps` are the original ones.
+
+    Args:
+        betas: float64 [T], T >= 2, each in (0, 1); the last one may be 1.
+        keep: increasing indices into [0, T), such as `spaced_steps` makes; default all.
+        rescale_timesteps: whether to tell the network t * 1000 / T instead of t.
+
+    Returns:
+        NoiseSchedule of float32 arrays, [T] or [len(keep)].
+
+    Raises:
+        ValueError: if a beta or an index is out of range.
+
+    >>> from jax_diffusion.schedules import linear_betas
+    >>> schedule = make_schedule(linear_betas(1000), keep=[0, 500, 999])
+    >>> schedule.num_steps, schedule.timesteps.tolist()
+    (3, [0.0, 500.0, 999.0])
+    """
+    table = tabulate(betas, keep=keep, rescale_timesteps=rescale_timesteps)
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), table)
+
+
+def tabulate(
+    betas: np.ndarray,
+    *,
+    keep: Sequence[int] | np.ndarray | None = None,
+    rescale_timesteps: bool = False,
+) -> NoiseSchedule:
+    """`make_schedule` without the cast: a NoiseSchedule of NumPy arrays, float64 [T].
+
+    Takes `betas`, `keep` and `rescale_timesteps` as there.
+
+    Raises:
+        ValueError: if a beta or an index is out of range.
+    """
+    betas = np.asarray(betas, np.float64)
+    wrong = betas[~((betas > 0) & (betas <= 1))]
+    if betas.ndim != 1 or wrong.size:
+        got = f"shape {betas.shape}" if betas.ndim != 1 else f"{wrong[0]}"
+        raise ValueError(f"betas must be a vector of values in (0, 1], got {got}.")
+    check_length(len(betas))
+    if np.any(betas[:-1] == 1):
+        first = np.argmax(betas)
+        raise ValueError(f"no beta but the last may be 1, got it at t = {first}.")
+    scale = 1000 / len(betas) if rescale_timesteps else 1.0
+    timesteps = _checked_steps(len(betas), keep)
+    if keep is not None:
+        alpha_bar = np.cumprod(1 - betas)[timesteps]
+        betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+    now = np.cumprod(1 - betas)  # alpha_bar of x_t
+    prev, next_ = np.append(1.0, now[:-1]), np.append(now[1:], 0.0)
+
+    def level(alpha_bar):
+        log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
+        return Level(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), log_snr)
+
+    posterior_var = betas * (1 - prev) / (1 - now)
+    # Row 0 is zero, its log -inf; a chain of one step has only beta to put there.
+    posterior_var[0] = posterior_var[1] if len(betas) > 1 else betas[0]
+    with np.errstate(divide="ignore"):  # the infinities at both ends are meant
+        return NoiseSchedule(
+            betas=betas,
+            now=level(now),
+            prev=level(prev),
+            next=level(next_),
+            posterior_x_0=betas * np.sqrt(prev) / (1 - now),
+            posterior_x_t=(1 - prev) * np.sqrt(1 - betas) / (1 - now),
+            posterior_log_var=np.log(posterior_var),
+            timesteps=timesteps * scale,
+        )
+
+
+def _checked_steps(num_steps: int, keep: Any) -> np.ndarray:
+    every = np.arange(num_steps)
+    kept = every if keep is None else np.asarray(keep)
+    if kept.ndim != 1 or not len(kept) or not np.isin(kept, every).all():
+        raise ValueError(f"keep must be steps within [0, {num_steps}), got {keep}.")
+    if not np.all(np.diff(kept) > 0):
+        raise ValueError(f"keep must increase, got {keep}.")
+    return kept.astype(int)
+
+
+def pad(schedule: NoiseSchedule, length: int) -> NoiseSchedule:
+    """Adds rows that no step visits, so that schedules of all lengths have one shape.
+
+    Samplers and `likelihood` skip the added rows, whose `timesteps` are -1. One
+    compiled sampler then serves every number of steps up to `length`.
+
+    Args:
+        schedule: of T rows.
+        length: how many rows the result has, at least T.
+
+    Returns:
+        NoiseSchedule with arrays [length].
+
+    Raises:
+        ValueError: if length < T.
+
+    >>> from jax_diffusion.schedules import cosine_betas
+    >>> pad(make_schedule(cosine_betas(2)), 4).timesteps.tolist()
+    [0.0, 1.0, -1.0, -1.0]
+    """
+    extra = length - schedule.num_steps
+    if extra < 0:
+        raise ValueError(f"length must be >= {schedule.num_steps} steps, got {length}.")
+    padded = jax.tree.map(lambda a: jnp.pad(a, (0, extra), mode="edge"), schedule)
+    unvisited = jnp.arange(length) >= schedule.num_steps
+    return dataclasses.replace(
+        padded, timesteps=jnp.where(unvisited, -1.0, padded.timesteps)
+    )
+
+
+def take(schedule: NoiseSchedule, t: Int[Array, "b"], ndim: int) -> NoiseSchedule:
+    """Takes rows `t` of every coefficient, shaped to multiply a batch of data.
+
+    Args:
+        schedule: with arrays [T].
+        t: int32 [b], within [0, T).
+        ndim: rank of the data, batch axis included.
+
+    Returns:
+        NoiseSchedule with arrays [b, 1, ..., 1] of rank `ndim`.
+
+    >>> from jax_diffusion.schedules import cosine_betas
+    >>> schedule = make_schedule(cosine_betas(10))
+    >>> take(schedule, jnp.array([3, 7]), 4).now.signal.shape
+    (2, 1, 1, 1)
+    """
+    shape = t.shape + (1,) * (ndim - 1)
+    take_rows = functools.partial(jnp.take, indices=t, axis=0, mode="clip")
+    return jax.tree.map(lambda a: take_rows(a).reshape(shape), schedule)
+
+
+def check_step(schedule: NoiseSchedule, t: int | Int[Array, ""]) -> None:
+    """Raises ValueError unless `t` is a step of the `schedule`, added rows not counted.
+
+    A traced t has no value to check, and passes.
+    """
+    if isinstance(t, Tracer):
+        return
+    num_steps = schedule.num_steps
+    if not isinstance(schedule.timesteps, Tracer):  # else nothing tells added rows
+        num_steps = int(np.sum(np.asarray(schedule.visited)))
+    if not 0 <= t < num_steps:
+        raise ValueError(f"t must be in [0, {num_steps}), got {t}.")
