@@ -1,4 +1,4 @@
-"""Pictures: grids of images, denoising as a GIF, curves.
+"""Writes PNGs of images in a grid, GIFs of denoising, and PNGs of curves.
 
 Images are uint8 [n, h, w, c] with one or three channels. Pillow and matplotlib are
 imported when they are needed.
@@ -12,7 +12,19 @@ import numpy as np
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 1) -> np.ndarray:
-    """Lays images out row by row on a grey ground: [n, h, w, c] -> [H, W, c]."""
+    """Lays images out row by row on gray, with gaps around and between them.
+
+    Args:
+        images: uint8 [n, h, w, c].
+        columns: images in a row; by default, the grid is as square as can be.
+        gap: width of the gaps in pixels.
+
+    Returns:
+        One image, uint8 [rows * (h + gap) + gap, columns * (w + gap) + gap, c].
+
+    >>> grid(np.zeros((6, 8, 8, 3), np.uint8), columns=3).shape
+    (19, 28, 3)
+    """
     n, h, w, c = images.shape
     columns = columns or int(np.ceil(n**0.5))
     rows = -(-n // columns)
@@ -26,22 +38,35 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 1) -> np.nda
 
 
 def save_png(path: str | Path, image: np.ndarray, *, min_size: int = 0) -> None:
-    """Writes one image [h, w, c]; whole-number enlarged if smaller than `min_size`."""
+    """Writes one image as a PNG; its folder is made.
+
+    Args:
+        path: the file to write.
+        image: uint8 [h, w, c].
+        min_size: an image whose longer side is below this many pixels is enlarged by
+            the least whole number that makes it so long.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    _picture(image, min_size).save(path)
+    _to_pillow(image, min_size).save(path)
 
 
 def save_gif(
     path: str | Path, frames: Sequence[np.ndarray], *, min_size: int = 256
 ) -> None:
-    """Writes images [h, w, c] as an endless GIF that rests on the last one."""
+    """Writes images as an endless GIF that rests on the last one; its folder is made.
+
+    Args:
+        path: the file to write.
+        frames: images uint8 [h, w, c], at least one.
+        min_size: as in `save_png`.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    first, *rest = [_picture(frame, min_size) for frame in frames]
+    first, *rest = [_to_pillow(frame, min_size) for frame in frames]
     durations = [120] * len(rest) + [1500]  # milliseconds
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
 
 
-def _picture(image, min_size):
+def _to_pillow(image: np.ndarray, min_size: int) -> Any:
     from PIL import Image
 
     factor = max(1, -(-min_size // max(image.shape[:2])))
@@ -50,29 +75,44 @@ def _picture(image, min_size):
 
 
 def save_loss_curve(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draws the loss, and its quartiles of t, from the lines of metrics.jsonl."""
+    """Draws the training loss against the step, and the loss of each quartile of t.
+
+    Args:
+        path: the PNG to write; its folder is made.
+        rows: lines of metrics.jsonl, with "step" and perhaps "loss", "loss_q0" to
+            "loss_q3"; what is missing or None leaves a gap.
+    """
     names = ["loss", *(f"loss_q{q}" for q in range(4))]
     curves = {
         name: ([r["step"] for r in rows], [r.get(name, np.nan) for r in rows])
         for name in names
     }
-    _save_curves(path, curves, xlabel="step", ylabel="loss", ylog=True)
+    _save_curves(path, curves, xlabel="step", ylabel="loss")
 
 
 def save_vlb_curve(path: str | Path, terms: Mapping[str, np.ndarray]) -> None:
-    """Draws terms of the bound against t, each a vector [T] in bits/dim."""
+    """Draws terms of the variational bound against t.
+
+    Args:
+        path: the PNG to write; its folder is made.
+        terms: by name, each [T] in bits/dim, such as "vlb".
+    """
     curves = {name: (np.arange(len(y)), y) for name, y in terms.items()}
-    _save_curves(path, curves, xlabel="t", ylabel="bits/dim", ylog=True)
+    _save_curves(path, curves, xlabel="t", ylabel="bits/dim")
 
 
 def save_rate_distortion(
     path: str | Path, rate: np.ndarray, distortion: np.ndarray
 ) -> None:
-    """Draws how an image appears as it is sent (Ho et al. 2020, fig. 5 and table 4).
+    """Draws rate and distortion of progressive coding (Ho et al. 2020, fig. 5).
+
+    Three plots: distortion against rate, and both against the reverse steps taken.
 
     Args:
-        rate: [T] bits/dim paid for x_t, t ascending; the image itself comes last.
-        distortion: [T] root mean squared error of the x_0 predicted there, 0 to 255.
+        path: the PNG to write; its folder is made.
+        rate: [T] bits/dim paid until x_t is known, t ascending.
+        distortion: [T] root mean squared error of the x_0 predicted from x_t, on the
+            scale 0 to 255.
     """
     steps = np.arange(len(rate))[::-1]  # reverse steps from x_T to x_t
     figure = _figure(path, (12, 4))
@@ -90,18 +130,21 @@ def save_rate_distortion(
     figure.savefig(path, dpi=120)
 
 
-def _save_curves(path, curves, *, xlabel, ylabel, ylog):
+def _save_curves(
+    path: str | Path, curves: Mapping[str, tuple[Any, Any]], *, xlabel: str, ylabel: str
+) -> None:
+    """Draws curves (x, y) by name in one plot, y on a logarithmic scale."""
     figure = _figure(path, (7, 4))
     axes = figure.subplots()
     for name, (x, y) in curves.items():
         axes.plot(x, np.asarray(y, float), label=name, linewidth=1)
-    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylog else "linear")
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
-def _figure(path, size):
+def _figure(path: str | Path, size: tuple[int, int]) -> Any:
     from matplotlib.figure import Figure  # no pyplot: no state, no display
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
