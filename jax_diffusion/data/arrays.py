@@ -7,6 +7,7 @@ int [n] of one split.
 import gzip
 import importlib.util
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from jax_diffusion.data.examples import (
     every_tenth,
     rows_of_split,
 )
+from jax_diffusion.runtime import files
 
 
 def load_digits(split: str, path: Source, image_size: int | None) -> Arrays:
@@ -135,18 +137,18 @@ def read_image_file(
         ValueError: if it is no such file of plain arrays, or has no images.
     """
     file = Path(path or "").expanduser()
-    with reading(f"{path} must be a .npz or .npy file of plain arrays"):
+    rule = f"{path} must be a .npz or .npy file of plain arrays"
+    with reading(rule):
         with file.open("rb") as f:
-            if f.read(6) == np.lib.format.MAGIC_PREFIX:
-                return np.lib.format.open_memmap(file, mode="r"), None
-            f.seek(0)
-            with np.load(f, allow_pickle=False) as arrays:
-                names = [*arrays.files]
-                keys = ("images", "labels") if "images" in names else ("arr_0", "arr_1")
-                found = [
-                    arrays[k] if k in names else None for k in keys[: 1 + with_labels]
-                ]
-    images, labels = [*found, None][:2]
-    if images is None:
-        raise ValueError(f"{path} must have images or arr_0, got {names}.")
-    return images, labels
+            start = f.read(len(np.lib.format.MAGIC_PREFIX))
+        if start == np.lib.format.MAGIC_PREFIX:
+            return np.lib.format.open_memmap(file, mode="r"), None
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{rule}, got one that starts with {start} or is cut off.")
+    for names in (("images", "labels"), ("arr_0", "arr_1")):
+        found = files.read_npz(file, names if with_labels else names[:1])
+        if names[0] in found:
+            return found[names[0]], found.get(names[1])
+    with zipfile.ZipFile(file) as archive:
+        there = [name.removesuffix(".npy") for name in archive.namelist()]
+    raise ValueError(f"{path} must have images or arr_0, got {there}.")

@@ -34,6 +34,7 @@ from jax_diffusion.data.examples import (
     every_tenth,
     rows_of_split,
 )
+from jax_diffusion.runtime import files
 
 HEADERS = 64  # files of a folder, at most, whose headers say whether all are gray
 
@@ -189,9 +190,9 @@ def _class_names(names: list[str]) -> list[str]:
     """The class of each file, from its path below the folder."""
     if all(os.sep in name for name in names):
         return [name.partition(os.sep)[0] for name in names]
-    files = [os.path.basename(name) for name in names]
-    marked = all("_" in file for file in files)
-    return [file.partition("_")[0] if marked else "" for file in files]
+    names = [os.path.basename(name) for name in names]
+    marked = all("_" in name for name in names)
+    return [name.partition("_")[0] if marked else "" for name in names]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -249,20 +250,20 @@ class StoredImages:
         pixels: nothing is decoded, and the same pixels in another format differ.
         """
         if isinstance(self.stored, np.ndarray):
-            return _sha256(os.fspath(self.path)).hex()
-        files, digest = self.stored.paths, hashlib.sha256()
+            return _sha256(os.fspath(self.path))
+        paths, digest = self.stored.paths, hashlib.sha256()
         chunks = in_threads(
-            lambda rows: [_sha256(files[i]) for i in rows], np.arange(len(files))
+            lambda rows: [_sha256(paths[i]) for i in rows], np.arange(len(paths))
         )
         for i, found in enumerate(itertools.chain.from_iterable(chunks)):
-            name = Path(files[i]).relative_to(self.path).as_posix()
-            digest.update(os.fsencode(name) + b"\0" + found)
+            name = Path(paths[i]).relative_to(self.path).as_posix()
+            digest.update(os.fsencode(name) + b"\0" + bytes.fromhex(found))
         return digest.hexdigest()
 
 
-def _sha256(file: str) -> bytes:
-    with reading(f"{file} must be a readable file"), open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").digest()
+def _sha256(file: str) -> str:
+    with reading(f"{file} must be a readable file"):
+        return files.sha256_of_file(file)
 
 
 def open_images(path: str | os.PathLike) -> StoredImages:
@@ -282,8 +283,8 @@ def open_images(path: str | os.PathLike) -> StoredImages:
             f"images must be in a folder, or in a .npz or .npy file, got no {path!r}."
         )
     if place.is_dir():
-        files = PackedStrings(_not_empty(place, find_images(place)))
-        found = Folder(files, np.zeros(len(files), np.int32), image_size=None)
+        paths = PackedStrings(_not_empty(place, find_images(place)))
+        found = Folder(paths, np.zeros(len(paths), np.int32), image_size=None)
         return StoredImages(place, found.image_shape, found)
     images, _ = read_image_file(place, with_labels=False)
     got = f"got {images.dtype} {images.shape}."

@@ -174,12 +174,12 @@ def load_moments(path: str | Path) -> dict[str, Moments]:
     Raises:
         ValueError: if it is no such file, or holds numbers that are no moments.
     """
-    wanted = {"count", *KEYS["pool"], *KEYS["spatial"]}  # and no images
-    try:
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as npz:
-            found = {k: np.asarray(npz[k], np.float64) for k in wanted & {*npz.files}}
-    except Exception as error:  # damage shows as any kind of error
-        raise ValueError(f"{path} must be a .npz of moments, got {error!r}.") from error
+    wanted = ("count", *KEYS["pool"], *KEYS["spatial"])  # and no images
+    found = files.read_npz(path, wanted)
+    for name, array in found.items():
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"{path} must hold numbers, got {name} of {array.dtype}.")
+        found[name] = array.astype(np.float64)
     count = found.pop("count", np.zeros(()))
     if count.shape or count < 0 or not float(count).is_integer():
         raise ValueError(f"{path} must have a count of images, got {count}.")
