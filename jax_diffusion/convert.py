@@ -26,11 +26,9 @@ from jax_diffusion import config as settings
 from jax_diffusion import data
 from jax_diffusion import pipeline as runs
 from jax_diffusion.config import Config
-from jax_diffusion.evaluation import published as papers
 from jax_diffusion.interop import diffusers_config, torch_files
 from jax_diffusion.interop import layouts as weights
-from jax_diffusion.interop.released import RELEASED
-from jax_diffusion.models.noisy_classifier import NoisyClassifier
+from jax_diffusion.interop.released import RELEASED, REPRODUCES
 from jax_diffusion.models.unet import UNet
 from jax_diffusion.pipeline import Run
 from jax_diffusion.runtime import checkpoint
@@ -110,7 +108,7 @@ def _read(path: Path, name: str | None, config: Config, layout: str) -> Network:
 def _released(name: str) -> tuple[Config, tuple[int, ...], str]:
     found = settings.choose("the name of a released checkpoint", name, RELEASED)
     config = _config(found.model, found.schedule, found.objective, found.data)
-    config["reproduces"] = papers.RELEASED.get(name, "")
+    config["reproduces"] = REPRODUCES.get(name, "")
     return config, (found.image_size, found.image_size, 3), found.layout
 
 
@@ -147,18 +145,8 @@ def _shapes(config: Config, image_shape: tuple[int, ...]) -> tuple[Any, PyTree]:
 
 def _params(tensors, config, image_shape, layout) -> PyTree:
     model, shapes = _shapes(config, image_shape)
-    wanted = weights.leaves(shapes, layout, _heads_of(model))
+    wanted = weights.leaves(shapes, layout, weights.heads_of(model))
     return weights.from_torch(tensors, wanted)
-
-
-def _heads_of(model):
-    if not isinstance(model, UNet | NoisyClassifier):
-        raise ValueError(
-            "only the networks 'unet' and 'encoder' have a place in other layouts, got "
-            f"{type(model).__name__}."
-        )
-    size = model.head_channels
-    return lambda channels: channels // size if size else model.num_heads
 
 
 def _read_file(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
@@ -347,7 +335,7 @@ def _unet(run: Run) -> UNet:
 
 
 def _tensors(run: Run, layout: str) -> dict[str, np.ndarray]:
-    wanted = weights.leaves(run.params, layout, _heads_of(run.model))
+    wanted = weights.leaves(run.params, layout, weights.heads_of(run.model))
     return weights.to_torch(run.params, wanted)
 
 

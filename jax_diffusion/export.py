@@ -1,14 +1,16 @@
-"""A sampler as one portable file, which runs without this package and without Flax.
+"""Exports a sampler to one file, which runs without this package and without Flax.
 
-`write` leaves FILE, what `jax.export` serialises and the SHA-256 of that; FILE.json,
-which says what it is, takes and gives; and, for weights that are not inside, FILE.npz.
-One file serves any number of images, on a CPU, a GPU or a TPU. Where it is read,
+`write` makes FILE, the program that `jax.export` serializes followed by its SHA-256;
+FILE.json, a description of the program, its inputs and its output; and FILE.npz if the
+weights are kept apart. The program draws any number of images on a CPU, a GPU or a TPU.
+The machine that draws needs
 
     pip install jax flatbuffers
 
-is all it takes (here: `pip install jax_diffusion[export]`), and the jax must be as new
-as the one that wrote it. The script below, saved as draw.py, draws images 0 to N - 1 of
-a seed: `python draw.py FILE SEED N images.npy`. Its labels go round, as in `sample`.
+with a jax at least as new as the one that wrote the file. The one that writes needs
+`pip install jax_diffusion[export]`. The following script, saved as draw.py, draws the
+images 0 to N - 1 of a seed: `python draw.py FILE SEED N images.npy`. It takes all
+labels in turn, as `sample` does.
 
     import hashlib
     import json
@@ -35,7 +37,6 @@ import importlib.metadata
 import importlib.util
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,8 +47,10 @@ import jax.export
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jax_diffusion.runtime import files
+
 PLATFORMS = ("cpu", "cuda", "tpu")
-MAX_INSIDE = 2**31 - 2**24  # bytes of weights; a flatbuffer holds less than 2 GiB
+MAX_INSIDE = 2**31 - 2**24  # bytes of weights: a flatbuffer holds less than 2 GiB
 MAX_CONVENTION = jax.export.maximum_supported_calling_convention_version
 DIGEST = hashlib.sha256().digest_size
 
@@ -56,21 +59,26 @@ Sampler = Callable[..., Array]  # (seed, ids [b], label [b] = None) -> images [b
 
 
 def export_sampler(draw: DrawFn, params: PyTree, *, beside: bool = False) -> bytes:
-    """Serialises draw(params, seed, ids, label) -> images for batches of any size.
+    """Serializes a sampler, for batches of any size.
 
-    What is serialised is f(weights, seed, ids, label), whatever the network: `weights`
-    is {} if they are inside, else a flat {"a/b/c": array}.
+    The serialized function is f(weights, seed, ids, label) -> images. Its `weights` are
+    {} if they are inside the program, else a flat dict {"a/b/c": array}.
 
     Args:
-        draw: pure; from a uint32 scalar and int32 [b] twice to float32 [b, h, w, c] in
-            [-1, 1]. Image i may depend on seed, ids[i] and label[i] only: draw is
-            traced for one image, so that no network need know of symbolic sizes.
-        params: arrays that this process holds in full.
-        beside: leave the weights out; the caller of f passes them.
+        draw: pure function draw(params, seed, ids, label) -> images: seed is a uint32
+            scalar, ids and label are int32 [b], images are float32 [b, h, w, c] in
+            [-1, 1]. Image i may depend only on seed, ids[i] and label[i], because draw
+            is traced for a single image.
+        params: the parameters; every array is whole in this process.
+        beside: whether the weights are left out, to be passed by the caller.
+
+    Returns:
+        The bytes of the file.
 
     Raises:
-        ValueError: without `flatbuffers`, for weights too large to be inside or of a
-            type that an .npz cannot hold, or if draw returns something else.
+        ValueError: if the package flatbuffers is missing, if the weights are too large
+            to be inside or have a dtype that .npz cannot hold, or if draw returns
+            anything but one float32 array.
     """
     _check_flatbuffers()
     inside, structure = _flat(params), jax.tree.structure(params)
@@ -100,7 +108,7 @@ def export_sampler(draw: DrawFn, params: PyTree, *, beside: bool = False) -> byt
             f"draw must return one float32 array, got {exported.out_avals}."
         )
     body = bytes(exported.serialize())
-    # Readers of a flatbuffer do not look behind its end, nor would they see damage.
+    # A flatbuffer has no checksum; readers ignore what follows its end.
     return body + hashlib.sha256(body).digest()
 
 
@@ -110,20 +118,23 @@ def load_sampler(
     record: Mapping[str, Any] | None = None,
     weights: Mapping[str, Any] | None = None,
 ) -> Sampler:
-    """Makes sampler(seed, ids, label=None) -> images of what `export_sampler` returned.
-
-    The sampler takes an integer and integers [b], compiles once for each b, and returns
-    float32 [b, h, w, c] in [-1, 1] on the default device. It raises ValueError for
-    other shapes and, knowing the record, for labels that are missing or out of range.
+    """Makes a sampler of the bytes that `export_sampler` returned.
 
     Args:
-        data: trusted, as it is a program.
-        record: of the side-car, to check against.
-        weights: {"a/b/c": array}, if they are not inside.
+        data: the bytes. They are a program, which is run: use trusted files only.
+        record: content of FILE.json, to check data and labels against.
+        weights: the weights {"a/b/c": array}, if they are not inside.
+
+    Returns:
+        sampler(seed, ids, label=None) -> images. The seed is an integer, ids and label
+        are integers [b], images are float32 [b, h, w, c] in [-1, 1] on the default
+        device. It is compiled once for each b. It raises ValueError for other shapes
+        and, given a record, for labels that are missing or out of range.
 
     Raises:
-        ValueError: without `flatbuffers`, for data that are damaged, not the record's
-            or not for this jax or device, or for weights that do not fit.
+        ValueError: if the package flatbuffers is missing; if the data are damaged, are
+            not those of the record, or cannot run with this jax on this device; or if
+            the weights do not fit.
     """
     _check_flatbuffers()
     record = dict(record or {})
@@ -143,7 +154,7 @@ def load_sampler(
     def sampler(seed, ids, label=None):
         ids = _numbers("ids", ids)
         if label is None and not num_labels:
-            label = np.zeros_like(ids)  # nothing looks at it
+            label = np.zeros_like(ids)  # the program ignores it
         label = _numbers("label", label)
         if ids.shape != label.shape:
             raise ValueError(
@@ -165,16 +176,20 @@ def write(
     num_labels: int | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes a sampler, its side-car and perhaps its weights; see `export_sampler`.
+    """Writes a sampler: FILE, its description FILE.json, and perhaps FILE.npz.
 
-    No file is ever half written, and files of two exports are told apart when read.
+    Files appear whole or not at all, and `read` refuses files of different exports.
 
     Args:
-        num_labels: labels are in [0, num_labels); None if draw ignores them.
-        about: what else the side-car shall say, in words of JSON.
+        path: FILE; folders are made.
+        draw: the sampler, see `export_sampler`.
+        params: the parameters, see `export_sampler`.
+        beside: whether the weights go to FILE.npz.
+        num_labels: labels are in [0, num_labels); None if draw ignores labels.
+        about: further content of FILE.json, under "about": plain JSON values.
 
     Returns:
-        What the side-car says.
+        The content of FILE.json.
 
     Raises:
         ValueError: as `export_sampler` does.
@@ -182,25 +197,32 @@ def write(
     path = Path(path)
     data = export_sampler(draw, params, beside=beside)
     record = {"file": path.name, "sha256": _sha256(data), "weights": None}
-    files = {path: data}
+    content: dict[Path, files.Content] = {path: data}
     if beside:
         buffer = io.BytesIO()
         np.savez(buffer, **_flat(params))  # type: ignore[arg-type]
-        file = Path(f"{path}.npz")
-        files[file] = buffer.getvalue()
-        record["weights"] = {"file": file.name, "sha256": _sha256(files[file])}
+        file, weights = Path(f"{path}.npz"), buffer.getvalue()
+        content[file] = weights
+        record["weights"] = {"file": file.name, "sha256": _sha256(weights)}
     record |= {**_describe(data, num_labels), "about": dict(about or {})}
-    files[Path(f"{path}.json")] = json.dumps(record, indent=1).encode()
+    content[Path(f"{path}.json")] = json.dumps(record, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_all(files)
+    files.write_all_atomic(content)
     return record
 
 
 def read(path: str | Path) -> Sampler:
-    """The sampler that `write` wrote; see `load_sampler`.
+    """Reads the sampler that `write` wrote.
+
+    Args:
+        path: FILE; FILE.json, and perhaps FILE.npz, lie beside it.
+
+    Returns:
+        The sampler, see `load_sampler`.
 
     Raises:
-        ValueError: as `load_sampler` does, or if a file is missing or another's.
+        ValueError: as `load_sampler` does, or if a file is missing or belongs to
+            another export.
     """
     try:
         data, text = Path(path).read_bytes(), Path(f"{path}.json").read_bytes()
@@ -222,18 +244,18 @@ def read(path: str | Path) -> Sampler:
 
 
 def _call(data, record, weights):
-    """The compiled call and the weights on the device, both known to work."""
+    """Returns the compiled call and the weights on the device, after checking both."""
     mine = f"jax {jax.__version__} on {jax.default_backend()}"
     theirs = f"jax {record['versions']['jax']}" if record else "another jax"
     try:
         exported = jax.export.deserialize(bytearray(data))
-        if exported.calling_convention_version > MAX_CONVENTION:  # JAX does not look
+        if exported.calling_convention_version > MAX_CONVENTION:  # JAX does not check
             raise ValueError("its calling convention is newer")
         (wanted, *numbers), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
         one = [np.zeros((1,) * len(a.shape), a.dtype) for a in numbers]
         call = jax.jit(exported.call)
-        call.lower(wanted, *one)  # only here is the module itself read
-    except Exception as error:  # of many kinds, from as many layers of JAX
+        call.lower(wanted, *one)  # reads the program itself, which may be too new
+    except Exception as error:  # of many kinds, from many layers of JAX
         raise ValueError(
             f"{mine} cannot run the sampler that {theirs} exported: "
             f"{str(error).splitlines()[0].rstrip('.')}."
@@ -249,6 +271,7 @@ def _call(data, record, weights):
 
 
 def _describe(data, num_labels):
+    """Returns what FILE.json says about inputs, output and versions."""
     exported = jax.export.deserialize(bytearray(data))
 
     def shaped(aval):
@@ -275,7 +298,7 @@ def _describe(data, num_labels):
 
 
 def _flat(params):
-    """The leaves of a tree by name, {"a/b/c": array}."""
+    """Returns the leaves of a tree by name, {"a/b/c": array}."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(params))
     name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     weights = {name_of(path): np.asarray(array) for path, array in leaves}
@@ -302,16 +325,3 @@ def _numbers(name, value):
 
 def _sha256(data):
     return hashlib.sha256(data).hexdigest()
-
-
-def _write_all(files):
-    """All of them or, but for a kill between two renames, none."""
-    temporary = {path: Path(f"{path}.{os.getpid()}.tmp") for path in files}
-    try:
-        for path, content in files.items():
-            temporary[path].write_bytes(content)
-        for path in files:
-            os.replace(temporary[path], path)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)

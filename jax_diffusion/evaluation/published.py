@@ -138,23 +138,6 @@ PAPERS: dict[str, tuple[Row, ...]] = {
     "guided_lsun_horse": _guided("unguided", 2.57, 0.71, 0.55),
 }
 
-# And what released checkpoints are, where one of these is of them.
-RELEASED = {
-    "model-790000": "ddpm_cifar10",
-    "model-2388000": "ddpm_lsun_bedroom",
-    "model-4432000": "ddpm_lsun_church",
-    "celeba64": "ddim_celeba64",
-    "cifar10_uncond_50M_500K": "iddpm_cifar10_hybrid",
-    "cifar10_uncond_vlb_50M_500K": "iddpm_cifar10_vlb",
-    "imagenet64_uncond_100M_1500K": "iddpm_imagenet64_hybrid",
-    "imagenet64_uncond_vlb_100M_1500K": "iddpm_imagenet64_vlb",
-    "imagenet64_cond_270M_250K": "iddpm_imagenet64_labels",
-    "lsun_bedroom": "guided_lsun_bedroom",
-    "lsun_cat": "guided_lsun_cat",
-    "lsun_horse": "guided_lsun_horse",
-    **{f"{n}x{n}_diffusion": f"guided_imagenet{n}" for n in (64, 128, 256, 512)},
-}
-
 
 def comparison(name: str, ours: Mapping[str, float]) -> str:
     """A table in plain text: each metric, ours, the paper's, and how the paper got it.

@@ -1,7 +1,7 @@
-"""diffusers' JSON files and our keyword arguments, each as the other.
+"""Translates between the JSON files of diffusers and our keyword arguments.
 
-Only what both can say, and say equally, is translated; all else is a ValueError that
-names the field, so that no checkpoint ever means something else on the other side.
+A field is translated only if both sides compute the same with it. Any other field is a
+ValueError that names it, so a checkpoint never means two different networks.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ Json = Mapping[str, Any]
 BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"}
 NEEDED = ("sample_size", "in_channels", "out_channels", "block_out_channels")
 NEEDED += ("down_block_types", "up_block_types")
-# Fields of UNet2DModel of which we know one value; missing ones have it.
+# Fields of UNet2DModel for which we support one value, which is also the default.
 FIXED_FIELDS = {
     "center_input_sample": False,
     "time_embedding_type": "positional",
@@ -27,16 +27,17 @@ FIXED_FIELDS = {
     "add_attention": True,
     "class_embed_type": None,
 }
-# Fields of UNet of which diffusers knows one value.
+# Fields of `UNet` for which diffusers supports one value.
 PLAIN_FIELDS = {"resample": "conv", "low_res": False, "block_size": 1}
-# Fields with two or three values, and what each of them is for `UNet`.
+# Fields of UNet2DModel with a choice: value there -> value of the field of `UNet`.
 CHOICES = {
     "freq_shift": {0: False, 1: True},
     "flip_sin_to_cos": {True: "cos_sin", False: "sin_cos"},
     "downsample_padding": {1: "symmetric", 0: "bottom_right"},
     "resnet_time_scale_shift": {"default": False, "scale_shift": True},
 }
-DEFAULTS = {  # of UNet2DModel
+# Default values of UNet2DModel.
+DEFAULTS = {
     "freq_shift": 0,
     "flip_sin_to_cos": True,
     "downsample_padding": 1,
@@ -49,14 +50,18 @@ DEFAULTS = {  # of UNet2DModel
     "num_class_embeds": None,
 }
 PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
-VARIANCES = ("fixed_small", "fixed_large", "learned_range")  # its "learned" is no log
+# Not "learned": the output of diffusers is the variance there, ours its logarithm.
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
 def unet_from_config(config: Json) -> dict[str, Any]:
-    """Arguments of `UNet` that compute what diffusers' UNet2DModel does.
+    """Returns the arguments of the `UNet` that equals a UNet2DModel of diffusers.
+
+    Args:
+        config: content of the config.json of the UNet2DModel.
 
     Raises:
-        ValueError: if the config has a field that no published checkpoint needs.
+        ValueError: if a field is missing or has a value that we do not support.
     """
     config = DEFAULTS | dict(config)
     attends = _check_config(config)
@@ -83,7 +88,14 @@ def unet_from_config(config: Json) -> dict[str, Any]:
 
 
 def side_of(config: Json) -> int:
-    """Height and width of the images that a UNet2DModel is for."""
+    """Returns the height, which is also the width, of the images of a UNet2DModel.
+
+    Args:
+        config: content of the config.json of the UNet2DModel.
+
+    Raises:
+        ValueError: if height and width differ or are not given.
+    """
     size = config["sample_size"]
     sides = set(size) if isinstance(size, list | tuple) else {size}
     if len(sides) != 1 or not isinstance(side := sides.pop(), int):
@@ -92,7 +104,7 @@ def side_of(config: Json) -> int:
 
 
 def _check_config(config: Json) -> list[bool]:
-    """Raises ValueError unless we can compute it; at which levels it attends."""
+    """Checks that we can compute a network; returns which levels have attention."""
     missing = [name for name in NEEDED if name not in config]
     if missing:
         raise ValueError(f"a UNet2DModel must have the fields {missing}, got none.")
@@ -106,7 +118,7 @@ def _check_config(config: Json) -> list[bool]:
         for name, choices in CHOICES.items()
         if config[name] not in choices
     ]
-    # The middle has no norm before its attention if it scales, unless this is given.
+    # With scale_shift, the attention of the middle has a norm only if this is given.
     groups = config.get("attn_norm_num_groups")
     plain = config["resnet_time_scale_shift"] == "default"
     if groups != config["norm_num_groups"] and not (groups is None and plain):
@@ -115,7 +127,7 @@ def _check_config(config: Json) -> list[bool]:
     differing += sorted(set(types) - BLOCKS)
     attends = [kind.startswith("Attn") for kind in config["down_block_types"]]
     if attends[::-1] != [k.startswith("Attn") for k in config["up_block_types"]]:
-        differing.append("attention on the way down at other sizes than up")
+        differing.append("attention at different sizes on the way down and up")
     if differing:
         raise ValueError(
             "a UNet2DModel must be of the kind of google/ddpm-*, got "
@@ -125,10 +137,14 @@ def _check_config(config: Json) -> list[bool]:
 
 
 def config_from_unet(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
-    """config.json of the UNet2DModel that computes what a `UNet` does.
+    """Returns the config.json of the UNet2DModel of diffusers that equals a `UNet`.
+
+    Args:
+        model: a `UNet`.
+        image_shape: (h, w, c).
 
     Raises:
-        ValueError: if diffusers has no such network.
+        ValueError: if UNet2DModel cannot compute what the network does.
     """
     size, _, channels = image_shape
     widths = [round(m * model.channels) for m in model.multipliers]
@@ -183,10 +199,13 @@ def _check_unet(model, image_shape, widths, attends):
 
 
 def process_from_scheduler(config: Json) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of `settings.make_schedule` and of `Objective`, of a scheduler's JSON.
+    """Returns the groups `schedule` and `objective` of a config for a scheduler.
+
+    Args:
+        config: content of the scheduler_config.json.
 
     Raises:
-        ValueError: if it has a schedule or an output that we do not know.
+        ValueError: if we do not have its beta schedule, prediction type or variance.
     """
     num_steps = config.get("num_train_timesteps", 1000)
     ends = dict(
@@ -223,10 +242,15 @@ def process_from_scheduler(config: Json) -> tuple[dict[str, Any], dict[str, Any]
 def scheduler_from_process(
     betas: np.ndarray, objective: Any, rescale_timesteps: bool
 ) -> dict[str, Any]:
-    """scheduler_config.json of a DDPMScheduler with these betas.
+    """Returns the scheduler_config.json of a DDPMScheduler.
+
+    Args:
+        betas: float64 [T], the variances.
+        objective: the `Objective`: how the network's output is read.
+        rescale_timesteps: whether the network is given 1000 t / T in place of t.
 
     Raises:
-        ValueError: if it would read the network's output in another way.
+        ValueError: if DDPMScheduler cannot read the network's output in this way.
     """
     if objective.mean_type not in PREDICTIONS or objective.var_type not in VARIANCES:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The published weights of Inception-v3, pytorch-fid's file, as our parameters."""
+"""Translates pytorch-fid's file of Inception-v3 weights into our parameters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +12,8 @@ from jaxtyping import PyTree
 from jax_diffusion.interop.layouts import check_same
 from jax_diffusion.models.inception import SIZE, Inception
 
-# Of https://github.com/mseitzer/pytorch-fid. The hash is that of the published file of
-# 95,628,359 bytes; its first digits are in the name, as PyTorch's hub wants it.
+# The published file of github.com/mseitzer/pytorch-fid has 95,628,359 bytes. Its name
+# holds the first digits of its hash, as PyTorch's hub requires.
 URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth"
@@ -25,19 +25,22 @@ NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def params_from_torch(tensors: Mapping[str, np.ndarray]) -> PyTree:
-    """The parameters of `Inception` from the state dict of the file at `URL`.
+    """Makes the parameters of `models.inception.Inception` of pytorch-fid's state dict.
 
-    A convolution and the batch norm after it, of running mean m and variance v, are
-    one convolution: its kernel is gain / sqrt(v + 1e-3) times the kernel, its bias is
-    bias - m gain / sqrt(v + 1e-3), computed in float64, given in float32.
+    Each convolution absorbs the batch norm that follows it, with running mean m and
+    variance v: the kernel becomes gain / sqrt(v + 1e-3) times itself, the bias becomes
+    bias - m gain / sqrt(v + 1e-3). This is computed in float64.
 
     Args:
-        tensors: arrays by PyTorch's names, as `torch_files.read_torch` returns them.
-            How many batches each norm has seen may be among them, it does not matter.
+        tensors: arrays by PyTorch's names, as `torch_files.read_torch` returns them for
+            the file at `URL`. Tensors `num_batches_tracked` are ignored.
+
+    Returns:
+        A tree of float32 NumPy arrays.
 
     Raises:
-        ValueError: one that names every tensor that is missing, unexpected or of
-            another shape; nothing is taken in part.
+        ValueError: if tensors are missing, unexpected or of another shape; the error
+            names all of them.
     """
     kernels = _kernel_shapes()
     wanted: dict[str, tuple[int, ...]] = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
@@ -62,7 +65,7 @@ def params_from_torch(tensors: Mapping[str, np.ndarray]) -> PyTree:
 
 
 def _kernel_shapes() -> dict[str, tuple[int, ...]]:
-    """[*size, in, out] of every convolution, by its PyTorch name."""
+    """Returns the kernel shape [*size, in, out] of every convolution by its name."""
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
     init = jax.eval_shape(Inception().init, jax.random.key(0), image)
     flat: dict[tuple[str, ...], Any] = flatten_dict(init["params"])

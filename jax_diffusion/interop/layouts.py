@@ -1,13 +1,17 @@
-"""Parameters of our networks under the names of other codes, in both directions.
+"""Translates parameters between our names and the state dicts of other codes.
 
-A layout is how a code stores a network: "openai" (improved- and guided-diffusion),
-"openai_new" (guided-diffusion with `use_new_attention_order`), "ddpm" (the DDIM
-repository, and Ho et al.'s checkpoints as converted for it) and "diffusers". From it
-and the shapes of our parameters follow the name and shape of every tensor, so that a
-state dict is checked as a whole before any of it is used.
+A layout is the way in which a code names and stores the tensors of a network:
 
-Kernels are [*size, in, out] here and [out, in, *size] there. Our `qkv` is one dense
-layer whose outputs are [(q, k, v), head, channel].
+    openai      improved-diffusion and guided-diffusion
+    openai_new  guided-diffusion with `use_new_attention_order`
+    ddpm        the DDIM repository, and Ho et al.'s checkpoints as converted for it
+    diffusers   Hugging Face diffusers
+
+The layout and the shapes of our parameters determine the name and shape of every tensor
+(`leaves`), so a state dict is checked as a whole before any tensor is used.
+
+Our kernels have the axes [*size, in, out], PyTorch's [out, in, *size]. Our `qkv` is one
+dense layer whose outputs are ordered [(q, k, v), head, channel].
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +21,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
+from jax_diffusion.models.noisy_classifier import NoisyClassifier
+from jax_diffusion.models.unet import UNet
+
+# Our layers inside a block -> the tensors' names there; several if qkv is split.
 OPENAI_LAYERS = {
     "norm_in": ["in_layers.0"],
     "conv_in": ["in_layers.2"],
@@ -27,7 +35,7 @@ OPENAI_LAYERS = {
     "norm": ["norm"],
     "qkv": ["qkv"],
     "out": ["proj_out"],
-    # of a classifier's attention pool, whose qkv is always in our order
+    # The attention pool of a classifier, whose qkv is always ordered as ours.
     "qkv_proj": ["qkv_proj"],
     "c_proj": ["c_proj"],
 }
@@ -49,37 +57,68 @@ DIFFUSERS_LAYERS = DDPM_LAYERS | {
     "qkv": ["to_q", "to_k", "to_v"],
     "out": ["to_out.0"],
 }
-# As diffusers called them until its version 0.13, and the files on its hub still do.
+# Names of diffusers up to version 0.13 -> today's; the files on its hub have the old.
 OLD_DIFFUSERS = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v."}
 OLD_DIFFUSERS |= {".proj_attn.": ".to_out.0."}
 
-LEAVES = {"bias": "bias", "positions": "positional_embedding"}  # else weight
+# Our parameters of a layer -> PyTorch's; all others are "weight".
+LEAVES = {"bias": "bias", "positions": "positional_embedding"}
 TRANSPOSED = ("kernel", "positions")
 
 
 class Leaf(NamedTuple):
-    """One parameter of ours and the tensors that hold it elsewhere."""
+    """One of our parameters, and the tensors that hold it in another code.
+
+    Attributes:
+        path: names that lead to the parameter in our tree.
+        shape: shape of the parameter.
+        names: names of the tensors: one, or three for q, k and v.
+        their_shape: shape of each tensor.
+        heads: number of attention heads if the parameter is a qkv whose outputs the
+            other code orders [head, (q, k, v), channel]; else None.
+    """
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
-    names: list[str]  # of the tensors: one, or three of a split qkv
-    their_shape: tuple[int, ...]  # of each of them
-    heads: int | None  # of a qkv whose outputs are [head, (q, k, v), channel] there
+    names: list[str]
+    their_shape: tuple[int, ...]
+    heads: int | None
+
+
+def heads_of(model: Any) -> Callable[[int], int]:
+    """Returns f(channels) -> number of attention heads of a network, for `leaves`.
+
+    Args:
+        model: a `UNet` or a `NoisyClassifier`.
+
+    Raises:
+        ValueError: for any other network: no layout has a place for it.
+    """
+    if not isinstance(model, UNet | NoisyClassifier):
+        raise ValueError(
+            "only the networks 'unet' and 'noisy_classifier' have a place in other "
+            f"layouts, got {type(model).__name__}."
+        )
+    size = model.head_channels
+    return lambda channels: channels // size if size else model.num_heads
 
 
 def leaves(
     params: PyTree, layout: str, heads_of: Callable[[int], int] = lambda channels: 1
 ) -> list[Leaf]:
-    """The tensors in which a layout stores the parameters of a network.
+    """Lists the tensors in which a layout stores the parameters of a network.
 
     Args:
-        params: arrays, or anything with shapes.
+        params: our parameters, or a tree of `jax.ShapeDtypeStruct`.
         layout: a key of `LAYOUTS`.
-        heads_of: the number of attention heads at a number of channels; for "openai",
-            where it decides the order of the rows of qkv.
+        heads_of: f(channels) -> number of attention heads. Only "openai" needs it: the
+            heads decide the order of the rows of its qkv.
+
+    Returns:
+        A `Leaf` for each parameter.
 
     Raises:
-        ValueError: if the layout has no place for one of the layers.
+        ValueError: for an unknown layout, or if it has no place for one of the layers.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {sorted(LAYOUTS)}, got {layout!r}.")
@@ -109,11 +148,18 @@ def leaves(
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], wanted: list[Leaf]) -> PyTree:
-    """Our parameters from a state dict, in float32.
+    """Makes our parameters of a state dict, in float32.
+
+    Args:
+        tensors: arrays by PyTorch's names.
+        wanted: the tensors that the network has, from `leaves`.
+
+    Returns:
+        A tree of NumPy arrays.
 
     Raises:
-        ValueError: one that names every tensor that is missing, unexpected or of
-            another shape; nothing is taken in part.
+        ValueError: if tensors are missing, unexpected or of another shape; the error
+            names all of them.
     """
     shapes = {name: leaf.their_shape for leaf in wanted for name in leaf.names}
     check_same(shapes, {name: np.shape(array) for name, array in tensors.items()})
@@ -129,7 +175,15 @@ def from_torch(tensors: Mapping[str, np.ndarray], wanted: list[Leaf]) -> PyTree:
 
 
 def to_torch(params: PyTree, wanted: list[Leaf]) -> dict[str, np.ndarray]:
-    """The state dict of our parameters; the inverse of `from_torch`, bit for bit."""
+    """Makes a state dict of our parameters: the exact inverse of `from_torch`.
+
+    Args:
+        params: our parameters.
+        wanted: the tensors to make, from `leaves`.
+
+    Returns:
+        float32 arrays by PyTorch's names.
+    """
     flat: dict[tuple[str, ...], Any] = flatten_dict(params)
     tensors = {}
     for path, _, names, their_shape, heads in wanted:
@@ -144,7 +198,11 @@ def to_torch(params: PyTree, wanted: list[Leaf]) -> dict[str, np.ndarray]:
 
 
 def new_diffusers_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tensors under the names that diffusers gives them today."""
+    """Returns the tensors under the names that diffusers gives them today.
+
+    Args:
+        tensors: a state dict of any version of diffusers.
+    """
     renamed = {}
     for name, tensor in tensors.items():
         for old, new in OLD_DIFFUSERS.items():
@@ -154,13 +212,18 @@ def new_diffusers_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _swap_leading(array, first, second):
-    """[first, second, rest] -> [second, first, rest] within axis 0."""
+    """Reorders axis 0 from [first, second, rest] to [second, first, rest]."""
     split = array.reshape(first, second, -1, *array.shape[1:])
     return split.swapaxes(0, 1).reshape(array.shape)
 
 
 def check_same(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
-    """Raises a ValueError that lists all differences between two dicts of shapes."""
+    """Raises a ValueError that lists all differences between two dicts of shapes.
+
+    Args:
+        wanted: shapes of the network's tensors by name.
+        got: shapes of the checkpoint's tensors by name.
+    """
     lines = [f"{n} {wanted[n]} is missing" for n in wanted if n not in got]
     lines += [f"{n} {got[n]} is unexpected" for n in got if n not in wanted]
     both = [n for n in wanted if n in got and tuple(got[n]) != tuple(wanted[n])]
@@ -172,11 +235,12 @@ def check_same(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
         )
 
 
-# Where the modules of a network stand in each layout
+# The next functions return the place of each module of a network in one layout, such as
+# {"mid_0": "middle_block.0"}.
 
 
 def _size(params: PyTree) -> tuple[int, int]:
-    """Levels of a network, and its residual blocks in each of them."""
+    """Returns the number of levels, and of residual blocks in each level."""
     names = [name.split("_") for name in params if name.startswith("down_")]
     blocks = [n for n in names if len(n) == 3 and n[2].isdigit()]
     return 1 + max(int(n[1]) for n in blocks), 1 + max(int(n[2]) for n in blocks)
@@ -194,7 +258,7 @@ def _openai(params: PyTree) -> dict[str, str]:
         "mid_1": "middle_block.2",
         "norm_out": "out.0",
         "conv_out": "out.2",
-        # the heads of a classifier
+        # The heads of a classifier.
         "pool": "out.2",
         "conv_logits": "out.3",
         "hidden": "out.0",
@@ -207,7 +271,7 @@ def _openai(params: PyTree) -> dict[str, str]:
             places[f"down_{level}_{i}"] = f"input_blocks.{down}.0"
             places[f"down_{level}_{i}_attention"] = f"input_blocks.{down}.1"
             down += 1
-        module = f"down_{level}_halve"  # takes a number even if it only averages
+        module = f"down_{level}_halve"  # counted even if it only averages
         conv = ".op" if "kernel" in params.get(module, ()) else ""
         places[module] = f"input_blocks.{down}.0{conv}"
         down += 1
@@ -257,7 +321,7 @@ def _diffusers(params: PyTree) -> dict[str, str]:
         "conv_out": "conv_out",
     }
     for level in range(levels):
-        stages = {"down": level, "up": levels - 1 - level}  # in the order of use
+        stages = {"down": level, "up": levels - 1 - level}  # numbered as they are used
         for way, stage in stages.items():
             stem = f"{way}_blocks.{stage}"
             for i in range(blocks + 1):
@@ -271,7 +335,7 @@ def _diffusers(params: PyTree) -> dict[str, str]:
 
 
 def _without_blocks(places: dict[str, str], params: PyTree) -> dict[str, str]:
-    """Only the places of convolutions that resample, not those of blocks that do."""
+    """Drops the places of residual blocks that resample: a layout has none for them."""
     names = [n for n in params if n.endswith(("_halve", "_double"))]
     blocks = [name for name in names if "kernel" not in params[name]]
     return {name: place for name, place in places.items() if name not in blocks}
@@ -280,8 +344,8 @@ def _without_blocks(places: dict[str, str], params: PyTree) -> dict[str, str]:
 OPENAI_AXES = {"skip": 2, "qkv": 1, "out": 1, "qkv_proj": 1, "c_proj": 1}
 OPENAI_AXES |= {"conv_logits": 2}
 
-# Places of modules, names of their layers, and how many axes of size 1 a code gives to
-# layers that are dense here.
+# Layout -> places of modules, names of layers, and for layers that are dense here and
+# convolutions there: how many axes of size 1 their kernels have there.
 LAYOUTS: dict[str, tuple[Callable[..., dict[str, str]], dict, dict[str, int]]] = {
     "openai": (_openai, OPENAI_LAYERS, OPENAI_AXES),
     "openai_new": (_openai, OPENAI_LAYERS, OPENAI_AXES),

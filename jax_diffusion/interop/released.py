@@ -1,21 +1,30 @@
-"""The checkpoints that others have released: which network, process and output each is.
+"""The released checkpoints of OpenAI, Ho et al. and the DDIM repository, by name.
 
-`RELEASED` maps a name, mostly that of the file, to what its authors' README gives as
-flags. A process is keyword arguments of `settings.make_schedule`, an objective of
-`diffusion.Objective`. Data only: nothing here imports the rest.
+`RELEASED` maps the name of a file to its network, noise schedule and objective, which
+the authors' READMEs give as flags. `REPRODUCES` maps it to the paper's results. This
+module holds data only and imports nothing of the package.
 """
 
 from typing import Any, NamedTuple
 
 
 class Released(NamedTuple):
-    """What must be known of a checkpoint, beyond its tensors."""
+    """What a checkpoint is of: the knowledge that its tensors do not hold.
 
-    layout: str  # of `weights.LAYOUTS`
+    Attributes:
+        layout: how the tensors are named, a key of `layouts.LAYOUTS`.
+        image_size: height and width of the images in pixels; they have 3 channels.
+        model: a name in `MODELS` and the arguments of the network, as config.model.
+        schedule: the noise schedule, as config.schedule.
+        objective: the arguments of `diffusion.Objective`; None for a classifier.
+        data: the data that it was trained on, as config.data.
+    """
+
+    layout: str
     image_size: int
-    model: dict[str, Any]  # name in `settings.MODELS`, and its arguments
+    model: dict[str, Any]
     schedule: dict[str, Any]
-    objective: dict[str, Any] | None  # None of a classifier
+    objective: dict[str, Any] | None
     data: dict[str, Any]
 
 
@@ -23,7 +32,7 @@ LINEAR = dict(name="linear", num_steps=1000)
 COSINE = dict(name="cosine", num_steps=1000)
 COSINE_4000 = dict(name="cosine", num_steps=4000, rescale_timesteps=True)
 LEARNED = dict(mean_type="eps", var_type="learned_range")
-# improved-diffusion's RESCALED_MSE and RESCALED_KL, for those who train on.
+# improved-diffusion's losses RESCALED_MSE and RESCALED_KL, used if training goes on.
 HYBRID, VLB = LEARNED | dict(loss="hybrid"), LEARNED | dict(loss="vlb")
 SMALL = dict(mean_type="eps", var_type="fixed_small", loss="l2")
 LARGE = dict(mean_type="eps", var_type="fixed_large", loss="l2")
@@ -39,17 +48,17 @@ MULTIPLIERS = {
 
 
 def _mse(num_steps: int) -> dict[str, Any]:
-    """OpenAI's MSE: it counts the bound once, without the factor T / 1000."""
+    """OpenAI's loss MSE: L_vlb is added without the factor T / 1000 of RESCALED_MSE."""
     return LEARNED | dict(loss="hybrid", vlb_scale=1 / num_steps)
 
 
 def _folder(name: str, size: int) -> dict[str, Any]:
-    """Data that everyone has in a place of their own."""
+    """A folder of images: data that everybody keeps in a place of their own."""
     return dict(name="folder", path=f"data/{name}", image_size=size, batch_size=64)
 
 
 def _ho(size: int, objective: dict[str, Any], data: dict[str, Any]) -> Released:
-    """Ho et al. and the DDIM repository."""
+    """A network of Ho et al. or of the DDIM repository."""
     multipliers = {32: (1, 2, 2, 2), 64: (1, 2, 2, 2, 4)}.get(size, MULTIPLIERS[256])
     model = dict(
         name="unet",
@@ -71,7 +80,7 @@ def _ho(size: int, objective: dict[str, Any], data: dict[str, Any]) -> Released:
 def _improved(
     size: int, schedule: dict[str, Any], objective: dict[str, Any], **options: Any
 ) -> Released:
-    """improved-diffusion, `script_util.create_model`."""
+    """A network of improved-diffusion: `script_util.create_model`."""
     model = dict(
         name="unet",
         channels=128,
@@ -94,7 +103,7 @@ def _guided(
     data: str = "imagenet",
     **options: Any,
 ) -> Released:
-    """guided-diffusion, with the flags that all of its networks share."""
+    """A network of guided-diffusion, with the flags that all of them share."""
     model = dict(
         name="unet",
         channels=256,
@@ -110,9 +119,9 @@ def _guided(
 
 
 def _classifier(size: int, depth: int = 2) -> Released:
-    """guided-diffusion, `create_classifier`, with the process of its denoiser."""
+    """A classifier of guided-diffusion: `script_util.create_classifier`."""
     model = dict(
-        name="encoder",
+        name="noisy_classifier",
         num_labels=1000,
         channels=128,
         multipliers=MULTIPLIERS[size],
@@ -122,7 +131,7 @@ def _classifier(size: int, depth: int = 2) -> Released:
         resample="resblock",
         pool="attention",
     )
-    schedule = COSINE if size == 64 else LINEAR
+    schedule = COSINE if size == 64 else LINEAR  # as the denoiser of this size
     return Released("openai", size, model, schedule, None, _folder("imagenet", size))
 
 
@@ -185,11 +194,28 @@ RELEASED: dict[str, Released] = {
     "128x128_classifier": _classifier(128),
     "256x256_classifier": _classifier(256),
     "512x512_classifier": _classifier(512),
-    # Ho et al., as converted for the DDIM repository, raw parameters or their average:
-    # cifar10, lsun_bedroom, lsun_cat and lsun_church. And the DDIM repository's own.
+    # Ho et al., as converted for the DDIM repository, parameters or their EMA:
+    # cifar10, lsun_bedroom, lsun_cat and lsun_church. Then the DDIM repository's own.
     "model-790000": _ho(32, LARGE, CIFAR10),
     "model-2388000": _ho(256, SMALL, _folder("lsun_bedroom", 256)),
     "model-1761000": _ho(256, SMALL, _folder("lsun_cat", 256)),
     "model-4432000": _ho(256, SMALL, _folder("lsun_church", 256)),
     "celeba64": _ho(64, LARGE, _folder("celeba", 64)),
+}
+
+# Released checkpoint -> results of its paper, a key of `evaluation.published.PAPERS`.
+REPRODUCES = {
+    "model-790000": "ddpm_cifar10",
+    "model-2388000": "ddpm_lsun_bedroom",
+    "model-4432000": "ddpm_lsun_church",
+    "celeba64": "ddim_celeba64",
+    "cifar10_uncond_50M_500K": "iddpm_cifar10_hybrid",
+    "cifar10_uncond_vlb_50M_500K": "iddpm_cifar10_vlb",
+    "imagenet64_uncond_100M_1500K": "iddpm_imagenet64_hybrid",
+    "imagenet64_uncond_vlb_100M_1500K": "iddpm_imagenet64_vlb",
+    "imagenet64_cond_270M_250K": "iddpm_imagenet64_labels",
+    "lsun_bedroom": "guided_lsun_bedroom",
+    "lsun_cat": "guided_lsun_cat",
+    "lsun_horse": "guided_lsun_horse",
+    **{f"{n}x{n}_diffusion": f"guided_imagenet{n}" for n in (64, 128, 256, 512)},
 }

@@ -1,11 +1,11 @@
-"""Files of PyTorch tensors without PyTorch: in and out, and nothing is ever executed.
+"""Reads and writes .pt and .safetensors files, without PyTorch and without risk.
 
-A `.pt` is a pickle, and a pickle may call anything. The reader here knows the handful
-of instructions and names that tensors need, and refuses all others before they are even
-imported; what stands for a tensor is a plain record whose bounds are checked. Arrays
-that are read are views of the file's bytes, whatever size and strides they have: a file
-cannot ask for more memory than it takes itself. `.safetensors` files are left to the
-library of that name.
+A .pt file contains a pickle, and a pickle can call any function. This reader accepts
+only the few instructions and names that tensors need, and refuses all others before
+anything is imported. In place of a tensor it makes a plain record, whose bounds are
+checked. The arrays that it returns are views of the file's bytes, whatever sizes and
+strides the file claims, so a file cannot ask for more memory than it takes itself.
+.safetensors files are read and written by the library of that name.
 """
 
 import collections
@@ -18,14 +18,17 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from jax_diffusion.runtime.files import write_atomic
+
 Tensors = Mapping[str, np.ndarray]
 
-DTYPES = {  # by the names of their storages; and in .safetensors
+# Name of PyTorch's storage -> name in .safetensors, and dtype.
+DTYPES = {
     "DoubleStorage": ("F64", np.dtype(np.float64)),
     "FloatStorage": ("F32", np.dtype(np.float32)),
     "HalfStorage": ("F16", np.dtype(np.float16)),
@@ -39,9 +42,9 @@ DTYPES = {  # by the names of their storages; and in .safetensors
 }
 STORAGES = {name: dtype for name, (_, dtype) in DTYPES.items()}
 SAFE_DTYPES = dict(DTYPES.values())
-# PyTorch before 1.6 wrote several pickles in a row, these numbers first.
+# PyTorch before 1.6 wrote several pickles in a row, the first two of these numbers.
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
-# What pickles of plain containers and tensors are made of.
+# The instructions of pickles that hold plain containers and tensors only.
 OPCODES = set(
     """
     PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
@@ -53,7 +56,7 @@ OPCODES = set(
 
 
 class _Storage(NamedTuple):
-    """What a pickle says of a run of numbers."""
+    """A flat array, as a pickle describes it: its key in the file, dtype and length."""
 
     key: str
     dtype: np.dtype
@@ -61,7 +64,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """What a pickle says of a tensor."""
+    """A tensor, as a pickle describes it: a strided view of a storage."""
 
     storage: _Storage
     offset: int
@@ -70,7 +73,7 @@ class _Tensor(NamedTuple):
 
 
 class _RebuildTensor:
-    """In place of `torch._utils._rebuild_tensor_v2`."""
+    """Stands in for `torch._utils._rebuild_tensor_v2`; checks bounds."""
 
     __slots__ = ()  # nothing that a pickle could change
 
@@ -86,7 +89,7 @@ class _RebuildTensor:
 
 
 class _RebuildParameter:
-    """In place of `torch._utils._rebuild_parameter`."""
+    """Stands in for `torch._utils._rebuild_parameter`."""
 
     __slots__ = ()
 
@@ -105,7 +108,7 @@ ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles tensors as `_Tensor`, and refuses whatever is none."""
+    """Unpickles tensors as `_Tensor`, and refuses everything that is no tensor."""
 
     def __init__(self, data: bytes):
         super().__init__(io.BytesIO(data))
@@ -127,7 +130,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(file: Any) -> tuple[Any, dict[str, _Storage]]:
-    """An object and its storages by key; every instruction is looked at first."""
+    """Unpickles an object and its storages by key, after checking every instruction."""
     start = file.tell()
     argument: Any
     for opcode, argument, _ in pickletools.genops(file):
@@ -142,14 +145,18 @@ def _unpickle(file: Any) -> tuple[Any, dict[str, _Storage]]:
 
 
 def read_torch(path: str | Path) -> Any:
-    """Reads a `.pt`, `.pth`, `.ckpt` or `.bin` file, its tensors as NumPy arrays.
+    """Reads a .pt, .pth, .ckpt or .bin file of PyTorch.
 
-    Knows the zip format of PyTorch 1.6 and later, and the one before it. Dicts and
-    lists (tuples too) come back as such, mostly a dict from name to array.
+    Args:
+        path: a file in the zip format of PyTorch 1.6 and later, or in the older format.
+
+    Returns:
+        What was saved, mostly a dict from name to tensor. Tensors are read-only NumPy
+        arrays, tuples are lists.
 
     Raises:
-        ValueError: if the file is cut off or corrupted, or if its pickle asks for
-            anything but tensors and plain containers; none of it is run.
+        ValueError: if the file is cut off or corrupted, or if its pickle contains
+            anything but tensors and plain containers.
     """
     path = Path(path)
     if not path.is_file():
@@ -199,8 +206,13 @@ def _read_legacy(file: Any) -> Any:
 
 
 def _arrays(tree: Any, read: Callable[[_Storage], bytes]) -> Any:
-    """The tree with arrays in place of `_Tensor`."""
-    done: dict[int, Any] = {}  # what occurs twice in the tree, as it may very often
+    """Replaces every `_Tensor` of a tree by an array.
+
+    Args:
+        tree: dicts and lists.
+        read: returns the bytes of a storage.
+    """
+    done: dict[int, Any] = {}  # by id: an object can occur in a tree very often
 
     @functools.cache
     def numbers(storage):
@@ -234,11 +246,34 @@ def _view(tensor: _Tensor, flat: np.ndarray) -> np.ndarray:
 
 
 def write_torch(path: str | Path, tensors: Tensors) -> None:
-    """Writes a state dict that `torch.load(path, weights_only=True)` reads."""
+    """Writes a state dict that `torch.load(path, weights_only=True)` reads.
+
+    Args:
+        path: the file to write or replace; folders are made.
+        tensors: arrays by name.
+
+    Raises:
+        ValueError: if PyTorch has no dtype of one of the arrays.
+    """
+    content = torch_content(tensors)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content)
+
+
+def torch_content(tensors: Tensors) -> Callable[[BinaryIO], None]:
+    """Returns a function that writes what `write_torch` writes, to an open file.
+
+    Args:
+        tensors: arrays by name.
+
+    Raises:
+        ValueError: if PyTorch has no dtype of one of the arrays.
+    """
     names = {dtype: name for name, dtype in STORAGES.items()}
     _check_dtypes(tensors, names)
     pickled = io.BytesIO()
-    # Written opcode by opcode: a pickler would have to import torch to name its types.
+    # Written instruction by instruction: `pickle` would have to import torch for its
+    # types.
     pickled.write(b"\x80\x02ccollections\nOrderedDict\n)R(")
     for key, (name, array) in enumerate(tensors.items()):
         strides = np.empty(array.shape, np.uint8).strides
@@ -248,13 +283,16 @@ def write_torch(path: str | Path, tensors: Tensors) -> None:
         pickled.write(_integer(0) + _integers(array.shape) + _integers(strides))
         pickled.write(b"\x89ccollections\nOrderedDict\n)RtR")  # no gradient, no hooks
     pickled.write(b"u.")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled.getvalue())
-        archive.writestr("archive/byteorder", "little")
-        for key, array in enumerate(tensors.values()):
-            archive.writestr(f"archive/data/{key}", array.tobytes())
-        archive.writestr("archive/version", "3\n")
+
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", pickled.getvalue())
+            archive.writestr("archive/byteorder", "little")
+            for key, array in enumerate(tensors.values()):
+                archive.writestr(f"archive/data/{key}", array.tobytes())
+            archive.writestr("archive/version", "3\n")
+
+    return write
 
 
 def _string(text: str) -> bytes:
@@ -279,10 +317,17 @@ def _check_dtypes(tensors: Tensors, known: Mapping[np.dtype, str]) -> None:
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Reads a `.safetensors` file: its arrays by name, and its metadata.
+    """Reads a .safetensors file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Arrays by name, and the metadata, strings by name.
 
     Raises:
-        ValueError: if the file is cut off or corrupted.
+        ValueError: if the file is missing, cut off or corrupted, or if the library
+            safetensors is not installed.
     """
     library = _safetensors()
     path = Path(path)
@@ -306,12 +351,36 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
 def write_safetensors(
     path: str | Path, tensors: Tensors, metadata: Mapping[str, str]
 ) -> None:
-    """Writes a `.safetensors` file; the metadata are strings, too."""
+    """Writes a .safetensors file.
+
+    Args:
+        path: the file to write or replace; folders are made.
+        tensors: arrays by name.
+        metadata: strings by name.
+
+    Raises:
+        ValueError: if the format has no dtype of one of the arrays, or if the library
+            safetensors is not installed.
+    """
+    content = safetensors_content(tensors, metadata)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content)
+
+
+def safetensors_content(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
+    """Returns the bytes of the file that `write_safetensors` writes.
+
+    Args:
+        tensors: arrays by name.
+        metadata: strings by name.
+
+    Raises:
+        ValueError: as `write_safetensors` does.
+    """
     library = _safetensors()
     _check_dtypes(tensors, {dtype: name for name, dtype in SAFE_DTYPES.items()})
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     dense = {k: np.asarray(array, order="C") for k, array in tensors.items()}
-    library.numpy.save_file(dense, path, metadata=dict(metadata))
+    return library.numpy.save(dense, metadata=dict(metadata))
 
 
 def _safetensors() -> Any:
@@ -319,6 +388,7 @@ def _safetensors() -> Any:
         import safetensors.numpy
     except ImportError:
         raise ValueError(
-            "this needs safetensors, `pip install jax_diffusion[convert]`, got none."
+            "safetensors must be installed, `pip install jax_diffusion[convert]`, got "
+            "none."
         ) from None
     return safetensors

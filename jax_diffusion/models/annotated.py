@@ -5,17 +5,17 @@
     down: per level 2 blocks, linear attention, keep as the level's skip, halve
     mid:  block, attention, block
     up:   per level but the first [h, skip], 2 blocks, linear attention, double
-    out:  a block that is not told t, 1x1 convolution
+    out:  block without time embedding, 1x1 convolution
 
-A block is "ConvNeXt-like" (a depthwise 7x7 convolution, then two of 3x3 with one group
-per norm: not the block of the ConvNeXt paper) or a ResNet's. The defaults are the
-published network of 2,996,315 parameters. It keeps a skip of the first level, too, but
-never reads it: all that reaches the output has been through half the resolution.
-`full_skip=True` mends that: the last block takes [h, skip of the first level].
+A block is "ConvNeXt-like" (a depthwise 7x7 convolution, then two 3x3 convolutions with
+norms of one group: not the block of the ConvNeXt paper) or a ResNet block. The defaults
+are the published network of 2,996,315 parameters. That network stores a skip of the
+first level but never reads it, so all features pass through half the resolution.
+`full_skip=True` corrects this: the last block takes [h, skip of the first level].
 
-Layers start as PyTorch's do, none at zero. All convolution kernels, those that double
-included, are PyTorch's with the axes in the order (2, 3, 1, 0). Norms, softmax, time
-embedding and output are float32 whatever the dtype.
+Layers start as PyTorch's do, none at zero. All convolution kernels, transposed ones
+included, are PyTorch's with their axes permuted to (2, 3, 1, 0). Norms, softmax, time
+embedding and output are always float32; `dtype` is that of convolutions and attention.
 """
 
 import functools
@@ -38,7 +38,7 @@ from jax_diffusion.models.layers import (
 
 
 class DepthwiseConv(nn.Module):
-    """`depthwise_conv` of 7x7 and its bias."""
+    """Depthwise 7x7 convolution with bias: [b, h, w, c] -> [b, h, w, c]."""
 
     dtype: Any = jnp.float32
 
@@ -52,7 +52,15 @@ class DepthwiseConv(nn.Module):
 
 
 class ConvNextBlock(TorchLayers):
-    """Depthwise 7x7, plus emb, then 3x3 to a multiple of the channels and back."""
+    """Depthwise 7x7 convolution, plus emb, then 3x3 to more channels and 3x3 back.
+
+    Args of the call: x [b, h, w, c]; emb float32 [b, e] or None. Returns
+    [b, h, w, channels].
+
+    Attributes:
+        channels: number of output channels.
+        expansion: channels between the 3x3 convolutions, in multiples of `channels`.
+    """
 
     channels: int = 28
     expansion: int = 2
@@ -73,7 +81,15 @@ class ConvNextBlock(TorchLayers):
 
 
 class ResNetBlock(TorchLayers):
-    """Two of 3x3, norm and SiLU, emb added between; with a skip."""
+    """Residual block: two 3x3 convolutions, each with norm and SiLU; emb in between.
+
+    Args of the call: x [b, h, w, c]; emb float32 [b, e] or None. Returns
+    [b, h, w, channels].
+
+    Attributes:
+        channels: number of output channels.
+        num_groups: number of groups of the norms.
+    """
 
     channels: int = 28
     num_groups: int = 8
@@ -94,9 +110,15 @@ class ResNetBlock(TorchLayers):
 
 
 class Attention(TorchLayers):
-    """Self-attention over all pixels, on the norm of x and added to x.
+    """Self-attention over all pixels of the normalized x, added to x.
 
-    The linear kind ends with another norm.
+    Args of the call: x [b, h, w, c]. Returns the same shape.
+
+    Attributes:
+        linear: whether attention is linear (`linear_attention`, and a norm after it) or
+            full.
+        num_heads: number of attention heads.
+        head_dim: channels of each head.
     """
 
     linear: bool = False
@@ -120,22 +142,34 @@ class Attention(TorchLayers):
 
 
 class AnnotatedUNet(TorchLayers):
-    """Predicts from x_t and its timestep; see the module's docstring.
+    """U-Net of x_t and its timestep; the docstring of the module shows its structure.
 
-    Args of the call: x float32 [b, h, w, c]; timesteps float32 [b]. Returns float32
-    [b, h, w, out_channels]. Training or not makes no difference: nothing is dropped.
+    Args of the call: x float32 [b, h, w, c]; timesteps float32 [b]; train changes
+    nothing, as there is no dropout. Returns float32 [b, h, w, out_channels].
+
+    Attributes:
+        out_channels: channels of the output.
+        channels: channels of the first level.
+        multipliers: channels of each level, in multiples of `channels`; one per level.
+        use_convnext: whether blocks are `ConvNextBlock` or `ResNetBlock`.
+        expansion: see `ConvNextBlock`.
+        num_groups: see `ResNetBlock`.
+        num_heads: number of attention heads.
+        head_dim: channels of each attention head.
+        full_skip: whether the last block reads the skip of the first level.
+        dtype: dtype of convolutions and attention.
 
     Raises:
         ValueError: if the image cannot be halved often enough, or if the channels of
-            ResNet blocks cannot be grouped, as the published 28 cannot by 8.
+            ResNet blocks are not divisible by num_groups (28 and 8 are not).
     """
 
     out_channels: int = 1
     channels: int = 28
     multipliers: Sequence[int] = (1, 2, 4)
     use_convnext: bool = True
-    expansion: int = 2  # of ConvNeXt blocks
-    num_groups: int = 8  # of ResNet blocks
+    expansion: int = 2
+    num_groups: int = 8
     num_heads: int = 4
     head_dim: int = 32
     full_skip: bool = False
@@ -179,7 +213,7 @@ class AnnotatedUNet(TorchLayers):
         return h.astype(jnp.float32)
 
     def _blocks(self):
-        """What a level is made of, with all that its parts share filled in."""
+        """Returns stage(h, emb, width, name), block, attention: shared fields bound."""
         if self.use_convnext:
             block = functools.partial(ConvNextBlock, expansion=self.expansion)
         else:
@@ -200,14 +234,13 @@ class AnnotatedUNet(TorchLayers):
         return stage, block, attention
 
     def _double(self, h, name):
-        """PyTorch's ConvTranspose2d(c, c, 4, stride=2, padding=1), its weights' axes
-        in the order (2, 3, 1, 0)."""
+        """Applies what PyTorch calls ConvTranspose2d(c, c, 4, stride=2, padding=1)."""
         c = h.shape[-1]
         return nn.ConvTranspose(
             c,
             (4, 4),
             strides=(2, 2),
-            padding=[(2, 2), (2, 2)],  # of the dilated image: size - 1 - PyTorch's
+            padding=[(2, 2), (2, 2)],  # of the dilated image: size - 1 - 1
             transpose_kernel=True,
             dtype=self.dtype,
             name=name,

@@ -1,6 +1,7 @@
-"""Convolutions that XLA computes slowly on the CPU, in forms that it computes fast.
+"""Fast forms, for the CPU, of two convolutions that XLA computes slowly there.
 
-Both equal the plain convolution but for rounding. Accelerators keep the plain one.
+Both equal the plain convolution up to rounding. On accelerators the plain convolution
+is used.
 """
 
 from typing import Any
@@ -11,19 +12,27 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-# Forward and backward, on two cores of a CPU: the product takes 20 ms where XLA's
-# convolution takes 109 (64x28x28x18), 140 for 218 (4x128x128x32), 284 for 220
-# (1x256x256x32). It does width / size times the work.
+# The matrix product does width / size times the work of the convolution. Forward and
+# backward on two cores, it takes 20 ms and XLA's convolution 109 ms for images
+# [64, 28, 28, 18]; 140 and 218 for [4, 128, 128, 32]; 284 and 220 for
+# [1, 256, 256, 32].
 MAX_BANDED_WIDTH = 128
 
 
 def depthwise_conv(
     x: Float[Array, "b h w c"], kernel: Float[Array, "size size 1 c"]
 ) -> Float[Array, "b h w c"]:
-    """Every channel convolved with its own kernel of odd size, padded with zeros.
+    """Convolves every channel with its own kernel, padded with zeros.
 
-    XLA's convolution of this kind is slow on the CPU, above all its gradients. There it
-    is a product of matrices instead, equal but for rounding.
+    XLA's depthwise convolution is slow on the CPU, its gradients most of all. There it
+    is computed as a matrix product if the width is `MAX_BANDED_WIDTH` or less.
+
+    Args:
+        x: images [b, h, w, c].
+        kernel: [size, size, 1, c], size odd.
+
+    Returns:
+        [b, h, w, c].
     """
     if x.shape[2] > MAX_BANDED_WIDTH:
         return _grouped_conv(x, kernel)
@@ -45,7 +54,7 @@ def _grouped_conv(x, kernel):
 
 
 def _banded_conv(x, kernel):
-    """Rows of `size` lines, times the matrix that a row of kernels is: a band."""
+    """Multiplies blocks of `size` image rows by band matrices of the kernel's rows."""
     b, height, width, c = x.shape
     size = kernel.shape[0]
     offset = np.subtract.outer(np.arange(width), np.arange(width)) + size // 2
@@ -66,12 +75,22 @@ def _banded_conv(x, kernel):
 def conv_of_doubled(
     x: Array, kernel: Array, strides: Any, padding: Any, **options: Any
 ) -> Array:
-    """A convolution of `layers.repeat(x)`, without ever doubling x.
+    """Convolves `layers.repeat(x)` with a 3 x 3 kernel, without ever doubling x.
 
-    Of the three rows that an output sees, two are the same row of x, so their weights
-    may be added first: four convolutions of 2 x 2 at the low resolution, one for each
-    place in a block of 2 x 2 outputs, take 16 products in place of 36. On the CPU
-    forward and backward take half the time; accelerators are left with one convolution.
+    Each output sees three rows of the doubled image, two of which are the same row of
+    x, so their weights can be added beforehand; the same holds for columns. Each of the
+    four positions in a block of 2 x 2 outputs is then a 2 x 2 convolution of x: 16
+    multiplications in place of 36. On the CPU, forward and backward take half the time.
+
+    Args:
+        x: images [b, h, w, c].
+        kernel: [3, 3, c, d].
+        strides: ignored, as padding and options: `nn.Conv` passes them.
+        padding: ignored; the result is that of padding by one pixel.
+        options: ignored.
+
+    Returns:
+        [b, 2 h, 2 w, d].
     """
 
     def convolve(x, kernel, padding):
@@ -80,7 +99,7 @@ def conv_of_doubled(
         )
 
     def halves(kernel, axis):
-        """Its three rows, added up as an output in an even and an odd row sees x."""
+        """Adds up the kernel's three rows to two, for even and for odd output rows."""
         above, middle, below = jnp.split(kernel, 3, axis)
         even = jnp.concatenate([above, middle + below], axis)
         return even, jnp.concatenate([above + middle, below], axis)

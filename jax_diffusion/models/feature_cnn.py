@@ -1,10 +1,10 @@
-"""A small convolutional classifier, whose features compare sets of small images.
+"""A small CNN classifier; its features give Frechet distances for small images.
 
-    halve: convolutions of stride 2 until no side is above 4, each with norm and ReLU
-    last:  one more of stride 1, of 64 channels
+    halve: convolutions of stride 2, each with norm and ReLU, until no side is above 4
+    last:  one more convolution, of stride 1 and 64 channels
     head:  the mean over pixels, `pool`, and one linear layer, `logits`
 
-As in Inception, the pooled features are those before the last layer.
+As in Inception, the features are those before the last layer.
 """
 
 from typing import NamedTuple
@@ -14,18 +14,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-MAX_SIDE = 4  # pixels that are left to the last convolution
+MAX_SIDE = 4  # pixels of the largest side before the last convolution
 
 
 class Features(NamedTuple):
-    """What the network says of each image, float32."""
+    """The outputs of `FeatureCNN`, float32.
+
+    Attributes:
+        pool: features of each image, [b, 64].
+        logits: logits of the labels, [b, num_classes].
+    """
 
     pool: Float[Array, "b d"]
     logits: Float[Array, "b k"]
 
 
 class FeatureCNN(nn.Module):
-    """Features and logits of uint8 images [b, h, w, c], of any size; see the module."""
+    """Computes features and logits of images of any size.
+
+    Args of the call: images uint8 [b, h, w, c]. Returns `Features`.
+
+    Attributes:
+        num_classes: number of labels.
+    """
 
     num_classes: int
 

@@ -1,18 +1,18 @@
-"""The Inception-v3 of published Frechet distances, its features and logits.
+"""Inception-v3 as it is used for published FID values.
 
     stem:  five convolutions and two max pools, 299 x 299 x 3 -> 35 x 35 x 192
-    Mixed: blocks of parallel branches, side by side as channels: three at 35 x 35, five
-           at 17 x 17 and three at 8 x 8, where 2048 channels are left
+    Mixed: blocks of parallel branches whose channels are concatenated: three at
+           35 x 35, five at 17 x 17 and three at 8 x 8 pixels, the last of 2048 channels
     head:  the mean over pixels, `pool`, and one linear layer, `logits`
 
-The network of Szegedy et al. (2016) as TensorFlow released it on 2015-12-05, which
-Heusel et al. (2017) took for their FID, in the port to PyTorch of pytorch-fid, whose
-names modules have. It differs from torchvision's: average pools do not count what is
-padded, the last block has a max pool in their place, and there are 1008 classes. Batch
-norms are part of the kernels and biases that they follow, see
-`interop.inception_weights`.
+This is the network of Szegedy et al. (2016) that TensorFlow released on 2015-12-05 and
+Heusel et al. (2017) chose for FID. Modules have the names of pytorch-fid, its port to
+PyTorch. It differs from torchvision's Inception-v3: average pools leave out padding,
+the last block has a max pool in place of the average pool, and there are 1008 classes.
+The batch norms are merged into the convolutions before them when the weights are
+loaded (`interop.inception_weights`).
 
-Convolutions are in full float32 wherever they run: scores are compared.
+Convolutions have full float32 precision on every device, so that scores are comparable.
 """
 
 from collections.abc import Callable
@@ -26,19 +26,26 @@ from jax.lax import Precision
 from jaxtyping import Array, Float, Shaped
 
 SIZE = 299  # pixels of a side, as the network was trained
-SPATIAL_CHANNELS = 7  # of 768: so many that 17 x 17 pixels make about 2048 features
+SPATIAL_CHANNELS = 7  # of 768: 17 x 17 x 7 = 2023 features, about as many as `pool` has
 
 
 class Features(NamedTuple):
-    """What the network says of each image, float32."""
+    """The outputs of `Inception` for each image, float32.
 
-    pool: Float[Array, "b 2048"]  # TF's pool_3, of FID
-    spatial: Float[Array, "b 2023"]  # TF's mixed_6/conv, of sFID (Nash et al. 2021)
-    logits: Float[Array, "b 1008"]  # without the bias, as for the Inception Score
+    Attributes:
+        pool: features for FID, TensorFlow's pool_3, [b, 2048].
+        spatial: features for sFID (Nash et al. 2021), TensorFlow's mixed_6/conv,
+            [b, 2023].
+        logits: logits without bias, for the Inception score, [b, 1008].
+    """
+
+    pool: Float[Array, "b 2048"]
+    spatial: Float[Array, "b 2023"]
+    logits: Float[Array, "b 1008"]
 
 
 class Convs(nn.Module):
-    """What the network and its blocks share. Has no parameters itself."""
+    """Base class of the network and its blocks: makes their layers, has none itself."""
 
     def conv(
         self,
@@ -50,7 +57,16 @@ class Convs(nn.Module):
         stride: int = 1,
         padding: str = "SAME",
     ) -> Float[Array, "b h2 w2 d"]:
-        """A convolution and a ReLU; kernel: a side, or height and width."""
+        """Applies a convolution and a ReLU.
+
+        Args:
+            x: [b, h, w, c].
+            name: name of the layer.
+            channels: number of output channels.
+            kernel: side of the kernel, or height and width.
+            stride: 1 or 2.
+            padding: "SAME" or "VALID".
+        """
         conv = nn.Conv(
             channels,
             kernel if isinstance(kernel, tuple) else (kernel, kernel),
@@ -62,7 +78,7 @@ class Convs(nn.Module):
         return nn.relu(conv(x))
 
     def chain(self, x, name, *layers, halve=False):
-        """Convolutions of (channels, kernel) each, the last of stride 2 if to halve."""
+        """Applies convolutions of (channels, kernel) each; `halve`: the last halves."""
         for i, (channels, kernel) in enumerate(layers, start=1):
             last = halve and i == len(layers)
             options: Any = dict(stride=2, padding="VALID") if last else {}
@@ -70,31 +86,34 @@ class Convs(nn.Module):
         return x
 
 
-def side_by_side(*branches: Array) -> Array:
+def concatenate(*branches: Array) -> Array:
+    """Concatenates the channels of branches [b, h, w, c]."""
     return jnp.concatenate(branches, axis=-1)
 
 
 def halving_max(x: Array) -> Array:
+    """Halves images [b, h, w, c] by the maximum of 3 x 3 pixels."""
     return nn.max_pool(x, (3, 3), (2, 2))
 
 
 def local_mean(x: Array) -> Array:
-    """Of the 3 x 3 pixels around each, or as many of them as there are."""
+    """Averages the 3 x 3 pixels around each pixel, without any padding."""
     return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
 
 def local_max(x: Array) -> Array:
+    """Takes the maximum of the 3 x 3 pixels around each pixel."""
     return nn.max_pool(x, (3, 3), padding="SAME")
 
 
 class MixedA(Convs):
-    """35 x 35 pixels: branches of 1x1, 5x5, 3x3 twice, and a pool."""
+    """Block at 35 x 35 pixels: branches of 1x1, of 5x5, of two 3x3, and a pool."""
 
     pool_channels: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        return side_by_side(
+        return concatenate(
             self.conv(x, "branch1x1", 64),
             self.chain(x, "branch5x5", (48, 1), (64, 5)),
             self.chain(x, "branch3x3dbl", (64, 1), (96, 3), (96, 3)),
@@ -103,11 +122,11 @@ class MixedA(Convs):
 
 
 class MixedB(Convs):
-    """35 x 35 pixels to 17 x 17."""
+    """Block from 35 x 35 to 17 x 17 pixels."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        return side_by_side(
+        return concatenate(
             self.conv(x, "branch3x3", 384, 3, stride=2, padding="VALID"),
             self.chain(x, "branch3x3dbl", (64, 1), (96, 3), (96, 3), halve=True),
             halving_max(x),
@@ -115,9 +134,9 @@ class MixedB(Convs):
 
 
 class MixedC(Convs):
-    """17 x 17 pixels: branches of 1x1, 7x7 once and twice, and a pool.
+    """Block at 17 x 17 pixels: branches of 1x1, of one 7x7, of two 7x7, and a pool.
 
-    The 7x7 are rows and columns in turn.
+    Every 7x7 convolution is a 1x7 and a 7x1 convolution.
     """
 
     channels: int
@@ -126,7 +145,7 @@ class MixedC(Convs):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         first, row, column = (self.channels, 1), (1, 7), (7, 1)
         across, down = (self.channels, row), (self.channels, column)
-        return side_by_side(
+        return concatenate(
             self.conv(x, "branch1x1", 192),
             self.chain(x, "branch7x7", first, across, (192, column)),
             self.chain(x, "branch7x7dbl", first, down, across, down, (192, row)),
@@ -135,12 +154,12 @@ class MixedC(Convs):
 
 
 class MixedD(Convs):
-    """17 x 17 pixels to 8 x 8."""
+    """Block from 17 x 17 to 8 x 8 pixels."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         first, row, column = (192, 1), (192, (1, 7)), (192, (7, 1))
-        return side_by_side(
+        return concatenate(
             self.chain(x, "branch3x3", first, (320, 3), halve=True),
             self.chain(x, "branch7x7x3", first, row, column, (192, 3), halve=True),
             halving_max(x),
@@ -148,9 +167,9 @@ class MixedD(Convs):
 
 
 class MixedE(Convs):
-    """8 x 8 pixels: branches of 1x1, 3x3 once and twice, and a pool.
+    """Block at 8 x 8 pixels: branches of 1x1, of one 3x3, of two 3x3, and a pool.
 
-    The last 3x3 of a branch is a row and a column side by side.
+    The last 3x3 convolution of a branch is a 1x3 and a 3x1 convolution, concatenated.
     """
 
     pool: Callable[[Array], Array]
@@ -159,7 +178,7 @@ class MixedE(Convs):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         once = self.conv(x, "branch3x3_1", 384)
         twice = self.chain(x, "branch3x3dbl", (448, 1), (384, 3))
-        return side_by_side(
+        return concatenate(
             self.conv(x, "branch1x1", 320),
             self.conv(once, "branch3x3_2a", 384, (1, 3)),
             self.conv(once, "branch3x3_2b", 384, (3, 1)),
@@ -170,15 +189,15 @@ class MixedE(Convs):
 
 
 class Inception(Convs):
-    """Features and logits of images; see the module's docstring.
+    """Computes features and logits of images of any size.
 
-    `spatial` are the first 7 channels of the block Mixed_6d, [17, 17, 7] flattened, and
-    `logits` lack the bias, both as in guided-diffusion's evaluator.
+    As in guided-diffusion's evaluator, `spatial` are the first 7 channels of the block
+    Mixed_6d, [17, 17, 7] flattened, and `logits` lack the bias.
 
-    Args of the call: images uint8 [b, h, w, c], c = 1 or 3. Returns `Features`.
+    Args of the call: images uint8 [b, h, w, c], c = 1 or 3, b >= 1. Returns `Features`.
 
     Raises:
-        ValueError: for other images, and for none.
+        ValueError: for images of another shape or dtype.
     """
 
     @nn.compact
@@ -196,7 +215,7 @@ class Inception(Convs):
         x = MixedC(128, name="Mixed_6b")(x)
         x = MixedC(160, name="Mixed_6c")(x)
         x = MixedC(160, name="Mixed_6d")(x)
-        # Its first branch comes first; TensorFlow calls that mixed_6/conv.
+        # These are channels of the first branch, which TensorFlow calls mixed_6/conv.
         spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
         x = MixedC(192, name="Mixed_6e")(x)
         x = MixedD(name="Mixed_7a")(x)
@@ -208,18 +227,20 @@ class Inception(Convs):
 
 
 def prepare(images: Shaped[Array | np.ndarray, "..."]) -> Float[Array, "b 299 299 3"]:
-    """Images in [-1, 1] as the network takes them.
+    """Scales images to [-1, 1], resizes them to 299 x 299 and repeats a gray channel.
 
-    Those of another size than 299 x 299 are resized as pytorch-fid does it: bilinear
-    between the centres of pixels, without smoothing where images shrink, PyTorch's
-    `interpolate(align_corners=False)`. (TensorFlow 1 took another grid, and scores
-    after it differ a little.) One channel is repeated to three.
+    They are resized as pytorch-fid does: bilinear interpolation between the centers of
+    pixels without antialiasing, PyTorch's `interpolate(align_corners=False)`.
+    TensorFlow 1 used another grid; scores computed with it differ slightly.
 
     Args:
-        images: uint8 [b, h, w, c], c = 1 or 3.
+        images: uint8 [b, h, w, c], c = 1 or 3, b >= 1.
+
+    Returns:
+        float32 [b, 299, 299, 3].
 
     Raises:
-        ValueError: for other images, and for none.
+        ValueError: for images of another shape or dtype.
     """
     shape = images.shape
     if images.dtype != jnp.uint8 or len(shape) != 4 or shape[3] not in (1, 3):

@@ -1,7 +1,7 @@
-"""What the networks share: how their layers are made, initialised and resampled.
+"""Layers that the networks share: initialization, norms, resampling, time embedding.
 
-Images are [b, *spatial, c] with one, two or three spatial axes. Of three, the first is
-not resampled (guided-diffusion's video networks).
+Images are [b, *spatial, c] with one, two or three spatial axes. The first of three axes
+is time and is never resampled, as in guided-diffusion's 3-D networks.
 """
 
 import functools
@@ -21,14 +21,19 @@ from jax_diffusion.models.cpu_convs import conv_of_doubled
 def layer_init(
     style: str, fan_in: int, *, zero: bool = False, fused: int = 1
 ) -> dict[str, Any]:
-    """Initialisers of one linear or convolutional layer.
+    """Returns the initializers of a linear or convolutional layer.
 
     Args:
-        style: "torch": uniform up to 1 / sqrt(fan_in), biases too, as the DDIM
-            repository; "openai": the same, but exact zeros where `zero`; "ho": Glorot
-            uniform, zero biases, a variance of 1e-10 where `zero`.
-        zero: for a layer whose output should vanish at first.
-        fused: how many layers of equal size the kernel holds side by side.
+        style: "torch": kernel and bias uniform in +-1 / sqrt(fan_in), PyTorch's default
+            and the DDIM repository's. "openai": the same, but zeros for a `zero` layer.
+            "ho": kernel Glorot uniform, or of variance 1e-10 for a `zero` layer; bias
+            zero.
+        fan_in: number of inputs of each output.
+        zero: whether the output of the layer should vanish at initialization.
+        fused: number of layers of equal size that the kernel holds side by side.
+
+    Returns:
+        "kernel_init" and "bias_init", arguments of `nn.Conv` and `nn.Dense`.
     """
     if style == "ho":
         # Glorot's fan_out counts one of the fused layers, not all.
@@ -47,13 +52,20 @@ def layer_init(
     return {"kernel_init": kernel, "bias_init": bias}
 
 
-# So many numbers, a MiB of them, are cheaper to norm again in the backward pass than to
-# keep with all that the gradient needs.
+# From this many values on (1 MiB), computing a norm again in the backward pass is
+# cheaper than keeping its intermediate results.
 MIN_RECOMPUTED = 2**18
 
 
 class Layers(nn.Module):
-    """What every block shares: how its layers are made. Has no parameters itself."""
+    """Base class of the blocks of `UNet`: makes their layers, has none itself.
+
+    Attributes:
+        init_style: "openai", "ho" or "torch", see `layer_init`.
+        num_groups: number of groups of every group norm.
+        norm_epsilon: added to the variance in every norm.
+        dtype: dtype of convolutions and attention; all else is float32.
+    """
 
     init_style: str = "openai"
     num_groups: int = 32
@@ -72,8 +84,18 @@ class Layers(nn.Module):
         dtype: Any = None,
         double: bool = False,
     ) -> Float[Array, "b *d_out c_out"]:
-        """A convolution of size 3 over every spatial axis, padded symmetrically; with
-        `double`, of images doubled before."""
+        """Convolves with a kernel of size 3 along every spatial axis.
+
+        Args:
+            x: images [b, *spatial, c].
+            features: number of output channels.
+            name: name of the layer.
+            stride: 1, or 2 to halve the image.
+            padding: pixels before and after each spatial axis.
+            zero: whether the output vanishes at initialization.
+            dtype: dtype of the computation; by default the block's.
+            double: whether the image is doubled (`repeat`) before.
+        """
         n, convolve = x.ndim - 2, None
         if double and n == 2 and jax.default_backend() == "cpu":
             convolve = conv_of_doubled
@@ -92,24 +114,31 @@ class Layers(nn.Module):
         )(x)
 
     def dense(self, x, features, *, name, dtype=jnp.float32, **init_options):
-        """A linear layer over the last axis: of images, a convolution of size 1."""
+        """Applies a linear layer to the last axis: a 1 x 1 convolution of images."""
         init = layer_init(self.init_style, x.shape[-1], **init_options)
         return nn.Dense(features, dtype=dtype, name=name, **init)(x)
 
     def norm(self, x, *, name, scale=None, shift=None, silu=False):
-        """Group norm, times 1 + scale and plus shift if those [b, c] are given, and a
-        SiLU after it if asked for."""
+        """Applies `GroupNorm`, with a scale and a shift [b, c] if they are given."""
         norm = GroupNorm(self.num_groups, self.norm_epsilon, silu, name=name)
         return norm(x, scale, shift)
 
 
 class GroupNorm(nn.Module):
-    """Group norm in float32 whatever comes in (Wu & He 2018), and a SiLU after it.
+    """Group norm (Wu & He 2018) in float32, then scale and shift, then perhaps a SiLU.
 
-    Sums over pixels come first, channel by channel, as they lie in memory side by side;
-    groups are made of the few numbers that are left. All that follows is elementwise,
-    and the backward pass computes it again from those numbers: that costs less than to
-    write it to memory and to read it back.
+    Means over pixels are taken first, channel by channel, because channels are
+    contiguous in memory; only these [b, c] means are averaged over groups. Everything
+    after that is elementwise. For large images the backward pass computes it again from
+    the means, which is cheaper than to write it to memory and to read it back.
+
+    Args of the call: x [b, *spatial, c]; scale and shift float32 [b, c] or None: the
+    output is y (1 + scale) + shift. Returns float32 [b, *spatial, c].
+
+    Attributes:
+        num_groups: number of groups; it divides the channels.
+        epsilon: added to the variance.
+        silu: whether a SiLU follows.
     """
 
     num_groups: int
@@ -125,16 +154,16 @@ class GroupNorm(nn.Module):
     ) -> Float[Array, "b *d c"]:
         gain = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        normalise = self._normalise
+        normalize = self._normalize
         if x.size >= MIN_RECOMPUTED:
             policy = jax.checkpoint_policies.save_only_these_names("rows")
-            normalise = jax.checkpoint(normalise, policy=policy)
-        return normalise(x, gain[None], bias[None], scale, shift)
+            normalize = jax.checkpoint(normalize, policy=policy)
+        return normalize(x, gain[None], bias[None], scale, shift)
 
-    def _normalise(self, x, gain, bias, scale, shift):
+    def _normalize(self, x, gain, bias, scale, shift):
         b, c, pixels = x.shape[0], x.shape[-1], tuple(range(1, x.ndim - 1))
 
-        def of_group(means):  # [b, c], the mean of each channel's group
+        def group_means(means):  # of channels -> of each channel's group, [b, c]
             groups = means.reshape(b, self.num_groups, c // self.num_groups)
             means = jnp.mean(groups, axis=-1, keepdims=True)
             return jnp.broadcast_to(means, groups.shape).reshape(b, c)
@@ -143,10 +172,10 @@ class GroupNorm(nn.Module):
             return jnp.expand_dims(row, pixels)
 
         x = x.astype(jnp.float32)
-        mean = checkpoint_name(of_group(jnp.mean(x, axis=pixels)), "rows")
+        mean = checkpoint_name(group_means(jnp.mean(x, axis=pixels)), "rows")
         x = x - everywhere(mean)
-        # Of the centred values, as PyTorch does: E[x^2] - E[x]^2 would cancel.
-        variance = checkpoint_name(of_group(jnp.mean(x**2, axis=pixels)), "rows")
+        # Of the centered values, as in PyTorch: E[x^2] - E[x]^2 would cancel.
+        variance = checkpoint_name(group_means(jnp.mean(x**2, axis=pixels)), "rows")
         gain = gain * lax.rsqrt(variance + self.epsilon)
         if scale is not None:
             gain, bias = gain * (1 + scale), bias * (1 + scale)
@@ -157,7 +186,12 @@ class GroupNorm(nn.Module):
 
 
 def check_halvings(x: Float[Array, "b *d c"], halvings: int) -> None:
-    """Raises ValueError unless the axes that are resampled can be halved so often."""
+    """Raises ValueError unless images can be halved `halvings` times.
+
+    Args:
+        x: images [b, *spatial, c].
+        halvings: number of times that the resampled axes are halved.
+    """
     resampled = x.shape[-3:-1] if x.ndim > 3 else x.shape[1:2]
     if any(size % 2**halvings for size in resampled):
         raise ValueError(
@@ -167,18 +201,18 @@ def check_halvings(x: Float[Array, "b *d c"], halvings: int) -> None:
 
 
 def scales(num_axes: int) -> tuple[int, ...]:
-    """By how much each of one, two or three spatial axes is resampled."""
+    """Returns the factors by which one, two or three spatial axes are resampled."""
     return (1, 2, 2) if num_axes == 3 else (2,) * num_axes
 
 
 def pool(x: Float[Array, "b *d c"]) -> Float[Array, "b *d_out c"]:
-    """Halves by averaging."""
+    """Halves images by averaging blocks of pixels: [b, 2 h, 2 w, c] -> [b, h, w, c]."""
     factors = scales(x.ndim - 2)
     return nn.avg_pool(x, factors, factors)
 
 
 def repeat(x: Float[Array, "b *d c"]) -> Float[Array, "b *d_out c"]:
-    """Doubles by repeating, which is nearest-neighbour interpolation."""
+    """Doubles images by nearest-neighbor interpolation: every pixel is repeated."""
     for axis, factor in enumerate(scales(x.ndim - 2), start=1):
         x = jnp.repeat(x, factor, axis=axis) if factor > 1 else x
     return x
@@ -192,14 +226,18 @@ def timestep_embedding(
     order: str = "cos_sin",
     endpoint: bool = False,
 ) -> Float[Array, "b dim"]:
-    """Sinusoids of t at frequencies from 1 down to 1 / max_period, in float32.
+    """Returns sinusoids of t at frequencies from 1 down to 1 / max_period.
 
     Args:
-        t: timesteps, fractions allowed.
-        dim: if odd, the last column is zero.
-        order: which half comes first; OpenAI cos_sin, Ho et al. and DDIM sin_cos.
-        endpoint: include the lowest frequency itself, i.e. divide by half - 1 (Ho et
-            al., DDIM) and not by half (OpenAI).
+        t: timesteps [b], fractions allowed.
+        dim: number of columns; if odd, the last column is zero.
+        max_period: the lowest frequency is 1 / max_period.
+        order: which half comes first: "cos_sin" (OpenAI), "sin_cos" (Ho et al., DDIM).
+        endpoint: whether the lowest frequency itself is included (Ho et al., DDIM).
+            OpenAI's code stops one frequency above it.
+
+    Returns:
+        float32 [b, dim].
     """
     half = dim // 2
     exponents = np.arange(half) / (half - 1 if endpoint else half)
@@ -215,12 +253,16 @@ gelu = functools.partial(nn.gelu, approximate=False)
 
 
 class TorchLayers(nn.Module):
-    """What the blocks share: layers as PyTorch makes them. Has no parameters itself."""
+    """Base class of blocks whose layers start as PyTorch's do; has no layers itself.
+
+    Attributes:
+        dtype: dtype of convolutions and attention; all else is float32.
+    """
 
     dtype: Any = jnp.float32
 
     def conv(self, x, features, *, name, size=3, stride=1, padding=None, bias=True):
-        """A convolution of `size` x `size`, padded symmetrically unless told."""
+        """Convolves with a `size` x `size` kernel, by default padded symmetrically."""
         init = layer_init("torch", size * size * x.shape[-1])
         padding = size // 2 if padding is None else padding
         return nn.Conv(
@@ -235,11 +277,11 @@ class TorchLayers(nn.Module):
         )(x)
 
     def dense(self, x, features, *, name):
-        """A linear layer in float32."""
+        """Applies a linear layer in float32."""
         return nn.Dense(features, name=name, **layer_init("torch", x.shape[-1]))(x)
 
     def norm(self, x, *, name, num_groups=1):
-        """Group norm in float32, of the true variance."""
+        """Applies group norm in float32, with the variance of centered values."""
         return nn.GroupNorm(
             num_groups,
             epsilon=1e-5,
@@ -249,7 +291,7 @@ class TorchLayers(nn.Module):
         )(x)
 
     def embed(self, timesteps, channels):
-        """The timestep as [b, 4 channels]."""
+        """Embeds timesteps [b] as float32 [b, 4 channels]: sinusoids and an MLP."""
         emb = timestep_embedding(timesteps, channels, order="sin_cos", endpoint=True)
         emb = gelu(self.dense(emb, 4 * channels, name="time_0"))
         return self.dense(emb, 4 * channels, name="time_1")
@@ -260,9 +302,17 @@ def linear_attention(
     k: Float[Array, "b m head d"],
     v: Float[Array, "b m head e"],
 ) -> Float[Array, "b n head e"]:
-    """softmax(q) (softmax(k)^T v) / sqrt(d), in time linear in the pixels.
+    """Computes softmax(q) (softmax(k)^T v) / sqrt(d), in time linear in the pixels.
 
-    q's softmax is over d, k's over the pixels (Shen et al. 2018).
+    The softmax of q is over d, that of k over the pixels (Shen et al. 2018).
+
+    Args:
+        q: queries of n pixels, [b, n, head, d].
+        k: keys of m pixels, [b, m, head, d].
+        v: values of m pixels, [b, m, head, e].
+
+    Returns:
+        [b, n, head, e].
     """
     dtype, scale = q.dtype, q.shape[-1] ** -0.5
     q = scale * jax.nn.softmax(q.astype(jnp.float32), axis=-1)

@@ -8,15 +8,15 @@
     out:  block on [h, stem], 1x1 convolution
 
 Attention is linear at all levels but the innermost, where it is full, as in the middle;
-both see a few learned keys and values beside the pixels. Norms are RMS over channels.
-The first and last convolutions within a level keep its size: the innermost level is not
-halved but widened. The defaults are its README's network of 35,711,491 parameters.
+both kinds also attend to a few learned keys and values. Norms are RMS norms over
+channels. The innermost level is widened but not halved. The defaults are the network of
+the README, which has 35,711,491 parameters.
 
 Left out: self-conditioning and random or learned Fourier features of t.
 
-Layers start as PyTorch's do, none at zero; kernels are PyTorch's with the axes in the
-order (2, 3, 1, 0). Norms, softmax, time embedding and output are float32 whatever the
-dtype.
+Layers start as PyTorch's do, none at zero; kernels are PyTorch's with their axes
+permuted to (2, 3, 1, 0). Norms, softmax, time embedding and output are always float32;
+`dtype` is the dtype of convolutions and attention.
 """
 
 import functools
@@ -36,14 +36,21 @@ from jax_diffusion.models.layers import (
 
 
 def pixel_unshuffle(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c4"]:
-    """2x2 pixels become channels, in PyTorch's order: channel, row, column."""
+    """Folds blocks of 2x2 pixels into channels, ordered [channel, row, column].
+
+    Args:
+        x: images [b, h, w, c], h and w even.
+
+    Returns:
+        [b, h / 2, w / 2, 4 c], PyTorch's `pixel_unshuffle`.
+    """
     b, height, width, c = x.shape
     x = x.reshape(b, height // 2, 2, width // 2, 2, c)
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, height // 2, width // 2, 4 * c)
 
 
 class RMSNorm(nn.Module):
-    """gain sqrt(c) x / |x| over the c channels, in float32."""
+    """RMS norm over the c channels, gain sqrt(c) x / |x|, in float32."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -51,12 +58,22 @@ class RMSNorm(nn.Module):
         gain = self.param("scale", nn.initializers.ones, (c,)).reshape(1, 1, 1, c)
         x = x.astype(jnp.float32)
         square = jnp.sum(x**2, axis=-1, keepdims=True)
-        # PyTorch's bound on |x|, squared; the root of it has a gradient at x = 0.
+        # The square of PyTorch's lower bound of |x|; so the gradient exists at x = 0.
         return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24)) * gain * c**0.5
 
 
 class Block(TorchLayers):
-    """Two of 3x3, norm and SiLU, with a skip; emb modulates the first norm."""
+    """Residual block: two 3x3 convolutions, each with norm and SiLU.
+
+    The time embedding scales and shifts the output of the first norm.
+
+    Args of the call: x [b, h, w, c]; emb float32 [b, e]; train, whether dropout is on.
+    Returns [b, h, w, channels].
+
+    Attributes:
+        channels: number of output channels.
+        dropout: rate of dropout before the second convolution.
+    """
 
     channels: int = 64
     dropout: float = 0.0
@@ -77,9 +94,16 @@ class Block(TorchLayers):
 
 
 class MemoryAttention(TorchLayers):
-    """Attention of all pixels to each other and to learned keys and values.
+    """Attention of all pixels to each other and to learned keys and values, added to x.
 
-    It is added to x. The linear kind ends with another norm.
+    Args of the call: x [b, h, w, c]. Returns the same shape.
+
+    Attributes:
+        linear: whether attention is linear (`linear_attention`, and a norm after it) or
+            full.
+        num_heads: number of attention heads.
+        head_dim: channels of each head.
+        num_memory: number of learned keys, and of values, of each head.
     """
 
     linear: bool = False
@@ -114,10 +138,20 @@ class MemoryAttention(TorchLayers):
 
 
 class LucidrainsUNet(TorchLayers):
-    """Predicts from x_t and its timestep; see the module's docstring.
+    """U-Net of x_t and its timestep; the docstring of the module shows its structure.
 
     Args of the call: x float32 [b, h, w, c]; timesteps float32 [b]. Returns float32
-    [b, h, w, out_channels]; a learned variance takes twice the image's channels.
+    [b, h, w, out_channels].
+
+    Attributes:
+        out_channels: channels of the output.
+        channels: channels of the stem.
+        multipliers: channels of each level, in multiples of `channels`; one per level.
+        num_heads: number of attention heads.
+        head_dim: channels of each attention head.
+        num_memory: number of learned keys, and of values, of each attention head.
+        dropout: rate of dropout in residual blocks.
+        dtype: dtype of convolutions and attention.
 
     Raises:
         ValueError: if the image cannot be halved often enough.
@@ -178,7 +212,7 @@ class LucidrainsUNet(TorchLayers):
         return h.astype(jnp.float32)
 
     def _blocks(self, emb, train):
-        """Block and attention with all that they share filled in."""
+        """Returns block(h, width, name) and attention, all that blocks share bound."""
         attention = functools.partial(
             MemoryAttention,
             num_heads=self.num_heads,

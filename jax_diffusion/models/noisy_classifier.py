@@ -3,11 +3,12 @@
     emb = MLP(sinusoids of t)
     down: per level num_res_blocks x (ResBlock, attention at some sizes), halve
     mid:  ResBlock, attention, ResBlock
-    head: all pixels become one row of logits, in one of four ways, `pool`
+    head: all pixels -> logits, in one of four ways (the field `pool`)
 
-Classifier guidance follows the gradient in x_t of log p(label | x_t), so the network
-sees noisy images and is told how noisy. Norms, softmax, time embedding and the whole
-head are float32 whatever the dtype.
+Classifier guidance follows the gradient with respect to x_t of log p(label | x_t), so
+the network classifies noisy images and is given their timesteps. Norms, softmax, time
+embedding and head are always float32; `dtype` is the dtype of convolutions and
+attention.
 """
 
 import flax.linen as nn
@@ -20,19 +21,26 @@ from jax_diffusion.models.unet import Trunk
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
-HIDDEN = 2048  # features between the two linear layers of the spatial heads
+HIDDEN = 2048  # width of the hidden layer of the spatial heads
 
 
 class AttentionPool(Layers):
-    """What the mean pixel gathers by attention over all pixels, as logits (CLIP).
+    """Attention pooling of CLIP: the mean pixel attends to all pixels, then logits.
 
-    The mean is put before the pixels as one more token, each token is told its place by
-    a learned embedding, and only the mean's own row of the attention is needed.
+    The mean is put before the pixels as one more token, and a learned embedding of its
+    position is added to each token. Only the mean is a query.
+
+    Args of the call: x [b, h, w, c]. Returns float32 [b, num_labels].
+
+    Attributes:
+        num_labels: number of logits.
+        num_heads: number of attention heads.
+        head_channels: channels of each head; if given, it determines num_heads.
     """
 
     num_labels: int = 1000
     num_heads: int = 1
-    head_channels: int | None = None  # decides num_heads by the channels, if given
+    head_channels: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k"]:
@@ -50,24 +58,28 @@ class AttentionPool(Layers):
 
 
 class NoisyClassifier(Trunk):
-    """Logits of the label from x_t and its timestep; see the module's docstring.
+    """Classifier of x_t and its timestep; the docstring of the module shows it.
 
-    Args of the call: x float32 [b, h, w, c]; timesteps float32 [b]. Returns float32
-    [b, num_labels].
+    Args of the call: x float32 [b, h, w, c]; timesteps float32 [b]. Returns logits,
+    float32 [b, num_labels].
 
-    The heads, each named as in guided diffusion:
-        adaptive: the mean of the last pixels, and a linear layer that starts at zero.
-        attention: `AttentionPool` of the last pixels; for one image size only.
-        spatial: the means of every stage side by side, and two linear layers.
-        spatial_v2: the same with a norm between the two.
+    Attributes:
+        num_labels: number of labels.
+        pool: the head, named as in guided-diffusion. "adaptive": the mean over pixels
+            of the last feature map, and a linear layer that starts at zero.
+            "attention": `AttentionPool` of it; the image size is then fixed.
+            "spatial": the means of the feature maps of all stages, concatenated, and
+            two linear layers. "spatial_v2": the same with a norm between the layers.
+
+    Further attributes are those of `Trunk` and `Layers`.
 
     Raises:
         ValueError: if a name is unknown, if the image cannot be halved often enough, or
-            if the channels of a level cannot be grouped or split into heads.
+            if channels cannot be divided into groups or heads.
     """
 
     num_labels: int = 1000
-    pool: str = "adaptive"  # of POOLS
+    pool: str = "adaptive"
 
     @nn.compact
     def __call__(
@@ -92,7 +104,7 @@ class NoisyClassifier(Trunk):
         return AttentionPool(num_labels=self.num_labels, name="pool", **options)(h)
 
     def _spatial(self, stages):
-        """Logits from the mean features of every stage."""
+        """Computes logits from the mean features of every stage."""
         means = [jnp.mean(h.astype(jnp.float32), axis=(1, 2)) for h in stages]
         h = self.dense(jnp.concatenate(means, axis=-1), HIDDEN, name="hidden")
         if self.pool == "spatial":

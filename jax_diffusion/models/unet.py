@@ -5,8 +5,9 @@
     mid:  ResBlock, attention, ResBlock
     up:   per level (num_res_blocks + 1) x (ResBlock on [h, skip], attention), double
 
-The systems differ in small ways, each a field of `UNet`; the defaults are Improved
-DDPM's. Norms, softmax, time embedding and output are float32 whatever the dtype.
+The systems differ in small ways, each of which is a field of `UNet`; the defaults are
+those of Improved DDPM. Norms, softmax, time embedding and output are always float32;
+`dtype` is the dtype of convolutions and attention.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from jax_diffusion.models.layers import (
     timestep_embedding,
 )
 
+# The fields of `Trunk` with a choice, and their values.
 CHOICES = {
     "resample": ("conv", "pool", "resblock"),
     "embedding_order": ("cos_sin", "sin_cos"),
@@ -34,16 +36,27 @@ CHOICES = {
 
 
 class ResBlock(Layers):
-    """Two convolutions of size 3 with a skip, modulated by the timestep embedding.
+    """Residual block: two convolutions of size 3, modulated by the time embedding.
 
-    The last convolution starts at zero, so a new block is the identity (up to its skip
-    projection). With `resample`, both ways are resampled before the first convolution.
+    The last convolution starts at zero, so a new block is the identity, up to the
+    projection of its skip connection.
+
+    Args of the call: x [b, *spatial, c]; emb float32 [b, e]; train, whether dropout is
+    on. Returns [b, *spatial, channels], spatial axes resampled if asked for.
+
+    Attributes:
+        channels: number of output channels.
+        dropout: rate of dropout before the last convolution.
+        scale_shift: whether emb scales and shifts the second norm (Improved DDPM) or is
+            added before it (Ho et al.).
+        resample: None, "halve" or "double": how branch and skip connection are
+            resampled before the first convolution.
     """
 
     channels: int = 128
     dropout: float = 0.0
-    scale_shift: bool = True  # emb modulates the norm (Improved), else is added (Ho)
-    resample: str | None = None  # "halve" or "double"
+    scale_shift: bool = True
+    resample: str | None = None
 
     @nn.compact
     def __call__(
@@ -73,10 +86,17 @@ class ResBlock(Layers):
 
 
 class Attention(Layers):
-    """Self-attention over all pixels, with a skip; the output starts at zero."""
+    """Self-attention over all pixels, added to its input; it starts at zero.
+
+    Args of the call: x [b, *spatial, c]. Returns the same shape.
+
+    Attributes:
+        num_heads: number of attention heads.
+        head_channels: channels of each head; if given, it determines num_heads.
+    """
 
     num_heads: int = 1
-    head_channels: int | None = None  # decides num_heads by the channels, if given
+    head_channels: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *d c"]) -> Float[Array, "b *d c"]:
@@ -86,45 +106,66 @@ class Attention(Layers):
         qkv = self.dense(h, 3 * c, name="qkv", dtype=self.dtype, fused=3)
         # [b, pixels, head, channels of a head] each; softmax is float32 inside.
         q, k, v = jnp.moveaxis(qkv.reshape(b, -1, 3, c // size, size), 2, 0)
-        # Its pixels x pixels weights are computed again rather than kept.
+        # The pixels x pixels attention weights are computed again, not kept.
         h = jax.checkpoint(jax.nn.dot_product_attention)(q, k, v).reshape(x.shape)
         return x + self.dense(h, c, name="out", dtype=self.dtype, zero=True)
 
 
 class Trunk(Layers):
-    """The way down and the middle, and all that a U-Net and a classifier share."""
+    """The way down and the middle, which `UNet` and `NoisyClassifier` share.
+
+    Attributes:
+        channels: channels of the first level.
+        multipliers: channels of each level, in multiples of `channels`; one per level.
+        num_res_blocks: residual blocks per level on the way down; one more on the way
+            up.
+        attention_resolutions: image heights in pixels at which blocks have attention.
+        num_heads: attention heads.
+        head_channels: channels of each attention head; if given, in place of num_heads.
+        dropout: rate of dropout in residual blocks.
+        scale_shift: whether the time embedding scales and shifts norms (Improved DDPM)
+            or is added (Ho et al.).
+        resample: how levels are halved and doubled: "conv", a convolution of stride 2
+            and one after doubling; "pool", without convolutions; "resblock", a residual
+            block that resamples (guided-diffusion).
+        embedding_order: "cos_sin" or "sin_cos", see `timestep_embedding`.
+        embedding_endpoint: see `timestep_embedding`.
+        down_padding: padding of the convolutions of stride 2: "symmetric", or
+            "bottom_right" (Ho et al., DDIM).
+        remat: name of a policy of `jax.checkpoint_policies`, such as
+            "nothing_saveable": the backward pass computes all that it does not save
+            again, block by block. None: the backward pass computes nothing again.
+    """
 
     channels: int = 128
     multipliers: Sequence[int | float] = (1, 2, 2, 2)
     num_res_blocks: int = 2
-    attention_resolutions: Sequence[int] = (16,)  # heights in pixels
+    attention_resolutions: Sequence[int] = (16,)
     num_heads: int = 1
-    head_channels: int | None = None  # instead of num_heads
+    head_channels: int | None = None
     dropout: float = 0.0
     scale_shift: bool = True
-    resample: str = "conv"  # of RESAMPLES: how levels are halved and doubled
-    embedding_order: str = "cos_sin"  # or "sin_cos"
+    resample: str = "conv"
+    embedding_order: str = "cos_sin"
     embedding_endpoint: bool = False
-    down_padding: str = "symmetric"  # or "bottom_right"
-    # What the backward pass computes again: the blocks but for what a policy of
-    # `jax.checkpoint_policies` saves, such as "nothing_saveable"; None, nothing.
+    down_padding: str = "symmetric"
     remat: str | None = None
 
     def widths(self) -> list[int]:
-        """Channels of every level."""
+        """Returns the number of channels of every level."""
         return [round(m * self.channels) for m in self.multipliers]
 
     def shared(self) -> dict[str, Any]:
-        """The fields of `Layers`, for the blocks inside."""
+        """Returns the fields of `Layers` by name, for the blocks inside."""
         names = ("init_style", "num_groups", "norm_epsilon", "dtype")
         return {name: getattr(self, name) for name in names}
 
     def heads(self) -> dict[str, Any]:
-        """The fields that tell how attention is split."""
+        """Returns the fields that split attention into heads, by name."""
         return dict(num_heads=self.num_heads, head_channels=self.head_channels)
 
     def embed(self, timesteps):
-        """The timesteps as [b, 4 channels]."""
+        """Embeds timesteps [b] as float32 [b, 4 channels]: sinusoids and an MLP."""
         emb = timestep_embedding(
             timesteps,
             self.channels,
@@ -135,7 +176,12 @@ class Trunk(Layers):
         return self.dense(emb, 4 * self.channels, name="time_1")
 
     def blocks(self, emb, train):
-        """block(h, channels, name) and attend(h, name), with all that they share."""
+        """Returns block(h, channels, name) and attend(h, name), all else bound.
+
+        Args:
+            emb: time embedding, float32 [b, e].
+            train: whether dropout is on.
+        """
         res_block, attention = ResBlock, Attention
         if self.remat is not None:
             policy = getattr(jax.checkpoint_policies, self.remat)
@@ -162,7 +208,17 @@ class Trunk(Layers):
         return block, attend
 
     def descend(self, x, block, attend):
-        """The output of every stage on the way down, and of the middle."""
+        """Computes the way down and the middle.
+
+        Args:
+            x: images [b, *spatial, c].
+            block: first result of `blocks`.
+            attend: second result of `blocks`.
+
+        Returns:
+            The list of the outputs of all stages on the way down, which are the skips
+            of a U-Net, and the output of the middle.
+        """
         widths = self.widths()
         stages = [h := self.conv(x, widths[0], name="conv_in")]
         for level, width in enumerate(widths):
@@ -184,7 +240,7 @@ class Trunk(Layers):
         return self.conv(h, h.shape[-1], name=name, stride=2, padding=padding)
 
     def check(self, x):
-        """Raises ValueError unless the image fits the levels and the widths split."""
+        """Raises ValueError for wrong fields, or if images x do not fit the levels."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -207,21 +263,32 @@ class Trunk(Layers):
 
 
 class UNet(Trunk):
-    """Predicts from x_t and its timestep; see the module's docstring.
+    """U-Net of x_t and its timestep; the docstring of the module shows its structure.
 
-    Args of the call: x float32 [b, *spatial, c], mostly [b, h, w, c]; timesteps float32
-    [b]; label int32 [b] if num_classes is set; low_res [b, h_low, w_low, c] if that is
-    set. Returns float32 [b, *spatial, out_channels].
+    Args of the call: x float32 [b, h, w, c] (or another number of spatial axes, 1 to
+    3); timesteps float32 [b]; label int32 [b] if num_classes is set; low_res
+    [b, h_low, w_low, c] if low_res is set. Returns float32 [b, h, w, out_channels].
+
+    Attributes:
+        out_channels: channels of the output.
+        num_classes: number of labels; None for a network that takes no label.
+        low_res: whether the network also takes low-resolution images, which are resized
+            and stacked onto x (super-resolution).
+        block_size: side of the blocks of pixels that are folded into channels before
+            the network and unfolded after it (Ho et al.'s space_to_depth); 1 for none.
+
+    Further attributes are those of `Trunk` and `Layers`.
 
     Raises:
-        ValueError: if the image cannot be halved often enough, if the channels cannot
-            be grouped, or if label or low_res are missing or not wanted.
+        ValueError: if the image cannot be halved often enough, if channels cannot be
+            divided into groups or heads, or if label or low_res is missing or not
+            wanted.
     """
 
     out_channels: int = 3
     num_classes: int | None = None
-    low_res: bool = False  # sees a smaller image too: super-resolution
-    block_size: int = 1  # pixels folded into channels, Ho et al.'s space_to_depth
+    low_res: bool = False
+    block_size: int = 1
 
     @nn.compact
     def __call__(
@@ -284,7 +351,18 @@ class UNet(Trunk):
 
 
 def fold(x: Float[Array, "b *d c"], size: int) -> Float[Array, "b *d_out c_out"]:
-    """Moves blocks of size x size pixels into channels, [row, column, channel]."""
+    """Folds blocks of size x size pixels into channels, ordered [row, column, channel].
+
+    Args:
+        x: images [b, h, w, c].
+        size: side of a block; 1 changes nothing.
+
+    Returns:
+        [b, h / size, w / size, size^2 c].
+
+    Raises:
+        ValueError: if height or width is not divisible by `size`.
+    """
     if size == 1:
         return x
     b, h, w, c = x.shape
@@ -295,7 +373,7 @@ def fold(x: Float[Array, "b *d c"], size: int) -> Float[Array, "b *d_out c_out"]
 
 
 def unfold(x: Float[Array, "b *d c"], size: int) -> Float[Array, "b *d_out c_out"]:
-    """The inverse of `fold`."""
+    """Unfolds channels into blocks of size x size pixels: the inverse of `fold`."""
     if size == 1:
         return x
     b, h, w, c = x.shape

@@ -57,12 +57,12 @@ def write_all_atomic(files: Mapping[Path, Content]) -> None:
                     )
                 file.flush()
                 os.fsync(file.fileno())
+        for path in files:
+            os.replace(beside[path], path)
     except Exception:
         for path in beside.values():
             path.unlink(missing_ok=True)
         raise
-    for path in files:
-        os.replace(beside[path], path)
 
 
 def read_npz(

@@ -14,8 +14,9 @@ import pytest
 
 from jax_diffusion import diffusion, export, samplers, schedules
 from jax_diffusion.diffusion import Objective
+from jax_diffusion.models import bind, example_inputs
 from jax_diffusion.models.unet import UNet
-from jax_diffusion.training.step import bind, example_inputs
+from jax_diffusion.runtime import files
 
 # Two compilations of one float32 network, as the steps of a sampler amplify them.
 CLOSE = dict(rtol=0, atol=1e-3)
@@ -336,7 +337,7 @@ def test_a_write_that_fails_leaves_the_old_files(written, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         export.write(written, linear, LINEAR)
     assert {p.name: p.read_bytes() for p in written.parent.iterdir()} == before
