@@ -16,6 +16,7 @@ from jax_diffusion import data
 from jax_diffusion.evaluation import features as extractors
 from jax_diffusion.interop import inception_weights, torch_files
 from jax_diffusion.models.feature_cnn import FeatureCNN
+from jax_diffusion.models.inception import Inception
 from jax_diffusion.runtime import sharding
 
 DIGITS = data.load("digits", "train", batch_size=32)
@@ -498,7 +499,7 @@ def test_a_download_is_never_unchecked(tmp_path):
 def test_inception_has_features_of_the_published_sizes(weights):
     apply = extractors.inception(weights[0], sha256=None).apply
     images = jax.ShapeDtypeStruct((2, 8, 8, 3), np.uint8)
-    init = jax.eval_shape(inception.Inception().init, jax.random.key(0), images)
+    init = jax.eval_shape(Inception().init, jax.random.key(0), images)
     found = jax.eval_shape(apply, init["params"], images)
     shapes = {name: feature.shape for name, feature in found.items()}
     assert shapes == {"pool": (2, 2048), "spatial": (2, 2023), "logits": (2, 1008)}
