@@ -6,13 +6,12 @@ import sys
 import threading
 import time
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from jax_diffusion import data
-from jax_diffusion.data import folder, philox
+from jax_diffusion.data import folder
 
 
 def numbered(n, c=1):
@@ -40,59 +39,6 @@ def same(a, b):
     for key in a:
         assert a[key].dtype == b[key].dtype
         np.testing.assert_array_equal(a[key], b[key])
-
-
-# Scaling
-
-
-@pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
-def test_from_uint8_maps_the_range_to_minus_one_to_one(asarray):
-    x = data.from_uint8(asarray(np.array([0, 51, 102, 204, 255], np.uint8)))
-    assert x.dtype == np.float32
-    np.testing.assert_allclose(x, [-1, -0.6, -0.2, 0.6, 1], atol=1e-6)
-
-
-@pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
-def test_to_uint8_truncates_and_clips(asarray):
-    x = asarray(np.array([-9, -1, 0, 0.5, 0.999, 1, 9], np.float32))
-    y = data.to_uint8(x)
-    assert isinstance(y, np.ndarray) and y.dtype == np.uint8
-    np.testing.assert_array_equal(y, [0, 0, 127, 191, 254, 255, 255])
-
-
-def test_scaling_there_and_back_loses_one_level_from_1_to_63_only():
-    v = np.arange(256, dtype=np.uint8)
-    lost = (v >= 1) & (v <= 63)
-    np.testing.assert_array_equal(data.to_uint8(data.from_uint8(v)), v - lost)
-
-
-def test_rounding_there_and_back_loses_nothing():
-    v = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(data.to_uint8(data.from_uint8(v), "round"), v)
-
-
-@pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
-def test_rounding_takes_the_nearest_level_and_the_floor_the_one_below(asarray):
-    v = np.arange(255)[:, None] + np.array([0.01, 0.49, 0.51, 0.99])
-    x = asarray((v / 127.5 - 1).astype(np.float32))
-    nearest = v.astype(int) + np.array([0, 0, 1, 1])
-    np.testing.assert_array_equal(data.to_uint8(x, "round"), nearest)
-    np.testing.assert_array_equal(data.to_uint8(x, "floor"), v.astype(int))
-    ends = np.array([-9, -1.001, 1.001, 9], np.float32)
-    np.testing.assert_array_equal(data.to_uint8(ends, "round"), [0, 0, 255, 255])
-
-
-def test_another_rounding_is_refused():
-    with pytest.raises(ValueError, match=r"one of \('floor', 'round'\), got 'ceil'\.$"):
-        data.to_uint8(np.zeros(3, np.float32), "ceil")
-
-
-def test_from_uint8_refuses_what_is_scaled_already():
-    with pytest.raises(ValueError, match="must be uint8, got float32"):
-        data.from_uint8(np.zeros(3, np.float32))
-
-
-# Order
 
 
 @pytest.mark.parametrize("n, b", [(10, 4), (10, 10), (7, 3), (7, 1), (1, 1)])
@@ -203,9 +149,6 @@ def test_properties_tell_shape_and_counts():
     np.testing.assert_array_equal(unlabelled.batch(0)["label"], [0, 0])
 
 
-# Flips
-
-
 @pytest.mark.parametrize("c", [1, 2, 3, 4])
 def test_flipped_images_are_exact_mirrors_half_of_the_time(c):
     num_steps, b = 100, 50
@@ -229,12 +172,6 @@ def test_flipping_leaves_the_order_alone():
     np.testing.assert_array_equal(stream(plain, 30), stream(flipped, 30))
 
 
-def test_draws_of_different_purposes_seeds_and_indices_never_meet():
-    keys = itertools.product((0, 1, 2), (0, 1, 2**63 + 5), (0, 1, 2**40))
-    draws = np.concatenate([philox.draw(*key, 500) for key in keys])
-    assert len(np.unique(draws)) == len(draws) == 27 * 500
-
-
 def test_without_flip_and_in_evaluation_images_are_as_stored():
     for kwargs in (dict(train=False, flip=True), dict(train=True, flip=False)):
         for batch in itertools.islice(batches_of(40, batch_size=20, **kwargs), 2):
@@ -248,9 +185,6 @@ def test_images_that_are_not_contiguous_are_flipped_too():
     a = data.from_arrays(images, batch_size=8, flip=True).batch(0)
     b = data.from_arrays(numbered(8, 3), batch_size=8, flip=True).batch(0)
     np.testing.assert_array_equal(a["image"], b["image"])
-
-
-# Some rows
 
 
 @pytest.mark.parametrize("c", [1, 3])
@@ -278,9 +212,6 @@ def test_rows_that_are_no_increasing_positions_are_refused(rows):
     for ask in (lambda: batches.batch(0, rows), lambda: batches.stream(0, rows)):
         with pytest.raises(ValueError, match=r"increase in \[0, 4\), got"):
             ask()
-
-
-# Images that are decoded when they are asked for
 
 
 def square(n, c):
@@ -344,9 +275,6 @@ def test_what_exceeds_the_limit_is_lazy(tmp_path, monkeypatch):
     assert data.load("digits", batch_size=1).in_memory
     with pytest.raises(ValueError, match=r"None or True for 'digits', got False.*tfds"):
         data.load("digits", batch_size=1, in_memory=False)
-
-
-# Streams
 
 
 @pytest.fixture(params=["in memory", "lazy"])
@@ -485,9 +413,6 @@ def test_only_reading_ahead_needs_grain(make, monkeypatch):
             next(batches.stream(0))
 
 
-# Bad arguments
-
-
 @pytest.mark.parametrize(
     "images, labels, kwargs, words",
     [
@@ -518,30 +443,3 @@ def test_only_reading_ahead_needs_grain(make, monkeypatch):
 def test_bad_arrays_and_numbers_are_refused(images, labels, kwargs, words):
     with pytest.raises(ValueError, match=words):
         data.from_arrays(images, labels, **{"batch_size": 2, **kwargs})
-
-
-def test_unknown_names_list_the_choices_and_the_nearest():
-    with pytest.raises(ValueError, match=r"'digits', 'folder'.*did you mean 'digits'"):
-        data.load("digts", batch_size=2)
-    with pytest.raises(
-        ValueError, match=r"'train', 'test', 'all'.*did you mean 'train'"
-    ):
-        data.load("digits", "trian", batch_size=2)
-    with pytest.raises(ValueError, match=r"dataset must be one of.*got 'zzz'\.$"):
-        data.load("zzz", batch_size=2)
-
-
-def test_a_wrong_image_size_is_refused():
-    with pytest.raises(ValueError, match="digits must be 8 x 8, got 16"):
-        data.load("digits", image_size=16, batch_size=2)
-    for size in (0, -1):
-        with pytest.raises(ValueError, match=f"image_size must be >= 1, got {size}"):
-            data.load("synthetic", image_size=size, batch_size=2)
-    with pytest.raises(TypeError, match="fip"):
-        data.load("synthetic", batch_size=2, fip=True)  # pyright: ignore
-
-
-def test_load_passes_the_options_on():
-    kwargs = dict(batch_size=3, seed=5, train=True, flip=True, start_step=4)
-    batches = data.load("synthetic", **kwargs)
-    assert {key: getattr(batches, key) for key in kwargs} == kwargs

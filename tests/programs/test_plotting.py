@@ -1,4 +1,4 @@
-"""Pictures, read back from their files."""
+"""Grids, GIFs and curves, read back from their files."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from PIL import Image
 
 from jax_diffusion import plotting
 
-GREY = 128
+GRAY = 128
 
 
 def noise(*shape):
@@ -20,7 +20,7 @@ def read(path):
 
 def test_grid_lays_out_row_by_row_with_gaps_around():
     images = np.array([[[1, 2]], [[3, 4]], [[5, 6]]], np.uint8)[..., None]  # 1 x 2 each
-    g = GREY
+    g = GRAY
     expected = [
         [g, g, g, g, g, g, g],
         [g, 1, 2, g, 3, 4, g],
@@ -49,7 +49,7 @@ def test_grid_is_as_square_as_can_be_unless_told(n, rows, columns):
 def test_grid_takes_a_wider_gap():
     sheet = plotting.grid(noise(2, 3, 3, 3), 2, gap=2)
     assert sheet.shape == (2 + 3 + 2, 2 + 3 + 2 + 3 + 2, 3)
-    assert np.all(sheet[:2] == GREY) and np.all(sheet[:, 5:7] == GREY)
+    assert np.all(sheet[:2] == GRAY) and np.all(sheet[:, 5:7] == GRAY)
 
 
 def test_png_keeps_every_pixel(tmp_path):
@@ -58,7 +58,7 @@ def test_png_keeps_every_pixel(tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "new" / "image.png"), image)
 
 
-def test_png_of_one_channel_is_grey(tmp_path):
+def test_png_of_one_channel_is_gray(tmp_path):
     image = noise(4, 6, 1)
     plotting.save_png(tmp_path / "image.png", image)
     np.testing.assert_array_equal(read(tmp_path / "image.png"), image[..., 0])
@@ -101,7 +101,7 @@ def test_gif_shows_every_frame_rests_on_the_last_and_never_ends(tmp_path):
     assert loop == 0  # for ever
 
 
-def test_gif_of_one_channel_is_grey(tmp_path):
+def test_gif_of_one_channel_is_gray(tmp_path):
     frames = list(noise(3, 4, 4, 1))
     plotting.save_gif(tmp_path / "images.gif", frames, min_size=4)
     pixels, _, _ = frames_of(tmp_path / "images.gif")

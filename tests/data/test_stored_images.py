@@ -1,4 +1,4 @@
-"""Images of anybody, against files that the tests write."""
+"""Images of anybody as they are, `open_images`, against files that the tests write."""
 
 import hashlib
 import re
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_diffusion import data, metrics
+from jax_diffusion import data
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (70, 4, 5, 3), np.uint8)
 
@@ -25,9 +25,6 @@ def write(folder, images, names=None):
 def everything(path):
     found = data.open_images(path)
     return found.read(np.arange(len(found)))
-
-
-# What is read
 
 
 def test_a_folder_holds_its_images_as_they_are_in_order_of_paths(tmp_path):
@@ -66,7 +63,7 @@ def test_batches_go_on_from_any_image(tmp_path, name):
 
 
 @pytest.mark.parametrize("key", ["arr_0", "images"])
-def test_an_archive_may_hold_grey_images_without_channels(tmp_path, key):
+def test_an_archive_may_hold_gray_images_without_channels(tmp_path, key):
     np.savez(tmp_path / "x.npz", **{key: PIXELS[..., 0]}, other=np.zeros(3))
     np.testing.assert_array_equal(everything(tmp_path / "x.npz"), PIXELS[..., :1])
 
@@ -77,28 +74,28 @@ def test_an_array_in_a_file_is_mapped_and_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16"])
-def test_grey_files_have_one_channel(tmp_path, mode):
-    grey = PIXELS[0, ..., 0] // 128 * 255 if mode == "1" else PIXELS[0, ..., 0]
+def test_gray_files_have_one_channel(tmp_path, mode):
+    gray = PIXELS[0, ..., 0] // 128 * 255 if mode == "1" else PIXELS[0, ..., 0]
     if mode == "I;16":  # whose low byte is dropped
-        image = Image.fromarray(grey.astype(np.uint16) * 256 + 200)
+        image = Image.fromarray(gray.astype(np.uint16) * 256 + 200)
     else:
-        image = Image.fromarray(grey).convert(mode)
+        image = Image.fromarray(gray).convert(mode)
     image.save(tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as stored:
         assert stored.mode == mode
-    np.testing.assert_array_equal(everything(tmp_path), grey[None, ..., None])
+    np.testing.assert_array_equal(everything(tmp_path), gray[None, ..., None])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_all_other_files_have_three_channels(tmp_path, mode):
-    colours = np.array([[[200, 30, 60], [10, 220, 90]]], np.uint8)
-    image = Image.fromarray(colours).convert(mode)
+    colors = np.array([[[200, 30, 60], [10, 220, 90]]], np.uint8)
+    image = Image.fromarray(colors).convert(mode)
     # Of a palette with such shades, Pillow warns unless it becomes RGBA first.
     shades = {"transparency": bytes([0, 128])} if mode == "P" else {}
     image.save(tmp_path / "x.png", **shades)
     with Image.open(tmp_path / "x.png") as stored:
         expected = np.asarray(stored.convert("RGBA"))[..., :3]
-    assert np.abs(expected.astype(int) - colours).max() < 60  # a palette is coarse
+    assert np.abs(expected.astype(int) - colors).max() < 60  # a palette is coarse
     np.testing.assert_array_equal(everything(tmp_path), expected[None])
 
 
@@ -121,19 +118,16 @@ def test_a_photograph_stands_as_its_camera_was_held(tmp_path):
     assert image[:8].min() > 250 and image[8:].max() < 5
 
 
-def test_grey_among_colours_is_repeated_and_colours_among_grey_are_refused(tmp_path):
-    grey = PIXELS[1, ..., :1]
-    write(tmp_path / "colour", [PIXELS[0], grey])
-    expected = [PIXELS[0], np.repeat(grey, 3, axis=-1)]
-    np.testing.assert_array_equal(everything(tmp_path / "colour"), expected)
-    write(tmp_path / "grey", [grey, PIXELS[0]])
-    found = data.open_images(tmp_path / "grey")
+def test_gray_among_colors_is_repeated_and_colors_among_gray_are_refused(tmp_path):
+    gray = PIXELS[1, ..., :1]
+    write(tmp_path / "color", [PIXELS[0], gray])
+    expected = [PIXELS[0], np.repeat(gray, 3, axis=-1)]
+    np.testing.assert_array_equal(everything(tmp_path / "color"), expected)
+    write(tmp_path / "gray", [gray, PIXELS[0]])
+    found = data.open_images(tmp_path / "gray")
     assert found.image_shape == (4, 5, 1)
     with pytest.raises(ValueError, match=r"gray where the first .*0001\.png\)\.$"):
         found.read(np.arange(2))
-
-
-# When it is read
 
 
 def test_a_file_is_decoded_when_it_is_asked_for_and_no_sooner(tmp_path):
@@ -144,9 +138,6 @@ def test_a_file_is_decoded_when_it_is_asked_for_and_no_sooner(tmp_path):
     np.testing.assert_array_equal(first, PIXELS[:7])
     with pytest.raises(ValueError, match=r"0007\.png must be a whole image, got "):
         found.read(np.array([7]))
-
-
-# Its digest
 
 
 def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path):
@@ -173,25 +164,13 @@ def test_the_digest_of_a_folder_knows_names_and_contents_and_no_more(tmp_path):
     assert digest(write(tmp_path / "fewer", PIXELS[:-1]).name) != before
 
 
-# Moments
-
-
-def test_moments_are_told_from_images_by_their_names(tmp_path):
+def test_images_beside_moments_in_a_file_are_read_and_moments_alone_refused(tmp_path):
     moments = dict(mu=np.zeros(2), sigma=np.eye(2))
     np.savez(tmp_path / "moments.npz", **moments)
     np.savez(tmp_path / "both.npz", **moments, arr_0=PIXELS)
-    np.savez(tmp_path / "images.npz", arr_0=PIXELS)
-    np.save(tmp_path / "images.npy", PIXELS)
-    kept = {p.name for p in tmp_path.iterdir() if metrics.holds_moments(p)}
-    assert kept == {"moments.npz", "both.npz"}
-    assert not metrics.holds_moments(tmp_path)
-    assert not metrics.holds_moments(tmp_path / "none.npz")
     np.testing.assert_array_equal(everything(tmp_path / "both.npz"), PIXELS)
     with pytest.raises(ValueError, match=r"images or arr_0, got .*mu.*sigma"):
         data.open_images(tmp_path / "moments.npz")
-
-
-# What is refused
 
 
 def test_sizes_that_differ_are_named(tmp_path):

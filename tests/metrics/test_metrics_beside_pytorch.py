@@ -1,10 +1,12 @@
-"""Scores beside those of torch-fidelity and pytorch-fid, of the same features."""
+"""Metrics beside those of torch-fidelity and pytorch-fid, of the same features."""
 
 import numpy as np
 import pytest
 from support.peers import peer
 
 from jax_diffusion import metrics
+
+pytestmark = pytest.mark.slow
 
 SAME = dict(rtol=1e-6)
 
@@ -43,7 +45,7 @@ def kernel_distance(a, b, subsets, size):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.3])
-def test_kernel_distance_is_that_of_torch_fidelity(scale):
+def test_kid_is_that_of_torch_fidelity(scale):
     """Of subsets that hold all images, as the two draw others."""
     a, b = cloud(1, 600), cloud(2, 600, scale=scale)
     told = kernel_distance(a, b, subsets=2, size=600)
@@ -54,7 +56,7 @@ def test_kernel_distance_is_that_of_torch_fidelity(scale):
     )
 
 
-def test_kernel_distances_of_other_subsets_agree_within_their_error():
+def test_kids_of_other_subsets_agree_within_their_error():
     a, b = cloud(1, 2000), cloud(2, 2000, scale=1.1)
     told = kernel_distance(a, b, subsets=50, size=500)
     ours = metrics.kernel_distance(a, b, subsets=50, subset_size=500)
@@ -108,7 +110,7 @@ def fid_score(monkeypatch):
     return module
 
 
-def test_frechet_distance_is_that_of_pytorch_fid(fid_score):
+def test_fid_is_that_of_pytorch_fid(fid_score):
     a, b = (metrics.moments(cloud(seed, 500, scale=seed)) for seed in (1, 2))
     told = fid_score.calculate_frechet_distance(a.mean, a.cov, b.mean, b.cov)
     np.testing.assert_allclose(metrics.frechet_distance(a, b), told, **SAME)
