@@ -144,7 +144,7 @@ def read_image_file(
         if start == np.lib.format.MAGIC_PREFIX:
             return np.lib.format.open_memmap(file, mode="r"), None
     if not zipfile.is_zipfile(file):
-        raise ValueError(f"{rule}, got one that starts with {start} or is cut off.")
+        raise ValueError(f"{rule}, got one that starts with {start}, or cut off.")
     for names in (("images", "labels"), ("arr_0", "arr_1")):
         found = files.read_npz(file, names if with_labels else names[:1])
         if names[0] in found:

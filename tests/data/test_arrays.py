@@ -134,18 +134,20 @@ def test_damaged_idx_files_are_refused(tmp_path, fault):
         data.load("idx", path=tmp_path, batch_size=1)
 
 
-def test_missing_idx_files_are_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"config\.data\.path must be a folder.*got None"
-    ):
-        data.load("idx", batch_size=1)
-    with pytest.raises(ValueError, match=r"must be a folder.*nowhere"):
-        data.load("idx", path=tmp_path / "nowhere", batch_size=1)
-    with pytest.raises(ValueError, match=r"must hold t10k-images-idx3-ubyte\[\.gz\]"):
-        data.load("idx", "test", path=tmp_path, batch_size=1)
+@pytest.mark.parametrize(
+    "path, split, words",
+    [
+        (None, "train", r"config\.data\.path must be a folder.*got None"),
+        ("nowhere", "train", r"must be a folder.*nowhere"),
+        (".", "test", r"must hold t10k-images-idx3-ubyte\[\.gz\], got no such file"),
+        (".", "train", "idx must be 4 x 4, got 8"),
+    ],
+)
+def test_missing_idx_files_are_refused(path, split, words, tmp_path):
     write_idx(tmp_path, "train", np.zeros((3, 4, 4), np.uint8), np.zeros(3, np.uint8))
-    with pytest.raises(ValueError, match="idx must be 4 x 4, got 8"):
-        data.load("idx", path=tmp_path, image_size=8, batch_size=1)
+    place = None if path is None else tmp_path / path
+    with pytest.raises(ValueError, match=words):
+        data.load("idx", split, path=place, image_size=8, batch_size=1)
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
@@ -176,25 +178,35 @@ def test_npz_may_lack_labels_and_npy_has_none(tmp_path):
         assert not batches.labels.any()
 
 
-def test_bad_npz_files_are_refused(tmp_path):
-    def refused(words, **kwargs):
-        with pytest.raises(ValueError, match=words):
-            data.load("npz", path=tmp_path / "a.npz", batch_size=1, **kwargs)
+PICKLED = np.array([{}], object)
 
-    refused("must be a .npz or .npy file.*FileNotFoundError")
-    for content in (b"", b"no archive", b"PK\x03\x04 no archive"):
-        (tmp_path / "a.npz").write_bytes(content)
-        refused(r"a\.npz must be a .npz or .npy file of plain arrays, got")
-    np.savez(tmp_path / "a.npz", np.array([{}], object), allow_pickle=True)
-    refused("plain arrays, got.*allow_pickle=False")
-    np.savez(tmp_path / "a.npz", x=numbered(20))
-    refused(r"must have images or arr_0, got \['x'\]")
-    np.savez(tmp_path / "a.npz", numbered(20), np.arange(19))
-    refused(r"labels must be 20 integers, got int64 \(19,\)")
-    np.savez(tmp_path / "a.npz", numbered(20) / 255)
-    refused("images must be uint8.*float64")
-    np.savez(tmp_path / "a.npz", numbered(5))
-    refused("'test' must have examples, got 0 of 5", split="test")
-    refused("npz must be 4 x 5, got 4", image_size=4)
-    with pytest.raises(ValueError, match=r"None must be a .npz"):
-        data.load("npz", batch_size=1)
+
+@pytest.mark.parametrize(
+    "content, kwargs, words",
+    [
+        (None, {}, "must be a .npz or .npy file.*FileNotFoundError"),
+        (b"", {}, r"a\.npz must be a .npz or .npy file of plain arrays, got"),
+        (
+            b"no archive",
+            {},
+            r"a\.npz must be a .npz or .npy file .* that starts with b.no arc., or",
+        ),
+        (b"PK\x03\x04 no archive", {}, "must be a .npz or .npy file of plain arrays"),
+        ((PICKLED,), {}, "plain arrays, got.*allow_pickle=False"),
+        (dict(x=numbered(20)), {}, r"must have images or arr_0, got \['x'\]"),
+        ((numbered(20), np.arange(19)), {}, r"be 20 integers, got int64 \(19,\)"),
+        ((numbered(20) / 255,), {}, "images must be uint8.*float64"),
+        ((numbered(5),), dict(split="test"), "'test' must have examples, got 0 of 5"),
+        ((numbered(5),), dict(image_size=4), "npz must be 4 x 5, got 4"),
+        (None, dict(path=None), "None must be a .npz"),
+    ],
+)
+def test_bad_npz_files_are_refused(content, kwargs, words, tmp_path):
+    path = tmp_path / "a.npz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        args, named = ((), content) if isinstance(content, dict) else (content, {})
+        np.savez(path, *args, **named)
+    with pytest.raises(ValueError, match=words):
+        data.load("npz", **{"path": path, "batch_size": 1, **kwargs})

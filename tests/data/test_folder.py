@@ -155,23 +155,37 @@ def test_exif_orientation_is_applied(tmp_path):
     np.testing.assert_array_equal(load_folder(tmp_path)[0][0], np.rot90(array, -1))
 
 
-def test_folders_without_readable_images_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must be a folder.*got None"):
-        load_folder(None)
-    with pytest.raises(ValueError, match=r"must be a folder.*nowhere"):
-        load_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"must hold images.*\.png.*got none"):
-        load_folder(tmp_path)
-    save(tmp_path / "a.png", flat(0))
-    with pytest.raises(ValueError, match=r"image_size of a folder.*got None"):
-        load_folder(tmp_path, image_size=None)
+def jpeg():
+    """A JPEG file of noise."""
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(noise).save(buffer, "JPEG")
-    for content in (b"", b"no image", buffer.getvalue()[:-500]):
-        (tmp_path / "bad.jpg").write_bytes(content)
-        with pytest.raises(ValueError, match=r"bad\.jpg must be a whole image, got"):
-            load_folder(tmp_path)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "path, size, words",
+    [
+        (None, 4, r"must be a folder.*got None"),
+        ("nowhere", 4, r"must be a folder.*nowhere"),
+        ("empty", 4, r"must hold images.*\.png.*got none"),
+        ("good", None, r"image_size of a folder.*got None"),
+        ("good", 0, r"image_size must be >= 1, got 0"),
+    ],
+)
+def test_folders_without_images_or_size_are_refused(path, size, words, tmp_path):
+    save(tmp_path / "good/a.png", flat(0))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=words):
+        load_folder(None if path is None else tmp_path / path, image_size=size)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", jpeg()[:-500]])
+def test_images_that_cannot_be_decoded_are_named(content, tmp_path):
+    save(tmp_path / "a.png", flat(0))
+    (tmp_path / "bad.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.jpg must be a whole image, got"):
+        load_folder(tmp_path)
 
 
 def test_links_are_followed_and_a_broken_one_is_named(tmp_path):

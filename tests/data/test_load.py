@@ -8,23 +8,30 @@ import pytest
 from jax_diffusion import data
 
 
-def test_unknown_names_list_the_choices_and_the_nearest():
-    with pytest.raises(ValueError, match=r"'digits', 'folder'.*did you mean 'digits'"):
-        data.load("digts", batch_size=2)
-    with pytest.raises(
-        ValueError, match=r"'train', 'test', 'all'.*did you mean 'train'"
-    ):
-        data.load("digits", "trian", batch_size=2)
-    with pytest.raises(ValueError, match=r"dataset must be one of.*got 'zzz'\.$"):
-        data.load("zzz", batch_size=2)
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("digts", {}, r"'digits', 'folder'.*did you mean 'digits'\?$"),
+        ("zzz", {}, r"^dataset must be one of.*got 'zzz'\.$"),
+        ("digits", dict(image_size=16), r"digits must be 8 x 8, got 16\.$"),
+        ("synthetic", dict(image_size=0), r"image_size must be >= 1, got 0\.$"),
+        ("synthetic", dict(image_size=-1), r"image_size must be >= 1, got -1\.$"),
+        ("digits", dict(in_memory=False), "None or True for 'digits', got False.*tfds"),
+    ],
+)
+def test_load_refuses_what_there_is_not(name, options, words):
+    with pytest.raises(ValueError, match=words):
+        data.load(name, batch_size=2, **options)
 
 
-def test_a_wrong_image_size_is_refused():
-    with pytest.raises(ValueError, match="digits must be 8 x 8, got 16"):
-        data.load("digits", image_size=16, batch_size=2)
-    for size in (0, -1):
-        with pytest.raises(ValueError, match=f"image_size must be >= 1, got {size}"):
-            data.load("synthetic", image_size=size, batch_size=2)
+@pytest.mark.parametrize("name", sorted(data.DATASETS.keys() - {"tfds"}))
+def test_every_reader_refuses_unknown_splits(name):
+    words = r"^split must be one of \('train', 'test', 'all'\).*did you mean 'train'"
+    with pytest.raises(ValueError, match=words):
+        data.load(name, "trian", batch_size=2, image_size=8)
+
+
+def test_load_has_no_other_options():
     with pytest.raises(TypeError, match="fip"):
         data.load("synthetic", batch_size=2, fip=True)  # pyright: ignore
 

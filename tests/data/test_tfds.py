@@ -116,6 +116,7 @@ def test_lazy_tfds_batches_equal_those_in_memory(tfds, tmp_path):
         assert nothing["image"].shape == (0, *lazy.image_shape)
 
 
+@pytest.mark.slow
 def test_tfds_reads_without_tensorflow(tfds, tmp_path):
     name = prepare_patches(tfds, tmp_path, (6, 6, 3))
     code = f"""if True:
