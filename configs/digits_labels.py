@@ -21,6 +21,6 @@ from configs import digits
 def get_config() -> ConfigDict:
     config: Any = digits.get_config()
     config.label_dropout = 0.1
-    config.model.num_classes = 11  # ten digits, and one that means hidden
+    config.model.num_classes = 10
     config.total_steps = 1600
     return config

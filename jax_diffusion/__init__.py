@@ -1,31 +1,50 @@
 """Denoising diffusion in JAX: pure functions, and a trainer that uses them.
 
-The core needs jax, numpy and jaxtyping, and takes a denoiser from any library:
+    import jax_diffusion as jd
+    jd.train(jd.load_config("configs/digits.py"), "runs/digits")
+    run = jd.load_run("runs/digits")
+    images = jd.sample_images(run, n=64, sampler="ddim", steps=50)
+    results = jd.evaluate(run, metrics=["pixel_distance", "bpd"])
 
-    schedules   betas in float64 -> NoiseSchedule
-    spacing     which steps of it to take
-    diffusion   forward process, conversions between eps, x_0, v, mu; the denoiser
-    timesteps   which t to train on
-    losses      simple, variational and hybrid; weightings
-    samplers    DDPM, DDIM, DPM-Solver++, Heun, inpainting; one scan over steps
-    guidance    what a label or a classifier adds to a denoiser
-    likelihood  bits per dim, term by term and by the ODE; progressive coding
-    editing     completing, changing and joining images
+The mathematics needs jax, numpy and jaxtyping, and takes a network from any library:
 
-Beside it stand, imported only on demand: `models` (Flax networks, and the weights and
-names of those that others have released), `training` (the Optax train step), `sharding`
-(one mesh for devices and hosts), `data` (training data; anybody's images, as they
-are), `checkpoint`, `metrics`, `roofline`, `plotting`, `logs`, `parts`
-(arrays of many images in a file), `export` (a sampler in one file), `tasks` (what
-samplers are for), `cpu`, and the programs. Of these, `train` has `plan` and `watching`
-(scores on the way), `sample` has `asked`, `evaluate` has `evaluation`, `image_scores`,
-`scoring`, `extractors` (of features) and `papers`, and all have `settings` and `runs`.
+    schedules     variances and noise levels -> NoiseSchedule
+    spacing       which steps of a schedule to take
+    diffusion     forward process, posterior, eps / x_0 / v / mu; the denoiser
+    timesteps     which timesteps to train on
+    losses        simple, variational and hybrid losses; weightings
+    samplers      DDPM, DDIM, DPM-Solver++, Heun; one scan over steps; inpainting
+    guidance      classifier-free and classifier guidance
+    editing       RePaint, SDEdit, reconstruction
+    likelihood    bits/dim by the variational bound and by the ODE
 
-    python -m jax_diffusion.train --config configs/digits.py --workdir runs/digits
-    python -m jax_diffusion.sample --workdir runs/digits --out pictures
-    python -m jax_diffusion.evaluate --workdir runs/digits
-    python -m jax_diffusion.convert --workdir runs/digits --to diffusers --out digits
+Parts that know nothing of each other:
+
+    models        Flax networks: U-Nets, classifiers, Inception
+    data          data sets -> uint8 batches that depend on (seed, step) only
+    metrics       FID, KID, Inception score, precision and recall, on arrays
+    interop       checkpoints of other codes, and ours for them
+    runtime       checkpoints, sharding, logs, files, preemption
+    plotting      grids of images, GIFs, curves
+    export        a sampler as one file, without this package
+    registry      looks names up, or imports "package.module:function"
+
+Using them together:
+
+    training      train step, optimizer; from a config to a compiled step
+    config        loads and checks configs; builds what they describe
+    pipeline      a trained run as Python functions
+    tasks         inpaint, edit, interpolate, ... by name
+    evaluation    scores of runs and of images
+    cli           flags that programs share
+
+Programs: `python -m jax_diffusion` lists them.
 """
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
 
 from jax_diffusion import (
     diffusion,
@@ -39,15 +58,64 @@ from jax_diffusion import (
     timesteps,
 )
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from jax_diffusion.config import load_config
+    from jax_diffusion.evaluation import evaluate
+    from jax_diffusion.interop.importing import load_checkpoint
+    from jax_diffusion.pipeline import Run, SamplingOptions, load_run, sample_images
+    from jax_diffusion.train import train
+
+__version__ = "0.2.0"
 __all__ = [
+    "Run",
+    "SamplingOptions",
     "diffusion",
     "editing",
+    "evaluate",
     "guidance",
     "likelihood",
+    "load_checkpoint",
+    "load_config",
+    "load_run",
     "losses",
+    "sample_images",
     "samplers",
     "schedules",
     "spacing",
     "timesteps",
+    "train",
 ]
+
+# Loaded on first use, so that importing the package stays light.
+LAZY = {
+    "Run": "jax_diffusion.pipeline",
+    "SamplingOptions": "jax_diffusion.pipeline",
+    "evaluate": "jax_diffusion.evaluation",
+    "load_checkpoint": "jax_diffusion.interop.importing",
+    "load_config": "jax_diffusion.config",
+    "load_run": "jax_diffusion.pipeline",
+    "sample_images": "jax_diffusion.pipeline",
+    "train": "jax_diffusion.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LAZY:
+        raise AttributeError(f"module 'jax_diffusion' has no attribute {name!r}")
+    found = getattr(importlib.import_module(LAZY[name]), name)
+    globals()[name] = found
+    return found
+
+
+class _Package(types.ModuleType):
+    """Keeps `train` and `evaluate` functions, although modules are called so, too.
+
+    Importing the program jax_diffusion/train.py would else replace the function.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in LAZY and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

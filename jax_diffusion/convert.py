@@ -22,15 +22,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from jax_diffusion import cli, data
 from jax_diffusion import config as settings
-from jax_diffusion import data
-from jax_diffusion import pipeline as runs
 from jax_diffusion.config import Config
 from jax_diffusion.interop import diffusers_config, torch_files
 from jax_diffusion.interop import layouts as weights
 from jax_diffusion.interop.released import RELEASED, REPRODUCES
 from jax_diffusion.models.unet import UNet
-from jax_diffusion.pipeline import Run
+from jax_diffusion.pipeline import Run, load_run
+from jax_diffusion.registry import lookup
 from jax_diffusion.runtime import checkpoint
 from jax_diffusion.training import step as training
 
@@ -81,6 +81,7 @@ def from_checkpoint(
         "config": json.loads(ConfigDict(known).to_json()),
         "image_shape": list(image_shape),
         "window": [],
+        "format": settings.FORMAT,
         "source": path.name,
     }
     checkpoint.save_params(workdir, params, record)
@@ -96,7 +97,7 @@ def _read(path: Path, name: str | None, config: Config, layout: str) -> Network:
         return _read_folder(path)
     tensors, record = _read_file(path)
     if record is not None:
-        return _read_ours(tensors, json.loads(record))
+        return _read_ours(tensors, settings.upgrade(json.loads(record)))
     if config is None:
         config, image_shape, layout = _released(name or path.stem)
     else:
@@ -106,7 +107,7 @@ def _read(path: Path, name: str | None, config: Config, layout: str) -> Network:
 
 
 def _released(name: str) -> tuple[Config, tuple[int, ...], str]:
-    found = settings.choose("the name of a released checkpoint", name, RELEASED)
+    found = lookup("the name of a released checkpoint", name, RELEASED)
     config = _config(found.model, found.schedule, found.objective, found.data)
     config["reproduces"] = REPRODUCES.get(name, "")
     return config, (found.image_size, found.image_size, 3), found.layout
@@ -135,9 +136,7 @@ def _config(model, schedule, objective, data_set) -> Config:
 
 def _shapes(config: Config, image_shape: tuple[int, ...]) -> tuple[Any, PyTree]:
     """The model of a config and the shapes of its parameters, nothing computed."""
-    schedule = settings.make_schedule(config["schedule"])
-    objective = settings.make_objective(config["objective"], schedule)
-    model = settings.make_model(config["model"], objective, image_shape[-1])
+    model: Any = settings.build(config, image_shape[-1]).model
     inputs = training.example_inputs(model, image_shape)
     init: Any = model.init
     return model, jax.eval_shape(lambda: init(jax.random.key(0), **inputs))["params"]
@@ -271,7 +270,7 @@ def _openai_diffusion(run: Run) -> dict[str, Any]:
     schedule = run.config.schedule
     return dict(
         betas=settings.make_betas(schedule).tolist(),
-        model_mean_type=settings.choose(
+        model_mean_type=lookup(
             "the mean_type for improved-diffusion", objective.mean_type, OPENAI_MEANS
         ),
         model_var_type=objective.var_type.upper(),
@@ -314,6 +313,7 @@ def to_safetensors(run: Run, out: Path) -> None:
     if out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors, got {str(out)!r}.")
     record = dict(config=json.loads(run.config.to_json()), image_shape=run.image_shape)
+    record["format"] = settings.FORMAT
     tensors: dict[str, Any] = flatten_dict(run.params, sep=".")
     torch_files.write_safetensors(out, tensors, {RECORD: json.dumps(record)})
 
@@ -356,10 +356,10 @@ def convert(args: argparse.Namespace) -> None:
             layout=args.layout,
         )
         return
-    writer = settings.choose("--to", args.to, WRITERS)
+    writer = lookup("--to", args.to, WRITERS)
     if args.out is None or Path(args.out).exists():
         raise ValueError(f"--out must name a new file or folder, got {args.out!r}.")
-    writer(runs.load_run(args.workdir, args.ema), Path(args.out))
+    writer(load_run(args.workdir, args.ema), Path(args.out))
     print(f"{args.workdir} as {args.to}: {args.out}")
 
 
@@ -384,4 +384,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    settings.run_program(main)
+    cli.run_program(main)

@@ -15,9 +15,7 @@ from typing import Any
 
 import jax
 
-from jax_diffusion import config as settings
-from jax_diffusion import data
-from jax_diffusion import pipeline as runs
+from jax_diffusion import cli
 from jax_diffusion.evaluation import bits_per_dim as evaluation
 from jax_diffusion.evaluation import image_sets as image_scores
 from jax_diffusion.evaluation import published as papers
@@ -25,7 +23,7 @@ from jax_diffusion.evaluation import sample_quality as scoring
 from jax_diffusion.evaluation.sample_quality import Score
 from jax_diffusion.interop import inception_weights
 from jax_diffusion.models import traits
-from jax_diffusion.pipeline import Run
+from jax_diffusion.pipeline import Run, load_run
 
 STAGES = {  # of networks, which need no samples
     "bpd": evaluation.bound,
@@ -38,7 +36,7 @@ METRICS = (*scoring.METRICS, *STAGES)
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """The program; returns the record, on the first of several hosts."""
     _check(args)
-    run = runs.load_run(args.workdir, args.ema) if args.workdir else None
+    run = load_run(args.workdir, args.ema) if args.workdir else None
     names = _metrics_of(args, run)
     job = evaluation.begin(args, run)
     if args.train_classifier:
@@ -60,7 +58,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 def _check(args: argparse.Namespace) -> None:
     """What can be known to be wrong before anything is read."""
     counts = ("n", "batch_size", "bits_images", "bits_steps", "ode_steps", "ode_probes")
-    settings.check_positive(args, counts)
+    for name in counts:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} must be positive, got {value}.")
     if args.workdir is None and (args.images is None or args.reference is None):
         raise ValueError(
             "--workdir must be given, or both --images and --reference, got "
@@ -68,13 +70,7 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.train_classifier and args.workdir is None:
         raise ValueError("--train-classifier needs --workdir, got none.")
-    settings.choose("--sampler", args.sampler, runs.SAMPLERS)
-    settings.choose("--quantize", args.quantize, dict.fromkeys(data.ROUNDINGS))
-    if not 0 <= args.eta <= 1 or (args.eta and args.sampler != "ddim"):
-        raise ValueError(
-            f"--eta must be in [0, 1], and 0 but for ddim, got {args.eta} for "
-            f"{args.sampler}."
-        )
+    cli.sampling_options(args)
     if args.compare not in (None, "paper"):
         raise ValueError(f"--compare must be paper, got {args.compare!r}.")
 
@@ -149,12 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("samples").add_argument
     add("--images", help="a folder or .npz of images to score, instead of samples")
     add("--n", type=int, help="how many; default as many as the reference has")
-    add("--sampler", default="ddim", help=f"of {', '.join(runs.SAMPLERS)}")
-    add("--steps", type=int, help="default: ddpm all, ddim 50, dpmpp_2m 20, heun 10")
-    add("--spacing", help=f"of {', '.join(settings.STEPS)}")
-    add("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
-    add("--no-clip", action="store_true", help="do not clip the predicted x_0")
-    add("--quantize", default="floor", help="to uint8: floor, or round")
+    cli.add_sampling_flags(parser)
     _add_features(parser)
     add = parser.add_argument_group("likelihood and accuracy").add_argument
     add("--split", default="test", help="of the run's data")
@@ -162,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--bits-steps", type=int, help="of the bound; default all T")
     add("--ode-steps", type=int, default=200)
     add("--ode-probes", type=int, default=2, help="of Hutchinson's estimate")
-    settings.add_hosts(parser)
+    cli.add_host_flags(parser)
     return parser
 
 
@@ -187,16 +178,17 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
         default=inception_weights.SHA256,
         help="what the file must have",
     )
-    add("--classifier", metavar="FILE", help="default OUT/classifier.npz")
+    add("--feature-classifier", metavar="FILE", help="default OUT/classifier.npz")
     add("--train-classifier", action="store_true", help="on the run's labelled data")
 
 
 def main() -> None:
     """The command line."""
     args = _parser().parse_args()
-    settings.start_hosts(args)
-    evaluate(args)
+    cli.start_hosts(args)
+    with cli.fields_as_flags():
+        evaluate(args)
 
 
 if __name__ == "__main__":
-    settings.run_program(main, long=True)
+    cli.run_program(main, long=True)

@@ -1,15 +1,21 @@
-"""Images from a run, and the command line that writes them.
+"""Draws images from a run: PNGs and a grid, one .npz, or the sampler itself as a file.
 
     python -m jax_diffusion.sample --workdir runs/digits --out pictures --steps 50
+    python -m jax_diffusion.sample --workdir runs/digits --out samples.npz --n 50000
+    python -m jax_diffusion.sample --workdir runs/digits --export digits.jaxexport
+
+From Python: `jax_diffusion.sample_images(run, n=64, steps=50)`.
 
 Image i depends on the seed and on i alone, whatever the batch size. A job that ends in
-FILE.npz goes on where it was killed when the same command is given again.
+FILE.npz continues where it was killed when the same command is given again.
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,109 +23,135 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jax_diffusion import config as settings
-from jax_diffusion import export, plotting, tasks
-from jax_diffusion import pipeline as runs
-from jax_diffusion import sampling_arguments as asked
-from jax_diffusion.models import num_classes
-from jax_diffusion.pipeline import Run
+from jax_diffusion import cli, export, plotting
+from jax_diffusion.models import traits
+from jax_diffusion.pipeline import (
+    BoundSampler,
+    Run,
+    SamplingOptions,
+    TaskOptions,
+    bind_sampler,
+    load_run,
+    make_options,
+)
 from jax_diffusion.runtime import checkpoint, sharding
-from jax_diffusion.runtime import files as parts
-from jax_diffusion.sampling_arguments import BoundSampler
+from jax_diffusion.runtime.files import ResumableNpz
+from jax_diffusion.tasks import HALVES, TASKS
 
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # frames [k b h w c], labels [b]
 
+GIF_FRAMES = 25
 GRID_IMAGES = 100
 STRIP_IMAGES = 10  # whose frames are shown one below the other
-# Arguments that decide no byte of an image. (--batch-size moves some by one grey level
-# if anything, and who changes it halfway accepts that.)
-FREE = ("out", "n", "batch_size", "coordinator", "num_processes", "process_id")
 
 
 def sample(args: argparse.Namespace) -> None:
-    """The program: everything is checked before the first image is drawn."""
-    asked.check(args)
-    run = runs.load_run(args.workdir, args.ema)
-    first = asked.prepare(args, run)
+    """Runs the program; everything is checked before the first image is drawn."""
+    options, task = check(args)
+    run = load_run(args.workdir, args.ema)
     if args.export is not None:
-        _export(args, run, first)
+        _export(args, run, options, task)
         return
-    second = None
-    if args.upsample is not None:
-        second = asked.prepare_upsampler(args, run)
+    upsample = None if args.upsample is None else load_run(args.upsample)
+    bound = bind_sampler(run, options, task, upsample=upsample, show_steps=True)
+    # All that decides the bytes of the images.
+    networks = [checkpoint.digests(bound.params)]
+    if bound.second is not None:
+        networks.append(checkpoint.digests(bound.second.params))
+    record = _describe(options, task, bound) | {
+        "workdir": args.workdir,
+        "seed": args.seed,
+        "upsampled": bound.second and dict(bound.second.choices),
+        "jax": jax.__version__,
+        "network": zlib.crc32(json.dumps(networks, sort_keys=True).encode()),
+        "rows": [zlib.crc32(np.ascontiguousarray(a).data) for a in bound.rows.values()],
+    }
+
+    def draw(start: int) -> Batches:
+        return bound.batches(
+            args.n - start,
+            first=start,
+            seed=args.seed,
+            batch_size=min(args.batch_size, args.n),
+            on_compiled=_say_seconds,
+        )
+
     out = Path(args.out)
     if out.suffix == ".npz":
-        _write_npz(args, out, first, second)
+        _write_npz(out, args.n, draw, record)
     else:
-        _write_folder(args, out, first, second)
+        _write_folder(out, args.n, draw, task, upsample is None)
     if jax.process_index() == 0:
         print(
-            f"{args.n} images by {args.sampler} in {first.num_steps} steps, "
-            f"ema {run.ema}: {out}"
+            f"{args.n} images by {args.sampler} in {bound.choices['steps']} steps, ema "
+            f"{run.ema}: {out}"
         )
 
 
-def _export(args: argparse.Namespace, run: Run, drawing: BoundSampler) -> None:
+def check(args: argparse.Namespace) -> tuple[SamplingOptions, TaskOptions]:
+    """Makes the options that the flags describe; reads nothing yet.
+
+    Raises:
+        ValueError: for a flag that is out of range or fits no other.
+    """
+    options = cli.sampling_options(args)
+    names = [field.name for field in dataclasses.fields(TaskOptions)]
+    fields = {name: getattr(args, name) for name in names}
+    in_folder = args.out is not None and Path(args.out).suffix != ".npz"
+    if args.task == "generate" and in_folder and args.upsample is None:
+        fields["frames"] = args.frames or GIF_FRAMES
+    (task,) = make_options(fields, TaskOptions)
+    if (args.out is None) == (args.export is None):
+        raise ValueError(
+            "one of --out and --export must be given, got "
+            f"{args.out!r} and {args.export!r}."
+        )
+    if args.export is not None:
+        for name in ("label", "low_res", "upsample"):
+            if getattr(args, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"--export takes no labels or images, got {flag}.")
+        if args.task != "generate":
+            raise ValueError(f"--export is of the task generate, got {args.task!r}.")
+    elif task.row.is_strip and not in_folder:
+        raise ValueError(f"--out of {args.task} must be a folder, got {args.out!r}.")
+    return options, task
+
+
+def _describe(
+    options: SamplingOptions, task: TaskOptions, bound: BoundSampler
+) -> dict[str, Any]:
+    """Options as JSON values, and what their defaults and files have come to."""
+    fields = dataclasses.asdict(options) | dataclasses.asdict(task)
+    plain = {k: os.fspath(v) if isinstance(v, Path) else v for k, v in fields.items()}
+    return plain | dict(bound.choices)
+
+
+def _export(
+    args: argparse.Namespace, run: Run, options: SamplingOptions, task: TaskOptions
+) -> None:
     """Writes the sampler as a file of its own."""
-    draw, params, schedule, arrays = drawing.arguments
+    bound = bind_sampler(run, options, task, one_program=False)
 
     def draw_images(params, seed, ids, label):
         rows = {"ids": ids, "label": label}
-        return draw(params, schedule, seed, rows, drawing.numbers)[-1]
+        return bound.draw(params, bound.schedule, seed, rows, bound.numbers)[-1]
 
     if jax.process_index() == 0:
-        labels = num_classes(run.model) is not None or args.classifier is not None
-        about = {k: v for k, v in vars(args).items() if k not in (*FREE, "export")}
+        told = args.classifier is not None or traits(run.model).num_classes is not None
+        about = {"workdir": args.workdir, "seed": args.seed}
         export.write(
             args.export,
             draw_images,
-            params,
+            bound.params,
             beside=args.weights_beside,
-            num_labels=int(arrays["label"].max()) + 1 if labels else None,
-            about=about | drawing.choices,
+            num_labels=int(bound.rows["label"].max()) + 1 if told else None,
+            about=about | _describe(options, task, bound),
         )
         print(
-            f"{args.sampler} in {drawing.num_steps} steps, ema {run.ema}: {args.export}"
+            f"{args.sampler} in {bound.choices['steps']} steps, ema {run.ema}: "
+            f"{args.export}"
         )
-
-
-def draw_all(
-    args: argparse.Namespace,
-    first: BoundSampler,
-    second: BoundSampler | None,
-    start: int = 0,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images start to n - 1, enlarged by the second run if there is one."""
-    common: dict[str, Any] = dict(seed=args.seed, rounding=args.quantize)
-    batch_size = min(args.batch_size, args.n)
-    batches = runs.generate(
-        *first.arguments,
-        n=args.n - start,
-        first=start,
-        numbers=first.numbers,
-        batch_size=batch_size,
-        on_compiled=_say_seconds,
-        **common,
-    )
-    if second is not None:
-        draw, params, schedule, _ = second.arguments
-        params = sharding.replicate(sharding.make_mesh(), params)  # once, not each time
-    for frames, labels in batches:
-        if second is not None:
-            small = {"low_res": frames[-1], "label": labels}
-            # Image i takes row i % n of them.
-            small = {k: np.roll(a, start % len(a), axis=0) for k, a in small.items()}
-            enlarged = runs.generate(
-                *(draw, params, schedule, small),
-                n=len(labels),
-                first=start,
-                numbers=second.numbers,
-                batch_size=batch_size,
-                **common,
-            )
-            frames, labels = next(iter(enlarged))
-        yield frames, labels
-        start += len(labels)
 
 
 def _say_seconds(seconds: float) -> None:
@@ -136,84 +168,136 @@ def _with_bar(batches: Batches, *, total: int, initial: int = 0) -> Batches:
 
 
 def _write_npz(
-    args: argparse.Namespace,
-    out: Path,
-    first: BoundSampler,
-    second: BoundSampler | None,
+    out: Path, n: int, draw: Callable[[int], Batches], record: dict[str, Any]
 ) -> None:
-    """One .npz (`arr_0`, and `arr_1` labels) as improved-diffusion's, in parts."""
-    leader = jax.process_index() == 0
-    writer = parts.ResumableNpz(out, _record(args, first, second)) if leader else None
-    done = min(sharding.broadcast_from_first(writer.done if writer else 0), args.n)
-    batches = draw_all(args, first, second, done) if done < args.n else ()
-    for frames, labels in _with_bar(batches, total=args.n, initial=done):
+    """Writes one .npz (`arr_0`, labels `arr_1`) as improved-diffusion's, in parts."""
+    writer = ResumableNpz(out, record) if jax.process_index() == 0 else None
+    done = min(sharding.broadcast_from_first(writer.done if writer else 0), n)
+    batches = draw(done) if done < n else ()
+    for frames, labels in _with_bar(batches, total=n, initial=done):
         if writer is not None:
             writer.add({"arr_0": frames[-1], "arr_1": labels})
     if writer is not None:
-        writer.join(args.n)
-
-
-def _record(
-    args: argparse.Namespace, first: BoundSampler, second: BoundSampler | None
-) -> dict[str, Any]:
-    """All that decides the bytes of the images."""
-    networks, rows, free = [], [], (*FREE, *first.choices)
-    for _, params, _, arrays in (d.arguments for d in (first, second) if d is not None):
-        networks.append(checkpoint.digests(params))
-        rows += [zlib.crc32(np.ascontiguousarray(a).data) for a in arrays.values()]
-    return {
-        **{k: v for k, v in sorted(vars(args).items()) if k not in free},
-        **first.choices,
-        "upsampled": second and second.choices,
-        "jax": jax.__version__,
-        "network": zlib.crc32(json.dumps(networks, sort_keys=True).encode()),
-        "rows": rows,  # labels, and images to start from
-    }
+        writer.join(n)
 
 
 def _write_folder(
-    args: argparse.Namespace,
-    out: Path,
-    first: BoundSampler,
-    second: BoundSampler | None,
+    out: Path, n: int, draw: Callable[[int], Batches], task: TaskOptions, gif: bool
 ) -> None:
-    """PNGs and a grid of the first; of a task with frames, those beside each other."""
+    """Writes PNGs, and a grid of the first; frames of tasks stand side by side."""
     shown, images = [], []
-    batches = draw_all(args, first, second)
-    for frames, _ in _with_bar(batches, total=args.n):
+    for frames, _ in _with_bar(draw(0), total=n):
         room = GRID_IMAGES - sum(part.shape[1] for part in shown)
         shown.append(frames[:, : max(room, 0)])
         images.append(frames[-1])
     if jax.process_index() > 0:
         return
     frames, drawn = np.concatenate(shown, axis=1), np.concatenate(images)
-    if args.task not in tasks.STRIPS:
+    if not task.row.is_strip:
         for i, image in enumerate(drawn):
             plotting.save_png(out / f"{i:05d}.png", image)
     sheet, columns = drawn[:GRID_IMAGES], None
-    if args.task == "complete":
-        columns = args.group
-    elif args.task != "generate":
+    if task.row.in_groups:
+        columns = task.group
+    elif task.task != "generate":
         columns = len(frames)
         sheet = frames[:, :STRIP_IMAGES].swapaxes(0, 1).reshape(-1, *drawn.shape[1:])
-    elif second is None:
+    elif gif:
         plotting.save_gif(out / "denoising.gif", [plotting.grid(f) for f in frames])
     plotting.save_png(out / "grid.png", plotting.grid(sheet, columns), min_size=512)
 
 
+FLAGS: cli.Flags = {
+    "--workdir": dict(required=True, help="Workdir of the training run."),
+    "--out": dict(help="Where images go: a folder, or FILE.npz."),
+    "--export": dict(metavar="FILE", help="Write the sampler itself; see export.py."),
+    "--weights-beside": dict(
+        action="store_true",
+        help="Put the weights of --export into FILE.npz, not into FILE.",
+    ),
+    "--n": dict(type=cli.positive, default=64, help="Number of images."),
+    "--seed": dict(type=int, default=0, help="Seed of all images."),
+    "--batch-size": dict(
+        type=cli.positive, default=256, help="Number of images drawn together."
+    ),
+    "--ema": dict(
+        help="Which average of the parameters, such as 0.999, or none for the "
+        "parameters themselves. By default the first of the config."
+    ),
+}
+TASK_FLAGS: cli.Flags = {
+    "--task": dict(
+        default="generate",
+        metavar="NAME",
+        help=f"What to draw: {', '.join(TASKS)}.",
+    ),
+    "--images": dict(
+        metavar="PATH",
+        help="Images to start from: a folder, a .npz, or NAME:PATH of a data set. By "
+        "default the run's data.",
+    ),
+    "--split": dict(default="test", help="Split of the images: train, test or all."),
+    "--level": dict(
+        type=float,
+        default=0.5,
+        help="Noise level of edit, reconstruct, interpolate and complete, as a share "
+        "of the steps, 0 to 1.",
+    ),
+    "--frames": dict(
+        type=cli.positive,
+        help="Number of frames of sequence, progress, interpolate and slerp (by "
+        f"default 10), and of denoising.gif (by default {GIF_FRAMES}).",
+    ),
+    "--group": dict(
+        type=cli.positive,
+        default=8,
+        help="Number of images of complete that share their first steps.",
+    ),
+    "--mask": dict(
+        default="top",
+        help=f"Known pixels of inpaint: {', '.join(HALVES)}, or a picture whose white "
+        "pixels are known.",
+    ),
+    "--block": dict(type=cli.positive, default=2, help="Upscaling factor of enlarge."),
+    "--resamples": dict(
+        type=cli.positive,
+        default=1,
+        help="How often unknown pixels are drawn, as by RePaint.",
+    ),
+    "--jump": dict(
+        type=cli.positive,
+        default=10,
+        help="Number of steps that are resampled together.",
+    ),
+}
+CASCADE_FLAGS: cli.Flags = {
+    "--low-res": dict(
+        metavar="FILE",
+        help="Images to enlarge by a network with low_res: a .npz of arr_0 and perhaps "
+        "labels arr_1.",
+    ),
+    "--upsample": dict(
+        metavar="WORKDIR",
+        help="Enlarge what is drawn by this run of a network with low_res.",
+    ),
+}
+
+
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="python -m jax_diffusion.sample",
-        description=__doc__,
-    )
-    asked.add_arguments(parser)
-    settings.add_hosts(parser)
+    """Runs the command line."""
+    parser = cli.make_parser("sample", __doc__)
+    cli.add_flags(parser, FLAGS)
+    cli.add_sampling_flags(parser)
+    example = "Example: --task inpaint --mask left --resamples 10 --images mine"
+    cli.add_flags(parser, TASK_FLAGS, "tasks", example)
+    example = "Example: --upsample runs/upsample"
+    cli.add_flags(parser, CASCADE_FLAGS, "super-resolution", example)
+    cli.add_host_flags(parser)
     args = parser.parse_args()
-    settings.start_hosts(args)
-    sample(args)
+    cli.start_hosts(args)
+    with cli.fields_as_flags():
+        sample(args)
 
 
 if __name__ == "__main__":
-    settings.run_program(main)
+    cli.run_program(main)

@@ -1,11 +1,15 @@
-"""What a sampler is used for, by name in `TASKS`: pure functions of a `SamplingContext`.
+"""What a sampler is used for, by name in `TASKS`: generate, inpaint, edit, slerp, ...
 
-Each returns frames, float32 [k, b, h, w, c] in [-1, 1]. But for `STRIPS`, the last one
-is its result, and those before it are there to compare.
+A task is a pure function task(context, options) -> frames, float32 [k, b, h, w, c] in
+[-1, 1]. The last frame is its result and the others are there to compare, except where
+its row says that all frames together are the result (`is_strip`).
 """
 
+import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,100 +19,220 @@ from jaxtyping import Array
 
 from jax_diffusion import editing, samplers
 from jax_diffusion.diffusion import DenoiseFn
+from jax_diffusion.registry import lookup
 from jax_diffusion.samplers import StepFn
 from jax_diffusion.schedules import NoiseSchedule
 
+HALVES: dict[str, Callable[[int, int], Any]] = {  # names of masks: the known half
+    "left": lambda h, w: np.s_[:, : w // 2],
+    "right": lambda h, w: np.s_[:, w // 2 :],
+    "top": lambda h, w: np.s_[: h // 2, :],
+    "bottom": lambda h, w: np.s_[h // 2 :, :],
+}
+
+
+class Task(NamedTuple):
+    """A row of `TASKS`.
+
+    Attributes:
+        draw: the function (context, options) -> frames [k, b, h, w, c].
+        from_images: whether it starts from given images.
+        is_strip: whether all its frames are the result, and not only the last one.
+        in_groups: whether neighboring images belong together, `TaskOptions.group` each.
+        needs_noise: whether the sampler must draw noise in its steps.
+        clips: whether the predicted x_0 may be clipped; what is clipped cannot be
+            inverted.
+        takes_next: whether it also reads the image after each one, as row "next".
+        takes_mask: whether it reads `TaskOptions.mask`.
+        channels: the number of channels that images must have; None for any.
+    """
+
+    draw: Callable[["SamplingContext", "TaskOptions"], jax.Array]
+    from_images: bool = False
+    is_strip: bool = False
+    in_groups: bool = False
+    needs_noise: bool = False
+    clips: bool = True
+    takes_next: bool = False
+    takes_mask: bool = False
+    channels: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskOptions:
+    """What to draw, and from which images.
+
+    Attributes:
+        task: a key of `TASKS`, or "package.module:function".
+        images: images to start from: an array uint8 [n, h, w, c], or PATH or NAME:PATH
+            of a data set; by default the run's own data. They are taken in turn.
+        split: which split of the images: "train", "test" or "all".
+        level: noise level to which images are noised, or down to which noise is shared,
+            as a share of the steps, in [0, 1].
+        frames: number of frames of a strip (default 10), or of `generate` (default 1).
+        group: `complete`: number of images that share their first steps.
+        mask: `inpaint`: which pixels are known: "left", "right", "top", "bottom", a
+            picture file whose white pixels are known, or an array [h, w] of 0 and 1.
+        block: `enlarge`: upscaling factor.
+        resamples: `inpaint`, `colorize`, `enlarge`: how often unknown pixels are drawn,
+            as RePaint does; 1 for plain replacement.
+        jump: number of steps that are resampled together.
+        low_res: small images for a network with low_res to enlarge: an array [n, h, w,
+            c], uint8 or float32 in [-1, 1], or a .npz file with arr_0 and perhaps
+            labels arr_1.
+
+    Raises:
+        ValueError: for a value that is out of range; it begins with the field's name.
+    """
+
+    task: str = "generate"
+    images: str | os.PathLike | np.ndarray | None = None
+    split: str = "test"
+    level: float = 0.5
+    frames: int | None = None
+    group: int = 8
+    mask: str | os.PathLike | np.ndarray = "top"
+    block: int = 2
+    resamples: int = 1
+    jump: int = 10
+    low_res: str | os.PathLike | np.ndarray | None = None
+
+    def __post_init__(self):
+        for name in ("group", "block", "resamples", "jump", "frames"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be positive, got {value!r}.")
+        if not 0 <= self.level <= 1:
+            raise ValueError(f"level must be in [0, 1], got {self.level}.")
+        if self.images is not None and not self.row.from_images:
+            names = [name for name, row in TASKS.items() if row.from_images]
+            raise ValueError(f"images must be for {names}, got task {self.task!r}.")
+
+    @property
+    def row(self) -> Task:
+        """The task's row; a bare function of a user is a task without images."""
+        row = lookup("task", self.task, TASKS)
+        return row if isinstance(row, Task) else Task(row)
+
+    def read_mask(self, image_shape: tuple[int, ...]) -> np.ndarray:
+        """The mask as float32 [h, w, 1], see the function `read_mask`."""
+        return read_mask(self.mask, image_shape)
+
+    @property
+    def num_frames(self) -> int:
+        """The number of frames that is asked for, or the task's default."""
+        return self.frames or (10 if self.row.is_strip else 1)
+
 
 class SamplingContext(NamedTuple):
-    """Which images, and how they are drawn."""
+    """Which images are drawn, and how.
 
-    seed: Array  # of all images
-    rows: Mapping[str, Array]  # "ids" and, where a task starts from it, "image"
+    Attributes:
+        seed: the seed of all images, uint32 [].
+        rows: "ids" int32 [b] and, for tasks from images, "image" (and "next") float32
+            [b, h, w, c].
+        denoise_fn: the denoiser, labeled and guided.
+        step_fn: the sampler's step.
+        schedule: its rows may be padded.
+        image_shape: (h, w, c).
+        num_steps: number of steps; static.
+        mask: `inpaint`: 1 where pixels are known, [h, w, 1]; static.
+    """
+
+    seed: Array
+    rows: Mapping[str, Array]
     denoise_fn: DenoiseFn
     step_fn: StepFn
     schedule: NoiseSchedule
     image_shape: tuple[int, ...]
+    num_steps: int
+    mask: np.ndarray | None = None
 
     def keys_of(self, ids: Array) -> Array:
+        """The keys of images by number, [b]."""
         return samplers.image_keys(jax.random.key(self.seed), ids)
 
     @property
     def keys(self) -> Array:
+        """The keys of the images of this batch, [b]."""
         return self.keys_of(self.rows["ids"])
 
     def x_T(self, keys: Array) -> Array:
+        """The noise that sampling starts from, [b, h, w, c]."""
         return samplers.normal(keys, self.image_shape)
+
+    def step_at(self, level: float) -> int:
+        """The step of a noise level, which is a share of the steps."""
+        return max(round(level * self.num_steps) - 1, 0)
 
     @property
     def arguments(self) -> tuple[Array, DenoiseFn, StepFn, NoiseSchedule]:
-        """The first ones of every function that samples."""
+        """The first arguments of every function that samples."""
         return self.keys, self.denoise_fn, self.step_fn, self.schedule
 
 
-class Options(NamedTuple):
-    """What only some tasks ask for. Static."""
-
-    num_frames: int = 1  # generate, sequence, progress; interpolate: images between
-    level: int = 0  # the step to which noise is added, or down to which it is shared
-    group: int = 8  # complete: so many images share their first steps
-    mask: np.ndarray | None = None  # inpaint: 1 where an image is known
-    block: int = 2  # enlarge: side of the blocks of pixels whose mean is known
-    jump: int = 10  # inpaint, colourise, enlarge: see editing.repaint
-    resamples: int = 1
+def generate(context: SamplingContext, options: TaskOptions) -> Array:
+    """Draws images; its frames are x_t on the way to them."""
+    return _frames(context, options).x
 
 
-def generate(job: SamplingContext, options: Options) -> Array:
-    """Images, and the way to them."""
-    return _frames(job, options).x
+def progress(context: SamplingContext, options: TaskOptions) -> Array:
+    """Shows the predicted x_0 on the way to an image (Ho et al. 2020, figure 6)."""
+    return _frames(context, options).x_0
 
 
-def progress(job: SamplingContext, options: Options) -> Array:
-    """What x_0 was predicted to be on the way (Ho et al. 2020, figure 6)."""
-    return _frames(job, options).x_0
-
-
-def _frames(job: SamplingContext, options: Options) -> samplers.SampleState:
-    """As many frames as asked, or fewer: evenly spaced, none before the first step."""
-    num_steps = job.schedule.num_steps
-    size = -(-num_steps // options.num_frames)
+def _frames(context: SamplingContext, options: TaskOptions) -> samplers.SampleState:
+    """Draws images; keeps evenly spaced states, at most as many as asked for."""
+    num_rows = context.schedule.num_steps
+    size = -(-num_rows // min(options.num_frames, context.num_steps))
     # Skipped steps in front make their number divisible.
-    ts = jnp.pad(job.schedule.steps[::-1], (-num_steps % size, 0), constant_values=-1)
+    ts = jnp.pad(
+        context.schedule.steps[::-1], (-num_rows % size, 0), constant_values=-1
+    )
     return samplers.sample_frames(
-        *job.arguments, job.x_T(job.keys), num_frames=len(ts) // size, ts=ts
+        *context.arguments,
+        context.x_T(context.keys),
+        num_frames=len(ts) // size,
+        ts=ts,
     )
 
 
-def complete(job: SamplingContext, options: Options) -> Array:
-    """Groups of images that share x_T and all noise down to a level (Ho, figure 7)."""
-    groups = job.keys_of(job.rows["ids"] // options.group)
-    keys, denoise_fn, step_fn, schedule = job.arguments
-    step_fn = samplers.share_noise(step_fn, groups, until=options.level)
-    x_T = job.x_T(groups)
+def complete(context: SamplingContext, options: TaskOptions) -> Array:
+    """Draws groups that share x_T and all noise down to a level (Ho, figure 7)."""
+    groups = context.keys_of(context.rows["ids"] // options.group)
+    keys, denoise_fn, step_fn, schedule = context.arguments
+    until = context.step_at(options.level)
+    step_fn = samplers.share_noise(step_fn, groups, until=until)
+    x_T = context.x_T(groups)
     return samplers.sample(keys, denoise_fn, step_fn, schedule, x_T)[None]
 
 
-def inpaint(job: SamplingContext, options: Options) -> Array:
-    """The image, what is known of it, and that completed."""
-    mask = jnp.asarray(options.mask, jnp.float32)
-    return _known(job, options, mask, lambda x: jnp.broadcast_to(mask, x.shape) * x)
+def inpaint(context: SamplingContext, options: TaskOptions) -> Array:
+    """Completes images. Frames: the image, its known pixels, the result."""
+    mask = jnp.asarray(context.mask, jnp.float32)
+    return _repaint(
+        context, options, mask, lambda x: jnp.broadcast_to(mask, x.shape) * x
+    )
 
 
-def colourise(job: SamplingContext, options: Options) -> Array:
-    """The image, its grey, and that in colours."""
-    return _known(job, options, editing.grey, editing.grey)
+def colorize(context: SamplingContext, options: TaskOptions) -> Array:
+    """Gives gray images colors. Frames: the image, its gray, the result."""
+    return _repaint(context, options, editing.gray, editing.gray)
 
 
-def enlarge(job: SamplingContext, options: Options) -> Array:
-    """The image, its blocks of pixels, and those with details."""
+def enlarge(context: SamplingContext, options: TaskOptions) -> Array:
+    """Gives blocks of pixels details. Frames: the image, its blocks, the result."""
     blocks = functools.partial(editing.block_mean, size=options.block)
-    return _known(job, options, blocks, blocks)
+    return _repaint(context, options, blocks, blocks)
 
 
-def _known(job: SamplingContext, options: Options, mask: Any, show: Callable) -> Array:
-    image = job.rows["image"]
+def _repaint(
+    context: SamplingContext, options: TaskOptions, mask: Any, show: Callable
+) -> Array:
+    image = context.rows["image"]
     x = editing.repaint(
-        *job.arguments,
-        job.x_T(job.keys),
+        *context.arguments,
+        context.x_T(context.keys),
         image,
         mask,
         jump=options.jump,
@@ -117,53 +241,88 @@ def _known(job: SamplingContext, options: Options, mask: Any, show: Callable) ->
     return jnp.stack([image, show(image), x])
 
 
-def edit(job: SamplingContext, options: Options) -> Array:
-    """The image, and another made of it with noise up to a level."""
-    image = job.rows["image"]
-    return jnp.stack([image, editing.edit(*job.arguments, image, t=options.level)])
+def edit(context: SamplingContext, options: TaskOptions) -> Array:
+    """Noises images to a level and denoises them (SDEdit). Frames: image, result."""
+    image, t = context.rows["image"], context.step_at(options.level)
+    return jnp.stack([image, editing.edit(*context.arguments, image, t=t)])
 
 
-def reconstruct(job: SamplingContext, options: Options) -> Array:
-    """The image, what DDIM finds for it at a level, and what DDIM makes of that."""
-    image = job.rows["image"]
-    keys, denoise_fn, _, schedule = job.arguments
-    x_t, x = editing.reconstruct(keys, denoise_fn, schedule, image, t=options.level)
+def reconstruct(context: SamplingContext, options: TaskOptions) -> Array:
+    """Inverts DDIM to a level and back. Frames: image, half its noise, result."""
+    image, t = context.rows["image"], context.step_at(options.level)
+    keys, denoise_fn, _, schedule = context.arguments
+    x_t, x = editing.reconstruct(keys, denoise_fn, schedule, image, t=t)
     return jnp.stack([image, x_t / 2, x])
 
 
-def interpolate(job: SamplingContext, options: Options) -> Array:
-    """The image, those between it and the next at a level of noise, and the next."""
-    image, other = job.rows["image"], job.rows["other"]
+def interpolate(context: SamplingContext, options: TaskOptions) -> Array:
+    """Mixes each image with the next one at a noise level (Ho, figure 8).
+
+    Frames: the image, those between the two, the next image.
+    """
+    image, other = context.rows["image"], context.rows["next"]
     weights = jnp.linspace(0.0, 1.0, options.num_frames)
-    between = samplers.interpolate(
-        *job.arguments, image, other, weights, t=options.level
-    )
+    t = context.step_at(options.level)
+    between = samplers.interpolate(*context.arguments, image, other, weights, t=t)
     return jnp.concatenate([image[None], between, other[None]])
 
 
-def slerp(job: SamplingContext, options: Options) -> Array:
-    """Images whose x_T lie between that of the image and of the next."""
-    next_keys = job.keys_of(job.rows["ids"] + 1)
+def slerp(context: SamplingContext, options: TaskOptions) -> Array:
+    """Draws images whose x_T lie between that of an image and of the next one."""
+    next_keys = context.keys_of(context.rows["ids"] + 1)
     weights = jnp.linspace(0.0, 1.0, options.num_frames)
-    x_T, y_T = job.x_T(job.keys), job.x_T(next_keys)
-    return editing.between_noises(*job.arguments, x_T, y_T, weights)
+    x_T, y_T = context.x_T(context.keys), context.x_T(next_keys)
+    return editing.between_noises(*context.arguments, x_T, y_T, weights)
 
 
-TASKS: dict[str, Callable[[SamplingContext, Options], jax.Array]] = {
-    "generate": generate,
-    "sequence": generate,
-    "progress": progress,
-    "complete": complete,
-    "inpaint": inpaint,
-    "colourise": colourise,
-    "enlarge": enlarge,
-    "edit": edit,
-    "reconstruct": reconstruct,
-    "interpolate": interpolate,
-    "slerp": slerp,
+TASKS: dict[str, Task] = {
+    "generate": Task(generate),
+    "sequence": Task(generate, is_strip=True),
+    "progress": Task(progress, is_strip=True),
+    "complete": Task(complete, in_groups=True, needs_noise=True),
+    "inpaint": Task(inpaint, from_images=True, takes_mask=True),
+    "colorize": Task(colorize, from_images=True, channels=3),
+    "enlarge": Task(enlarge, from_images=True),
+    "edit": Task(edit, from_images=True),
+    "reconstruct": Task(reconstruct, from_images=True, clips=False),
+    "interpolate": Task(interpolate, from_images=True, is_strip=True, takes_next=True),
+    "slerp": Task(slerp, is_strip=True),
 }
-FROM_IMAGES = (
-    *("inpaint", "colourise", "enlarge", "edit", "reconstruct"),
-    "interpolate",
-)
-STRIPS = ("sequence", "progress", "interpolate", "slerp")  # have no single result
+TASKS["colourise"] = TASKS["colorize"]  # its name until version 0.1
+
+
+def read_mask(
+    mask: str | os.PathLike | np.ndarray, image_shape: tuple[int, ...]
+) -> np.ndarray:
+    """Returns a mask as float32 [h, w, 1], 1 where pixels are known.
+
+    Args:
+        mask: "left", "right", "top", "bottom", a picture file or an array [h, w].
+        image_shape: (h, w, c).
+
+    Raises:
+        ValueError: if the mask cannot be read, or is not as large as the images.
+    """
+    h, w, _ = image_shape
+    known = np.zeros((h, w, 1), np.float32)
+    if isinstance(mask, str) and mask in HALVES:
+        known[HALVES[mask](h, w)] = 1
+        return known
+    if isinstance(mask, np.ndarray):
+        white = mask.reshape(mask.shape[:2]) > 0 if mask.ndim in (2, 3) else mask
+    else:
+        if not Path(mask).is_file():
+            raise ValueError(
+                f"mask must be of {sorted(HALVES)} or a file, got {str(mask)!r}."
+            )
+        from PIL import Image
+
+        try:
+            with Image.open(mask) as stored:
+                white = np.asarray(stored.convert("L")) > 127
+        except Exception as error:
+            raise ValueError(f"mask must be a whole image, got {error!r}.") from error
+    if white.shape != (h, w):
+        raise ValueError(f"mask must be {h} x {w}, as the images, got {white.shape}.")
+    known[white] = 1
+    return known

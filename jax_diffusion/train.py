@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jax_diffusion import cli, metrics, plotting
 from jax_diffusion import config as settings
-from jax_diffusion import metrics, plotting
 from jax_diffusion.config import Config
 from jax_diffusion.evaluation import during_training as watching
 from jax_diffusion.runtime import checkpoint, cpu, device_peaks, logs, sharding
@@ -45,11 +45,12 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     settings.check_config(config)
     logs.check_writers(config.log_to)
     record = {"config": json.loads(config.to_json()), "window": []}
+    record["format"] = settings.FORMAT
     if not sharding.same_on_all_hosts(json.dumps(record["config"], sort_keys=True)):
         raise ValueError("all processes must be given one config, got several.")
     fresh = checkpoint.latest_step(workdir) is None
     if not fresh:
-        saved = checkpoint.load_record(workdir)["config"]
+        saved = settings.upgrade(checkpoint.load_record(workdir))["config"]
         _check_same_run(saved, record["config"], workdir)
     plan = make_plan(config)
     record["image_shape"] = list(plan.batches.image_shape)
@@ -285,11 +286,11 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="such as configs/digits.py")
     parser.add_argument("--workdir", required=True, help="where the run lives")
-    settings.add_hosts(parser)
+    cli.add_host_flags(parser)
     args, overrides = parser.parse_known_args()
-    settings.start_hosts(args)
+    cli.start_hosts(args)
     train(settings.load_config(args.config, overrides), args.workdir)
 
 
 if __name__ == "__main__":
-    settings.run_program(main, long=True)
+    cli.run_program(main, long=True)

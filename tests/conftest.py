@@ -21,11 +21,12 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-from jax_diffusion import diffusion  # noqa: E402
+from jax_diffusion import diffusion, pipeline  # noqa: E402
 
 # jaxtyping's import hook checks the arguments of dataclasses before these can, and
-# `Objective` has its own words for a wrong name.
-typing.no_type_check(diffusion.Objective)
+# these have words of their own for wrong values.
+for options in (diffusion.Objective, pipeline.SamplingOptions, pipeline.TaskOptions):
+    typing.no_type_check(options)
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,9 @@ import jax
 import numpy as np
 
 from jax_diffusion import config as settings
-from jax_diffusion import data, likelihood, plotting
-from jax_diffusion import pipeline as runs
+from jax_diffusion import data, likelihood, pipeline, plotting
 from jax_diffusion.evaluation import sample_quality as scoring
-from jax_diffusion.evaluation.sample_quality import Arrays, Score, ImageSet
+from jax_diffusion.evaluation.sample_quality import Arrays, ImageSet, Score
 from jax_diffusion.pipeline import Run
 from jax_diffusion.runtime import checkpoint, logs
 from jax_diffusion.runtime import files as parts
@@ -109,7 +108,7 @@ def _evaluations(path: Path) -> list[Any]:
 def images_of(job: Evaluation, split: str) -> data.Batches:
     assert job.run is not None
     args = job.args
-    return runs.load_images(job.run, args.data, split, batch_size=args.batch_size)
+    return pipeline.open_images(job.run, args.data, split, batch_size=args.batch_size)
 
 
 def name_of_data(job: Evaluation) -> str:

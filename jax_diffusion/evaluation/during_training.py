@@ -16,14 +16,15 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jax_diffusion import config as settings
-from jax_diffusion import data, metrics
-from jax_diffusion import pipeline as runs
+from jax_diffusion import data, metrics, pipeline
 from jax_diffusion.config import Config
 from jax_diffusion.evaluation import features as extractors
 from jax_diffusion.evaluation import sample_quality as scoring
 from jax_diffusion.evaluation.features import FeatureExtractor
 from jax_diffusion.evaluation.sample_quality import Arrays, ImageSet, Reference
 from jax_diffusion.models import traits
+from jax_diffusion.pipeline import SamplingOptions
+from jax_diffusion.registry import lookup
 from jax_diffusion.runtime import checkpoint, sharding
 from jax_diffusion.training.setup import Plan
 from jax_diffusion.training.step import TrainState
@@ -64,19 +65,18 @@ class PeriodicEvaluation:
                 "config.eval_every must be 0 for a classifier and for a network with "
                 f"low_res, got {config.eval_every}."
             )
-        settings.choose(
-            "config.evaluation.metric", self.metric, dict.fromkeys(DISTANCES)
-        )
+        lookup("config.evaluation.metric", self.metric, dict.fromkeys(DISTANCES))
         if self.n < 2 or self.reference < 2 or self.bits_images < 0:
             raise ValueError(
                 "config.evaluation must have n and reference from 2 and bits_images "
                 f"from 0, got {self.n}, {self.reference} and {self.bits_images}."
             )
-        self._short = settings.make_schedule(
-            config.schedule, steps=self.steps, spacing=self.spacing
-        )
         shape = self.plan.batches.image_shape
-        self._draw = runs.make_sampler(model, objective, shape, sampler=self.sampler)
+        options = SamplingOptions(
+            sampler=self.sampler, steps=self.steps, spacing=self.spacing
+        )
+        run = pipeline.Run(config, model, None, objective, shape)
+        self._bound = pipeline.bind_sampler(run, options, one_program=False)
         full = settings.make_schedule(config.schedule)
         self._bound = scoring.bound_fn(model, objective, full, config.seed)
         self._extractor: FeatureExtractor | None = None
@@ -97,10 +97,8 @@ class PeriodicEvaluation:
         if self._known is None:
             self._known = self._read_reference()
         source = scoring.drawn(
-            self._draw,
-            params,
-            self._short,
-            runs.num_labels(self.plan.model, self.config),
+            self._bound,
+            params=params,
             n=self.n,
             about={},
             batch_size=BATCH,
@@ -124,7 +122,7 @@ class PeriodicEvaluation:
 
     @functools.cached_property
     def _test(self) -> data.Batches:
-        return runs.open_split(self.config, "test")
+        return pipeline.open_split(self.config, "test")
 
     def _read_reference(self) -> Reference:
         """Moments of training images; sets the extractor if need be."""

@@ -8,15 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_diffusion import data, metrics
-from jax_diffusion import pipeline as runs
-from jax_diffusion import sampling_arguments as asked
+from jax_diffusion import cli, data, metrics, pipeline
 from jax_diffusion.evaluation import bits_per_dim as evaluation
 from jax_diffusion.evaluation import features as extractors
 from jax_diffusion.evaluation import sample_quality as scoring
 from jax_diffusion.evaluation.bits_per_dim import Evaluation
 from jax_diffusion.evaluation.features import FeatureExtractor
-from jax_diffusion.evaluation.sample_quality import Arrays, Reference, ImageSet
+from jax_diffusion.evaluation.sample_quality import Arrays, ImageSet, Reference
 from jax_diffusion.metrics import Moments
 
 MAX_PIXELS = 4096  # numbers of an image whose covariance is worth its time
@@ -90,13 +88,13 @@ def _samples(job: Evaluation) -> ImageSet:
     n = args.n
     if n is None:  # as many as the reference has
         n = len(evaluation.images_of(job, args.reference_split).examples)
-    schedule, spacing = asked.make_schedule(args, run)
-    options = {"sampler": args.sampler, "clip": not args.no_clip}
-    draw = runs.make_sampler(run.model, run.objective, run.image_shape, **options)
+    options = cli.sampling_options(args)
+    bound = pipeline.bind_sampler(run, options, one_program=False)
     about = {
-        **options,
-        "steps": schedule.num_steps,
-        "spacing": spacing,
+        "sampler": args.sampler,
+        "clip": not args.no_clip,
+        "steps": bound.choices["steps"],
+        "spacing": bound.choices["spacing"],
         "eta": args.eta,
         "quantize": args.quantize,
         "seed": args.seed,
@@ -105,16 +103,7 @@ def _samples(job: Evaluation) -> ImageSet:
         "network": job.about["network"],
     }
     return scoring.drawn(
-        draw,
-        run.params,
-        schedule,
-        run.num_labels,
-        n=n,
-        about=about,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        numbers={"eta": args.eta},
-        rounding=args.quantize,
+        bound, n=n, about=about, batch_size=args.batch_size, seed=args.seed
     )
 
 
@@ -165,10 +154,12 @@ def _extractor(
 
 
 def _classifier_path(job: Evaluation) -> Path:
-    if job.args.classifier:
-        return Path(job.args.classifier)
+    if job.args.feature_classifier:
+        return Path(job.args.feature_classifier)
     if job.out is None:
-        raise ValueError("classifier metrics need --classifier FILE, got no file.")
+        raise ValueError(
+            "classifier metrics need --feature-classifier FILE, got no file."
+        )
     return job.out / "classifier.npz"
 
 

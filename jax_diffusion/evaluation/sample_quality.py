@@ -24,10 +24,10 @@ from jax_diffusion import (
     likelihood,
     losses,
     metrics,
+    pipeline,
     samplers,
     timesteps,
 )
-from jax_diffusion import pipeline as runs
 from jax_diffusion.evaluation import features as extractors
 from jax_diffusion.evaluation.features import FeatureExtractor
 from jax_diffusion.metrics import Moments
@@ -88,34 +88,22 @@ class Reference(NamedTuple):
 
 
 def drawn(
-    draw: Callable[..., Any],
-    params: PyTree,
-    schedule: NoiseSchedule,
-    num_labels: int,
+    bound: pipeline.BoundSampler,
     *,
     n: int,
     about: Mapping[str, Any],
     batch_size: int,
     **options: Any,
 ) -> ImageSet:
-    """Samples by a sampler of `runs.make_sampler`, of each label in turn.
+    """Samples of a bound sampler.
 
     Args:
-        options: of `runs.generate`.
+        options: of `BoundSampler.batches`.
     """
-    rows = {"label": np.arange(num_labels, dtype=np.int32)}
 
     def batches(start):
-        made = runs.generate(
-            draw,
-            {"model": params},
-            schedule,
-            rows,
-            n=n - start,
-            first=start,
-            batch_size=min(batch_size, n),
-            **options,
-        )
+        size = min(batch_size, n)
+        made = bound.batches(n - start, first=start, batch_size=size, **options)
         for frames, labels in made:
             yield {"image": frames[-1], "label": labels}
 

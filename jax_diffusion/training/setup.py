@@ -18,10 +18,10 @@ from jaxtyping import PyTree
 
 from jax_diffusion import config as settings
 from jax_diffusion import data, editing
-from jax_diffusion import pipeline as runs
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.models import traits
+from jax_diffusion.pipeline import Run, SamplingOptions, TaskOptions, bind_sampler
 from jax_diffusion.runtime import sharding
 from jax_diffusion.training import step as training
 from jax_diffusion.training.step import TrainState
@@ -61,10 +61,8 @@ def make_plan(config: Config) -> Plan:
     mesh = settings.call(sharding.make_mesh, config.mesh, "config.mesh")
     batches = settings.call(data.load, config.data, "config.data", seed=config.seed)
     rows = sharding.host_rows(mesh, batches.batch_size)
-    schedule = settings.make_schedule(config.schedule)
-    objective = settings.make_objective(config.objective, schedule)
     image_shape = batches.image_shape
-    model = settings.make_model(config.model, objective, image_shape[-1])
+    schedule, objective, model = settings.build(config, image_shape[-1])
     _check_labels(config, model, batches)
     _check_low_res(config, model, image_shape)
     timestep_sampler = settings.make_timestep_sampler(
@@ -78,7 +76,7 @@ def make_plan(config: Config) -> Plan:
     train_step = training.make_train_step(
         model, tx, schedule, objective, timestep_sampler, **options
     )
-    preview = _preview_of(config, model, objective, batches, mesh)
+    preview = make_preview(config, model, objective, batches, mesh)
     # Made on all devices at once: an array of one host is none of the others'.
     keys = jax.jit(
         lambda: tuple(jax.random.split(jax.random.key(config.seed))),
@@ -151,72 +149,46 @@ def _memory_line(compiled: Any) -> str:
     return f" | step needs {need / 2**20:,.0f}{of} MiB a device"
 
 
-def _preview_of(config, model, objective, batches, mesh):
-    """`make_preview` as the config wants it."""
-    if objective is None:  # a classifier has nothing to draw
-        return None
-    return settings.call(
-        make_preview,
-        config.sampling,
-        "config.sampling",
-        config=config,
-        model=model,
-        objective=objective,
-        image_shape=batches.image_shape,
-        mesh=mesh,
-        arrays=_preview_rows(config, model, batches),
-    )
-
-
 def make_preview(
     config: Config,
     model: nn.Module,
-    objective: Objective,
-    image_shape: tuple[int, ...],
+    objective: Objective | None,
+    batches: data.Batches,
     mesh: Mesh,
-    arrays: Mapping[str, np.ndarray],
-    *,
-    sampler: str,
-    steps: int,
-    spacing: str,
-    eta: float,
-    n: int,
-) -> Callable[[TrainState], np.ndarray]:
-    """Builds preview(state) -> uint8 images [n h w c], drawn with the first average."""
-    short = settings.make_schedule(config.schedule, steps=steps, spacing=spacing)
-    draw = runs.make_sampler(model, objective, image_shape, sampler=sampler)
+) -> Callable[[TrainState], np.ndarray] | None:
+    """Builds preview(state) -> uint8 images [n h w c], drawn with the first average.
+
+    None for a classifier, which has nothing to draw.
+    """
+    if objective is None:
+        return None
+    group, task = dict(config.sampling), TaskOptions()
+    if "n" not in group:
+        raise ValueError("config.sampling must have the fields ['n'], got none.")
+    n = group.pop("n")
+    if config.low_res_size:  # small images of the first batch, and their labels
+        first = batches.batch(0)
+        large = jnp.asarray(data.from_uint8(first["image"]))
+        small = editing.shrink(large, size=large.shape[1] // config.low_res_size)
+        task = TaskOptions(low_res=np.asarray(small))
+        if traits(model).num_classes is not None:
+            group.setdefault("label", first["label"])
+    options = settings.call(SamplingOptions, group, "config.sampling")
+    run = Run(config, model, None, objective, batches.image_shape)
+    bound = bind_sampler(run, options, task, one_program=False)
     ema = training.ema_name(config.ema_decays[0])
 
     def preview(state):
-        batches = runs.generate(
-            draw,
-            {"model": state.ema_params[ema]},
-            short,
-            arrays,
-            n=n,
+        drawn = bound.batches(
+            n,
             seed=config.seed,
-            numbers={"eta": eta},
             batch_size=min(n, PREVIEW_BATCH),
             mesh=mesh,
+            params=state.ema_params[ema],
         )
-        return np.concatenate([frames[-1] for frames, _ in batches])
+        return np.concatenate([frames[-1] for frames, _ in drawn])
 
     return preview
-
-
-def _preview_rows(
-    config: Config, model: nn.Module, batches: data.Batches
-) -> dict[str, np.ndarray]:
-    """Labels, which go round, and what is to be enlarged, of the first batch."""
-    if config.low_res_size:
-        first = batches.batch(0)
-        large = data.from_uint8(first["image"])
-        size = large.shape[1] // config.low_res_size
-        return {
-            "low_res": np.asarray(editing.shrink(jnp.asarray(large), size=size)),
-            "label": first["label"],
-        }
-    return {"label": np.arange(runs.num_labels(model, config), dtype=np.int32)}
 
 
 def _check_low_res(config: Config, model: nn.Module, image_shape) -> None:

@@ -120,9 +120,7 @@ def test_read_npz_refuses_what_is_no_whole_file_of_plain_arrays(tmp_path):
     np.savez(tmp_path / "objects.npz", x=np.array([{}], object))
     (tmp_path / "empty.npz").touch()
     for name in ("array.npy", "objects.npz", "empty.npz", "missing.npz"):
-        with pytest.raises(
-            ValueError, match=r"must be a whole \.npz file of plain"
-        ):
+        with pytest.raises(ValueError, match=r"must be a whole \.npz file of plain"):
             read_npz(tmp_path / name)
 
 

@@ -1,0 +1,247 @@
+"""Flags that several programs share, and `run_program`, which runs a command line."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+
+from jax_diffusion.pipeline import SamplingOptions
+from jax_diffusion.runtime import cpu, sharding
+from jax_diffusion.samplers import SAMPLERS
+from jax_diffusion.spacing import SPACINGS
+
+# Fields of options whose flags are called otherwise, and how.
+FLAGS = {"clip": "--no-clip", "reclip": "--no-reclip", "rounding": "--quantize"}
+
+
+class HelpFormatter(
+    argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
+):
+    """Keeps the lines of descriptions, and shows every default that is not None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS, ()):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError for a wrong command line: `run_program` makes it a sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        text = re.sub(r"^argument ([^ :]+): must ", r"\1 must ", message)
+        raise ValueError(text.rstrip(".") + ".")
+
+
+def make_parser(
+    program: str, description: str | None, *, allow_abbrev: bool = True
+) -> argparse.ArgumentParser:
+    """Makes the parser of `python -m jax_diffusion.PROGRAM`, with --version.
+
+    Args:
+        description: the text above the flags; lines are kept as they are.
+        allow_abbrev: whether flags may be abbreviated.
+    """
+    from jax_diffusion import __version__
+
+    parser = Parser(
+        formatter_class=HelpFormatter,
+        prog=f"python -m jax_diffusion.{program}",
+        description=description,
+        allow_abbrev=allow_abbrev,
+    )
+    version = f"jax_diffusion {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    return parser
+
+
+def positive(text: str) -> int:
+    """The type of flags that are integers >= 1."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text}")
+    return int(text)
+
+
+Flags = Mapping[str, Mapping[str, Any]]  # arguments of add_argument by flag
+
+_STEPS = ", ".join(f"{name} {row.steps or 'all'}" for name, row in SAMPLERS.items())
+_SPACING = ", ".join(f"{name} {row.spacing}" for name, row in SAMPLERS.items())
+SAMPLER_FLAGS: Flags = {
+    "--sampler": dict(
+        default="ddim",
+        metavar="NAME",
+        help=f"The solver: {', '.join(SAMPLERS)}, or your own package.module:function.",
+    ),
+    "--steps": dict(type=int, help=f"Number of steps. By default: {_STEPS}."),
+    "--spacing": dict(
+        metavar="NAME",
+        help=f"Which of the T steps are taken: {', '.join(SPACINGS)}. By default: "
+        f"{_SPACING}.",
+    ),
+    "--eta": dict(
+        type=float,
+        default=0.0,
+        help="Noise of ddim, from 0 (none) to 1 (as much as ddpm).",
+    ),
+    "--no-clip": dict(action="store_true", help="Do not clip the predicted x_0."),
+    "--threshold": dict(
+        type=float,
+        help="Clip the predicted x_0 to this quantile of |x_0|, such as 0.995, instead "
+        "of to 1 (dynamic thresholding).",
+    ),
+    "--quantize": dict(
+        default="floor",
+        help="How floats become uint8: floor, as in OpenAI's code, or round, as in "
+        "DDIM's.",
+    ),
+}
+GUIDANCE_FLAGS: Flags = {
+    "--label": dict(help="Labels, such as 3 or 0,1,2, in turn. By default all."),
+    "--guidance": dict(
+        type=float,
+        help="Scale of classifier-free guidance, 1 for none. The run must have been "
+        "trained with config.label_dropout.",
+    ),
+    "--guidance-rescale": dict(
+        type=float,
+        default=0.0,
+        help="Share, 0 to 1, in which guided images get back their contrast.",
+    ),
+    "--guidance-interval": dict(
+        metavar="LOW,HIGH",
+        help="Guide only while noise / signal is between these. By default always.",
+    ),
+    "--classifier": dict(
+        metavar="WORKDIR", help="Guide by this classifier of noisy images."
+    ),
+    "--classifier-scale": dict(
+        type=float, default=1.0, help="Scale of the classifier's gradient."
+    ),
+    "--no-reclip": dict(
+        action="store_true",
+        help="Do not clip x_0 again after a classifier has shifted it; OpenAI's DDIM "
+        "does not.",
+    ),
+}
+HOST_FLAGS: Flags = {
+    "--coordinator": dict(metavar="HOST:PORT", help="Address of process 0."),
+    "--num-processes": dict(type=int, help="Number of processes."),
+    "--process-id": dict(type=int, help="Number of this process, from 0."),
+}
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, flags: Flags, title: str = "", about: str = ""
+) -> None:
+    """Adds flags to a parser, in a group of their own if that has a title.
+
+    Args:
+        flags: arguments of `add_argument` by flag.
+        title: the group's title.
+        about: text below the title, such as an example.
+    """
+    group = parser.add_argument_group(title, about) if title else parser
+    for flag, options in flags.items():
+        group.add_argument(flag, **options)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `pipeline.SamplingOptions`; see `sampling_options`."""
+    example = "Example: --sampler dpmpp_2m --steps 20 --spacing trailing"
+    add_flags(parser, SAMPLER_FLAGS, "sampler", example)
+    example = "Example: --label 3,5 --guidance 2"
+    add_flags(parser, GUIDANCE_FLAGS, "labels and guidance", example)
+
+
+def sampling_options(args: argparse.Namespace) -> SamplingOptions:
+    """Makes the options that the flags of `add_sampling_flags` describe.
+
+    Raises:
+        ValueError: for a value that is out of range.
+    """
+    values = vars(args) | {
+        "clip": not args.no_clip,
+        "reclip": not args.no_reclip,
+        "rounding": args.quantize,
+    }
+    names = [field.name for field in dataclasses.fields(SamplingOptions)]
+    return SamplingOptions(**{name: values[name] for name in names})
+
+
+@contextlib.contextmanager
+def fields_as_flags() -> Iterator[None]:
+    """Names flags instead of fields in errors: "eta must be" -> "--eta must be".
+
+    Errors of the library begin with the name of the field that is wrong.
+    """
+    try:
+        yield
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        if name.isidentifier() and rest.startswith(("must ", "needs ", "is for ")):
+            flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
+            raise ValueError(f"{flag} {rest}") from error
+        raise
+
+
+def add_host_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a job with several processes, for `start_hosts`."""
+    about = (
+        "Found by themselves on Cloud TPU, SLURM, Open MPI and Kubernetes. Elsewhere, "
+        "start each\nprocess with its number: --coordinator HOST:PORT "
+        "--num-processes 2 --process-id 0"
+    )
+    add_flags(parser, HOST_FLAGS, "several processes", about)
+
+
+def start_hosts(args: argparse.Namespace) -> None:
+    """Joins the other processes, if there are any; else keeps compiled programs."""
+    sharding.start(args.coordinator, args.num_processes, args.process_id)
+    if jax.process_count() == 1:  # others could wait for one that finds its programs
+        cpu.keep_compiled()
+
+
+def run_program(main: Callable[[], Any], *, long: bool = False) -> None:
+    """Runs a command line; bad input becomes one sentence and exit status 2.
+
+    A run that has to stop ends with status 1. Of several processes, one that fails
+    ends at once: the others would wait for it.
+
+    Args:
+        main: the command line.
+        long: whether the program runs so long that it is worth compiling it anew, for
+            a little more speed.
+    """
+    cpu.tune(onednn=long)
+    status = 0
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} stops; if "
+            "another was lost, see its log. The same command continues the run.",
+            file=sys.stderr,
+        )
+        status = 1
+    if status and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)

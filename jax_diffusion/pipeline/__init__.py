@@ -1,0 +1,285 @@
+"""A trained run as Python functions: load it, and draw from it.
+
+    run = load_run("runs/digits")
+    images = sample_images(run, n=64, sampler="ddim", steps=50)  # uint8 [64, 8, 8, 1]
+
+Image i depends on the seed and on i alone, whatever the batch size and the devices.
+
+    run      Run, load_run; open_images and open_split of its data
+    options  SamplingOptions: solver, steps, clipping, labels, guidance
+    inputs   labels, images to start from, a classifier; checked against the run
+    draw     make_sampler: the compiled function that draws a batch
+"""
+
+import dataclasses
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from tqdm import tqdm
+
+from jax_diffusion import config as configs
+from jax_diffusion import data, schedules
+from jax_diffusion.pipeline.draw import make_sampler
+from jax_diffusion.pipeline.inputs import check_inputs, load_classifier, read_rows
+from jax_diffusion.pipeline.options import SamplingOptions, make_options
+from jax_diffusion.pipeline.run import Run, load_run, open_images, open_split
+from jax_diffusion.runtime import sharding
+from jax_diffusion.schedules import NoiseSchedule
+from jax_diffusion.tasks import TaskOptions
+
+__all__ = [
+    "BoundSampler",
+    "Run",
+    "SamplingOptions",
+    "TaskOptions",
+    "bind_sampler",
+    "load_run",
+    "make_options",
+    "make_sampler",
+    "open_images",
+    "open_split",
+    "sample_images",
+]
+
+LONG = 100  # steps, from which on a sampler has a progress bar of its own
+
+
+def sample_images(
+    run: Run,
+    n: int = 64,
+    *,
+    seed: int = 0,
+    ids: Sequence[int] | np.ndarray | None = None,
+    batch_size: int = 256,
+    upsample: Run | str | os.PathLike | None = None,
+    **fields: Any,
+) -> np.ndarray:
+    """Draws images from a run.
+
+    Args:
+        run: as `load_run` returns it.
+        n: number of images.
+        seed: of all images.
+        ids: numbers of the images, [n]; by default 0 to n - 1. An image depends on the
+            seed and on its number only.
+        batch_size: number of images that are drawn together.
+        upsample: a run of a network with low_res, or its workdir, that enlarges what is
+            drawn.
+        fields: fields of `SamplingOptions` (sampler, steps, label, guidance, ...) and
+            of `tasks.TaskOptions` (task, images, mask, level, ...).
+
+    Returns:
+        uint8 [n, h, w, c]; of a task whose frames are the result ("sequence",
+        "progress", "interpolate", "slerp") uint8 [k, n, h, w, c].
+
+    Raises:
+        ValueError: for a field that is unknown, out of range, or does not fit the run.
+    """
+    numbers = np.arange(n) if ids is None else np.asarray(ids)
+    if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
+        raise ValueError(f"n must be positive and ids integers [n], got {n} and {ids}.")
+    options, task = make_options(fields, SamplingOptions, TaskOptions)
+    if upsample is not None and not isinstance(upsample, Run):
+        upsample = load_run(upsample)
+    bound = bind_sampler(run, options, task, upsample=upsample)
+    size = min(batch_size, len(numbers))
+    batches = bound.batches(ids=numbers, seed=seed, batch_size=size)
+    keep = slice(None) if task.row.is_strip else -1
+    return np.concatenate([frames[keep] for frames, _ in batches], axis=-4)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoundSampler:
+    """A compiled sampler with the network, steps and labels that it draws with.
+
+    Attributes:
+        draw: the compiled function of `make_sampler`.
+        params: its parameters, "model" and perhaps "classifier".
+        schedule: its steps; padded ones share one compilation.
+        rows: arrays of which image i has row i, in turn: "label", "image", "low_res".
+        numbers: eta and the scales of guidance.
+        rounding: how floats become uint8.
+        choices: what defaults and files have come to, for records: "steps", "spacing",
+            "ema", "mask".
+        second: the sampler that enlarges what this one draws, if there is one.
+    """
+
+    draw: Callable[..., Any]
+    params: Mapping[str, PyTree]
+    schedule: NoiseSchedule
+    rows: Mapping[str, np.ndarray]
+    numbers: Mapping[str, float]
+    rounding: str
+    choices: Mapping[str, Any]
+    second: "BoundSampler | None" = None
+
+    def batches(
+        self,
+        n: int = 0,
+        *,
+        first: int = 0,
+        ids: np.ndarray | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+        mesh: Mesh | None = None,
+        params: PyTree = None,
+        on_compiled: Callable[[float], None] | None = None,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields batches of frames, uint8 [k, b, h, w, c], and their labels, int32 [b].
+
+        On several hosts, all of them call it and get all images.
+
+        Args:
+            n: number of images.
+            first: number of the first image.
+            ids: numbers of the images instead, [n].
+            seed: of all images.
+            batch_size: number of images in all batches but perhaps the last one.
+            mesh: the devices that share the work; by default all.
+            params: parameters of the network, instead of those that are bound.
+            on_compiled: is told the seconds that compilation took.
+        """
+        ids = np.arange(first, first + n) if ids is None else np.asarray(ids)
+        mesh = mesh or sharding.make_mesh()
+        bound = {**self.params} if params is None else {**self.params, "model": params}
+        weights = sharding.replicate(mesh, bound)
+        if self.second is not None:  # once, not each time
+            second_weights = sharding.replicate(mesh, self.second.params)
+        draw = self.draw
+        for start in range(0, len(ids), batch_size):
+            some = ids[start : start + batch_size]
+            rows = {name: a[some % len(a)] for name, a in self.rows.items()}
+            inputs = self._inputs(mesh, weights, some, rows, seed, batch_size)
+            if on_compiled is not None:
+                begun = time.perf_counter()
+                draw = draw.lower(*inputs).compile()  # type: ignore[attr-defined]
+                on_compiled(time.perf_counter() - begun)
+                on_compiled = None
+            frames = self._finish(draw(*inputs), len(some))
+            if self.second is not None:
+                rows = {"low_res": frames[-1], "label": rows["label"]}
+                inputs = self.second._inputs(
+                    mesh, second_weights, some, rows, seed, batch_size
+                )
+                frames = self.second._finish(self.second.draw(*inputs), len(some))
+            yield frames, rows["label"]
+
+    def _inputs(self, mesh, params, ids, rows, seed, batch_size):
+        """The arguments of `draw`; all batches are filled up to one size."""
+        filled = np.minimum(np.arange(batch_size), len(ids) - 1)
+        rows = {"ids": ids.astype(np.int32), **rows}
+        rows = {
+            name: (data.from_uint8(a) if a.dtype == np.uint8 else a)[filled]
+            for name, a in rows.items()
+        }
+        rows = sharding.shard_padded(mesh, rows)
+        scalars = {k: np.float32(v) for k, v in self.numbers.items()}
+        return params, self.schedule, np.uint32(seed % 2**32), rows, scalars
+
+    def _finish(self, frames, n):
+        return data.to_uint8(sharding.fetch(frames), self.rounding)[:, :n]
+
+
+def bind_sampler(
+    run: Run,
+    options: SamplingOptions | None = None,
+    task: TaskOptions | None = None,
+    *,
+    upsample: Run | None = None,
+    one_program: bool = True,
+    show_steps: bool = False,
+) -> BoundSampler:
+    """Binds a run, and how to draw from it, to a sampler; nothing is compiled yet.
+
+    Args:
+        run: the network. Its parameters may be None, and come with every call.
+        options: solver, steps, labels, guidance.
+        task: what is drawn.
+        upsample: a run of a network with low_res that enlarges what is drawn.
+        one_program: pad the steps to T, so that every number of steps, spacing, eta and
+            scale shares one compilation.
+        show_steps: show a progress bar for each batch of a sampler of many steps.
+
+    Raises:
+        ValueError: if an option does not fit the run.
+    """
+    options, task = options or SamplingOptions(), task or TaskOptions()
+    check_inputs(run, options, task, upsample)
+    params, classifier = {"model": run.params}, None
+    if options.classifier is not None:
+        guide = load_classifier(options.classifier, run)
+        params["classifier"], classifier = guide.params, guide.model
+    rows, second = read_rows(run, options, task, classifier), None
+    if upsample is not None:
+        changes: dict[str, Any] = dict(label=None, classifier=None)
+        if options.guidance is None:
+            changes["guidance_interval"] = None
+        second = _bind(
+            *(upsample, dataclasses.replace(options, **changes), task),
+            *({"model": upsample.params}, {}, None, None),
+            one_program=one_program,
+        )
+    return _bind(
+        *(run, options, task, params, rows, classifier, second),
+        one_program=one_program,
+        show_steps=show_steps,
+    )
+
+
+def _bind(
+    run: Run,
+    options: SamplingOptions,
+    task: TaskOptions,
+    params: dict[str, PyTree],
+    rows: Mapping[str, np.ndarray],
+    classifier: Any,
+    second: BoundSampler | None,
+    *,
+    one_program: bool,
+    show_steps: bool = False,
+) -> BoundSampler:
+    """`bind_sampler` once all files are read."""
+    schedule, spacing = options.make_schedule(run.config.schedule)
+    num_steps = schedule.num_steps
+    mask = task.read_mask(run.image_shape) if task.row.takes_mask else None
+    if task.num_frames == 1 and one_program:
+        total = len(configs.make_betas(run.config.schedule))
+        schedule = schedules.pad(schedule, total)
+    draw = make_sampler(
+        *(run.model, run.objective, run.image_shape, options, task),
+        num_steps=num_steps,
+        mask=mask,
+        null_label=run.null_label,
+        classifier=classifier,
+        on_step=_step_bar(num_steps) if show_steps and num_steps > LONG else None,
+    )
+    choices = {
+        "steps": num_steps,
+        "spacing": spacing,
+        "ema": run.ema,
+        "mask": None if mask is None else zlib.crc32(mask.tobytes()),
+    }
+    numbers = options.numbers(run.null_label)
+    return BoundSampler(
+        draw, params, schedule, rows, numbers, options.rounding, choices, second
+    )
+
+
+def _step_bar(num_steps: int) -> Callable[[Any], None] | None:
+    """Shows the steps of the present batch, on a terminal."""
+    if jax.process_index() > 0:
+        return None
+    bar = tqdm(total=num_steps, unit="step", leave=False, disable=None)
+
+    def on_step(t):
+        if not bar.disable:
+            bar.update(num_steps - int(t) - bar.n)
+
+    return on_step

@@ -1,0 +1,110 @@
+"""Builds the compiled function that draws a batch of images."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from jax_diffusion import diffusion, guidance, samplers, tasks
+from jax_diffusion.diffusion import DenoiseFn, Objective
+from jax_diffusion.models import bind
+from jax_diffusion.pipeline.options import SamplingOptions
+from jax_diffusion.tasks import TaskOptions
+
+
+def make_sampler(
+    model: nn.Module,
+    objective: Objective | None,
+    image_shape: tuple[int, ...],
+    options: SamplingOptions,
+    task: TaskOptions,
+    *,
+    num_steps: int,
+    mask: np.ndarray | None = None,
+    null_label: int | None = None,
+    classifier: nn.Module | None = None,
+    on_step: Callable[[Any], None] | None = None,
+) -> Callable[..., Any]:
+    """Builds a compiled draw(params, schedule, seed, rows, numbers) -> frames.
+
+    Frames are float32 [k, b, h, w, c]; the task decides k. Schedules padded to one
+    length, and all numbers, share one compilation. The arguments of draw:
+
+        params    {"model": parameters, "classifier": parameters, if there is one}
+        schedule  padded or not
+        seed      uint32 []
+        rows      of each image: "ids" and "label", int32 [b]; "low_res" or "image",
+                  float32 [b, h, w, c], if the network or the task wants them
+        numbers   those of `SamplingOptions.numbers`
+
+    Args:
+        model, objective: the network, and how its output is read.
+        image_shape: (h, w, c).
+        options: sampler, clipping and guidance; its numbers are not used.
+        task: what is drawn.
+        num_steps: number of steps of the schedule.
+        mask: of the task, see `tasks.read_mask`.
+        null_label: the class that the network is told for a hidden label.
+        classifier: the network that guides.
+        on_step: called on the host with the timestep of every step.
+
+    Raises:
+        ValueError: if the network is a classifier.
+    """
+    if objective is None:
+        raise ValueError("the run must be of a denoiser, got a classifier's.")
+    sampler, row = options.row, task.row
+    clip = _clipping(options) if row.clips else lambda denoise_fn: denoise_fn
+
+    @jax.jit
+    def draw(params, schedule, seed, rows, numbers):
+        def model_fn(x_t, timesteps, label, **more):
+            return bind(model, params["model"], label, **more)(x_t, timesteps)
+
+        denoise_fn = diffusion.denoiser(model_fn, schedule, objective)
+        denoise_fn = clip(_labeled(denoise_fn, schedule, rows, numbers, null_label))
+        if classifier is not None:
+            logits_fn = bind(classifier, params["classifier"], rows["label"])
+            log_prob = guidance.label_log_prob(logits_fn, rows["label"])
+            scale = _in_interval(schedule, numbers, "classifier_scale", outside=0.0)
+            denoise_fn = guidance.classifier(denoise_fn, schedule, log_prob, scale)
+            if options.reclip and not sampler.uses_mean:
+                denoise_fn = clip(guidance.shift_x_0(denoise_fn, schedule))
+        eta = {"eta": numbers["eta"]} if sampler.takes_eta else {}
+        step = functools.partial(sampler.step, **eta)
+        if on_step is not None:
+            step = samplers.on_step(step, on_step)
+        context = tasks.SamplingContext(
+            seed, rows, denoise_fn, step, schedule, image_shape, num_steps, mask
+        )
+        return row.draw(context, task)
+
+    return draw
+
+
+def _clipping(options: SamplingOptions) -> Callable[[DenoiseFn], DenoiseFn]:
+    if not options.clip:
+        return lambda denoise_fn: denoise_fn
+    if options.threshold is None:
+        return diffusion.clip_x_0
+    return functools.partial(diffusion.threshold_x_0, quantile=options.threshold)
+
+
+def _labeled(denoise_fn, schedule, rows, numbers, null_label) -> DenoiseFn:
+    """The denoiser that knows its label, and is guided by it if a scale is given."""
+    label, more = rows["label"], {k: rows[k] for k in ("low_res",) if k in rows}
+    if "scale" not in numbers:
+        return functools.partial(denoise_fn, label=label, **more)
+    scale = _in_interval(schedule, numbers, "scale", outside=1.0)
+    guided = guidance.classifier_free(
+        denoise_fn, label, null_label, scale, rescale=numbers["rescale"]
+    )
+    return functools.partial(guided, **more)
+
+
+def _in_interval(schedule, numbers, name, *, outside):
+    low, high = (numbers.get(k, v) for k, v in (("low", 0.0), ("high", np.inf)))
+    return guidance.within(schedule, numbers[name], low=low, high=high, outside=outside)

@@ -1,0 +1,185 @@
+"""SamplingOptions: what flags, config groups and keywords of sampling turn into."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_diffusion import config as configs
+from jax_diffusion import data
+from jax_diffusion.config import Config
+from jax_diffusion.registry import hint, lookup
+from jax_diffusion.samplers import SAMPLERS, Sampler, as_sampler
+from jax_diffusion.schedules import NoiseSchedule
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SamplingOptions:
+    """How images are drawn: the solver, its steps, clipping, labels and guidance.
+
+    Attributes:
+        sampler: a key of `samplers.SAMPLERS`, or "package.module:function".
+        steps: number of steps; by default the sampler's.
+        spacing: which steps, a key of `spacing.SPACINGS`; by default the sampler's.
+        eta: noise of `ddim`, in [0, 1]: 0 is deterministic, 1 as noisy as `ddpm`.
+        clip: whether the predicted x_0 is clipped to [-1, 1].
+        threshold: instead, clip x_0 to this quantile of |x_0| and divide by it (dynamic
+            thresholding), in (0, 1].
+        rounding: how floats become uint8: "floor" (OpenAI) or "round" (DDIM).
+        label: labels of the images, in turn: 3, "0,1,2" or [0, 1, 2]; by default all.
+        guidance: scale of classifier-free guidance; 1 is the labeled prediction.
+        guidance_rescale: share, in [0, 1], in which guided images get back the standard
+            deviation of the labeled prediction.
+        guidance_interval: (low, high) of noise / signal, in which guidance acts.
+        classifier: workdir of a classifier of noisy images that guides.
+        classifier_scale: scale of its gradient.
+        reclip: whether x_0 is clipped again after a classifier has shifted it.
+
+    Raises:
+        ValueError: for a value that is out of range; it begins with the field's name.
+
+    >>> SamplingOptions(sampler="ddim", steps=50, eta=0.5).row.takes_eta
+    True
+    """
+
+    sampler: str = "ddim"
+    steps: int | None = None
+    spacing: str | None = None
+    eta: float = 0.0
+    clip: bool = True
+    threshold: float | None = None
+    rounding: str = "floor"
+    label: int | str | Sequence[int] | None = None
+    guidance: float | None = None
+    guidance_rescale: float = 0.0
+    guidance_interval: str | Sequence[float] | None = None
+    classifier: str | os.PathLike | None = None
+    classifier_scale: float = 1.0
+    reclip: bool = True
+
+    def __post_init__(self):
+        takes_eta = self.row.takes_eta
+        for name in ("eta", "guidance_rescale"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}.")
+        if self.eta and not takes_eta:
+            names = [name for name, row in SAMPLERS.items() if row.takes_eta]
+            raise ValueError(f"eta is for the samplers {names}, got {self.sampler!r}.")
+        lookup("rounding", self.rounding, dict.fromkeys(data.ROUNDINGS))
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}.")
+        if self.threshold is not None and not self.clip:
+            raise ValueError(
+                "threshold must not be given where nothing is clipped, got "
+                f"{self.threshold}."
+            )
+        for name in ("guidance", "classifier_scale"):
+            scale = getattr(self, name)
+            if scale is not None and not math.isfinite(scale):
+                raise ValueError(f"{name} must be finite, got {scale}.")
+        if self.guidance_rescale and self.guidance is None:
+            raise ValueError("guidance_rescale needs guidance, got none.")
+
+    @property
+    def row(self) -> Sampler:
+        """The sampler's row of `SAMPLERS`, or one made of a user's own step."""
+        return as_sampler(lookup("sampler", self.sampler, SAMPLERS))
+
+    def make_schedule(self, config: Config) -> tuple[NoiseSchedule, str]:
+        """Builds the schedule of these steps, and tells which spacing it has.
+
+        Args:
+            config: the group `schedule` of a config.
+
+        Raises:
+            ValueError: for more steps than there are, or an unknown spacing.
+        """
+        total, row = len(configs.make_betas(config)), self.row
+        steps = self.steps
+        if steps is None:
+            steps = min(row.steps or total, total)
+        spacing = self.spacing or row.spacing
+        return configs.make_schedule(config, steps=steps, spacing=spacing), spacing
+
+    def numbers(self, null_label: int | None) -> dict[str, float]:
+        """Returns the numbers that can change without another compilation, by name.
+
+        Args:
+            null_label: the class that the network is told for a hidden label.
+
+        Raises:
+            ValueError: if the network has not learned what guidance needs.
+        """
+        numbers = {"eta": self.eta}
+        if self.guidance is not None:
+            if null_label is None:
+                raise ValueError(
+                    "guidance needs a run that was trained with label_dropout, got one "
+                    "without; a classifier guides any."
+                )
+            numbers |= {"scale": self.guidance, "rescale": self.guidance_rescale}
+        if self.classifier is not None:
+            numbers["classifier_scale"] = self.classifier_scale
+        if self.guidance_interval is not None:
+            found = _floats(self.guidance_interval)
+            low, high = found if len(found) == 2 else (math.nan, math.nan)
+            if not 0 <= low <= high or len(numbers) == 1:
+                raise ValueError(
+                    "guidance_interval must be LOW,HIGH with guidance or a classifier, "
+                    f"got {self.guidance_interval!r}."
+                )
+            numbers |= {"low": low, "high": high}
+        return {name: float(number) for name, number in numbers.items()}
+
+    def labels(self, known: int | None) -> np.ndarray | None:
+        """Returns the labels that are asked for, int32 [k]; None if none are.
+
+        Args:
+            known: the number of labels; None for a network that takes none.
+
+        Raises:
+            ValueError: for labels that the network does not know.
+        """
+        if self.label is None:
+            return None
+        if known is None:
+            raise ValueError(
+                "label needs a network that knows labels, got one without."
+            )
+        found = _floats(self.label)
+        if not found or not all(n.is_integer() and 0 <= n < known for n in found):
+            raise ValueError(f"label must be of 0 to {known - 1}, got {self.label!r}.")
+        return np.array(found).astype(np.int32)
+
+
+def _floats(value: Any) -> list[float]:
+    """The numbers of "1,2", 1 or [1, 2]; none if one of them is no number."""
+    parts = value.split(",") if isinstance(value, str) else np.ravel(value).tolist()
+    try:
+        return [float(part) for part in parts]
+    except (TypeError, ValueError):
+        return []
+
+
+def make_options(fields: Mapping[str, Any], *classes: type) -> list[Any]:
+    """Makes an object of each dataclass; every field goes to the one that knows it.
+
+    Raises:
+        ValueError: for a field that none of them knows, or as the classes do.
+
+    >>> make_options({"steps": 20}, SamplingOptions)[0].steps
+    20
+    """
+    known = [[field.name for field in dataclasses.fields(c)] for c in classes]
+    for name in fields:
+        if not any(name in names for names in known):
+            every = [name for names in known for name in names]
+            raise ValueError(f"there is no option {name!r}{hint(name, every)}")
+    return [
+        c(**{name: fields[name] for name in names if name in fields})
+        for c, names in zip(classes, known, strict=True)
+    ]

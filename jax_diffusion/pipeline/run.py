@@ -1,0 +1,127 @@
+"""Loads a trained run, and opens the images that belong to it."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import PyTree
+
+from jax_diffusion import config as configs
+from jax_diffusion import data
+from jax_diffusion.config import Config
+from jax_diffusion.diffusion import Objective
+from jax_diffusion.models import traits
+from jax_diffusion.runtime import checkpoint
+from jax_diffusion.training.step import ema_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained network and all that is needed to use it.
+
+    Attributes:
+        config: the config of its training.
+        model: the network.
+        params: its parameters.
+        objective: how its output is read; None for a classifier.
+        image_shape: (h, w, c).
+        ema: which average `params` are, such as "0.9999", or "none".
+        step: the number of updates made.
+        workdir: where it was loaded from; None for a checkpoint of another code.
+    """
+
+    config: Config
+    model: nn.Module
+    params: PyTree
+    objective: Objective | None
+    image_shape: tuple[int, ...]
+    ema: str = "none"
+    step: int = 0
+    workdir: Path | None = None
+
+    @property
+    def null_label(self) -> int | None:
+        """The class of hidden labels; None if labels were never hidden."""
+        return self.num_labels if self.config.get("label_dropout") else None
+
+    @property
+    def num_labels(self) -> int:
+        """The number of labels to draw; 1 for a network that takes none."""
+        hidden = 1 if self.config.get("label_dropout") else 0
+        return (traits(self.model).num_classes or 1) - hidden
+
+
+def load_run(workdir: str | os.PathLike, ema: str | None = None) -> Run:
+    """Loads the newest checkpoint of a workdir.
+
+    Args:
+        workdir: a folder that `train` or `convert` has made.
+        ema: which average of the parameters, such as "0.999"; by default the first of
+            the config's; "none" for the parameters themselves.
+
+    Raises:
+        ValueError: if there is no checkpoint, or no such average.
+    """
+    workdir = Path(workdir)
+    record = checkpoint.load_record(workdir)
+    config = configs.of_record(record)
+    image_shape = tuple(record["image_shape"])
+    built = configs.build(config, image_shape[-1])
+    if ema is None:  # a converted checkpoint is one average already
+        ema = ema_name(config.ema_decays[0]) if config.ema_decays else "none"
+    params = checkpoint.load_params(workdir, ema=None if ema == "none" else ema)
+    return Run(
+        config,
+        built.model,
+        params,
+        built.objective,
+        image_shape,
+        ema,
+        step=checkpoint.latest_step(workdir) or 0,
+        workdir=workdir,
+    )
+
+
+def open_split(config: Config, split: str, **changes: Any) -> data.Batches:
+    """Opens one split of the data of a config, in order and unflipped.
+
+    Args:
+        config: a whole config.
+        split: "train", "test" or "all".
+        changes: fields of config.data to replace.
+
+    Raises:
+        ValueError: if the data cannot be read, or a field is wrong.
+    """
+    group = {**config.data, "split": split, "flip": False, **changes}
+    return configs.call(data.load, group, "config.data", train=False)
+
+
+def open_images(
+    run: Run, source: str | os.PathLike | None, split: str, *, batch_size: int
+) -> data.Batches:
+    """Opens one split of the run's data or of others, in order and unflipped.
+
+    Args:
+        run: its data and the shape of its images.
+        source: PATH or NAME:PATH of a data set; None for the run's own.
+        split: "train", "test" or "all".
+        batch_size: number of images of a batch.
+
+    Raises:
+        ValueError: if it cannot be read, or its images have not the size of the run's.
+    """
+    changes: dict[str, Any] = dict(batch_size=batch_size)
+    if source is not None:
+        name, path = data.parse_source(os.fspath(source))
+        changes |= dict(name=name, path=path, image_size=run.image_shape[0])
+        changes["in_memory"] = None  # that was said of the run's own
+    batches = open_split(run.config, split, **changes)
+    if batches.image_shape != run.image_shape:
+        raise ValueError(
+            f"images must be {run.image_shape}, as the run's, got "
+            f"{batches.image_shape}."
+        )
+    return batches

@@ -1,0 +1,111 @@
+"""Flags that programs share, and how programs end."""
+
+import argparse
+
+import pytest
+
+from jax_diffusion import cli
+from jax_diffusion.pipeline import SamplingOptions
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError, 2), (FloatingPointError, 1)]
+)
+def test_programs_end_in_one_sentence_and_a_status(error, status, capsys, monkeypatch):
+    # That is for a process.
+    monkeypatch.setattr(cli.cpu, "tune", lambda **options: None)
+
+    def main():
+        raise error("the rule, and what came.")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run_program(main)
+    assert stop.value.code == status
+    assert capsys.readouterr().err == "error: the rule, and what came.\n"
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_only_long_programs_are_compiled_anew_for_onednn(long, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli.cpu, "tune", lambda **options: asked.append(options))
+    cli.run_program(lambda: asked.append("main"), long=long)
+    assert asked == [{"onednn": long}, "main"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_that_is_alone_keeps_what_it_compiles(processes, monkeypatch):
+    kept = []
+    monkeypatch.setattr(cli.sharding, "start", lambda *told: None)
+    monkeypatch.setattr(cli.jax, "process_count", lambda: processes)
+    monkeypatch.setattr(cli.cpu, "keep_compiled", lambda: kept.append(1))
+    parser = argparse.ArgumentParser()
+    cli.add_host_flags(parser)
+    cli.start_hosts(parser.parse_args([]))
+    assert bool(kept) == (processes == 1)
+
+
+def parse(*args):
+    parser = cli.make_parser("sample", "Draws.")
+    cli.add_sampling_flags(parser)
+    parser.add_argument("--n", type=cli.positive, default=3)
+    return parser.parse_args([*map(str, args)])
+
+
+def test_sampling_flags_become_sampling_options():
+    assert vars(cli.sampling_options(parse())) == vars(SamplingOptions())
+    told = parse(
+        *("--sampler", "ddim", "--steps", 5, "--eta", 0.5, "--no-clip", "--label", "1"),
+        *("--guidance", 2, "--no-reclip", "--quantize", "round"),
+    )
+    options = SamplingOptions(
+        *("ddim", 5, None, 0.5, False, None, "round", "1", 2.0), reclip=False
+    )
+    assert vars(cli.sampling_options(told)) == vars(options)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (("--n", 0), "--n must be an integer >= 1, got 0."),
+        (("--n", "x"), "--n must be an integer >= 1, got x."),
+        (("--steps", "x"), "argument --steps: invalid int value: 'x'."),
+        (("--stepz", 3), "unrecognized arguments: --stepz 3."),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(args, sentence):
+    with pytest.raises(ValueError) as info:
+        parse(*args)
+    assert str(info.value) == sentence
+
+
+def test_errors_of_fields_name_their_flags():
+    for error, sentence in (
+        ("guidance_rescale must be 1, got 2.", "--guidance-rescale must be 1, got 2."),
+        ("clip must be true, got no.", "--no-clip must be true, got no."),
+        ("the run must be one.", "the run must be one."),
+    ):
+        with pytest.raises(ValueError) as info, cli.fields_as_flags():
+            raise ValueError(error)
+        assert str(info.value) == sentence
+
+
+def test_help_shows_defaults_and_an_example_of_each_group(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "ddpm all, ddim 50, dpmpp_2m 20, heun 10",
+        "(default: ddim)",
+        "Example: --sampler dpmpp_2m --steps 20 --spacing trailing",
+        "Example: --label 3,5 --guidance 2",
+    ):
+        assert words in text
+
+
+def test_version_is_that_of_the_package(capsys):
+    import jax_diffusion
+
+    with pytest.raises(SystemExit) as info:
+        parse("--version")
+    assert info.value.code == 0
+    assert capsys.readouterr().out == f"jax_diffusion {jax_diffusion.__version__}\n"
