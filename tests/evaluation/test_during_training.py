@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 from support.jobs import SMALL, evaluations, lines_of
+from support.programs import evaluate, train
 
 from jax_diffusion import config as settings
-from jax_diffusion import evaluate, train
 from jax_diffusion import pipeline as runs
 from jax_diffusion.runtime import checkpoint
 

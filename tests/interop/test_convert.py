@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from support.jobs import evaluations
+from support.programs import convert, evaluate, sample
 
+from jax_diffusion import cli, data, diffusion
 from jax_diffusion import config as settings
-from jax_diffusion import convert, data, diffusion, evaluate, sample
 from jax_diffusion import pipeline as runs
 from jax_diffusion.interop import diffusers_config, torch_files
 from jax_diffusion.interop import layouts as weights
@@ -98,7 +99,7 @@ def fails(monkeypatch, capsys):
 
     def run(program, *args):
         with pytest.raises(SystemExit) as info:
-            settings.run_program(lambda: run_main(monkeypatch, program, *args))
+            cli.run_program(lambda: run_main(monkeypatch, program, *args))
         error = capsys.readouterr().err
         assert info.value.code == 2
         assert error.startswith("error: ") and error.endswith(".\n")
@@ -709,7 +710,11 @@ def test_small_images_are_enlarged_and_go_round(tmp_path, monkeypatch):
 
     # Images 3 and 4 again, by hand: from the first two small images and their labels.
     schedule = settings.make_schedule(run.config.schedule, steps=2)
-    draw = runs.make_sampler(run.model, run.objective, run.image_shape)
+    draw = runs.make_sampler(
+        *(run.model, run.objective, run.image_shape),
+        *(runs.SamplingOptions(), runs.TaskOptions()),
+        num_steps=2,
+    )
 
     def by_hand(low_res):
         rows = {"ids": [3, 4], "label": [4, 0], "low_res": low_res}

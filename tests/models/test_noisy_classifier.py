@@ -11,18 +11,10 @@ import numpy as np
 import pytest
 from support.jobs import evaluations, lines_of
 from support.oracles import F32, F32_SUM, assert_moments, normal
+from support.programs import evaluate, sample, train
 
 from jax_diffusion import config as settings
-from jax_diffusion import (
-    data,
-    diffusion,
-    evaluate,
-    losses,
-    sample,
-    schedules,
-    timesteps,
-    train,
-)
+from jax_diffusion import data, diffusion, losses, schedules, timesteps
 from jax_diffusion.models.noisy_classifier import (
     HIDDEN,
     POOLS,

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.jobs import SMALL, Job, evaluations
+from support.programs import evaluate, sample, train
 
 from jax_diffusion import config as settings
-from jax_diffusion import data, evaluate, metrics, sample, train
+from jax_diffusion import data, metrics
 from jax_diffusion import pipeline as runs
 from jax_diffusion.evaluation import bits_per_dim as evaluation
 from jax_diffusion.evaluation import features as extractors

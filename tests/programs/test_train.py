@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 from support.jobs import lines_of
 from support.oracles import F32
+from support.programs import sample, train
 
 from jax_diffusion import config as settings
-from jax_diffusion import data, sample, train
-from jax_diffusion import sampling_arguments as asked
+from jax_diffusion import data, pipeline
 from jax_diffusion.runtime import checkpoint, logs
 from jax_diffusion.training import setup as plan
 
@@ -298,7 +298,7 @@ def test_what_a_network_cannot_be_told_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-HIDES = ("--config.label_dropout=0.5", "--config.model.num_classes=11")
+HIDES = ("--config.label_dropout=0.5", "--config.model.num_classes=10")
 
 
 def enlarging(*overrides):
@@ -315,11 +315,11 @@ def test_pictures_are_of_all_labels_but_the_hidden_one_or_of_the_first_images(
 ):
     seen, images = [], np.zeros((1, 4, 8, 8, 1), np.uint8)
 
-    def generate(draw, params, schedule, arrays, **options):
-        seen.append(arrays)
+    def batches(bound, n, **options):
+        seen.append(bound.rows)
         return [(images, None)]
 
-    monkeypatch.setattr(plan.runs, "generate", generate)
+    monkeypatch.setattr(pipeline.BoundSampler, "batches", batches)
     made = plan.make_plan(config)
     made.preview(types.SimpleNamespace(ema_params={"0.99": None}))
     (rows,) = seen
@@ -417,7 +417,7 @@ def test_a_folder_gets_pngs_a_grid_and_the_denoising(whole, tmp_path, monkeypatc
 
 
 def test_the_gif_shows_any_number_of_steps(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(asked, "GIF_FRAMES", 2)
+    monkeypatch.setattr(sample, "GIF_FRAMES", 2)
     run_sample(monkeypatch, whole[0], tmp_path, "--steps", "3", "--n", "2")
     with Image.open(tmp_path / "denoising.gif") as gif:
         assert gif.n_frames == 2
