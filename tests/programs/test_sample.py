@@ -10,9 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 from support.jobs import Job
+from support.tiny_runs import (
+    COSINE,
+    ENCODER,
+    KNOWN,
+    LABELS,
+    SIZE,
+    UNET,
+    T,
+    make_run,
+    write_images,
+)
 
 from jax_diffusion import (
     cli,
@@ -25,27 +35,13 @@ from jax_diffusion import (
     tasks,
 )
 from jax_diffusion import config as configs
-from jax_diffusion.models import bind, example_inputs
+from jax_diffusion.models import bind
 from jax_diffusion.pipeline import SamplingOptions, TaskOptions, bind_sampler, draw
-from jax_diffusion.runtime import checkpoint, files, sharding
+from jax_diffusion.runtime import files, sharding
 from jax_diffusion.sample import main
 from jax_diffusion.tasks import TASKS
 
 N = 5  # images of a job, the same in most: then programs are compiled once
-T, SIZE = 8, 8
-COSINE = dict(name="cosine", num_steps=T)
-X_0 = dict(mean_type="x_0", var_type="learned_range", loss="hybrid")
-UNET = dict(
-    name="unet",
-    channels=8,
-    multipliers=(1,),
-    num_res_blocks=1,
-    attention_resolutions=(),
-    num_groups=4,
-)
-ENCODER = UNET | dict(name="encoder", num_labels=3)
-KNOWN = 4  # labels of the network; one more, the last, means hidden
-LABELS = dict(model=UNET | dict(num_classes=KNOWN), label_dropout=0.1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,31 +50,6 @@ def quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-def make_run(workdir, *, shape=(SIZE, SIZE, 3), scale=0.3, **changes):
-    """A run as conversion leaves it, of a random network, nowhere zero."""
-    source = dict(name="npz", path=str(workdir.parent / "images.npz"), batch_size=1)
-    config = dict(data=source, schedule=COSINE, objective=X_0, model=UNET)
-    config |= dict(ema_decays=(), label_dropout=0.0) | changes
-    model = configs.build(config, shape[-1]).model
-    inputs = example_inputs(model, shape)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: rng.normal(scale=scale, size=leaf.shape).astype(np.float32), shapes
-    )
-    record = dict(config=json.loads(ConfigDict(config).to_json()), window=[])
-    record |= dict(image_shape=list(shape), format=configs.FORMAT)
-    checkpoint.save_params(workdir, params, record)
-    return workdir
-
-
-def write_images(path, size=SIZE, channels=3, labels=(2, 0, 1, 3, 2, 1, 0)):
-    rng = np.random.default_rng(1)
-    labels = np.repeat(labels, 10)  # a tenth is for tests
-    images = rng.integers(0, 256, (len(labels), size, size, channels), np.uint8)
-    np.savez(path, images, labels)
 
 
 def stored_images(folder):

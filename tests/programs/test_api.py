@@ -1,0 +1,160 @@
+"""The package from Python: jd.load_run, sample_images, evaluate, train, load_checkpoint."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from support.tiny_runs import COSINE, KNOWN, LABELS, SIZE, UNET, make_run, write_images
+
+import jax_diffusion as jd
+from jax_diffusion import samplers
+
+DIGITS = dict(name="digits", split="train", batch_size=16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """Programs that run for a moment are not worth more."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def digits(folder):
+    """The workdir of a run on 8 x 8 digits."""
+    return make_run(folder / "digits", shape=(8, 8, 1), data=DIGITS)
+
+
+@pytest.fixture(scope="module")
+def labeled(folder):
+    write_images(folder / "images.npz")
+    return jd.load_run(make_run(folder / "labeled", **LABELS))
+
+
+def test_a_workdir_is_loaded_sampled_and_evaluated_in_three_lines(digits):
+    run = jd.load_run(digits)
+    images = jd.sample_images(run, n=6, sampler="ddim", steps=5)
+    assert images.shape == (6, 8, 8, 1) and images.dtype == np.uint8
+    results = jd.evaluate(run, metrics=["pixel_distance", "bpd"], n=100, bpd_images=8)
+    found = {score.metric: score for score in results}
+    assert found["pixel_distance"].value > 0 and found["pixel_distance"].images == 100
+    assert found["bits_per_dim"].images == 8
+    lines = str(results).splitlines()
+    assert lines[0].split() == ["metric", "value", "+-", "images"]
+    assert [line.split()[0] for line in lines[1 : 1 + len(results)]] == [*found]
+    assert results.record["scores"]["bits_per_dim"] == found["bits_per_dim"].value
+
+
+def test_evaluate_takes_arrays_and_a_reference():
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), np.uint8)
+    (score,) = jd.evaluate(
+        images[:20], reference=images[20:], metrics=["pixel_distance"]
+    )[:1]
+    assert score.metric == "pixel_distance" and score.value > 0
+
+
+def test_an_image_depends_on_seed_and_number_only(labeled):
+    whole = jd.sample_images(labeled, n=5, steps=3, eta=1, label=[1, 2])
+    some = jd.sample_images(labeled, ids=[4, 1], steps=3, eta=1, label=[1, 2])
+    for image, number in zip(some, (4, 1), strict=True):
+        assert np.abs(image.astype(int) - whole[number]).max() <= 1
+    other = jd.sample_images(labeled, n=5, steps=3, eta=1, label=[1, 2], seed=1)
+    assert np.mean(other != whole) > 0.5
+
+
+def test_tasks_labels_guidance_and_arrays_go_by_keyword(labeled):
+    start = np.full((3, SIZE, SIZE, 3), 200, np.uint8)
+    known = np.zeros((SIZE, SIZE), bool)
+    known[:, :5] = True
+    images = jd.sample_images(
+        *(labeled, 3),
+        **dict(task="inpaint", images=start, mask=known, rounding="round"),
+        **dict(steps=3, label=3, guidance=2),
+    )
+    assert images.shape == start.shape
+    np.testing.assert_array_equal(images[:, known], start[:, known])
+    strip = jd.sample_images(labeled, 2, task="slerp", frames=3, steps=2)
+    assert strip.shape == (3, 2, SIZE, SIZE, 3)
+
+
+def test_a_second_run_enlarges_what_is_drawn(labeled, folder):
+    model = LABELS["model"] | dict(low_res=True)
+    up = make_run(folder / "up", shape=(2 * SIZE,) * 2 + (3,), model=model)
+    large = jd.sample_images(labeled, 2, steps=2, upsample=up)
+    assert large.shape == (2, 2 * SIZE, 2 * SIZE, 3)
+    small = jd.sample_images(labeled, 2, steps=2)
+    alone = jd.sample_images(jd.load_run(up), 2, steps=2, low_res=small, label=[0, 1])
+    assert np.abs(large.astype(int) - alone).max() <= 1
+
+
+REFUSED = [
+    (dict(stps=3), "there is no option 'stps'; did you mean 'steps'"),
+    (dict(eta=2), r"eta must be in \[0, 1\], got 2"),
+    (dict(sampler="dimm"), "sampler must be one of .*did you mean 'ddim'"),
+    (dict(steps=99), r"steps must be in \[1, T = 8\], got 99"),
+    (dict(label=KNOWN), "label must be of 0 to 3, got 4"),
+    (dict(task="inpant"), "task must be one of .*did you mean 'inpaint'"),
+    (dict(ids=[]), "ids integers"),
+    (dict(ids=[0.5]), "ids integers"),
+    (dict(n=0), "n must be positive"),
+    (dict(level=2, task="edit"), r"level must be in \[0, 1\]"),
+    (dict(images=np.zeros((1, 4, 4, 3), np.uint8), task="edit"), r"\(8, 8, 3\)"),
+    (dict(mask=np.zeros((4, 4)), task="inpaint"), "mask must be 8 x 8"),
+    (dict(low_res=np.zeros((1, 4, 4, 3), np.uint8)), "low_res must be given for"),
+]
+
+
+@pytest.mark.parametrize(("fields", "sentence"), REFUSED)
+def test_what_does_not_fit_is_refused_in_a_sentence(fields, sentence, labeled):
+    with pytest.raises(ValueError, match=sentence):
+        jd.sample_images(labeled, **fields)
+
+
+def test_options_that_flags_know_are_fields():
+    from jax_diffusion import cli
+
+    parser = cli.make_parser("sample", None)
+    cli.add_sampling_flags(parser)
+    told = {action.dest for action in parser._actions} - {"help", "version"}
+    told = {
+        {"no_clip": "clip", "no_reclip": "reclip", "quantize": "rounding"}.get(n, n)
+        for n in told
+    }
+    assert told == set(jd.SamplingOptions.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_functions_stay_functions_when_programs_are_imported(name):
+    code = (
+        f"import jax_diffusion.{name}, jax_diffusion as jd; "
+        f"from jax_diffusion.{name} import main; "
+        f"assert callable(jd.{name}) and callable(main); print(jd.{name}.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{name}\n", done.stderr
+
+
+def test_unknown_attributes_are_unknown():
+    with pytest.raises(AttributeError, match="no attribute 'samplr'"):
+        jd.samplr  # noqa: B018
+
+
+def test_the_package_lists_its_programs():
+    done = subprocess.run(
+        [sys.executable, "-m", "jax_diffusion"], capture_output=True, text=True
+    )
+    for name in ("train", "sample", "evaluate", "convert"):
+        assert f"python -m jax_diffusion.{name} " in done.stdout
+    assert done.returncode == 0
+
+
+def test_every_sampler_draws_with_its_own_defaults(folder):
+    run = jd.load_run(
+        make_run(folder / "plain", shape=(4, 4, 1), schedule=COSINE, model=UNET)
+    )
+    for name in samplers.SAMPLERS:
+        images = jd.sample_images(run, 2, sampler=name)
+        assert images.shape == (2, 4, 4, 1)
