@@ -21,17 +21,6 @@ from jax_diffusion.spacing import SPACINGS
 FLAGS = {"clip": "--no-clip", "reclip": "--no-reclip", "rounding": "--quantize"}
 
 
-class HelpFormatter(
-    argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
-):
-    """Keeps the lines of descriptions, and shows every default that is not None."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS, ()):
-            return action.help
-        return super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
     """Raises ValueError for a wrong command line: `run_program` makes it a sentence."""
 
@@ -52,8 +41,9 @@ def make_parser(
     from jax_diffusion import __version__
 
     parser = Parser(
-        formatter_class=HelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         prog=f"python -m jax_diffusion.{program}",
+        usage="%(prog)s [flags]",
         description=description,
         allow_abbrev=allow_abbrev,
     )
@@ -142,6 +132,8 @@ def add_flags(
 ) -> None:
     """Adds flags to a parser, in a group of their own if that has a title.
 
+    The help of a flag ends with its default, if that says something.
+
     Args:
         flags: arguments of `add_argument` by flag.
         title: the group's title.
@@ -149,7 +141,10 @@ def add_flags(
     """
     group = parser.add_argument_group(title, about) if title else parser
     for flag, options in flags.items():
-        group.add_argument(flag, **options)
+        default, told = options.get("default"), options["help"]
+        if default is not None and told != argparse.SUPPRESS:
+            told += f" (default: {default})"
+        group.add_argument(flag, **{**options, "help": told})
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:

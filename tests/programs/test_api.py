@@ -1,4 +1,4 @@
-"""The package from Python: jd.load_run, sample_images, evaluate, train, load_checkpoint."""
+"""The package from Python: jd.load_run, sample_images, evaluate, train."""
 
 import subprocess
 import sys
@@ -97,8 +97,8 @@ REFUSED = [
     (dict(steps=99), r"steps must be in \[1, T = 8\], got 99"),
     (dict(label=KNOWN), "label must be of 0 to 3, got 4"),
     (dict(task="inpant"), "task must be one of .*did you mean 'inpaint'"),
-    (dict(ids=[]), "ids integers"),
-    (dict(ids=[0.5]), "ids integers"),
+    (dict(ids=np.empty(0, int)), "ids integers"),
+    (dict(ids=np.array([0.5])), "ids integers"),
     (dict(n=0), "n must be positive"),
     (dict(level=2, task="edit"), r"level must be in \[0, 1\]"),
     (dict(images=np.zeros((1, 4, 4, 3), np.uint8), task="edit"), r"\(8, 8, 3\)"),
