@@ -106,8 +106,8 @@ def read_rows(
             rows["next"] = np.roll(rows["image"], -1, axis=0)
     known = run.num_labels if num_classes is not None else None
     if classifier is not None:
-        answers = traits(classifier).num_labels
-        known = min(known or answers, answers)
+        answers = traits(classifier).num_labels or 1
+        known = answers if known is None else min(known, answers)
     wanted = options.labels(known)
     if wanted is not None:
         labels = wanted
