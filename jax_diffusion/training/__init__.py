@@ -1,3 +1,36 @@
-"""The train step and what surrounds it."""
+"""Training: the train step and its optimizer; from a config to a compiled step.
 
-from jax_diffusion.training.step import *  # noqa: F403
+    step       TrainState, make_train_step, averages of the parameters (EMA)
+    optimizer  make_optimizer, OPTIMIZERS: AdamW, or any optimizer of optax
+    setup      a config -> data, network and compiled train step, for `train`
+    reporting  what `train` writes down: metrics, grids of samples, loss curve
+
+The loop itself is `jax_diffusion.train`. This package re-exports the first two, which
+need no config.
+"""
+
+from jax_diffusion.training.optimizer import DECAYS, OPTIMIZERS, make_optimizer
+from jax_diffusion.training.step import (
+    TrainState,
+    bind,
+    ema_decay_at,
+    ema_name,
+    example_inputs,
+    init_state,
+    make_train_step,
+    num_classes,
+)
+
+__all__ = [
+    "DECAYS",
+    "OPTIMIZERS",
+    "TrainState",
+    "bind",
+    "ema_decay_at",
+    "ema_name",
+    "example_inputs",
+    "init_state",
+    "make_optimizer",
+    "make_train_step",
+    "num_classes",
+]

@@ -1,7 +1,7 @@
-"""From a config to a compiled program: what `train` runs.
+"""From a config to a compiled train step: what `train` runs.
 
-`make_plan` builds the data, the network and the train step, and finds what does not
-fit; `compile_plan` compiles them for the devices that are there.
+`make_setup` builds data, network, optimizer and train step, and finds what does not
+fit; `compile_step` compiles them for the devices that are there.
 """
 
 import time
@@ -13,76 +13,109 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jax_diffusion import config as settings
-from jax_diffusion import data, editing
+from jax_diffusion import config as configs
+from jax_diffusion import data, editing, training
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.models import traits
 from jax_diffusion.pipeline import Run, SamplingOptions, TaskOptions, bind_sampler
 from jax_diffusion.runtime import sharding
-from jax_diffusion.training import step as training
-from jax_diffusion.training.step import TrainState
+from jax_diffusion.training import TrainState
 
-STEP_OPTIONS = (
+# Fields of a config that are arguments of `make_train_step`.
+STEP_FIELDS = (
     *("ema_decays", "ema_warmup", "microbatches"),
     *("label_dropout", "low_res_size"),
 )
-PREVIEW_BATCH = 256
+PREVIEW_BATCH = 256  # images of a sample grid that are drawn together
 
 
-class Plan(NamedTuple):
-    """What a config describes, on the devices that are there."""
+class TrainingSetup(NamedTuple):
+    """What a config describes, on the devices that are there; nothing is compiled.
+
+    Attributes:
+        batches: the training images.
+        mesh: the devices.
+        rows: those rows of a batch that this host's devices hold, int [b_host].
+        train_step: step(key, state, batch) -> (state, metrics).
+        init: returns the state before the first update.
+        key: of all training steps, replicated.
+        lr_fn: the learning rate by the number of updates made; None if `train` was
+            given an optimizer of its own.
+        preview: draws a grid, preview(state) -> uint8 [n, h, w, c]; None for a
+            classifier.
+        model: the network.
+        objective: None for a classifier.
+    """
 
     batches: data.Batches
     mesh: Mesh
-    rows: np.ndarray  # of a batch, that this host's devices hold
+    rows: np.ndarray
     train_step: Callable[..., Any]
     init: Callable[[], TrainState]
-    key: jax.Array  # the run's, replicated
-    lr_fn: Callable[[int], Any]
-    preview: Callable[[TrainState], np.ndarray] | None  # uint8 [n h w c]
+    key: jax.Array
+    lr_fn: Callable[[int], Any] | None
+    preview: Callable[[TrainState], np.ndarray] | None
     model: nn.Module
-    objective: Objective | None  # None of a classifier
+    objective: Objective | None
 
     def place(self, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This host's rows of a batch, on the devices."""
+        """Puts this host's rows of a batch on the devices."""
         return sharding.global_batch(self.mesh, local, self.batches.batch_size)
 
 
-def make_plan(config: Config) -> Plan:
-    """Builds everything, and compiles nothing yet.
+Plan = TrainingSetup
+
+
+def make_setup(
+    config: Config, optimizer: optax.GradientTransformation | None = None
+) -> TrainingSetup:
+    """Builds all that training needs from a config; compiles nothing yet.
+
+    Args:
+        config: a whole config, see `config.complete`.
+        optimizer: used instead of the one that `config.optimizer` describes.
 
     Raises:
         ValueError: for a field that is wrong, or that does not fit the others.
     """
-    mesh = settings.call(sharding.make_mesh, config.mesh, "config.mesh")
-    batches = settings.call(data.load, config.data, "config.data", seed=config.seed)
+    mesh = configs.call(sharding.make_mesh, config.mesh, "config.mesh")
+    batches = configs.call(data.load, config.data, "config.data", seed=config.seed)
     rows = sharding.host_rows(mesh, batches.batch_size)
     image_shape = batches.image_shape
-    schedule, objective, model = settings.build(config, image_shape[-1])
-    _check_labels(config, model, batches)
-    _check_low_res(config, model, image_shape)
-    timestep_sampler = settings.make_timestep_sampler(
+    schedule, objective, model = configs.build(config, image_shape[-1])
+    check_fit(config, model, batches)
+    timestep_sampler = configs.make_timestep_sampler(
         config.timesteps, schedule.num_steps
     )
-    optimizer = dict(config.optimizer, total_steps=config.total_steps)
-    tx, lr_fn = settings.call(training.make_optimizer, optimizer, "config.optimizer")
-    options = {name: config[name] for name in STEP_OPTIONS}
+    tx, lr_fn = optimizer, None
+    if tx is None:
+        tx, lr_fn = configs.call(
+            training.make_optimizer,
+            config.optimizer,
+            "config.optimizer",
+            total_steps=config.total_steps,
+        )
+    options = {name: config[name] for name in STEP_FIELDS}
     if mesh.shape["fsdp"] > 1:
         options["param_sharding"] = sharding.replicated(mesh)
     train_step = training.make_train_step(
         model, tx, schedule, objective, timestep_sampler, **options
     )
-    preview = make_preview(config, model, objective, batches, mesh)
+    preview = None
+    if objective is not None:
+        run = Run(config, model, None, objective, image_shape)
+        preview = make_preview(run, batches, mesh)
     # Made on all devices at once: an array of one host is none of the others'.
-    keys = jax.jit(
+    make_keys = jax.jit(
         lambda: tuple(jax.random.split(jax.random.key(config.seed))),
         out_shardings=sharding.replicated(mesh),
     )
-    key_init, key = keys()
+    key_init, key = make_keys()
 
     @jax.jit  # so that its shapes and its program share one trace
     def init():
@@ -90,91 +123,96 @@ def make_plan(config: Config) -> Plan:
             key_init, model, tx, timestep_sampler, image_shape, config.ema_decays
         )
 
-    return Plan(
-        batches, mesh, rows, train_step, init, key, lr_fn, preview, model, objective
+    return TrainingSetup(
+        *(batches, mesh, rows, train_step, init, key, lr_fn, preview, model, objective)
     )
 
 
-class Program(NamedTuple):
-    """What is compiled of a plan."""
+class CompiledStep(NamedTuple):
+    """The compiled programs of a setup.
+
+    Attributes:
+        step: step(key, state, batch) -> (state, metrics); `state` is donated.
+        init: returns the state before the first update, on its devices.
+        shardings: where each leaf of the state goes.
+        summary: a line about devices, parameters, memory and compile time.
+    """
 
     step: jax.stages.Compiled
     init: Callable[[], TrainState]
-    shardings: PyTree  # of the state
+    shardings: PyTree
     summary: str
 
 
-def compile_plan(plan: Plan, *, fresh: bool) -> Program:
-    """Compiles the step, its state donated, and for a fresh run the initialisation."""
-    begun = time.perf_counter()
-    shapes = jax.eval_shape(plan.init)
-    step, shardings = sharding.jit_step(plan.mesh, plan.train_step, shapes)
-    # BoundSampler hundreds of small arrays runs once and compiles slowly: on the CPU,
-    # optimising it costs more than the rest of the start.
+def compile_step(setup: TrainingSetup, *, fresh: bool) -> CompiledStep:
+    """Compiles the train step and, for a fresh run, the initialization of its state.
+
+    Args:
+        setup: of `make_setup`.
+        fresh: whether there is no checkpoint to go on from.
+    """
+    begun, mesh = time.perf_counter(), setup.mesh
+    shapes = jax.eval_shape(setup.init)
+    step, shardings = sharding.jit_step(mesh, setup.train_step, shapes)
+    # Drawing hundreds of small arrays runs once and compiles slowly: on the CPU,
+    # optimizing it costs more than the rest of the start.
     quick = {"xla_backend_optimization_level": "0"}
     on_cpu = jax.default_backend() == "cpu"
     init = jax.jit(
-        plan.init, out_shardings=shardings, compiler_options=quick if on_cpu else None
+        setup.init, out_shardings=shardings, compiler_options=quick if on_cpu else None
     )
     # On the CPU, the step's compilation leaves a core idle. Several hosts must compile
     # in one order: they may exchange what they have found out.
     beside = fresh and on_cpu and jax.process_count() == 1
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(lambda: init.lower().compile()) if beside else None
-        lowered = step.lower(
-            plan.key, shapes, plan.place(plan.batches.batch(0, plan.rows))
-        )
-        compiled = lowered.compile()
+        first_batch = setup.place(setup.batches.batch(0, setup.rows))
+        compiled = step.lower(setup.key, shapes, first_batch).compile()
         first_state = other.result() if other else init
     count = sum(a.size for a in jax.tree.leaves(shapes.params))
-    line = f"{plan.mesh.size} x {jax.devices()[0].device_kind}"
-    if plan.mesh.shape["fsdp"] > 1 or jax.process_count() > 1:
-        sizes = " x ".join(f"{name} {n}" for name, n in plan.mesh.shape.items())
+    line = f"{mesh.size} x {jax.devices()[0].device_kind}"
+    if mesh.shape["fsdp"] > 1 or jax.process_count() > 1:
+        sizes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
         line += f" ({sizes}, {jax.process_count()} hosts)"
     line += f" | {count:,} parameters"
-    line += _memory_line(compiled)
+    if (memory := compiled.memory_analysis()) is not None:
+        need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        need += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        has = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        of = f" of {has / 2**20:,.0f}" if has else ""
+        line += f" | step needs {need / 2**20:,.0f}{of} MiB a device"
     line += f" | compiled in {time.perf_counter() - begun:.1f} s"
-    return Program(compiled, first_state, shardings, line)
-
-
-def _memory_line(compiled: Any) -> str:
-    """What the step needs on a device, and what that has, where they tell."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return ""
-    need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    need += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    stats = jax.local_devices()[0].memory_stats() or {}
-    of = f" of {stats['bytes_limit'] / 2**20:,.0f}" if "bytes_limit" in stats else ""
-    return f" | step needs {need / 2**20:,.0f}{of} MiB a device"
+    return CompiledStep(compiled, first_state, shardings, line)
 
 
 def make_preview(
-    config: Config,
-    model: nn.Module,
-    objective: Objective | None,
-    batches: data.Batches,
-    mesh: Mesh,
-) -> Callable[[TrainState], np.ndarray] | None:
-    """Builds preview(state) -> uint8 images [n h w c], drawn with the first average.
+    run: Run, batches: data.Batches, mesh: Mesh
+) -> Callable[[TrainState], np.ndarray]:
+    """Builds preview(state) -> uint8 [n, h, w, c], drawn with the first average.
 
-    None for a classifier, which has nothing to draw.
+    Labels go round. A network with low_res enlarges images of the first batch.
+
+    Args:
+        run: a run without parameters, whose config.sampling says how to draw.
+        batches: the training images.
+        mesh: the devices that share the work.
+
+    Raises:
+        ValueError: for a field of config.sampling that is wrong.
     """
-    if objective is None:
-        return None
-    group, task = dict(config.sampling), TaskOptions()
-    if "n" not in group:
+    config, task = run.config, TaskOptions()
+    fields = dict(config.sampling)
+    if "n" not in fields:
         raise ValueError("config.sampling must have the fields ['n'], got none.")
-    n = group.pop("n")
-    if config.low_res_size:  # small images of the first batch, and their labels
+    n = fields.pop("n")
+    if config.low_res_size:
         first = batches.batch(0)
         large = jnp.asarray(data.from_uint8(first["image"]))
         small = editing.shrink(large, size=large.shape[1] // config.low_res_size)
         task = TaskOptions(low_res=np.asarray(small))
-        if traits(model).num_classes is not None:
-            group.setdefault("label", first["label"])
-    options = settings.call(SamplingOptions, group, "config.sampling")
-    run = Run(config, model, None, objective, batches.image_shape)
+        if traits(run.model).num_classes is not None:
+            fields.setdefault("label", first["label"])
+    options = configs.call(SamplingOptions, fields, "config.sampling")
     bound = bind_sampler(run, options, task, one_program=False)
     ema = training.ema_name(config.ema_decays[0])
 
@@ -191,9 +229,33 @@ def make_preview(
     return preview
 
 
-def _check_low_res(config: Config, model: nn.Module, image_shape) -> None:
+def check_fit(config: Config, model: nn.Module, batches: data.Batches) -> None:
+    """Checks that labels and image sizes are those that the network can be told.
+
+    Args:
+        config: its label_dropout and low_res_size are checked.
+        model: the network, as `config.build` has built it.
+        batches: the training images and their labels.
+
+    Raises:
+        ValueError: that names the field.
+    """
+    share, image_shape, known = config.label_dropout, batches.image_shape, traits(model)
+    if not 0 <= share < 1 or (share and known.num_classes is None):
+        raise ValueError(
+            "config.label_dropout must be in [0, 1), and 0 for a network that knows no "
+            f"labels, got {share}."
+        )
+    # `config.build` has added the class of hidden labels.
+    taken = known.num_classes and known.num_classes - bool(share)
+    for name, count in (("num_classes", taken), ("num_labels", known.num_labels)):
+        if count is not None and batches.num_classes > count:
+            raise ValueError(
+                f"labels must be below config.model.{name} = {count}, got "
+                f"{batches.num_classes - 1}."
+            )
     size = config.low_res_size
-    if bool(size) != traits(model).low_res:
+    if bool(size) != known.low_res:
         raise ValueError(
             "config.low_res_size must be given for a model with low_res and for no "
             f"other, got {size}."
@@ -202,22 +264,3 @@ def _check_low_res(config: Config, model: nn.Module, image_shape) -> None:
         raise ValueError(
             f"config.low_res_size must divide images {image_shape}, got {size}."
         )
-
-
-def _check_labels(config: Config, model: nn.Module, batches: data.Batches) -> None:
-    share = config.label_dropout
-    if not 0 <= share < 1 or (share and training.num_classes(model) is None):
-        raise ValueError(
-            "config.label_dropout must be in [0, 1), and 0 for a network that knows no "
-            f"labels, got {share}."
-        )
-    for name in ("num_classes", "num_labels"):  # a classifier answers with the latter
-        known = traits(model)._asdict()[name]
-        if known is None:
-            continue
-        hidden = ", the last being for hidden labels" if share else ""
-        if batches.num_classes > known - bool(share):
-            raise ValueError(
-                f"labels must be below config.model.{name} = {known}{hidden}, got "
-                f"{batches.num_classes - 1}."
-            )

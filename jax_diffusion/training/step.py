@@ -1,92 +1,59 @@
-"""The train step: a pure function of (key, state, batch), and what it needs.
+"""The train step: a pure function (key, state, batch) -> (state, metrics).
 
-The model, the schedule, the objective and the timestep sampler are arguments; the
-caller decides about jit, donation and sharding.
+Network, optimizer, schedule, objective and timestep sampler are arguments of
+`make_train_step`. The caller decides about `jax.jit`, donation and sharding.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Int, Key, PyTree
+from optax import microbatching
 
 from jax_diffusion import data, editing, guidance, losses
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.models import bind, example_inputs, num_classes
 from jax_diffusion.schedules import NoiseSchedule
 from jax_diffusion.timesteps import TimestepSampler
-
-DECAYS = ("constant", "linear", "cosine")
+from jax_diffusion.training.optimizer import make_optimizer  # noqa: F401
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes, and nothing else: no functions, no config, no key.
+    """All that training changes, as a pytree: no functions, no config, no key.
 
     The step's key is `fold_in(key, step)`, so that a resumed run draws the same numbers
     as one that never stopped.
+
+    Attributes:
+        step: number of updates made or skipped, int32 scalar.
+        params: the parameters, float32.
+        ema_params: exponential moving averages of them, by `ema_name`: {"0.9999": ...}.
+        opt_state: state of the optimizer.
+        timestep_state: state of the timestep sampler, such as its history of losses.
+        skipped: number of updates in a row that were just skipped, int32 scalar.
     """
 
-    step: Any  # int32 scalar, the number of updates made or skipped
+    step: Any
     params: PyTree
-    ema_params: PyTree  # {"0.9999": params, ...}, by `ema_name`
+    ema_params: PyTree
     opt_state: PyTree
-    timestep_state: PyTree  # of the TimestepSampler: must survive a restart
-    skipped: Any  # int32 scalar, how many updates in a row were skipped just now
-
-
-def make_optimizer(
-    *,
-    lr: float,
-    total_steps: int,
-    warmup_steps: int = 0,
-    decay: str = "constant",
-    grad_clip: float | None = None,
-    weight_decay: float = 0.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    epsilon: float = 1e-8,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW after clipping by global norm, and its learning rate by step.
-
-    Args:
-        lr: peak learning rate.
-        total_steps: where a decay reaches zero.
-        warmup_steps: grow linearly from 0 over so many steps (Ho et al.: 5000).
-        decay: "constant", "linear" (improved-diffusion's annealing) or "cosine", from
-            the end of the warm-up on.
-        grad_clip: largest global norm of the gradient; None leaves it alone.
-
-    Raises:
-        ValueError: for an unknown decay or numbers out of range.
-    """
-    if decay not in DECAYS:
-        raise ValueError(f"decay must be one of {DECAYS}, got {decay!r}.")
-    if lr <= 0:
-        raise ValueError(f"lr must be positive, got {lr}.")
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}.")
-    rest = max(total_steps - warmup_steps, 1)
-    after = {
-        "constant": optax.constant_schedule(lr),
-        "linear": optax.linear_schedule(lr, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(lr, rest),
-    }[decay]
-    warmup = optax.linear_schedule(0.0, lr, max(warmup_steps, 1))
-    lr_fn = optax.join_schedules([warmup, after], [warmup_steps])
-    adam = optax.adamw(lr_fn, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay)
-    if grad_clip is None:
-        return adam, lr_fn
-    return optax.chain(optax.clip_by_global_norm(grad_clip), adam), lr_fn
+    timestep_state: PyTree
+    skipped: Any
 
 
 def ema_name(decay: float) -> str:
-    """The key of an average in `TrainState.ema_params`: 0.9999 -> "0.9999"."""
+    """Returns the key of an average in `TrainState.ema_params`.
+
+    >>> ema_name(0.9999)
+    '0.9999'
+    """
     return f"{decay:g}"
 
 
@@ -98,7 +65,17 @@ def init_state(
     image_shape: Sequence[int],
     ema_decays: Sequence[float],
 ) -> TrainState:
-    """Fresh parameters, every average a copy of them, and an empty history."""
+    """Builds the state before the first update.
+
+    Args:
+        key: of the random parameters.
+        model: the network.
+        tx: the optimizer.
+        timestep_sampler: chooses the timesteps of training.
+        image_shape: (h, w, c).
+        ema_decays: decay rates, in [0, 1); every average begins as a copy of the
+            parameters.
+    """
     init: Any = model.init
     params = init(key, **example_inputs(model, image_shape))["params"]
     return TrainState(
@@ -112,9 +89,18 @@ def init_state(
 
 
 def ema_decay_at(decay: float, step: Array, warmup: bool = True) -> Array | float:
-    """The decay in force at an update: min(decay, (1 + n) / (10 + n)) if warming up.
+    """Returns the decay rate of an average at an update.
 
-    Without it an average remembers the random start for 1 / (1 - decay) updates.
+    While the average warms up that is min(decay, (1 + n) / (10 + n)); without warm-up
+    it would remember the random start for about 1 / (1 - decay) updates.
+
+    Args:
+        decay: the final decay rate, in [0, 1).
+        step: n, the number of updates made.
+        warmup: whether it warms up.
+
+    >>> [round(float(ema_decay_at(0.9999, jnp.asarray(n))), 3) for n in (0, 90, 10**6)]
+    [0.1, 0.91, 1.0]
     """
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step)) if warmup else decay
 
@@ -135,85 +121,140 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Builds train_step(key, state, batch) -> (state, metrics), pure and jit-able.
 
-    Without an objective, the model is trained to classify noisy images.
+    Arguments of the step:
 
-    The key is the run's, the same at every step. `batch["image"]` is uint8
-    [b, h, w, c], `batch["label"]` int32 [b]; means over them are global: the step is
-    one program, not one per device. Metrics are means over the batch, except that
-    `quartiles` holds sums and counts by quartile of t.
+        key     of the run, the same at every step
+        state   a `TrainState`
+        batch   "image" uint8 [b, h, w, c] and "label" int32 [b]
+
+    The metrics are float32 scalars, means over the batch: `loss`, its terms, and
+    `grad_norm`, `param_norm`, `update_norm`. `quartiles` holds sums and counts of the
+    terms by quartile of t, float32 [4]. On several devices the step is one program, and
+    all means are over the whole batch.
 
     Where the loss or a gradient is not finite, the step changes nothing but the counts;
-    `metrics["skipped_in_a_row"]` says how often that has now happened.
+    `skipped_in_a_row`, int32, says how many times in a row that has happened.
 
     Args:
-        microbatches: into how many parts the batch is cut, whose gradients are averaged
-            one after the other, to save memory. But for dropout, the same gradient.
-        param_sharding: under which the network sees its parameters, if not the state's:
-            replicated, those that are split are gathered once and activations never.
-        label_dropout: the share of labels that the network is not told: it is told its
-            last class instead (`guidance.classifier_free`).
-        low_res_size: side of the small images, block means of the images, from which a
-            network with low_res makes them; 0 for any other network.
+        model: the network, which keeps the protocol of `jax_diffusion.models`.
+        tx: any optimizer of optax.
+        schedule: the noise schedule, of all T steps.
+        objective: what the network learns; None trains a classifier of noisy images.
+        timestep_sampler: chooses t, and its weight in the loss, for every image.
+        ema_decays: decay rates of the averages of the parameters.
+        ema_warmup: whether they warm up, see `ema_decay_at`.
+        microbatches: number of parts of the batch, whose gradients are computed one
+            after the other, which saves memory, and averaged. Dropout aside, that is
+            the gradient of the whole batch.
+        param_sharding: sharding of the parameters inside the network, if not that of
+            the state. Replicated, it makes XLA gather parameters that are split over
+            devices once a step, instead of exchanging activations at every layer.
+        label_dropout: probability that a label is replaced by the network's last class,
+            for classifier-free guidance (`guidance.classifier_free`).
+        low_res_size: side in pixels of the small images that a network with `low_res`
+            enlarges: block means of the batch's images. 0 for any other network.
 
     Raises:
-        ValueError: from the step, unless the batch divides by `microbatches`.
+        ValueError: if labels shall be dropped and the network takes none; when the step
+            is traced, unless the batch divides by `microbatches`.
     """
-    loss_fn = _loss_fn(model, schedule, objective, param_sharding, low_res_size)
+    if label_dropout and num_classes(model) is None:
+        raise ValueError(
+            "label_dropout must be 0 for a network without labels, got "
+            f"{label_dropout}."
+        )
+    loss_fn = make_loss_fn(model, schedule, objective, param_sharding, low_res_size)
 
     def train_step(key, state, batch):
-        key = jax.random.fold_in(key, state.step)
-        batch = _hide_labels(key, model, batch, label_dropout)
-        key, t, examples = _examples(key, batch, timestep_sampler, state.timestep_state)
-        loss, terms, grads = _grads(loss_fn, microbatches, state.params, key, examples)
+        key_dropout, examples = draw_examples(
+            jax.random.fold_in(key, state.step),
+            batch,
+            timestep_sampler,
+            state.timestep_state,
+            null_label=(num_classes(model) or 0) - 1,
+            label_dropout=label_dropout,
+        )
+        loss, terms, grads = average_gradient(
+            loss_fn, microbatches, state.params, key_dropout, examples
+        )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        updated = TrainState(
-            state.step + 1,
-            params,
-            _averages(state, params, ema_decays, ema_warmup),
-            opt_state,
-            timestep_sampler.update(state.timestep_state, t, terms.loss),
-            skipped=jnp.zeros_like(state.skipped),
-        )
-        norms = _norms(grad=grads, param=params, update=updates)
-        state = _updated_if(jnp.isfinite(loss + norms["grad_norm"]), updated, state)
+        averages = {}
+        for decay in ema_decays:
+            old, new = state.ema_params[ema_name(decay)], params
+            share = 1 - ema_decay_at(decay, state.step, ema_warmup)
+            averages[ema_name(decay)] = optax.incremental_update(new, old, share)
+        t = examples[2]
+        timestep_state = timestep_sampler.update(state.timestep_state, t, terms.loss)
+        step, none = state.step + 1, jnp.zeros_like(state.skipped)
+        updated = TrainState(step, params, averages, opt_state, timestep_state, none)
+        skipped = dataclasses.replace(state, step=step, skipped=state.skipped + 1)
+
+        trees = {"grad": grads, "param": params, "update": updates}
+        norms = {f"{name}_norm": optax.tree.norm(tree) for name, tree in trees.items()}
+        finite = jnp.isfinite(loss + norms["grad_norm"])
+        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), updated, skipped)
+        terms = terms._asdict()
         metrics = {
             "loss": loss,
             **norms,
             "skipped_in_a_row": state.skipped,
-            **_summary(terms, t, schedule.num_steps),
+            **{name: jnp.mean(terms[name]) for name in terms if name != "loss"},
+            "quartiles": sums_by_quartile(terms, t, schedule.num_steps),
         }
         return state, metrics
 
     return train_step
 
 
-def _examples(key, batch, timestep_sampler, timestep_state):
-    """A key for dropout, t, and x_0, label, t, weight and eps: all of the loss."""
+def draw_examples(
+    key: Key[Array, ""],
+    batch: Mapping[str, Array],
+    timestep_sampler: TimestepSampler,
+    timestep_state: PyTree,
+    *,
+    null_label: int,
+    label_dropout: float,
+) -> tuple[Key[Array, ""], tuple[Array, ...]]:
+    """Draws timesteps, noise and hidden labels for a batch.
+
+    Args:
+        key: of this step.
+        batch: "image" uint8 [b, h, w, c] and "label" int32 [b].
+        timestep_sampler: draws t.
+        timestep_state: its state.
+        null_label: what replaces a hidden label.
+        label_dropout: probability that a label is hidden.
+
+    Returns:
+        A key for dropout; and x_0 [b, h, w, c], label, t and weight [b], eps
+        [b, h, w, c]: all that the loss of an example depends on.
+    """
+    label = batch["label"]
+    if label_dropout:
+        # The split below takes what fold_in of 0, 1 and 2 would give.
+        key_label = jax.random.fold_in(key, 3)
+        label = guidance.drop_labels(key_label, label, null_label, label_dropout)
     key_t, key_eps, key_dropout = jax.random.split(key, 3)
-    x_0, label = data.from_uint8(batch["image"]), batch["label"]
+    x_0 = data.from_uint8(batch["image"])
     t, weight = timestep_sampler.sample(key_t, timestep_state, x_0.shape[0])
     eps = jax.random.normal(key_eps, x_0.shape)
-    return key_dropout, t, (x_0, label, t, weight, eps)
+    return key_dropout, (x_0, label, t, weight, eps)
 
 
-def _hide_labels(key, model, batch, share):
-    """The batch with some labels hidden from the network."""
-    if not share:
-        return batch
-    # What follows splits the key by three, into what 0, 1 and 2 would give here.
-    key = jax.random.fold_in(key, 3)
-    known = num_classes(model)
-    if known is None:
-        raise ValueError(
-            "label_dropout needs a model with num_classes, got one without."
-        )
-    null = known - 1
-    return {**batch, "label": guidance.drop_labels(key, batch["label"], null, share)}
+def make_loss_fn(
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    objective: Objective | None,
+    param_sharding: Any = None,
+    low_res_size: int = 0,
+) -> Callable[..., tuple[Array, Any]]:
+    """Builds loss_fn(params, key, x_0, label, t, weight, eps) -> (loss, terms).
 
-
-def _loss_fn(model, schedule, objective, param_sharding, low_res_size):
-    """The weighted mean that is minimised, and its terms by example."""
+    The loss is the weighted mean that is minimized, `terms` those of each example, [b].
+    The arguments of the loss are those of `draw_examples`, the others those of
+    `make_train_step`.
+    """
 
     def loss_fn(params, key, x_0, label, t, weight, eps):
         if param_sharding is not None:
@@ -223,76 +264,84 @@ def _loss_fn(model, schedule, objective, param_sharding, low_res_size):
             blocks = x_0.shape[1] // low_res_size
             options["low_res"] = editing.shrink(x_0, size=blocks)
         model_fn = bind(model, params, label, **options)
-        arguments = (key, model_fn, schedule)
         if objective is None:
-            terms = losses.classifier_loss(*arguments, x_0, t, label, eps=eps)
+            terms = losses.classifier_loss(
+                key, model_fn, schedule, x_0, t, label, eps=eps
+            )
         else:
-            terms = losses.training_loss(*arguments, objective, x_0, t, eps=eps)
+            terms = losses.training_loss(
+                key, model_fn, schedule, objective, x_0, t, eps=eps
+            )
         return jnp.mean(weight * terms.loss), terms
 
     return loss_fn
 
 
-def _norms(**trees):
-    """The global norm of each tree."""
-    return {f"{name}_norm": optax.tree.norm(tree) for name, tree in trees.items()}
+def average_gradient(
+    loss_fn: Callable[..., Any],
+    microbatches: int,
+    params: PyTree,
+    key: Key[Array, ""],
+    examples: tuple[Array, ...],
+) -> tuple[Array, Any, PyTree]:
+    """Computes the gradient of a batch, in parts one after the other.
 
+    Args:
+        loss_fn: loss_fn(params, key, *examples) -> (mean loss, terms by example).
+        microbatches: number of parts. Part i has the examples i, i + microbatches, ...,
+            so that every device has its share of each, and the key fold_in(key, i).
+        params: what to differentiate by.
+        key: of dropout.
+        examples: arrays [b, ...].
 
-def _updated_if(finite, updated, state):
-    """The new state, or the old one with one more skipped update."""
-    counts = dict(step=state.step + 1, skipped=state.skipped + 1)
-    skipped = dataclasses.replace(state, **counts)
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), updated, skipped)
+    Returns:
+        The mean loss, its terms [b], and the gradient.
 
-
-def _grads(loss_fn, microbatches, params, key, examples):
-    """The loss, its terms by example, and the gradient, of the whole batch."""
+    Raises:
+        ValueError: unless microbatches divides b.
+    """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    if microbatches == 1:
-        (loss, terms), grads = grad_fn(params, key, *examples)
-        return loss, terms, grads
-    b = examples[0].shape[0]
+    b = len(examples[0])
     if microbatches < 1 or b % microbatches:
         raise ValueError(
             f"microbatches must divide the batch of {b} images, got {microbatches}."
         )
+    if microbatches == 1:
+        (loss, terms), grads = grad_fn(params, key, *examples)
+        return loss, terms, grads
 
-    # Part i has the examples i, i + microbatches, ...: every device has its share.
-    def split(a):
-        return a.reshape(b // microbatches, microbatches, *a.shape[1:]).swapaxes(0, 1)
+    def grad_of_part(params, part, *examples):
+        return grad_fn(params, jax.random.fold_in(key, part[0]), *examples)
 
-    def join(a):
-        return a.swapaxes(0, 1).reshape(b, *a.shape[2:])
-
-    def add(total, part):
-        i, part = part
-        (loss, terms), grads = grad_fn(params, jax.random.fold_in(key, i), *part)
-        return jax.tree.map(jnp.add, total, (loss, grads)), terms
-
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    parts = (jnp.arange(microbatches), jax.tree.map(split, examples))
-    total, terms = jax.lax.scan(add, zero, parts)
-    loss, grads = jax.tree.map(lambda a: a / microbatches, total)
-    return loss, jax.tree.map(join, terms), grads
-
-
-def _averages(state, params, decays, warmup):
-    """Every average after one more update."""
-    averages = {}
-    for decay in decays:
-        name, now = ema_name(decay), ema_decay_at(decay, state.step, warmup)
-        averages[name] = optax.incremental_update(
-            params, state.ema_params[name], 1 - now
-        )
-    return averages
+    mean, concat = (
+        microbatching.AccumulationType.MEAN,
+        microbatching.AccumulationType.CONCAT,
+    )
+    in_parts = optax.microbatch(
+        grad_of_part,
+        argnums=range(1, 2 + len(examples)),
+        microbatch_size=b // microbatches,
+        accumulator=((mean, concat), mean),
+    )
+    part_of = jnp.arange(b) % microbatches
+    (loss, terms), grads = in_parts(params, part_of, *examples)
+    return loss, terms, grads
 
 
-def _summary(terms: Any, t: Array, num_steps: int) -> dict[str, Any]:
-    """Means of the terms but the loss, which the weights of t enter; and the sums and
-    counts of all over each quartile of t."""
+def sums_by_quartile(
+    terms: Mapping[str, Array], t: Int[Array, "b"], num_steps: int
+) -> dict[str, Array]:
+    """Sums loss terms over the examples of each quartile of t.
+
+    Args:
+        terms: arrays [b] by name.
+        t: timesteps, in [0, num_steps).
+        num_steps: T.
+
+    Returns:
+        For each term its sums, float32 [4], and their "count".
+    """
     member = (4 * t // num_steps)[:, None] == jnp.arange(4)[None, :]
     member = member.astype(jnp.float32)
-    terms = terms._asdict()
     sums = {name: value @ member for name, value in terms.items()}
-    means = {name: jnp.mean(terms[name]) for name in terms if name != "loss"}
-    return {**means, "quartiles": {"count": member.sum(axis=0), **sums}}
+    return {"count": member.sum(axis=0), **sums}

@@ -10,9 +10,14 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from jax_diffusion import diffusion, samplers, schedules, timesteps  # noqa: E402
+from jax_diffusion import (  # noqa: E402
+    diffusion,
+    samplers,
+    schedules,
+    timesteps,
+    training,
+)
 from jax_diffusion.models.unet import UNet  # noqa: E402
-from jax_diffusion.training import step as training  # noqa: E402
 from tests.benchmarks import worker  # noqa: E402
 
 STEPS = 10  # of DDIM

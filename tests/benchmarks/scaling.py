@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jax_diffusion import config as settings
+from jax_diffusion import training
 from jax_diffusion.runtime import device_peaks, sharding
-from jax_diffusion.training import step as training
 
 from . import roofline
 

@@ -14,14 +14,13 @@ from support.oracles import F32, F32_SUM, assert_moments, normal
 from support.programs import evaluate, sample, train
 
 from jax_diffusion import config as settings
-from jax_diffusion import data, diffusion, losses, schedules, timesteps
+from jax_diffusion import data, diffusion, losses, schedules, timesteps, training
 from jax_diffusion.models.noisy_classifier import (
     HIDDEN,
     POOLS,
     AttentionPool,
     NoisyClassifier,
 )
-from jax_diffusion.training import step as training
 
 # LLVM's optimisation is most of the time that a network takes here, and gains nothing.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -14,10 +14,9 @@ import pytest
 from benchmarks import roofline
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_diffusion import diffusion, schedules, timesteps
+from jax_diffusion import diffusion, schedules, timesteps, training
 from jax_diffusion.models.unet import UNet
 from jax_diffusion.runtime import device_peaks, sharding
-from jax_diffusion.training import step as training
 
 HEADER = "HloModule jit_f, is_scheduled=true, num_partitions=8\n\n"
 PEAK = device_peaks.Peak(

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jax_diffusion import schedules, timesteps
+from jax_diffusion import schedules, timesteps, training
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.models.unet import UNet
 from jax_diffusion.runtime import sharding
-from jax_diffusion.training import step as training
 
 FIRST = [1, 2, 4, 8]
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from support.oracles import F32, alpha_bars, assert_mean, noise_vars
 
-from jax_diffusion import schedules, timesteps
+from jax_diffusion import schedules, timesteps, training
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.runtime import sharding
-from jax_diffusion.training import step as training
 
 
 class Toy(nn.Module):
@@ -51,38 +50,6 @@ def build(sampler=None, objective=OBJECTIVE, ema_decays=(0.9, 0.5), **options):
 
 def same(a, b):
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
-
-
-@pytest.mark.parametrize(
-    ("decay", "late"), [("constant", 1.0), ("linear", 0.25), ("cosine", 0.1464466)]
-)
-def test_learning_rate_warms_up_and_decays(decay, late):
-    _, lr = training.make_optimizer(
-        lr=1.0, total_steps=110, warmup_steps=10, decay=decay
-    )
-    assert float(lr(0)) == 0 and float(lr(5)) == 0.5
-    np.testing.assert_allclose(lr(10 + 75), late, **F32)
-
-
-def test_clipping_bounds_the_gradient_before_adam_sees_it():
-    tx, _ = training.make_optimizer(lr=1.0, total_steps=10, grad_clip=1.0)
-    params = {"w": jnp.zeros(2)}
-    _, state = tx.update({"w": jnp.array([30.0, 40.0])}, tx.init(params), params)
-    first_moment = state[1][0].mu["w"]
-    np.testing.assert_allclose(first_moment, [0.06, 0.08], **F32)  # 0.1 * unit gradient
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (dict(decay="step"), "decay must be one of"),
-        (dict(lr=0.0), "lr must be positive, got 0.0"),
-        (dict(warmup_steps=-1), "warmup_steps must not be negative, got -1"),
-    ],
-)
-def test_bad_optimizer_options_are_named(options, words):
-    with pytest.raises(ValueError, match=words):
-        training.make_optimizer(**{"lr": 1.0, "total_steps": 10, **options})
 
 
 def test_averages_forget_the_start_faster_while_they_warm_up():

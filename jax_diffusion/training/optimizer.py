@@ -1,0 +1,133 @@
+"""Optimizers: `OPTIMIZERS` by name, any of optax, warm-up, decay and gradient clipping.
+
+`config.optimizer` holds the arguments of `make_optimizer`:
+
+    config.optimizer = dict(lr=2e-4, warmup_steps=5000, grad_clip=1.0)  # AdamW
+    config.optimizer = dict(name="optax.contrib:muon", learning_rate=0.02, beta=0.95)
+
+A row of `OPTIMIZERS` is a function f(learning_rate, **arguments) that returns an
+`optax.GradientTransformation`, whose learning rate is a function of the step.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from jax_diffusion.registry import hint, lookup
+
+DECAYS = ("constant", "linear", "cosine")
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Builds AdamW (Loshchilov and Hutter 2019); by default Adam, as the papers use it.
+
+    Args:
+        learning_rate: a number, or a function of the number of updates made.
+        b1, b2: decay rates of the first and the second moment of the gradient.
+        epsilon: added to the root of the second moment.
+        weight_decay: decoupled decay per update, times the learning rate.
+    """
+    return optax.adamw(
+        learning_rate, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": adamw}
+
+
+def make_optimizer(
+    *,
+    total_steps: int,
+    name: str = "adamw",
+    lr: float | None = None,
+    learning_rate: float | None = None,
+    warmup_steps: int = 0,
+    decay: str = "constant",
+    grad_clip: float | None = None,
+    **arguments: Any,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Builds an optimizer that follows a learning-rate schedule.
+
+    Args:
+        total_steps: number of updates after which a decay has come to zero.
+        name: a row of `OPTIMIZERS`, or any function of optax or your own, as
+            "optax.contrib:muon".
+        lr: peak learning rate, > 0.
+        learning_rate: the same as `lr`; one of them must be given.
+        warmup_steps: number of updates in which the learning rate grows linearly from
+            0 to its peak (Ho et al. 2020: 5000).
+        decay: what it does afterwards: "constant", "linear" (the annealing of
+            improved-diffusion) or "cosine".
+        grad_clip: largest global norm of the gradient that the optimizer sees; None
+            leaves gradients alone.
+        arguments: those of the function that `name` names, such as weight_decay.
+
+    Returns:
+        The optimizer, and its learning rate as a function of the number of updates
+        made.
+
+    Raises:
+        ValueError: for an unknown name, decay or argument, or a number out of range.
+
+    >>> tx, lr_fn = make_optimizer(lr=0.1, total_steps=100, warmup_steps=10)
+    >>> [round(float(lr_fn(step)), 3) for step in (0, 5, 50)]
+    [0.0, 0.05, 0.1]
+    """
+    peak = learning_rate if lr is None else lr
+    if peak is None or None not in (lr, learning_rate):
+        raise ValueError(
+            f"either lr or learning_rate must be given, got {lr} and {learning_rate}."
+        )
+    if decay not in DECAYS:
+        raise ValueError(f"decay must be one of {DECAYS}, got {decay!r}.")
+    if peak <= 0:
+        raise ValueError(f"lr must be positive, got {peak}.")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}.")
+    rest = max(total_steps - warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[decay]
+    warmup = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
+    lr_fn = optax.join_schedules([warmup, after], [warmup_steps])
+    function = lookup("optimizer", name, OPTIMIZERS)
+    _check_arguments(function, name, arguments)
+    tx = function(learning_rate=lr_fn, **arguments)
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(
+            f"optimizer {name!r} must return an optax.GradientTransformation, got "
+            f"{type(tx).__name__}."
+        )
+    if grad_clip is None:
+        return tx, lr_fn
+    return optax.chain(optax.clip_by_global_norm(grad_clip), tx), lr_fn
+
+
+def _check_arguments(function: Any, name: str, arguments: dict[str, Any]) -> None:
+    """Raises ValueError unless the function takes a learning rate and the arguments."""
+    signature = inspect.signature(function)
+    known = signature.parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for argument in ("learning_rate", *arguments):
+        if argument not in known and not takes_any:
+            raise ValueError(
+                f"optimizer {name!r} has no argument {argument!r}"
+                f"{hint(argument, known)}"
+            )
+    try:
+        signature.bind(learning_rate=None, **arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"optimizer {name!r} must be given its arguments, got {error}."
+        ) from error

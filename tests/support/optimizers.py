@@ -1,0 +1,13 @@
+"""Functions from outside the package that a config may name as its optimizer."""
+
+import optax
+
+
+def needy(learning_rate, momentum):
+    """Takes an argument that has no default."""
+    return optax.sgd(learning_rate, momentum)
+
+
+def none(learning_rate):
+    """Returns something else."""
+    return {}
