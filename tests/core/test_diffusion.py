@@ -36,9 +36,6 @@ def column(values):
     return np.asarray(values)[T].reshape(5, 1, 1, 1)
 
 
-# --- the forward process
-
-
 def test_q_sample_has_the_stated_mean_and_variance():
     t = jnp.full(20_000, 20, jnp.int32)
     eps = normal(0, 20_000, 1)
@@ -81,9 +78,6 @@ def test_posterior_after_the_forward_process_gives_the_marginal_before():
     alpha_bar = alpha_bars(SCHEDULE)[19]
     x_prev = mean + jnp.exp(0.5 * log_var) * eps_prev
     assert_moments(x_prev, 0.8 * math.sqrt(alpha_bar), 1 - alpha_bar)
-
-
-# --- conversions
 
 
 def test_conversions_from_x_0_and_back_are_inverses():
@@ -142,9 +136,6 @@ def test_targets_are_what_their_names_say():
     np.testing.assert_allclose(targets["v"], v, **F32_SUM)
     mu, _ = diffusion.q_posterior(SCHEDULE, x_0, x_t, t)
     np.testing.assert_array_equal(targets["mu"], mu)
-
-
-# --- reading the network
 
 
 @channels
@@ -230,9 +221,6 @@ def test_threshold_scales_each_image_by_its_own_quantile_if_above_one():
         x_0[1, :, 0], ramp / 4, **F32
     )  # clipped at 1, never less
     np.testing.assert_array_equal(log_var, images)
-
-
-# --- errors
 
 
 @channels

@@ -54,8 +54,6 @@ def visit_step(keys, denoise_fn, schedule, state, t):
     return state._replace(x=jnp.where(columns, count, state.x), x_0=count)
 
 
-# --- inpainting
-
 SHAPE = (3, 4, 6, 2)
 KNOWN = normal(1, *SHAPE)
 MASKS = {
@@ -169,8 +167,6 @@ def noise_step(keys, denoise_fn, schedule, state, t):
     eps = samplers.normal(keys, state.x.shape[1:])
     return state._replace(x=jnp.roll(eps, 50, axis=1))
 
-
-# --- going back and forth: two pixels, strongly correlated
 
 STDS = np.array([1.0, 0.2])  # along (1, 1) and (1, -1)
 TURN = np.array([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2)  # its own inverse
@@ -330,9 +326,6 @@ def test_repainting_needs_positive_numbers(jump, resamples):
         )
 
 
-# --- noise on noise
-
-
 @jax.jit
 def renoised(schedule, x, t, to):
     rows = (jnp.broadcast_to(a, x.shape[:1]) for a in (t, to))
@@ -382,8 +375,6 @@ def test_noise_up_to_a_level_without_signal_leaves_nothing_of_the_image():
     np.testing.assert_array_equal(x, y)
     assert_moments(np.ravel(x), 0.0, 1.0)
 
-
-# --- up with noise and down again
 
 DATA = MEAN + STD * normal(5, 200, 100)
 LEVELS = (0, 8, 20, 30, 39)
@@ -450,9 +441,6 @@ def test_editing_at_no_step_is_an_error(name, t):
         getattr(editing, name)(KEYS[:2], NO_MODEL, visit_step, schedule, x, t=t)
 
 
-# --- completions
-
-
 def test_descending_is_sampling_the_steps_from_t():
     @functools.partial(jax.jit, static_argnames="given")
     def run(x_t, t, given):
@@ -485,8 +473,6 @@ def completions(x_t, t):
     x_t = jnp.broadcast_to(x_t[None], (5000, 5))
     return editing.descend(keys, denoise_fn, samplers.ddpm_step, FORTY, x_t, t=t)
 
-
-# --- noise that stands for an image
 
 BETAS = schedules.linear_betas(400)
 
@@ -559,9 +545,6 @@ def test_images_between_two_noises_lie_on_the_circle_that_the_flow_maps():
 TWO_M = 5e-3  # 400 steps of DPM-Solver++(2M): the first and the last are of first order
 
 
-# --- projections
-
-
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_projections_are_idempotent_symmetric_and_linear(name):
     project, x, y = PROJECTIONS[name], normal(0, *SHAPE), normal(1, *SHAPE)
@@ -606,9 +589,6 @@ def test_blocks_must_divide_both_sides(name, size):  # 4 x 6: each but one
     said = rf"^blocks of pixels must divide 4 x 6, got {size}\.$"
     with pytest.raises(ValueError, match=said):
         getattr(editing, name)(KNOWN, size=size)
-
-
-# --- compilation
 
 
 def test_one_trace_serves_every_schedule_level_and_eta():

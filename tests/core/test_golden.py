@@ -304,7 +304,7 @@ def training_loss(output, s, ours, x_0, t, eps):
     return terms.loss.sum(), (terms, *told)
 
 
-@parity("losses")
+@parity("losses", slow=["float64"])
 def test_training_losses_and_their_gradients_are_the_official_ones(account):
     for case in account.json["training_losses"]:
         key, config = case["key"], case["config"]
@@ -394,7 +394,7 @@ def bits_of_each(s, x_0, noise, *, networks):
     return [likelihood.BitsPerDim(*part) for part in parts]
 
 
-@parity("losses")
+@parity("losses", slow=["float64"])
 def test_bits_per_dim_and_their_terms_are_the_official_ones(account):
     cases_of = collections.defaultdict(list)
     for case in account.json["calc_bpd_loop"]:
@@ -486,7 +486,7 @@ def compare_loop(account, case, s):
     account.compare(f"{key}/pred_xstart", states.x_0)
 
 
-@parity("sampling")
+@parity("sampling", slow=["float64"])
 def test_sampling_loops_are_the_official_ones_at_every_step(account):
     for case in account.json["loops"]:
         if official.step(case) is samplers.ddim_inversion_step:
@@ -540,7 +540,7 @@ def compare_solver_tables(account, case, s):
     account.compare(f"{key}/sigmas", sigmas[: num_steps + 1])
 
 
-@parity("sampling_diffusers")
+@parity("sampling_diffusers", slow=["float32", "float64"])
 def test_samplers_of_diffusers_are_ours_at_every_step(account):
     groups = (account.json[name] for name in ("ddpm", "ddim", "dpmsolver"))
     for case in map(official.of_diffusers, itertools.chain(*groups)):
@@ -615,7 +615,7 @@ def weights_of(sample, state, num_steps):
     return weights
 
 
-@parity("timestep_sampler")
+@parity("timestep_sampler", slow=["float64"])
 def test_loss_second_moment_sampler_is_the_official_one_after_every_update(account):
     for case in account.json["cases"]:
         key, num_steps = case["key"], case["num_timesteps"]
@@ -654,6 +654,7 @@ def test_uniform_sampler_weighs_every_timestep_the_same(account):
 # The sum of it all.
 
 
+@pytest.mark.slow  # as it fills all accounts
 def test_every_array_is_compared_or_an_input_or_not_expressed(request, capsys):
     totals = {file: total(file) for file in (k.removesuffix(".npz") for k in MANIFEST)}
     used = set()

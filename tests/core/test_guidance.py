@@ -36,9 +36,6 @@ def free(scale, *, label=LABEL, **options):
     return guidance.classifier_free(network, label, NULL, scale, **options)
 
 
-# --- classifier-free: one prediction
-
-
 @pytest.mark.parametrize("rescale", [0.0, 1.0])
 def test_scale_1_is_the_labelled_prediction(rescale):
     labelled, _ = both()
@@ -140,9 +137,6 @@ def test_rescaling_a_constant_image_is_finite():
     assert np.all(np.isfinite(guided(X, T).x_0))
 
 
-# --- the interval
-
-
 def ratios_1_to_5(**options):
     betas = oracles.betas_of_ratios([1.0, 2.0, 3.0, 4.0, np.inf])
     schedule = schedules.make_schedule(betas)
@@ -181,9 +175,6 @@ def test_both_guidances_take_an_interval():
     x_0 = free(scale_fn)(X, T).x_0
     np.testing.assert_allclose(x_0[1], labelled.x_0[1], **F32)
     np.testing.assert_allclose(x_0[0], free(3.0)(X, T).x_0[0], **F32)
-
-
-# --- classifier guidance: one prediction
 
 
 def quadratic(x_t, timesteps):
@@ -261,9 +252,6 @@ def test_without_signal_guidance_leaves_x_0_and_is_finite():
     assert np.all(np.isfinite(x_0)) and np.all(x_0[2] > X[2])
 
 
-# --- hiding labels
-
-
 @functools.cache
 def dropped(share):
     """2000 batches of eight labels, true where hidden."""
@@ -296,8 +284,6 @@ def test_labels_keep_their_type(dtype):
     label = jnp.arange(8, dtype=dtype)
     assert guidance.drop_labels(jax.random.key(0), label, NULL, 0.5).dtype == dtype
 
-
-# --- distributions
 
 STD = 0.5
 

@@ -55,6 +55,7 @@ def test_the_bound_of_the_exact_model_is_the_entropy_of_its_pixels():
     assert_mean(np.asarray(total) - code_length, 0.0, bias=2e-3)
 
 
+@pytest.mark.slow
 def test_fewer_steps_cost_bits_only_by_a_variance_that_is_wrong_for_them():
     """The exact p(x_{t-1} | x_t) is Gaussian over any stride. The posterior variance is
     too small for it, as if x_0 were known, and the more so the longer the stride.

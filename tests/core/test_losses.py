@@ -28,9 +28,6 @@ def test_mean_flat_averages_all_but_the_batch():
     np.testing.assert_array_equal(losses.mean_flat(x), [2.5, 8.5])
 
 
-# --- Gaussians
-
-
 @pytest.mark.parametrize(
     ("mean_1", "std_1", "mean_2", "std_2"),
     [(0.0, 1.0, 1.0, 1.0), (0.3, 0.5, -0.2, 2.0), (0.0, 2.0, 0.0, 0.5)],
@@ -87,8 +84,6 @@ def test_impossible_pixels_cost_no_more_than_the_floor():
     log_prob = losses.discretized_gaussian_log_likelihood(*args)
     np.testing.assert_allclose(log_prob / math.log(2), -39.86, atol=0.01)  # of 1e-12
 
-
-# --- weights  (B21)
 
 SNR_TABLE = {  # of the x_0 error at snr = 9, 4, 1, 1/4
     "snr": [9, 4, 1, 0.25],
@@ -173,9 +168,6 @@ def test_weights_are_finite_where_no_signal_is_left(mean_type, weighting):
     assert np.all(np.isfinite(weight))
 
 
-# --- the simple losses
-
-
 @pytest.mark.parametrize(
     ("loss", "expected"), [("l2", 2.125), ("l1", 1.25), ("huber", 0.8125)]
 )
@@ -217,9 +209,6 @@ def test_the_loss_depends_on_the_key_unless_eps_is_given():
     assert np.all(loss(0) != loss(1))
     eps = jnp.zeros((2, 4))
     np.testing.assert_array_equal(loss(0, eps=eps), loss(1, eps=eps))
-
-
-# --- the variational losses
 
 
 def output_loss(objective, output):

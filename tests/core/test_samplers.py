@@ -1,7 +1,9 @@
-"""Samplers with exact denoisers: convergence, moments, and what must not matter."""
+"""DDPM and DDIM with exact denoisers; the loop, its wrappers, inversion, interpolation.
+
+What every sampler must do is in test_sampler_protocol.py.
+"""
 
 import functools
-import inspect
 import math
 
 import jax
@@ -11,7 +13,6 @@ import pytest
 from support import oracles
 from support.oracles import F32, F32_SUM, assert_mean, assert_moments, normal
 
-import jax_diffusion
 from jax_diffusion import diffusion, samplers, schedules
 from jax_diffusion.diffusion import Prediction
 
@@ -61,9 +62,6 @@ def tanh_denoiser(schedule, gain=2.0):
         return Prediction(jnp.tanh(gain * x_t), log_var)
 
     return denoise
-
-
-# --- convergence to the data
 
 
 def test_ddim_converges_at_first_order():
@@ -139,13 +137,17 @@ def test_inversion_to_the_last_level_is_that_to_where_sampling_starts():
     )
 
 
-@pytest.mark.parametrize("num_steps", [2, 10, 100, 1000])
+LONG = pytest.param(1000, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("num_steps", [2, 10, 100, LONG])
 def test_ddpm_with_the_exact_variance_gives_the_moments_of_the_data(num_steps):
     x_0 = run(*steps_of(num_steps), x_T_of_data(), step="ddpm")
     # the last step adds no noise, and so lacks Var[x_0 | x_{t=0}] = 1e-4
     assert_moments(np.ravel(x_0), MEAN, STD**2, bias=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_ddim_gives_the_moments_of_the_data_on_a_fine_grid(eta):
     x_0 = run(*steps_of(1000), x_T_of_data(), eta=eta)
@@ -162,9 +164,6 @@ def test_modes_of_a_mixture_come_in_their_proportions(step_fn):
     x_0 = np.ravel(sample(schedule, normal(0, 200, 100)))
     assert_mean(x_0 > 0, 0.7, bias=0.002)
     assert np.mean(np.abs(np.abs(x_0) - 0.6) < 0.4) > 0.99
-
-
-# --- what DDIM's eta means
 
 
 @functools.cache
@@ -239,9 +238,6 @@ def test_ddim_with_eta_1_is_ddpm_with_the_posterior_variance():
     np.testing.assert_allclose(ddim, ddpm, **F32_SUM)
 
 
-# --- single steps
-
-
 def constant_denoiser(x_t, t):
     return Prediction(jnp.full_like(x_t, 0.4), jnp.zeros((1, 1)))
 
@@ -250,12 +246,6 @@ def one(step_fn, schedule, x_t, t):
     t = jnp.full(x_t.shape[:1], t, jnp.int32)
     keys = KEYS[: x_t.shape[0]]
     return step_fn(keys, constant_denoiser, schedule, samplers.start(x_t), t)
-
-
-@both_samplers
-def test_the_last_step_returns_the_prediction_without_noise(step_fn):
-    x_0 = one(step_fn, SHORT, normal(0, 4, 6), 0).x
-    np.testing.assert_allclose(x_0, np.full((4, 6), 0.4), **F32)
 
 
 def test_deterministic_ddim_keeps_the_noise_that_the_prediction_implies():
@@ -274,12 +264,7 @@ def test_an_inversion_step_undoes_a_ddim_step_of_the_same_prediction():
     np.testing.assert_allclose(one(samplers.ddim_step, SHORT, up, 7).x, x_t, **F32_SUM)
 
 
-@pytest.mark.parametrize(
-    "step_fn",
-    [samplers.ddpm_step, samplers.ddim_step, samplers.ddim_inversion_step],
-    ids=["ddpm", "ddim", "inversion"],
-)
-def test_a_step_remembers_its_prediction_and_level_and_asks_at_its_own_t(step_fn):
+def test_an_inversion_step_remembers_its_prediction_and_level_and_asks_at_its_own_t():
     asked = []
 
     def denoise_fn(x_t, t):
@@ -287,34 +272,11 @@ def test_a_step_remembers_its_prediction_and_level_and_asks_at_its_own_t(step_fn
         return constant_denoiser(x_t, t)
 
     t = jnp.full(4, 7, jnp.int32)
-    state = step_fn(KEYS[:4], denoise_fn, SHORT, samplers.start(normal(0, 4, 6)), t)
+    state = samplers.start(normal(0, 4, 6))
+    state = samplers.ddim_inversion_step(KEYS[:4], denoise_fn, SHORT, state, t)
     np.testing.assert_array_equal(asked, [t])  # B13: once, and neither t - 1 nor t + 1
     np.testing.assert_array_equal(state.x_0, np.full((4, 6), np.float32(0.4)))
     np.testing.assert_array_equal(state.log_snr, np.full((4, 1), SHORT.now.log_snr[7]))
-
-
-def test_a_chain_of_one_step_samples_its_prediction():
-    schedule = schedules.make_schedule(schedules.cosine_betas(10), keep=[9])
-    for step_fn in (samplers.ddpm_step, ddim_with_noise):
-        x_0 = samplers.sample(
-            KEYS[:4], constant_denoiser, step_fn, schedule, normal(0, 4, 6)
-        )
-        np.testing.assert_allclose(x_0, np.full((4, 6), 0.4), **F32)
-
-
-@both_samplers
-def test_samples_are_finite_where_sampling_starts_without_signal(step_fn):
-    betas = schedules.zero_terminal_snr(schedules.linear_betas(20))
-    schedule = schedules.make_schedule(betas)
-    objective = diffusion.Objective("v", "learned_range")
-    denoise_fn = diffusion.denoiser(  # v and variance of some network
-        lambda x, t: jnp.tanh(jnp.concatenate([x, x], axis=-1)), schedule, objective
-    )
-    x_0 = samplers.sample(KEYS[:4], denoise_fn, step_fn, schedule, normal(0, 4, 6))
-    assert np.all(np.isfinite(x_0))
-
-
-# --- keys and batches
 
 
 def test_an_images_key_is_its_own_whatever_its_batch():
@@ -324,18 +286,6 @@ def test_an_images_key_is_its_own_whatever_its_batch():
     np.testing.assert_array_equal(swapped[:2], data[np.array([2, 0])])
     np.testing.assert_array_equal(swapped[1], swapped[2])
     assert len(np.unique(data, axis=0)) == 3
-
-
-@both_samplers
-def test_an_image_does_not_depend_on_its_batch(step_fn):  # B15; and on thresholding
-    keys, x_T = KEYS[:4], 2 * normal(0, 4, 6)
-    together = few_images(step_fn, keys, SHORT, x_T)
-    turned = few_images(step_fn, keys[::-1], SHORT, x_T[::-1])
-    alone = few_images(step_fn, keys[1:2], SHORT, x_T[1:2])
-    np.testing.assert_allclose(turned[::-1], together, **F32_SUM)
-    np.testing.assert_allclose(alone, together[1:2], **F32_SUM)
-    others = few_images(step_fn, KEYS[4:8], SHORT, x_T)
-    assert np.all(np.any(others != together, axis=1))  # the keys do matter
 
 
 def noise_step(keys, denoise_fn, schedule, state, t):
@@ -356,18 +306,6 @@ def test_noise_is_new_at_every_step_and_in_every_image():  # B3
     assert_moments(np.ravel(frames), 0.0, 1.0)
     assert_mean(np.ravel(frames[1:] * frames[:-1]), 0.0)
     assert_mean(np.ravel(frames[:, 1:] * frames[:, :-1]), 0.0)
-
-
-@pytest.mark.parametrize("module", jax_diffusion.__all__)
-def test_no_key_has_a_default(module):  # B3, B8
-    functions = inspect.getmembers(getattr(jax_diffusion, module), inspect.isfunction)
-    for name, function in functions:
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.name in ("key", "keys"):
-                assert parameter.default is inspect.Parameter.empty, name
-
-
-# --- which steps are visited
 
 
 def visit_step(keys, denoise_fn, schedule, state, t):
@@ -437,9 +375,6 @@ def test_interpolation_visits_the_steps_from_t_down_to_0_inclusive():
     assert np.all(x_0[..., 7:] % 1 != 0)  # still noise
 
 
-# --- frames
-
-
 def test_frames_are_the_states_on_the_way_and_the_last_is_the_sample():
     frames = samplers.sample_frames(
         KEYS[:2], constant_denoiser, visit_step, SHORT, jnp.zeros((2, 10)), num_frames=5
@@ -477,9 +412,6 @@ def test_a_frame_continued_is_the_same_image():
 
     whole, continued = both(normal(0, 4, 6))
     np.testing.assert_allclose(continued, whole, **F32_SUM)
-
-
-# --- shared noise, interpolation
 
 
 @functools.partial(jax.jit, static_argnames="until")
@@ -647,46 +579,14 @@ def test_interpolation_at_no_step_is_an_error(t):
         )
 
 
-# --- compilation, memory, gradients
-
-
-def test_one_trace_serves_all_steps_etas_and_parameters():  # B18
-    traces = []
-
-    @jax.jit
-    def sample(keys, schedule, x_T, eta, gain):
-        def denoise_fn(x_t, t):
-            traces.append(t)
-            return tanh_denoiser(schedule, gain)(x_t, t)
-
-        step_fn = functools.partial(samplers.ddim_step, eta=eta)
-        return samplers.sample(keys, denoise_fn, step_fn, schedule, x_T)
-
-    betas = schedules.cosine_betas(250)
-    for num_steps in (10, 50, 250):
-        keep = schedules.trailing_steps(250, num_steps)
-        schedule = schedules.pad(schedules.make_schedule(betas, keep=keep), 250)
-        for eta, gain in ((0.0, 2.0), (0.5, 2.0), (1.0, 3.0)):
-            x_0 = sample(KEYS[:4], schedule, normal(0, 4, 6), eta, gain)
-            assert np.all(np.isfinite(x_0))
-    assert len(traces) == 1
-
-
-@both_samplers
-def test_padding_does_not_change_the_images(step_fn):
-    padded = few_images(step_fn, KEYS[:4], schedules.pad(SHORT, 16), normal(0, 4, 6))
-    plain = few_images(step_fn, KEYS[:4], SHORT, normal(0, 4, 6))
-    np.testing.assert_allclose(padded, plain, **F32)
-
-
-def temporary_bytes(num_steps, wrap):
+def temporary_bytes(num_steps):
     schedule = schedules.make_schedule(schedules.cosine_betas(num_steps))
 
     def total(x_T):
         args = (KEYS[:4], oracles.wide_denoiser, ddim_with_noise, schedule)
         return jnp.sum(samplers.sample(*args, x_T))
 
-    compiled = jax.jit(wrap(total)).lower(jnp.zeros((4, 4096))).compile()
+    compiled = jax.jit(total).lower(jnp.zeros((4, 4096))).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -694,48 +594,25 @@ BATCH_BYTES = 4 * 4096 * 4
 
 
 def test_memory_does_not_grow_with_the_number_of_steps():  # B17
-    growth = temporary_bytes(200, lambda f: f) - temporary_bytes(20, lambda f: f)
+    growth = temporary_bytes(200) - temporary_bytes(20)
     assert growth < BATCH_BYTES  # less than one batch for 180 steps
 
 
-def test_memory_of_gradients_grows_by_the_images_only_not_by_the_network():
-    growth = temporary_bytes(200, jax.grad) - temporary_bytes(20, jax.grad)
-    assert growth < 180 * 4 * BATCH_BYTES  # the network alone would hold 32
-
-
-@functools.partial(jax.jit, static_argnums=0)
-@functools.partial(jax.value_and_grad, argnums=1)
-def weighted_sum(sampler, args):
+@jax.jit
+@jax.grad
+def gradients(args):
     """Of samples on a padded schedule, whose skipped rows must not spoil gradients."""
     x_T, gain, eta = args
     schedule = schedules.pad(SHORT, 16)
-    ddim = functools.partial(samplers.ddim_step, eta=eta)
-    step_fn = {"ddpm": samplers.ddpm_step, "ddim": ddim}[sampler]
+    step_fn = functools.partial(samplers.ddim_step, eta=eta)
     denoise_fn = tanh_denoiser(schedule, gain)
     x_0 = samplers.sample(KEYS[:4], denoise_fn, step_fn, schedule, x_T)
     return jnp.sum(x_0 * normal(1, 4, 6))
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_gradients_through_sampling_equal_finite_differences(sampler):
-    at = (normal(0, 4, 6), jnp.float32(0.5), jnp.float32(0.7))
-    _, grad = weighted_sum(sampler, at)
-    for i, direction in enumerate((normal(2, 4, 6), 1.0, 1.0)):
-        ahead, behind = (
-            weighted_sum(sampler, (*at[:i], at[i] + h * direction, *at[i + 1 :]))[0]
-            for h in (1e-2, -1e-2)
-        )
-        slope = (ahead - behind) / 2e-2
-        along = jnp.sum(grad[i] * direction)
-        # of float32 values of size 1, divided by 0.02; and of the third derivative
-        np.testing.assert_allclose(along, slope, rtol=1e-2, atol=1e-3)
-    assert sampler == "ddpm" or grad[2] != 0
-
-
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_gradients_are_finite_at_the_ends_of_eta(eta):
-    at = (normal(0, 4, 6), jnp.float32(0.5), jnp.float32(eta))
-    _, grads = weighted_sum("ddim", at)
+    grads = gradients((normal(0, 4, 6), jnp.float32(0.5), jnp.float32(eta)))
     assert all(np.all(np.isfinite(grad)) for grad in grads)
 
 

@@ -166,9 +166,6 @@ def test_zero_terminal_snr_ends_in_no_signal_and_keeps_the_first_level(betas_fn)
     np.testing.assert_allclose(after, scale * (before - before[-1]), atol=1e-7)
 
 
-# --- subsets of steps
-
-
 @spacings
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 50, 100, 301])
 def test_every_spacing_gives_exactly_n_increasing_steps(spacing, num_steps):  # B20
@@ -289,9 +286,6 @@ def test_tabulate_is_the_schedule_before_rounding():
     )
 
 
-# --- rows
-
-
 def test_pad_keeps_the_rows_and_marks_the_rest():
     schedule = schedules.make_schedule(schedules.cosine_betas(6))
     padded = schedules.pad(schedule, 10)
@@ -322,9 +316,6 @@ def test_schedule_is_a_pytree_that_jit_vmap_and_stacking_carry():
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *both)
     signal = jax.jit(jax.vmap(lambda schedule: schedule.now.signal))(stacked)
     np.testing.assert_array_equal(signal[1], both[1].now.signal)
-
-
-# --- errors
 
 
 BETAS_999 = schedules.linear_betas(1000)

@@ -114,11 +114,16 @@ def _ratio(ours, golden, tolerance):
 _filled = []  # (file, function that returns the account) of each test
 
 
-def parity(file, *, precisions=("float32", "float64")):
+def parity(file, *, precisions=("float32", "float64"), slow=()):
     """Turns a function that fills an account into a test that all is within tolerance.
 
-    An account is filled once a process, however many tests ask for it.
+    An account is filled once a process, however many tests ask for it. Tests of the
+    precisions in `slow` are marked so.
     """
+    params = [
+        pytest.param(p, marks=[pytest.mark.slow] if p in slow else [])
+        for p in precisions
+    ]
 
     def decorate(fill):
         @functools.cache
@@ -128,7 +133,7 @@ def parity(file, *, precisions=("float32", "float64")):
                 fill(account)
             return account
 
-        @pytest.mark.parametrize("precision", precisions)
+        @pytest.mark.parametrize("precision", params)
         def test(precision):
             ratios = account(precision).ratios
             far = {key: float(ratio) for key, ratio in ratios.items() if not ratio <= 1}
