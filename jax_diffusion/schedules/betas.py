@@ -257,7 +257,7 @@ BETAS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def check_length(num_steps: int) -> None:
-    """Raises ValueError if there are too few steps for a diffusion."""
+    """Raises ValueError unless `num_steps`, T, is at least 2."""
     if num_steps < 2:
         raise ValueError(f"a diffusion needs at least 2 steps, got {num_steps}.")
 

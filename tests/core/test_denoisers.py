@@ -186,6 +186,7 @@ def test_ddim_samples_are_those_of_the_recursion(library):
     )
 
 
+@pytest.mark.slow
 @libraries
 def test_bits_per_dim_are_those_of_the_plain_function(library):
     keys = samplers.image_keys(jax.random.key(0), jnp.arange(B))

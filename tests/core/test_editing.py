@@ -27,7 +27,9 @@ STEPS = {
     "ddim": samplers.ddim_step,
     "2m": samplers.dpmpp_2m_step,
 }
-every_step = pytest.mark.parametrize("step", STEPS)
+every_step = pytest.mark.parametrize(  # one is enough to be fast
+    "step", [pytest.param(s, marks=[pytest.mark.slow][s == "ddpm" :]) for s in STEPS]
+)
 
 
 def rows_of(t, num_rows):
@@ -62,7 +64,7 @@ MASKS = {
     "b h w 1": normal(4, 3, 4, 6, 1) > 0,
 }
 PROJECTIONS = {
-    "grey": editing.grey,
+    "gray": editing.gray,
     "blocks": functools.partial(editing.block_mean, size=2),
 }
 
@@ -234,11 +236,16 @@ def sigmas_off(draws, expected):
     return abs(draws.mean() - expected) * math.sqrt(len(draws)) / draws.std()
 
 
-@pytest.mark.parametrize("projected", [False, True], ids=["mask", "projection"])
+@pytest.mark.parametrize(
+    "projected",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["mask", "projection"],
+)
 def test_repainting_samples_what_is_unknown_given_what_is_known(projected):
     assert_moments(pairs(20, projected=projected), GIVEN_MEAN, GIVEN_VAR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projected", [False, True], ids=["mask", "projection"])
 def test_replacement_alone_misses_the_mean_and_variance(projected):
     """What repainting is for; the mean is off by about a standard deviation."""
@@ -249,11 +256,13 @@ def test_replacement_alone_misses_the_mean_and_variance(projected):
     assert abs(x.mean() - GIVEN_MEAN) > 5 * abs(better.mean() - GIVEN_MEAN)
 
 
+@pytest.mark.slow
 def test_repainting_improves_with_every_further_resampling():
     errors = [abs(pairs(n).mean() - GIVEN_MEAN) for n in (1, 4, 20)]
     assert np.all(np.diff(errors) < 0), f"measured {errors}"
 
 
+@pytest.mark.slow
 def test_repainting_without_resampling_is_inpainting_in_distribution():
     once, replaced = pairs(1), pairs(0)
     for a, b in ((once, replaced), *[[(x - x.mean()) ** 2 for x in (once, replaced)]]):
@@ -261,13 +270,17 @@ def test_repainting_without_resampling_is_inpainting_in_distribution():
         assert abs(a.mean() - b.mean()) < K_SIGMA * error
 
 
-@pytest.mark.parametrize("jump", [1, 3, 10, 25])
+SLOW_JUMPS = [pytest.param(jump, marks=pytest.mark.slow) for jump in (1, 10, 25)]
+
+
+@pytest.mark.parametrize("jump", [3, *SLOW_JUMPS])
 def test_repainting_nothing_known_once_is_sampling_whatever_the_jump(jump):
     args = (KEYS[:3], tanh_denoiser(SHORT), samplers.ddim_step, SHORT, normal(0, 3, 6))
     x_0 = editing.repaint(*args, jnp.ones((3, 6)), jnp.zeros(6), jump=jump, resamples=1)
     np.testing.assert_allclose(x_0, samplers.sample(*args), **F32_SUM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jump", [1, 3, 40])
 def test_repainting_nothing_known_gives_data(jump):
     """Of the right level, then, is what the noise in between leads back to."""
@@ -295,7 +308,7 @@ def test_repainting_makes_every_jump_as_often_as_it_says():
     assert asked == 3 * [9, 8] + 3 * [7, 6, 5, 4] + 3 * [3, 2, 1, 0]
 
 
-@pytest.mark.parametrize("length", [11, 16])
+@pytest.mark.parametrize("length", [pytest.param(11, marks=pytest.mark.slow), 16])
 def test_padding_does_not_change_what_is_repainted(length):
     @jax.jit
     def run(schedule):
@@ -388,6 +401,7 @@ def edited(step, x, t):
     return editing.edit(KEYS, denoise_fn, STEPS[step], FORTY, x, t=t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", LEVELS)
 def test_data_edited_at_any_level_are_data(t):
     x_0 = np.ravel(edited("ddpm", DATA, t))
@@ -395,6 +409,7 @@ def test_data_edited_at_any_level_are_data(t):
     assert_moments(x_0, MEAN, STD**2, bias=LAST_VAR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", LEVELS)
 def test_an_edited_image_resembles_the_one_it_was_as_much_as_its_level_tells(t):
     """Given x_t, both are draws of p(x_0 | x_t): a covariance of Var E[x_0 | x_t]."""
@@ -454,6 +469,7 @@ def test_descending_is_sampling_the_steps_from_t():
     assert np.all(np.any(run(x_t, 5, False) != run(x_t, 6, True), axis=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [3, 20, 39])
 def test_completions_of_one_image_are_draws_of_its_posterior(t):
     x_t = np.linspace(-2, 2, 5)
@@ -525,6 +541,7 @@ def test_images_between_two_noises_end_in_those_of_the_noises(step):
     assert np.all(np.any(x_0[1] != x_0[0], axis=1))
 
 
+@pytest.mark.slow
 def test_images_between_two_noises_lie_on_the_circle_that_the_flow_maps():
     x, y = (np.asarray(normal(seed, 20, 100), np.float64) for seed in (0, 1))
     x, y = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, y))
@@ -558,10 +575,10 @@ def test_projections_are_idempotent_symmetric_and_linear(name):
     assert np.max(np.abs(known - x)) > 0.1 and np.max(np.abs(known)) > 0.1
 
 
-def test_grey_is_the_mean_of_the_channels_in_each():
+def test_gray_is_the_mean_of_the_channels_in_each():
     x = jnp.array([[[[1.0, 2.0, 6.0], [0.0, 0.0, -3.0]]]])
     np.testing.assert_allclose(
-        editing.grey(x), [[[[3.0, 3.0, 3.0], [-1.0, -1.0, -1.0]]]], **F32
+        editing.gray(x), [[[[3.0, 3.0, 3.0], [-1.0, -1.0, -1.0]]]], **F32
     )
 
 
@@ -603,7 +620,7 @@ def test_one_trace_serves_every_schedule_level_and_eta():
         options = dict(jump=3, resamples=2)
         return (
             editing.repaint(*args, x, mask, **options),
-            editing.repaint(*args, x, editing.grey, **options),
+            editing.repaint(*args, x, editing.gray, **options),
             editing.edit(*args, t=t),
             editing.descend(*args, t=t),
             editing.reconstruct(keys, args[1], schedule, x),

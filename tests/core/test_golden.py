@@ -64,7 +64,7 @@ def compare_timesteps(account, key, ours):
 
 
 def assert_8_bit(account, prefix, name="x_start"):
-    """The data are the 8-bit ones that the discretised likelihood is for."""
+    """The data are the 8-bit ones that the discretized likelihood is for."""
     x, x_u8 = account[f"{prefix}/{name}"], account[f"{prefix}/{name}_u8"]
     assert np.array_equal(np.rint(127.5 * (x.astype(np.float64) + 1)), x_u8)
 
@@ -265,7 +265,7 @@ def test_gaussian_kl_and_normal_cdf_are_the_official_ones(account):
     account.compare(f"{key}/out", losses._approx_normal_cdf(*account.read(key, "x")))
 
 
-@parity("losses")
+@parity("losses", slow=["float32"])
 def test_discretized_likelihood_and_its_gradients_are_the_official_ones(account):
     key = "fn/discretized_gaussian_log_likelihood"
     x, mean, log_scale = account.read(key, "x", "means", "log_scales")
@@ -304,7 +304,7 @@ def training_loss(output, s, ours, x_0, t, eps):
     return terms.loss.sum(), (terms, *told)
 
 
-@parity("losses", slow=["float64"])
+@parity("losses", slow=["float32"])
 def test_training_losses_and_their_gradients_are_the_official_ones(account):
     for case in account.json["training_losses"]:
         key, config = case["key"], case["config"]
@@ -394,7 +394,7 @@ def bits_of_each(s, x_0, noise, *, networks):
     return [likelihood.BitsPerDim(*part) for part in parts]
 
 
-@parity("losses", slow=["float64"])
+@parity("losses", slow=["float32", "float64"])
 def test_bits_per_dim_and_their_terms_are_the_official_ones(account):
     cases_of = collections.defaultdict(list)
     for case in account.json["calc_bpd_loop"]:
@@ -486,7 +486,7 @@ def compare_loop(account, case, s):
     account.compare(f"{key}/pred_xstart", states.x_0)
 
 
-@parity("sampling", slow=["float64"])
+@parity("sampling", slow=["float32", "float64"])
 def test_sampling_loops_are_the_official_ones_at_every_step(account):
     for case in account.json["loops"]:
         if official.step(case) is samplers.ddim_inversion_step:
@@ -615,7 +615,7 @@ def weights_of(sample, state, num_steps):
     return weights
 
 
-@parity("timestep_sampler", slow=["float64"])
+@parity("timestep_sampler", slow=["float32", "float64"])
 def test_loss_second_moment_sampler_is_the_official_one_after_every_update(account):
     for case in account.json["cases"]:
         key, num_steps = case["key"], case["num_timesteps"]
@@ -629,7 +629,7 @@ def test_loss_second_moment_sampler_is_the_official_one_after_every_update(accou
         )
         sample = jax.jit(sampler.sample, static_argnums=2)
         weights = np.stack([weights_of(sample, state, num_steps) for state in states])
-        # Theirs are not normalised. The loss weight of t is 1 / (T p[t]).
+        # Theirs are not normalized. The loss weight of t is 1 / (T p[t]).
         total_weight = account.arrays[f"{key}/weights"].sum(axis=1, keepdims=True)
         ours = {
             "loss_history": np.stack([state.losses for state in states]),

@@ -27,7 +27,7 @@ def network(x_t, t, *, label):
 
 
 def both():
-    """The two predictions that a network makes by itself, labelled and null."""
+    """The two predictions that a network makes by itself, labeled and null."""
     null = jnp.full_like(LABEL, NULL)
     return (network(X, T, label=label) for label in (LABEL, null))
 
@@ -37,11 +37,9 @@ def free(scale, *, label=LABEL, **options):
 
 
 @pytest.mark.parametrize("rescale", [0.0, 1.0])
-def test_scale_1_is_the_labelled_prediction(rescale):
-    labelled, _ = both()
-    np.testing.assert_allclose(
-        free(1.0, rescale=rescale)(X, T).x_0, labelled.x_0, **F32
-    )
+def test_scale_1_is_the_labeled_prediction(rescale):
+    labeled, _ = both()
+    np.testing.assert_allclose(free(1.0, rescale=rescale)(X, T).x_0, labeled.x_0, **F32)
 
 
 def test_scale_0_is_the_prediction_without_a_label():
@@ -77,8 +75,8 @@ def test_a_null_label_may_be_each_images_own():
 
 
 def test_the_variance_is_that_of_the_label():
-    labelled, _ = both()
-    np.testing.assert_allclose(free(3.0)(X, T).log_var, labelled.log_var, **F32)
+    labeled, _ = both()
+    np.testing.assert_allclose(free(3.0)(X, T).log_var, labeled.log_var, **F32)
 
 
 @pytest.mark.parametrize("rows, columns", [(6, 1), (6, 4), (1, 1), (1, 4)])
@@ -93,7 +91,7 @@ def test_a_variance_of_fewer_numbers_is_that_of_each_image(rows, columns):
     np.testing.assert_array_equal(guided.log_var, expected)
 
 
-def test_the_network_is_called_once_on_neighbouring_rows_with_all_they_have():
+def test_the_network_is_called_once_on_neighboring_rows_with_all_they_have():
     seen = []
 
     def denoise_fn(x_t, t, *, label, text, mask):
@@ -112,12 +110,12 @@ def test_the_network_is_called_once_on_neighbouring_rows_with_all_they_have():
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0])
-def test_rescaling_fully_gives_each_image_the_labelled_deviation(scale):
-    labelled, _ = both()
+def test_rescaling_fully_gives_each_image_the_labeled_deviation(scale):
+    labeled, _ = both()
     plain, rescaled = (free(scale, rescale=r)(X, T).x_0 for r in (0.0, 1.0))
     deviation = lambda a: np.std(np.float64(a), axis=(1, 2))  # noqa: E731
-    np.testing.assert_allclose(deviation(rescaled), deviation(labelled.x_0), **F32_SUM)
-    assert np.abs(deviation(plain) - deviation(labelled.x_0)).min() > 1e-2
+    np.testing.assert_allclose(deviation(rescaled), deviation(labeled.x_0), **F32_SUM)
+    assert np.abs(deviation(plain) - deviation(labeled.x_0)).min() > 1e-2
     share = rescaled / plain  # one number for each image
     np.testing.assert_allclose(share, share[:, :1, :1] * np.ones((1, 4, 5)), **F32_SUM)
 
@@ -171,9 +169,9 @@ def test_a_scale_within_an_interval_may_be_each_images_own():
 
 def test_both_guidances_take_an_interval():
     scale_fn = guidance.within(SCHEDULE, 3.0, high=0.6)  # step 2 is within, 7 is not
-    labelled, _ = both()
+    labeled, _ = both()
     x_0 = free(scale_fn)(X, T).x_0
-    np.testing.assert_allclose(x_0[1], labelled.x_0[1], **F32)
+    np.testing.assert_allclose(x_0[1], labeled.x_0[1], **F32)
     np.testing.assert_allclose(x_0[0], free(3.0)(X, T).x_0[0], **F32)
 
 
@@ -182,17 +180,17 @@ def quadratic(x_t, timesteps):
     return -jnp.sum(x_t**2, axis=(1, 2)) * (1 + timesteps) / 2
 
 
-def labelled(x_t, t):
+def labeled(x_t, t):
     return network(x_t, t, label=LABEL)
 
 
 def test_the_gradient_is_that_of_log_p_at_the_schedules_own_timesteps():
     betas = schedules.cosine_betas(100)
     schedule = schedules.make_schedule(betas, keep=range(5, 100, 10))
-    prediction = guidance.classifier(labelled, schedule, quadratic, 2.0)(X, T)
+    prediction = guidance.classifier(labeled, schedule, quadratic, 2.0)(X, T)
     timesteps = np.array([25, 75, 45]).reshape(3, 1, 1)
     np.testing.assert_allclose(prediction.grad, -2 * X * (1 + timesteps), **F32)
-    for now, before in zip(prediction[:2], labelled(X, T)[:2], strict=True):
+    for now, before in zip(prediction[:2], labeled(X, T)[:2], strict=True):
         np.testing.assert_array_equal(now, before)
 
 
@@ -200,7 +198,7 @@ def test_the_gradient_is_that_of_log_p_at_the_schedules_own_timesteps():
     "scale", [jnp.array([0.0, 1.0, -2.0]), lambda t: jnp.array([0.0, 1.0, -2.0])]
 )
 def test_a_classifiers_scale_may_be_each_images_own(scale):
-    grads = guidance.classifier(labelled, SCHEDULE, quadratic, scale)(X, T).grad
+    grads = guidance.classifier(labeled, SCHEDULE, quadratic, scale)(X, T).grad
     factor = np.array([0.0, -8.0, 10.0]).reshape(3, 1, 1)
     np.testing.assert_allclose(grads, factor * X, **F32)
 
@@ -209,7 +207,7 @@ def test_two_classifiers_add_up():
     def linear(x_t, timesteps):
         return 3 * jnp.sum(x_t, axis=(1, 2))
 
-    inner = guidance.classifier(labelled, SCHEDULE, quadratic, 1.0)
+    inner = guidance.classifier(labeled, SCHEDULE, quadratic, 1.0)
     grads = guidance.classifier(inner, SCHEDULE, linear, 2.0)(X, T).grad
     np.testing.assert_allclose(grads, 6 - X * (1 + T).reshape(3, 1, 1), **F32)
 
@@ -268,7 +266,7 @@ def test_labels_are_hidden_in_their_share_at_every_place(share):
     assert_mean(dropped(share), share)
 
 
-def test_labels_are_hidden_independently_of_their_neighbours():
+def test_labels_are_hidden_independently_of_their_neighbors():
     hidden = dropped(0.5) - 0.5
     for shift in range(1, 8):
         assert_mean(hidden * np.roll(hidden, shift, axis=1), 0.0)
@@ -302,7 +300,14 @@ SOLVERS = {
 }
 # of the flow at 161 steps, as measured without guidance: test_solvers
 FLOW = {"ddim": 0.03, "dpmpp_2m": 1e-3, "heun": 1e-3}
-every_solver = pytest.mark.parametrize("name", SOLVERS)
+
+
+def one_fast(names):
+    """All names as parameters, of which only "ddim" is in the fast part."""
+    return [pytest.param(n, marks=[pytest.mark.slow][n == "ddim" :]) for n in names]
+
+
+every_solver = pytest.mark.parametrize("name", one_fast(SOLVERS))
 
 
 def ends(mean, std):
@@ -360,6 +365,7 @@ def test_guidance_by_an_observation_leads_to_the_posterior(name):
     np.testing.assert_allclose(x_0, exact, rtol=0, atol=3 * FLOW[name])
 
 
+@pytest.mark.slow
 def test_ddpm_guided_by_an_observation_gives_the_posterior():
     """Of first order: its variance is that of the prior, and its mean taken at x_t."""
     prior = oracles.gaussian_denoiser(FINE, 0.0, STD)
@@ -392,15 +398,16 @@ def component(x_T, *, name, which):
     return samplers.sample(KEYS, guided, STEPS[name], schedule, x_T)
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", one_fast(STEPS))
 def test_an_exact_classifier_of_a_mixture_gives_its_component(name):
     which = 1
     x_0 = np.ravel(component(normal(0, 200, 100), name=name, which=which))
     assert_moments(x_0, MODES[which], NARROW**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
-def test_classifier_free_with_scale_1_samples_the_labelled_component(which):
+def test_classifier_free_with_scale_1_samples_the_labeled_component(which):
     def denoise_fn(x_t, t, *, label):
         prior = oracles.mixture_denoiser(FINE, MODES, WEIGHTS, NARROW)(x_t, t)
         for i, mode in enumerate(MODES):

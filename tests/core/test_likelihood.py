@@ -169,8 +169,8 @@ def test_a_padded_schedule_has_the_same_bound_and_zeros_in_its_rows():
     x_0 = jnp.linspace(-1, 1, 24).reshape(2, 12)
 
     def bound(schedule):
-        denoise_fn = oracles.gaussian_denoiser(schedule, 0.1, 0.5)
-        return likelihood.bits_per_dim(jax.random.key(0), denoise_fn, schedule, x_0)
+        rows = oracles.gaussian_rows(schedule, 0.1, 0.5)
+        return bits(jax.random.key(0), rows, schedule, x_0)
 
     plain, with_rows = bound(schedule), bound(padded)
     np.testing.assert_allclose(with_rows.total, plain.total, **F32)
@@ -215,14 +215,14 @@ def flow_and_error(schedule, cov):
     x_0 = MEAN + oracles.normal(5, 512, 8) @ jnp.asarray(np.linalg.cholesky(cov).T)
     padded = schedules.pad(schedule, NUM_ROWS)
     found = ode_bits(KEYS, oracles.normal_rows(padded, MEAN, cov), padded, x_0)
-    x = likelihood.dequantise(KEYS, x_0)
+    x = likelihood.dequantize(KEYS, x_0)
     cov = cov + first_row_var(schedule) * np.eye(8)
     exact = oracles.normal_bits(x, MEAN, cov) + PER_BIN
     return found, np.asarray(found.total, np.float64) - exact
 
 
-def test_dequantised_data_are_uniform_in_their_bins():
-    off = np.asarray(likelihood.dequantise(KEYS, jnp.full((512, 8), PIXELS[50])))
+def test_dequantized_data_are_uniform_in_their_bins():
+    off = np.asarray(likelihood.dequantize(KEYS, jnp.full((512, 8), PIXELS[50])))
     off = (off.astype(np.float64) - PIXELS[50]) * 127.5
     assert np.all(np.abs(off) <= 0.5 + 1e-5)
     oracles.assert_moments(off.ravel(), 0.0, 1 / 12)
@@ -253,12 +253,12 @@ def test_the_flow_gives_gaussian_data_their_density(schedule):
 
 
 def test_the_flow_ends_in_the_quantiles_of_the_data():
-    """Each pixel, standardised, when no signal is left."""
+    """Each pixel, standardized, when no signal is left."""
     x_0, schedule = MEAN + 0.3 * oracles.normal(6, 512, 8), angles(200)
     rows = oracles.normal_rows(schedule, MEAN, 0.09 * np.eye(8))
     found = ode_bits(KEYS, rows, schedule, x_0)
     scale = math.sqrt(0.09 + first_row_var(schedule))
-    z = (np.asarray(likelihood.dequantise(KEYS, x_0), np.float64) - MEAN) / scale
+    z = (np.asarray(likelihood.dequantize(KEYS, x_0), np.float64) - MEAN) / scale
     np.testing.assert_allclose(
         found.prior, oracles.normal_bits(z, 0.0, np.eye(8)), rtol=1e-3
     )
@@ -288,6 +288,7 @@ def test_probes_are_unbiased_and_tell_their_error():
     assert_mean(error**2 - np.square(found.probe_error, dtype=np.float64), 0.0)
 
 
+@pytest.mark.slow
 def test_the_flow_gives_a_mixture_its_density():
     """Pixels of three narrow modes, where the flow is not linear."""
     modes, weights, std = (-0.9, 0.1, 0.6), (0.5, 0.3, 0.2), 0.05
@@ -300,7 +301,7 @@ def test_the_flow_gives_a_mixture_its_density():
         denoise_fn = oracles.mixture_of_levels(levels, modes, weights, std)
         return likelihood.ode_bits_per_dim(KEYS, denoise_fn, schedule, x_0).total
 
-    x = np.asarray(likelihood.dequantise(KEYS, x_0), np.float64)
+    x = np.asarray(likelihood.dequantize(KEYS, x_0), np.float64)
     var = std**2 + first_row_var(schedule)
     density = sum(
         w * np.exp(-((x - mode) ** 2) / (2 * var)) / math.sqrt(2 * math.pi * var)

@@ -53,7 +53,7 @@ def test_normal_kl_vanishes_between_equals_and_broadcasts():
 
 @pytest.mark.parametrize("std", [0.003, 0.01, 0.05, 0.3, 1.0, 3.0])
 @pytest.mark.parametrize("mean", [0.0, 0.5, -1.2])
-def test_discretised_likelihood_is_the_mass_in_the_bin(mean, std):
+def test_discretized_likelihood_is_the_mass_in_the_bin(mean, std):
     shape = jnp.zeros(256)
     log_probs = losses.discretized_gaussian_log_likelihood(
         jnp.asarray(PIXELS, jnp.float32), shape + mean, shape + math.log(std)
@@ -66,7 +66,7 @@ def test_discretised_likelihood_is_the_mass_in_the_bin(mean, std):
     assert np.sum(exact * np.log2(np.maximum(exact, 1e-30) / probs)) < 2e-4  # bits
 
 
-def test_discretised_likelihood_and_its_gradients_are_finite_at_extremes():
+def test_discretized_likelihood_and_its_gradients_are_finite_at_extremes():
     x, mean, log_scale = (
         a.ravel().astype(np.float32)
         for a in np.meshgrid(PIXELS[::15], [-5.0, -1, 0, 0.3, 5], [-30.0, -7, 0, 7, 30])

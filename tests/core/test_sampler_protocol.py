@@ -245,7 +245,6 @@ def test_samples_and_gradients_are_finite_from_no_signal(name):
     betas = schedules.zero_terminal_snr(schedules.cosine_betas(10))
     schedule = schedules.make_schedule(betas)
     objectives = [
-        diffusion.Objective("v", "fixed_small"),
         diffusion.Objective("x_0", "fixed_small"),
         diffusion.Objective("v", "learned_range"),
     ]
@@ -336,11 +335,11 @@ def test_one_trace_serves_every_spacing_eta_and_scale(name):  # B18
     results, num_traces, sample = samples_at_settings(name)
     assert num_traces == 1
     assert len({np.float32(x).tobytes() for x in results}) >= 26
-    for i in (8, 17):  # 5 and 20 steps
-        plain = sample(*thirty_settings()[i])
-        np.testing.assert_allclose(results[i], plain, **F32_SUM)
+    plain = sample(*thirty_settings()[17])  # 20 steps
+    np.testing.assert_allclose(results[17], plain, **F32_SUM)
 
 
+@pytest.mark.slow
 @every_sampler
 def test_vmap_over_schedules_etas_and_scales_equals_a_loop(name):
     stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *padded_settings()[7:22:7])
@@ -443,6 +442,7 @@ def temporary_bytes(name, num_steps):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @every_sampler
 def test_memory_of_gradients_grows_by_the_images_only_not_by_the_network(name):
     growth = temporary_bytes(name, 200) - temporary_bytes(name, 20)

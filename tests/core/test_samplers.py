@@ -156,6 +156,7 @@ def test_ddim_gives_the_moments_of_the_data_on_a_fine_grid(eta):
     assert_moments(np.ravel(x_0), MEAN, STD**2, bias=0.004)
 
 
+@pytest.mark.slow
 @both_samplers
 def test_modes_of_a_mixture_come_in_their_proportions(step_fn):
     schedule = schedules.make_schedule(BETAS, keep=schedules.spaced_steps(1000, 100))
@@ -343,10 +344,10 @@ def test_ts_are_visited_in_their_order_and_negative_ones_skipped():
     [(None, [*range(9, -1, -1)]), ([-1, 3, 8, -7, 0, -1], [3, 8, 0])],
     ids=["all", "some"],
 )
-def test_who_watches_is_told_the_steps_that_are_made_in_their_order(ts, expected):
+def test_on_step_is_called_at_the_steps_that_are_made_in_their_order(ts, expected):
     seen = []
     ts = None if ts is None else jnp.array(ts, jnp.int32)
-    step_fn = samplers.watch(visit_step, lambda t: seen.append(int(t)))
+    step_fn = samplers.on_step(visit_step, lambda t: seen.append(int(t)))
     x_T = jnp.zeros((2, 10))
     watched = samplers.sample(KEYS[:2], constant_denoiser, step_fn, SHORT, x_T, ts=ts)
     jax.effects_barrier()

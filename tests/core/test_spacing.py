@@ -57,7 +57,7 @@ def measure(rule, betas):
 @every_schedule
 @every_rule
 def test_no_other_step_is_nearer_to_an_even_spacing(rule, name):
-    """Each ideal level lies nearer to its step than halfway to either neighbour."""
+    """Each ideal level lies nearer to its step than halfway to either neighbor."""
     level, tested = measure(rule, BETAS[name]), 0
     last = level[np.isfinite(level)][-1]
     for n in range(3, 60):

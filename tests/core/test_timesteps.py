@@ -56,8 +56,8 @@ def test_the_state_is_a_pytree_that_jit_carries_with_its_dtypes(name):
 def test_uniform_draws_are_independent_within_a_batch():
     sampler = timesteps.uniform(NUM_STEPS)
     t, _ = draw(sampler, sampler.init(), batch_size=2)
-    centred = np.asarray(t) - (NUM_STEPS - 1) / 2
-    assert_mean(centred[:, 0] * centred[:, 1], 0.0)
+    centered = np.asarray(t) - (NUM_STEPS - 1) / 2
+    assert_mean(centered[:, 0] * centered[:, 1], 0.0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 8])
