@@ -27,9 +27,15 @@ STEPS = {
     "ddim": samplers.ddim_step,
     "2m": samplers.dpmpp_2m_step,
 }
-every_step = pytest.mark.parametrize(  # one is enough to be fast
-    "step", [pytest.param(s, marks=[pytest.mark.slow][s == "ddpm" :]) for s in STEPS]
-)
+
+
+def but_one_slow(names):
+    """All names as parameters, of which only the first is in the fast part."""
+    first, *others = names
+    return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
+
+
+every_step = pytest.mark.parametrize("step", but_one_slow(STEPS))
 
 
 def rows_of(t, num_rows):
@@ -84,7 +90,7 @@ def test_known_pixels_are_returned_and_unknown_ones_generated(step):
     assert np.min(np.abs(x_0 - KNOWN)[~known]) > 1e-4
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", but_one_slow(MASKS))
 def test_a_mask_acts_on_every_pixel_that_it_broadcasts_to(name):
     x_T, mask = normal(0, *SHAPE), MASKS[name].astype(jnp.float32)
     everywhere = jnp.asarray(np.broadcast_to(mask, SHAPE))
@@ -107,7 +113,7 @@ def test_what_is_not_known_of_the_known_image_does_not_matter(step):
     assert np.any((one != moved) & (mask[None] == 0))  # what is known does
 
 
-@pytest.mark.parametrize("name", PROJECTIONS)
+@pytest.mark.parametrize("name", but_one_slow(PROJECTIONS))
 def test_what_a_projection_knows_of_an_image_is_returned(name):
     project = PROJECTIONS[name]
     x_0 = complete(KEYS[:3], normal(0, *SHAPE), KNOWN, project=project)
@@ -116,7 +122,7 @@ def test_what_a_projection_knows_of_an_image_is_returned(name):
     assert np.min(np.max(np.abs(rest - rest_of_known), axis=(1, 2, 3))) > 0.1
 
 
-@pytest.mark.parametrize("name", PROJECTIONS)
+@pytest.mark.parametrize("name", but_one_slow(PROJECTIONS))
 def test_what_a_projection_drops_of_the_known_image_does_not_matter(name):
     project, x_T = PROJECTIONS[name], normal(0, *SHAPE)
     one, other = (
@@ -608,6 +614,7 @@ def test_blocks_must_divide_both_sides(name, size):  # 4 x 6: each but one
         getattr(editing, name)(KNOWN, size=size)
 
 
+@pytest.mark.slow
 def test_one_trace_serves_every_schedule_level_and_eta():
     traces = []
 

@@ -433,7 +433,7 @@ def row_0_of_sample(case):
     return row_0(case) if official.guides_mean(case) else None
 
 
-@parity("sampling")
+@parity("sampling", slow=["float32"])
 def test_single_sampling_steps_are_the_official_ones(account):
     account.leave("no result", "single/linear_1000/model_var_values/LEARNED")
     for case in account.json["single"]:
@@ -500,7 +500,7 @@ def test_sampling_loops_are_the_official_ones_at_every_step(account):
             compare_loop(account, case, s)
 
 
-@parity("sampling")
+@parity("sampling", slow=["float32"])
 def test_samplers_of_the_ddim_repository_are_ours_at_every_step(account):
     for case in account.json["ermongroup"]:
         betas = account[case["base_betas"]]
@@ -511,7 +511,7 @@ def test_samplers_of_the_ddim_repository_are_ours_at_every_step(account):
         compare_loop(account, case | {"clip_denoised": case["fn"] == "ddpm_steps"}, s)
 
 
-@parity("sampling")
+@parity("sampling", slow=["float32"])
 def test_ddim_inversion_is_the_official_one_at_every_step(account):
     for case in account.json["loops"]:
         if official.step(case) is not samplers.ddim_inversion_step:

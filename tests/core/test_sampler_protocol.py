@@ -157,6 +157,7 @@ def assert_order(name, errors):
     assert order is None or measured < order + 0.2, message
 
 
+@pytest.mark.slow
 @deterministic
 def test_the_error_on_a_gaussian_falls_with_the_order_of_the_sampler(name):
     errors = [gaussian_error(name, n) for n in SIZES]
@@ -170,6 +171,7 @@ def test_the_error_on_a_mixture_falls_with_the_order_of_the_sampler(name):
     assert_order(name, [mixture_error(name, n) for n in SIZES])
 
 
+@pytest.mark.slow
 @deterministic
 def test_sampling_may_start_without_any_signal(name):
     """One step more, from an infinite ratio: the others still decide the order."""
