@@ -425,6 +425,7 @@ def test_an_edited_image_resembles_the_one_it_was_as_much_as_its_level_tells(t):
     assert_mean(product, explained * STD**2)
 
 
+@pytest.mark.slow
 def test_edited_images_resemble_what_they_were_less_as_the_level_rises():
     for step in ("ddpm", "ddim"):
         likeness = [

@@ -552,6 +552,7 @@ def test_the_ends_of_an_interpolation_do_not_depend_on_the_other_end():
     assert np.all(one[1] != two[1]) and np.all(one[2] != two[2])
 
 
+@pytest.mark.slow
 def test_interpolation_noises_the_two_images_independently():
     x = jnp.zeros((2, 5000))
     no_step = lambda keys, denoise_fn, schedule, state, t: state  # noqa: E731
