@@ -1,8 +1,9 @@
 """Parity with the official code: all arrays of `golden/`, by its own lists of cases.
 
 golden/README.md tells where the numbers come from and what the keys mean;
-golden/account.py compares, and holds the tolerances. The last test counts what became
-of every single array. `pytest -v` names those that were not compared.
+golden/account.py compares, and holds the tolerances. The last test, a slow one, counts
+what became of every single array; `pytest -v -m slow` names those that were not
+compared.
 """
 
 import collections
