@@ -30,24 +30,14 @@ def lookup(what: str, name: Any, registry: Mapping[str, Any]) -> Any:
     """
     if isinstance(name, str) and name in registry:
         return registry[name]
-    if isinstance(name, str) and ":" in name:
-        return _import(what, name)
-    raise ValueError(
-        f"{what} must be one of {sorted(registry)} or 'package.module:function', got "
-        f"{name!r}{hint(name, registry)}"
-    )
-
-
-def hint(name: Any, known: Iterable[str]) -> str:
-    """Ends a sentence about an unknown name: "; did you mean 'ddim'?", or a period."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."
-
-
-def _import(what: str, name: str) -> Any:
-    module, _, attribute = name.partition(":")
+    if not isinstance(name, str) or ":" not in name:
+        raise ValueError(
+            f"{what} must be one of {sorted(registry)} or 'package.module:function', "
+            f"got {name!r}{hint(name, registry)}"
+        )
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not look there
+    module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, ValueError, AttributeError) as error:
@@ -55,3 +45,9 @@ def _import(what: str, name: str) -> Any:
             f"{what} must name an importable 'package.module:function', got {name!r}: "
             f"{error}."
         ) from error
+
+
+def hint(name: Any, known: Iterable[str]) -> str:
+    """Ends a sentence about an unknown name: "; did you mean 'ddim'?", or a period."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."

@@ -57,7 +57,13 @@ def make_sampler(
     if objective is None:
         raise ValueError("the run must be of a denoiser, got a classifier's.")
     sampler, row = options.row, task.row
-    clip = _clipping(options) if row.clips else lambda denoise_fn: denoise_fn
+
+    def clip(denoise_fn: DenoiseFn) -> DenoiseFn:
+        if not (row.clips and options.clip):
+            return denoise_fn
+        if options.threshold is None:
+            return diffusion.clip_x_0(denoise_fn)
+        return diffusion.threshold_x_0(denoise_fn, quantile=options.threshold)
 
     @jax.jit
     def draw(params, schedule, seed, rows, numbers):
@@ -83,14 +89,6 @@ def make_sampler(
         return row.draw(context, task)
 
     return draw
-
-
-def _clipping(options: SamplingOptions) -> Callable[[DenoiseFn], DenoiseFn]:
-    if not options.clip:
-        return lambda denoise_fn: denoise_fn
-    if options.threshold is None:
-        return diffusion.clip_x_0
-    return functools.partial(diffusion.threshold_x_0, quantile=options.threshold)
 
 
 def _labeled(denoise_fn, schedule, rows, numbers, null_label) -> DenoiseFn:
