@@ -16,7 +16,12 @@ from support.programs import convert, evaluate, sample
 from jax_diffusion import cli, data, diffusion
 from jax_diffusion import config as settings
 from jax_diffusion import pipeline as runs
-from jax_diffusion.interop import diffusers_config, torch_files
+from jax_diffusion.interop import (
+    diffusers_config,
+    exporting,
+    importing,
+    torch_files,
+)
 from jax_diffusion.interop import layouts as weights
 from jax_diffusion.interop.released import Released
 from jax_diffusion.runtime import checkpoint
@@ -62,7 +67,7 @@ def config_of(model=None, schedule=None, objective=EPS, data=None):
 
 def random_params(config, image_shape):
     """Of an untrained network, but nowhere zero, so that all of it matters."""
-    model, shapes = convert._shapes(config, image_shape)
+    model, shapes = importing.model_and_shapes(config, image_shape)
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)
     drawn = [rng.normal(scale=0.2, size=leaf.shape) for leaf in leaves]
@@ -403,7 +408,7 @@ TINY = Released(
 
 def back_by_name(tmp_path, program, monkeypatch, file, *args):
     """Converts a file of `openai_run` by the registry; it must be as it was."""
-    monkeypatch.setitem(convert.RELEASED, "tiny", TINY)
+    monkeypatch.setitem(importing.RELEASED, "tiny", TINY)
     program("--checkpoint", file, "--workdir", tmp_path / "back", *args)
     run, back = (runs.load_run(tmp_path / name) for name in ("run", "back"))
     assert trees_equal(run.params, back.params)
@@ -414,7 +419,7 @@ def back_by_name(tmp_path, program, monkeypatch, file, *args):
 
 def openai_tensors(tmp_path):
     openai_run(tmp_path / "run")
-    return convert._tensors(runs.load_run(tmp_path / "run"), "openai")
+    return exporting.state_dict(runs.load_run(tmp_path / "run"), "openai")
 
 
 def test_a_file_is_known_by_its_name_and_then_used(
@@ -623,7 +628,7 @@ def test_a_prediction_of_v_cannot_go_to_improved_diffusion(tmp_path, fails):
 
 
 def test_bad_command_lines_end_in_one_sentence(tmp_path, fails, monkeypatch):
-    monkeypatch.setitem(convert.RELEASED, "tiny", TINY)
+    monkeypatch.setitem(importing.RELEASED, "tiny", TINY)
     run, new = make_run(tmp_path / "run"), tmp_path / "new"
     torch_files.write_torch(tmp_path / "a.pt", {"weight": np.zeros(3, np.float32)})
     torch_files.write_torch(tmp_path / "tiny.pt", {"weight": np.zeros(3, np.float32)})
@@ -672,7 +677,7 @@ def test_a_run_is_never_written_over(tmp_path, program, fails):
 
 
 def test_files_that_hold_no_network_are_refused(tmp_path, fails, monkeypatch):
-    monkeypatch.setitem(convert.RELEASED, "tiny", TINY)
+    monkeypatch.setitem(importing.RELEASED, "tiny", TINY)
     torch = pytest.importorskip("torch")
     for i, tree in enumerate([{"step": 3}, [1, 2], {}, {1: torch.zeros(2)}]):
         torch.save(tree, tmp_path / "tiny.pt")

@@ -1,0 +1,213 @@
+"""Writes a run into files that other codes read; `WRITERS` lists the formats.
+
+    openai       a .pt file for improved-diffusion, and a .json with its arguments
+    diffusers    a folder for Hugging Face's DDPMPipeline
+    safetensors  parameters under our own names, with the config inside; the program
+                 `convert` and `load_checkpoint` read it again
+
+A network or a process that the other code cannot compute is refused.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from jax_diffusion import config as configs
+from jax_diffusion.interop import diffusers_config, layouts, torch_files
+from jax_diffusion.interop.importing import DIFFUSERS_WEIGHTS, RECORD
+from jax_diffusion.models.unet import UNet
+from jax_diffusion.pipeline import Run
+from jax_diffusion.registry import lookup
+from jax_diffusion.runtime import files
+
+# The fields of `UNet` that cannot be chosen in improved-diffusion's UNetModel.
+OPENAI_FIELDS = dict(
+    embedding_order="cos_sin",
+    embedding_endpoint=False,
+    down_padding="symmetric",
+    num_groups=32,
+    norm_epsilon=1e-5,
+    resample="conv",
+    head_channels=None,
+    block_size=1,
+)
+OPENAI_MEANS = {"eps": "EPSILON", "x_0": "START_X", "mu": "PREVIOUS_X"}
+
+
+def export_run(run: Run, to: str, out: str | os.PathLike) -> None:
+    """Writes a run in a format of another code.
+
+    Args:
+        run: a trained run.
+        to: a key of `WRITERS`.
+        out: file or folder to write; it must not exist.
+
+    Raises:
+        ValueError: for an unknown format, if `out` exists or has the wrong suffix, or
+            if the other code cannot compute what this run does.
+    """
+    writer = lookup("to", to, WRITERS)
+    if Path(out).exists():
+        raise ValueError(f"out must name a new file or folder, got {str(out)!r}.")
+    writer(run, Path(out))
+
+
+def to_openai(run: Run, out: Path) -> None:
+    """Writes a .pt file for improved-diffusion, and a .json file beside it.
+
+    The .json holds the arguments of improved-diffusion's UNetModel (SuperResModel for
+    a network with low_res) and of its GaussianDiffusion.
+
+    Args:
+        run: a run whose network is a `UNet`.
+        out: name of the .pt file.
+
+    Raises:
+        ValueError: if the name does not end in .pt or .pth, if the .json exists, or if
+            improved-diffusion cannot compute what this run does.
+    """
+    flags = out.with_suffix(".json")
+    if out.suffix not in (".pt", ".pth") or flags.exists():
+        raise ValueError(f"out must end in .pt and be new, got {str(out)!r}.")
+    content = {"model": _openai_model(run), "diffusion": _openai_diffusion(run)}
+    tensors = torch_files.torch_content(state_dict(run, "openai"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_all_atomic({out: tensors, flags: json.dumps(content, indent=2) + "\n"})
+
+
+def _openai_model(run: Run) -> dict[str, Any]:
+    """Returns the arguments of improved-diffusion's UNetModel."""
+    model = _unet(run)
+    differing = [
+        f"{name} = {getattr(model, name)!r}"
+        for name, value in OPENAI_FIELDS.items()
+        if getattr(model, name) != value
+    ]
+    if model.multipliers[0] != 1 or any(m != int(m) for m in model.multipliers):
+        differing.append(f"multipliers = {model.multipliers}")
+    if differing:
+        raise ValueError(
+            "the network must be one that improved-diffusion can compute, got "
+            f"{', '.join(differing)}."
+        )
+    heights = [run.image_shape[0] >> i for i in range(len(model.multipliers))]
+    return dict(
+        in_channels=run.image_shape[-1],
+        model_channels=model.channels,
+        out_channels=model.out_channels,
+        num_res_blocks=model.num_res_blocks,
+        attention_resolutions=[
+            2**i for i, h in enumerate(heights) if h in model.attention_resolutions
+        ],
+        channel_mult=[int(m) for m in model.multipliers],
+        num_heads=model.num_heads,
+        num_classes=model.num_classes,
+        use_scale_shift_norm=model.scale_shift,
+        dropout=model.dropout,
+    )
+
+
+def _openai_diffusion(run: Run) -> dict[str, Any]:
+    """Returns the arguments of improved-diffusion's GaussianDiffusion."""
+    objective: Any = run.objective
+    schedule = run.config.schedule
+    return dict(
+        betas=configs.make_betas(schedule).tolist(),
+        model_mean_type=lookup(
+            "the mean_type for improved-diffusion", objective.mean_type, OPENAI_MEANS
+        ),
+        model_var_type=objective.var_type.upper(),
+        rescale_timesteps=schedule.get("rescale_timesteps", False),
+    )
+
+
+def to_diffusers(run: Run, out: Path) -> None:
+    """Writes a folder that `diffusers.DDPMPipeline.from_pretrained` loads.
+
+    Args:
+        run: a run whose network is a `UNet`.
+        out: the folder.
+
+    Raises:
+        ValueError: if diffusers cannot compute this network or this process.
+    """
+    unet = diffusers_config.config_from_unet(_unet(run), run.image_shape)
+    schedule = run.config.schedule
+    scheduler = diffusers_config.scheduler_from_process(
+        configs.make_betas(schedule),
+        run.objective,
+        schedule.get("rescale_timesteps", False),
+    )
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    tensors = state_dict(run, "diffusers")
+    content: dict[str, files.Content] = {
+        f"unet/{DIFFUSERS_WEIGHTS}.safetensors": torch_files.safetensors_content(
+            tensors, {"format": "pt"}
+        ),
+        "unet/config.json": json.dumps(unet, indent=2) + "\n",
+        "scheduler/scheduler_config.json": json.dumps(scheduler, indent=2) + "\n",
+        "model_index.json": json.dumps(index, indent=2) + "\n",
+    }
+    for name in content:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+    files.write_all_atomic({out / name: text for name, text in content.items()})
+
+
+def to_safetensors(run: Run, out: Path) -> None:
+    """Writes parameters under our own names, with config and image shape as metadata.
+
+    Args:
+        run: a run of any network.
+        out: name of the .safetensors file.
+
+    Raises:
+        ValueError: if the name does not end in .safetensors.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"out must end in .safetensors, got {str(out)!r}.")
+    record = dict(
+        config=json.loads(run.config.to_json()),
+        image_shape=run.image_shape,
+        format=configs.FORMAT,
+    )
+    tensors: dict[str, Any] = flatten_dict(run.params, sep=".")
+    torch_files.write_safetensors(out, tensors, {RECORD: json.dumps(record)})
+
+
+WRITERS: dict[str, Callable[[Run, Path], None]] = {
+    "openai": to_openai,
+    "diffusers": to_diffusers,
+    "safetensors": to_safetensors,
+}
+
+
+def _unet(run: Run) -> UNet:
+    if not isinstance(run.model, UNet):
+        raise ValueError(
+            "only the network 'unet' can be written for others, got "
+            f"{type(run.model).__name__}."
+        )
+    return run.model
+
+
+def state_dict(run: Run, layout: str) -> dict[str, np.ndarray]:
+    """Returns the parameters of a run as another code names and stores them.
+
+    Args:
+        run: a run whose network is a `UNet` or a `NoisyClassifier`.
+        layout: a key of `layouts.LAYOUTS`.
+
+    Raises:
+        ValueError: if the layout has no place for one of the layers.
+    """
+    wanted = layouts.leaves(run.params, layout, layouts.heads_of(run.model))
+    return layouts.to_torch(run.params, wanted)
