@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from support.jobs import evaluations
+from support.peers import peer
 from support.programs import convert, evaluate, sample
 
 from jax_diffusion import cli, data, diffusion
@@ -154,7 +155,7 @@ def their_output(unet, x, t=T, label=None):
 def hub_pipeline(folder, safe, **options):
     """A folder as those of google/ddpm-* are, with random weights."""
     torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = peer("diffusers")
     torch.manual_seed(0)
     arguments = dict(
         sample_size=SIZE,
@@ -237,7 +238,7 @@ def test_every_switch_of_diffusers_computes_the_same(options, tmp_path, program)
     ids=str,
 )
 def test_schedules_of_diffusers_are_known(options):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = peer("diffusers")
     kinds = dict(num_train_timesteps=20, prediction_type="v_prediction")
     kinds["variance_type"] = "fixed_large"
     scheduler = diffusers.DDPMScheduler(**kinds, **options)
@@ -293,7 +294,7 @@ def test_a_converted_folder_is_sampled_and_scored(tmp_path, program, monkeypatch
     ids=["digits", "heads", "head channels and classes", "ho"],
 )
 def test_a_run_computes_the_same_in_diffusers(changes, channels, tmp_path, program):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = peer("diffusers")
     torch = pytest.importorskip("torch")
     shape = (SIZE, SIZE, channels)
     make_run(tmp_path / "run", image_shape=shape, **changes)
@@ -335,7 +336,7 @@ def our_step(run, schedule, x, y, t):
 
 @with_diffusers
 def test_the_pipeline_of_diffusers_draws_from_a_run(tmp_path, program):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = peer("diffusers")
     make_run(tmp_path / "run", image_shape=(SIZE, SIZE, 3))
     program("--workdir", tmp_path / "run", "--to", "diffusers", "--out", tmp_path / "d")
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "d")

@@ -606,7 +606,7 @@ def test_networks_of_the_hub_are_ho_et_als(name):
 @pytest.mark.parametrize("name", HUB)
 def test_networks_of_the_hub_have_the_names_that_diffusers_gives(name):
     torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = peer("diffusers")
     config = hub_config(name)
     with torch.device("meta"):
         theirs = diffusers.UNet2DModel.from_config(config)

@@ -1,4 +1,4 @@
-"""Packages that compute the same scores with PyTorch, where they are installed."""
+"""Packages that compute the same with PyTorch, where they are installed."""
 
 import importlib
 import importlib.util
@@ -10,9 +10,14 @@ LIBRARIES = []  # what they define vanishes with them
 
 
 def peer(name):
-    """A module of pytorch_fid or torch_fidelity; skips the test where it is absent."""
+    """Imports a module of a package that needs PyTorch; skips the test without it.
+
+    Args:
+        name: such as "pytorch_fid.inception", "torch_fidelity" or "diffusers".
+    """
     torch = pytest.importorskip("torch")
-    for package in ("torchvision", name.partition(".")[0]):
+    package = name.partition(".")[0]
+    for package in ("torchvision", package) if package != "diffusers" else (package,):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     with warnings.catch_warnings():
@@ -30,6 +35,8 @@ def _define_operators(torch):
     """
     try:
         import torchvision  # noqa: F401
+    except ModuleNotFoundError:  # diffusers does without
+        return
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
