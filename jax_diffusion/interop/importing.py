@@ -82,9 +82,10 @@ def load_checkpoint(
     params, known, image_shape = _read(Path(path), name, config, layout)
     # The file holds one set of parameters, so there are no EMAs to choose from.
     record = {"config": {**known, "ema_decays": ()}, "format": configs.FORMAT}
+    plain = configs.of_record(record).to_json()  # as a workdir would hold it
     built = configs.build(known, image_shape[-1])
     return Run(
-        config=configs.of_record(record),
+        config=configs.of_record({**record, "config": json.loads(plain)}),
         model=built.model,
         params=params,
         objective=built.objective,

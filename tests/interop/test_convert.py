@@ -14,6 +14,7 @@ from support.jobs import evaluations
 from support.peers import peer
 from support.programs import convert, evaluate, sample
 
+import jax_diffusion as jd
 from jax_diffusion import cli, data, diffusion
 from jax_diffusion import config as settings
 from jax_diffusion import pipeline as runs
@@ -572,6 +573,26 @@ def test_safetensors_with_other_parameters_are_refused(tmp_path, program, fails)
     assert "new.kernel (8,) is unexpected" in error
 
 
+def test_load_checkpoint_is_convert_and_load_run_without_a_workdir(tmp_path, program):
+    config = config_of(model=dict(num_classes=3), objective=EPS | dict(mean_type="v"))
+    make_run(tmp_path / "run", model=dict(num_classes=3))
+    out = tmp_path / "a.safetensors"
+    program("--workdir", tmp_path / "run", "--to", "safetensors", "--out", out)
+    program("--checkpoint", out, "--workdir", tmp_path / "back")
+    before = sorted(tmp_path.rglob("*"))
+    run, back = jd.load_checkpoint(out), jd.load_run(tmp_path / "back")
+    assert sorted(tmp_path.rglob("*")) == before and run.workdir is None
+    assert trees_equal(run.params, back.params) and run.config == back.config
+    assert (run.model, run.objective) == (back.model, back.objective)
+    assert (run.image_shape, run.ema, run.step) == (back.image_shape, "none", 0)
+
+    tensors = exporting.state_dict(run, "openai")
+    torch_files.write_torch(tmp_path / "mine.pt", tensors)
+    mine = jd.load_checkpoint(tmp_path / "mine.pt", config=config)
+    assert trees_equal(mine.params, run.params)
+    assert mine.objective.mean_type == "v"  # as the config says
+
+
 # Mistakes
 
 
@@ -745,7 +766,7 @@ def test_small_images_must_fit_the_network(tmp_path, fails):
         (with_low_res, None, f"{option}, got None"),
         (without, "low.npz", option),
         (with_low_res, "grey.npz", "must have 3 channels, got 1"),
-        (with_low_res, "labels.npz", "must be below 5, got 5"),
+        (with_low_res, "labels.npz", "must have labels below 5, got 5"),
         (with_low_res, "text.npz", "text.npz must be a .npz"),
         (with_low_res, "none.npz", "none.npz must be a .npz"),
     ]

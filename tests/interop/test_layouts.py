@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.peers import peer
 
 from jax_diffusion import config as settings
 from jax_diffusion.interop import diffusers_config

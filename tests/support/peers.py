@@ -17,9 +17,9 @@ def peer(name):
     """
     torch = pytest.importorskip("torch")
     package = name.partition(".")[0]
-    for package in ("torchvision", package) if package != "diffusers" else (package,):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
+    for needed in [package] + ["torchvision"] * (package != "diffusers"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries
         _define_operators(torch)
