@@ -1,10 +1,18 @@
-"""Orbax behind a few functions: what is saved, and the one resume rule.
+"""Checkpoints: what is saved, how damage is found, and the rule of resuming.
 
-A checkpoint holds the whole train state and a JSON record of the run: its config, and
-the metrics since the last line of the log. Beside them lie a digest of every array and
-a checksum of the record, because Orbax restores a flipped byte without a word. The
-newest checkpoint that passes is resumed; those that do not are named in a warning and
-moved aside; without any checkpoint, the state is initialised.
+WORKDIR/checkpoints/STEP holds the whole train state and a JSON record: the config, the
+shape of the images, and the metrics since the last line of the log. Orbax writes it in
+the background. Beside them lie a digest of 32 bits for every array, which does not
+depend on how the array is split over devices, and a checksum of the record, because
+Orbax restores a flipped byte without a word.
+
+The rule of resuming: the newest checkpoint that is whole is taken, after all digests
+have been compared. Later ones, which are damaged, are named in a warning and moved to
+WORKDIR/bad_checkpoints. If there are checkpoints and none is whole, that is an error:
+nothing starts afresh by itself. Without any checkpoint the state is initialized.
+
+`config.keep` newest checkpoints stay, and those at multiples of `config.keep_every`.
+Any number of devices or hosts reads what any other number has saved.
 """
 
 import json
@@ -24,17 +32,18 @@ from jaxtyping import PyTree
 
 from jax_diffusion.runtime import sharding
 
-BAD = "bad_checkpoints"  # in the workdir: where damaged ones are moved
+BAD = "bad_checkpoints"  # folder in the workdir, for damaged ones
 
 
 def make_manager(
     workdir: str | Path, *, keep: int | None = 3, keep_every: int | None = None
 ) -> ocp.CheckpointManager:
-    """A manager of `workdir`/checkpoints.
+    """Makes Orbax's manager of WORKDIR/checkpoints; the folder is made if need be.
 
     Args:
-        keep: the newest so many stay; None for all.
-        keep_every: steps that are a multiple of it stay too.
+        workdir: the folder of the run.
+        keep: number of newest checkpoints that stay; None for all.
+        keep_every: checkpoints at multiples of this step stay too.
     """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
@@ -46,16 +55,22 @@ def make_manager(
 
 
 def latest_step(workdir: str | Path) -> int | None:
-    """The step of the newest complete checkpoint, or None. Creates nothing."""
+    """Returns the step of the newest complete checkpoint, or None; creates nothing."""
     return next(_steps(workdir), None)
 
 
 def save(
     manager: ocp.CheckpointManager, step: int, state: PyTree, record: dict[str, Any]
 ) -> None:
-    """Saves in the background; `manager.wait_until_finished` waits for the disk.
+    """Saves a state in the background; `manager.close()` waits for the disk.
 
     On several hosts, all of them call it.
+
+    Args:
+        manager: of `make_manager`.
+        step: number of updates made.
+        state: a pytree of arrays.
+        record: plain JSON values.
     """
     record = json.loads(json.dumps(record))  # as it will be read
     sealed = {"record": record, "digests": digests(state)}
@@ -69,10 +84,16 @@ def save(
 def save_params(
     workdir: str | Path, params: PyTree, record: dict[str, Any], *, step: int = 0
 ) -> None:
-    """Makes `workdir` one from which `load_params` and `load_record` read.
+    """Writes parameters without a train state, for `load_params` and `load_record`.
+
+    Args:
+        workdir: a folder without checkpoints, made if need be.
+        params: the parameters.
+        record: plain JSON values: "config", "image_shape", ...
+        step: number of updates made.
 
     Raises:
-        ValueError: if it holds checkpoints already.
+        ValueError: if the folder holds checkpoints already.
     """
     if latest_step(workdir) is not None:
         raise ValueError(f"workdir must be new, and {str(workdir)!r} holds a run.")
@@ -81,10 +102,10 @@ def save_params(
 
 
 def load_record(workdir: str | Path) -> dict[str, Any]:
-    """The JSON record of the newest checkpoint whose record is whole.
+    """Reads the JSON record of the newest checkpoint whose record is whole.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such checkpoint.
     """
     return _newest_good(workdir, lambda path: _read_record(path)["record"])[1]
 
@@ -94,13 +115,17 @@ def restore_or_init(
     init_fn: Callable[[], PyTree],
     shardings: PyTree,
 ) -> tuple[PyTree, dict[str, Any] | None]:
-    """The newest state that is whole and its record, else `init_fn()` and None.
+    """Restores the newest whole state, or initializes one if there is no checkpoint.
 
-    Works on any number of devices and hosts, whatever saved the state. On several
-    hosts, all of them call it.
+    On several hosts, all of them call it.
 
     Args:
-        shardings: where each leaf of the state goes.
+        manager: of `make_manager`.
+        init_fn: returns the state before the first update.
+        shardings: the sharding of each leaf of the state, whatever it was when saved.
+
+    Returns:
+        The state and its record; the record is None if the state was initialized.
 
     Raises:
         ValueError: if there are checkpoints and none is whole.
@@ -130,15 +155,19 @@ def restore_or_init(
 
 
 def load_params(workdir: str | Path, *, ema: str | None) -> PyTree:
-    """Parameters of the newest whole checkpoint, or one average of them, in NumPy.
+    """Reads the parameters of the newest whole checkpoint, or one average of them.
 
-    Reads no more than them.
+    Nothing else is read.
 
     Args:
-        ema: the average's name, such as "0.9999"; None for the parameters themselves.
+        workdir: the folder of a run.
+        ema: name of the average, such as "0.9999"; None for the parameters themselves.
+
+    Returns:
+        A tree of NumPy arrays.
 
     Raises:
-        ValueError: if there is no checkpoint that is whole, or no such average.
+        ValueError: if no checkpoint is whole, or there is no such average.
     """
 
     def read(path):
@@ -169,10 +198,11 @@ def load_params(workdir: str | Path, *, ema: str | None) -> PyTree:
 
 
 def digests(tree: PyTree) -> dict[str, int]:
-    """32 bits for each leaf, by its path, that a change of any of its bits changes.
+    """Computes 32 bits for each leaf, by its path, to find changed bits.
 
-    The same however the leaf is sharded, and whether in NumPy or in JAX: integers mod
-    2^32, each word of the leaf mixed with its place, and added up.
+    Each word of the leaf is mixed with its place, and all are added mod 2^32. So the
+    digest is the same however the leaf is sharded, and in NumPy and JAX, while a change
+    of any one bit changes it.
     """
     named = {_name(path): a for path, a in jax.tree_util.tree_leaves_with_path(tree)}
     in_memory = jax.default_backend() == "cpu" and jax.process_count() == 1
@@ -206,7 +236,7 @@ def _digest(a, xp):
 
 
 class _UnknownAverage(ValueError):
-    """Bad input, not a bad checkpoint."""
+    """The input is wrong, not the checkpoint."""
 
 
 def _newest_good(
@@ -214,9 +244,9 @@ def _newest_good(
     read: Callable[[Path], Any],
     verify: Callable[[Any], Any] = lambda result: result,
 ) -> tuple[int, Any]:
-    """The newest step that both functions accept, and what they make of it.
+    """Returns the newest step that both functions accept, and their result.
 
-    `read` may fail on one of several hosts; `verify` is called if it did on none.
+    `read` may fail on one of several hosts; then `verify` is called on none.
     """
     problems = []
     for step in _steps(workdir):
@@ -253,8 +283,7 @@ def _newest_good(
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """Of several hosts, each reads by itself: one that fails must not leave the others
-    waiting for it."""
+    """Makes each host read by itself, so that none waits for one that has failed."""
     index = jax.process_index()
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
@@ -285,7 +314,7 @@ def _compare(saved: dict[str, int | None], found: dict[str, int]) -> None:
 
 
 def _move_later_aside(workdir: Path, step: int) -> None:
-    """Moves checkpoints after `step`, which are damaged, out of the way of new ones."""
+    """Moves the checkpoints after `step`, which are damaged, to `BAD`."""
     if jax.process_index() == 0:
         for later in [s for s in _steps(workdir) if s > step]:
             target = workdir / BAD / str(later)
@@ -306,7 +335,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _steps(workdir: str | Path) -> Iterator[int]:
-    """Steps of the complete checkpoints, the newest first."""
+    """Yields the steps of the complete checkpoints, the newest first."""
     directory = _directory(workdir)
     if directory.is_dir():
         names = [p.name for p in directory.iterdir() if p.name.isdigit()]

@@ -1,7 +1,8 @@
-"""What programs set so that XLA's CPU backend is fast; for accelerators, nothing.
+"""Makes XLA's CPU backend fast: flags of XLA, malloc, and compiled programs on disk.
 
-Measured with `tests/benchmarks/unet.py`. A library must not change its user's process,
-so only programs call this.
+Only programs call this, as a library must not change the process of its user. Nothing
+is changed where there is an accelerator. The benefits were measured with
+`tests/benchmarks/unet.py`.
 """
 
 import ctypes
@@ -27,16 +28,19 @@ ACCELERATORS = ("jax_plugins", "libtpu")  # packages that bring JAX another back
 
 
 def tune(*, onednn: bool = True) -> None:
-    """Sets options of XLA, JAX and malloc, before JAX has looked for its devices.
+    """Sets options of XLA, JAX and malloc; call it before JAX looks for its devices.
 
-    With oneDNN, what runs long runs faster, but programs cannot be kept on disk (jaxlib
-    0.12 runs out of memory writing them): see `keep_compiled`.
+    glibc is told to keep the memory that XLA frees. A step allocates its temporary
+    memory in one piece and frees it at the end; the system would take it back and hand
+    it out again page by page, cleared, which takes a tenth of a step. Only the main
+    thread's heap can hold such a piece, so JAX is told to run steps in the main thread;
+    in another one a step would hardly overlap with anything on the same cores.
 
-    XLA_FLAGS that are set already are kept. glibc is told to keep what XLA frees: a
-    step allocates its temporary memory in one piece and frees it at the end, which the
-    system would take back, and hand out again page by page, cleared: a tenth of a step.
-    Only the main thread's heap can hold such a piece, so the main thread runs the step;
-    dispatched to another it would hardly overlap with anything on the same cores.
+    Args:
+        onednn: whether to set `ONEDNN_FLAGS`, for programs that run long: steps are
+            faster, but compiled programs cannot be kept on disk (jaxlib 0.12 runs out
+            of memory when it writes them), see `keep_compiled`. XLA_FLAGS that the
+            user has set are kept.
     """
     if any(importlib.util.find_spec(name) for name in ACCELERATORS):
         return
@@ -53,11 +57,11 @@ def tune(*, onednn: bool = True) -> None:
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs on disk for the next process, unless JAX is told where.
+    """Keeps compiled programs on disk for the next process.
 
-    Not those of oneDNN, see `tune`. In ~/.cache/jax_diffusion, apart for each kind of
-    machine: code that was compiled for one CPU may not run on another.
-    $JAX_COMPILATION_CACHE_DIR is another place.
+    They lie in ~/.cache/jax_diffusion, in a folder for each kind of machine, as code
+    that was compiled for one CPU may not run on another. JAX_COMPILATION_CACHE_DIR
+    names another place, which is left alone. With oneDNN nothing is kept, see `tune`.
     """
     told: Any = jax.config
     told = told.jax_compilation_cache_dir is not None
@@ -68,13 +72,13 @@ def keep_compiled() -> None:
 
 
 def cache_folder() -> Path:
-    """Where what can be had again is kept: ~/.cache/jax_diffusion, or as XDG has it."""
+    """Returns the folder of caches: jax_diffusion in $XDG_CACHE_HOME or ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() / "jax_diffusion"
 
 
 def _machine() -> str:
-    """Eight digits that two machines share if they can run the same code."""
+    """Returns eight digits that two machines share if they run the same code."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     wanted = ("model name", "flags", "Features")
@@ -84,7 +88,7 @@ def _machine() -> str:
 
 
 def release_memory() -> None:
-    """Gives back what a compilation has left behind."""
+    """Gives the memory that a compilation has left behind back to the system."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

@@ -1,7 +1,39 @@
-"""What a run says of itself: its numbers, its circumstances, where its time went.
+"""Logging: metrics (JSON lines, TensorBoard, W&B) and a description of every start.
 
-Numbers are one JSON object a line, and go to TensorBoard and Weights & Biases if they
-are installed and asked for. Nothing here waits for the device: they come as floats.
+WORKDIR/metrics.jsonl has one JSON object a line, means over the updates since the line
+before; TensorBoard and W&B get the same numbers if `config.log_to` names them. Numbers
+that are not finite are null. The fields:
+
+    step                     number of updates made
+    loss, mse, vlb, ...      the loss, and its terms; of a classifier its accuracy, too
+    loss_q0 ... loss_q3      the loss of examples with t in each quarter of [0, T);
+                             so for every term
+    grad_norm, param_norm,   global norms of gradient, parameters and update
+    update_norm
+    lr                       the learning rate
+    skipped                  updates that changed nothing, because the loss or a
+                             gradient was not finite; config.max_skipped in a row end
+                             the run
+    seconds_per_step,        wall-clock time, previews and checkpoints left out
+    images_per_second
+    data_share,              where that time went: the next batch, the call of the step,
+    dispatch_share,          waiting for the device, the rest (see `clock.StepClock`)
+    device_share,
+    other_share
+    roofline_share           share of the devices' peak FLOP/s, if `device_peaks` knows
+                             them
+    samples_mean_0,          where a grid was drawn: mean and standard deviation of each
+    data_std_0, ...          channel, of samples and of data
+    pixel_distance_n1000_0.9999, ...
+                             where averages were evaluated (config.eval_every): metric,
+                             number of samples, average
+
+WORKDIR/run.json has a list `starts` with an entry for every start of the run: when, the
+command, the config, the commit, versions of the libraries, and the hardware; see
+`describe`.
+
+The loop waits for the device at lines of the log, grids and checkpoints only; nothing
+here does, as numbers come as floats.
 """
 
 import contextlib
@@ -16,9 +48,7 @@ import secrets
 import shlex
 import subprocess
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +56,17 @@ import jax
 
 from jax_diffusion.runtime.files import write_atomic
 
-WRITERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # and the package of each
+WRITERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # name: its package
 
 
 def check_writers(writers: Sequence[str]) -> None:
-    """Accepts names in WRITERS whose package is installed.
+    """Checks names of writers.
+
+    Args:
+        writers: keys of `WRITERS`.
 
     Raises:
-        ValueError: for another name, and for a package that is missing.
+        ValueError: for another name, or if the package of a writer is not installed.
     """
     for name in writers:
         if name not in WRITERS:
@@ -47,23 +80,23 @@ def check_writers(writers: Sequence[str]) -> None:
 
 
 class MetricWriter:
-    """Appends to `workdir`/metrics.jsonl, and to what else `writers` asks for.
+    """Writes metrics to WORKDIR/metrics.jsonl, and to TensorBoard and W&B on request.
 
-    TensorBoard's files lie in `workdir`/tensorboard. W&B's lie in `workdir`/wandb, and
-    `workdir`/wandb_id names the run that a resumed run continues; project, name, mode
-    and key come from W&B's environment variables and settings.
+    TensorBoard's files are in WORKDIR/tensorboard, W&B's in WORKDIR/wandb. The file
+    WORKDIR/wandb_id holds the id of the W&B run, which a resumed run continues;
+    project, name, mode and key come from W&B's environment variables and settings.
 
     Args:
-        workdir: created if need be.
-        step: the number of updates already made. Lines of later steps, which a run that
-            was cut off has written after its last checkpoint, are removed: the resumed
-            run writes them again.
-        writers: "tensorboard", "wandb".
-        config: shown by W&B beside the numbers.
+        workdir: the folder of the run, made if need be.
+        step: number of updates already made. A run that was cut off may have written
+            lines after its last checkpoint: lines of later steps are removed, as the
+            resumed run writes them again.
+        writers: keys of `WRITERS`.
+        config: plain JSON values, which W&B shows beside the numbers.
 
     Raises:
         ValueError: as `check_writers`, before anything is written; or if W&B cannot
-            start, for want of a key say.
+            start, such as without a key.
     """
 
     def __init__(
@@ -86,7 +119,12 @@ class MetricWriter:
             self._others.append(_WeightsAndBiases(workdir, step, config))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line; numbers that are not finite become null, as JSON has none."""
+        """Appends a line; numbers that are not finite become null, as JSON has none.
+
+        Args:
+            step: number of updates made.
+            metrics: numbers by name.
+        """
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
@@ -94,7 +132,7 @@ class MetricWriter:
             other.write(step, metrics)
 
     def close(self) -> None:
-        """Flushes what TensorBoard and W&B still hold."""
+        """Writes what TensorBoard and W&B still hold in memory."""
         for other in self._others:
             other.close()
 
@@ -115,13 +153,13 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """W&B takes no step twice: of steps that are repeated it keeps the first."""
+    """W&B takes no step twice: if a step is repeated, it keeps the first numbers."""
 
     def __init__(self, workdir: Path, step: int, config: Mapping[str, Any] | None):
         import wandb
 
         path = workdir / "wandb_id"
-        if step == 0 or not path.exists():  # at 0 nothing is resumed: a run of its own
+        if step == 0 or not path.exists():  # a new run
             write_atomic(path, secrets.token_hex(8))
         try:
             self._run = wandb.init(
@@ -141,7 +179,7 @@ class _WeightsAndBiases:
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:
-    """The lines of `workdir`/metrics.jsonl.
+    """Reads the lines of WORKDIR/metrics.jsonl.
 
     Raises:
         ValueError: if there is no such file.
@@ -153,7 +191,7 @@ def read_metrics(workdir: str | Path) -> list[dict]:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drops lines of later steps, and a last line that was cut off half-way."""
+    """Removes lines of later steps, and a last line that was cut off half-way."""
     if not path.exists():
         return
     kept = []
@@ -167,16 +205,24 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def describe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What made a run: for `write_description`, and of plain JSON values.
+    """Describes this start of a run in plain JSON values, for `write_description`.
 
-    Its keys are `started` (ISO 8601, UTC), `command`, `config`, `git`, `versions` and
-    `hardware`. `git` is {"commit", "changed"} of the checkout that this file is part
-    of, `changed` saying whether tracked files differ from the commit, or None. Nothing
-    of the environment is in it, nor the names of the machine and of the user, unless
-    the command line or the config has them.
+    The names of the machine and of the user are not in it, nor environment variables,
+    unless the command line or the config has them.
 
     Args:
-        config: of plain JSON values.
+        config: plain JSON values.
+
+    Returns:
+        started: ISO 8601 in UTC.
+        command: the command line.
+        config: as given.
+        git: {"commit", "changed"} of the checkout that holds this package, where
+            `changed` says whether tracked files differ from the commit; None if it is
+            no checkout.
+        versions: of Python, this package and its libraries.
+        hardware: platform, device_kind, devices and processes of the whole job; cpu,
+            cpu_cores and memory_gib of this host.
     """
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -189,10 +235,14 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_description(workdir: str | Path, record: Mapping[str, Any]) -> None:
-    """Appends to the list `starts` of `workdir`/run.json, an entry a start of the run.
+    """Appends an entry to the list `starts` of WORKDIR/run.json.
+
+    Args:
+        workdir: the folder of the run, made if need be.
+        record: as `describe` returns it.
 
     Raises:
-        ValueError: if run.json is there and is something else.
+        ValueError: if run.json is there and holds something else.
     """
     path = Path(workdir) / "run.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +259,10 @@ def _read_starts(path: Path) -> list[Any]:
 
 
 def _git_state(path: Path) -> dict[str, Any] | None:
-    """The checkout that tracks a file; not one that merely has it in a folder."""
+    """Describes the checkout that tracks a file; None if none does.
+
+    A checkout that merely has the file in one of its folders does not count.
+    """
     if _git(path, "ls-files", "--error-unmatch", path.name) is None:
         return None
     commit = _git(path, "rev-parse", "HEAD")
@@ -220,7 +273,7 @@ def _git_state(path: Path) -> dict[str, Any] | None:
 
 
 def _git(path: Path, *arguments: str) -> str | None:
-    """What git prints in a file's folder; None if it fails, or is not there."""
+    """Runs git in a file's folder; returns what it prints, or None if it fails."""
     command = ["git", "--no-optional-locks", "-C", str(path.parent), *arguments]
     # A hook of another repository sets GIT_DIR.
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
@@ -248,7 +301,6 @@ def _versions() -> dict[str, str | None]:
 
 
 def _hardware() -> dict[str, Any]:
-    """Devices and processes are those of the whole job, CPU and memory of this host."""
     try:
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         memory = round(pages / 2**30, 1)
@@ -271,98 +323,3 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-class StepClock:
-    """Splits the wall-clock time of training steps without waiting for the device.
-
-    Each moment is charged to the innermost `measure` around it, so that the parts
-    neither overlap nor leave a gap; outside of all it is "other", in a `pause` nothing.
-
-        with clock.measure("data"):      # the next batch
-        with clock.measure("dispatch"):  # the call of the step, which returns early
-        with clock.measure("device"):    # jax.device_get of the metrics, once a line
-
-    A large share of "device" says that the device has work waiting, a large one of
-    "data" that it may wait for the host. Where calls do not return early, as on the CPU
-    after `cpu.tune`, or once the queue is full, the device's time is in "dispatch".
-
-    Args:
-        now: the time in seconds.
-    """
-
-    PARTS = ("data", "dispatch", "device", "other")
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter):
-        self._now = now
-        self._mark = now()
-        self._part = "other"
-        self._seconds: dict[str, float] = defaultdict(float)
-
-    @contextlib.contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Charges what is inside to "data", "dispatch", "device" or "other".
-
-        Raises:
-            ValueError: for another name.
-        """
-        if part not in self.PARTS:
-            raise ValueError(f"part must be one of {self.PARTS}, got {part!r}.")
-        with self._within(part):
-            yield
-
-    def pause(self) -> contextlib.AbstractContextManager[None]:
-        """Leaves out what is inside, such as previews and checkpoints."""
-        return self._within("paused")
-
-    def line(
-        self,
-        *,
-        steps: int,
-        images: int,
-        flops_per_step: float | None = None,
-        peak_flops: float | None = None,
-    ) -> dict[str, float]:
-        """Numbers for the log about the time since the last line, which starts anew.
-
-        Returns:
-            `seconds_per_step`, `images_per_second`, `data_share`, `dispatch_share`,
-            `device_share` and `other_share`, which sum to 1; with both `flops_per_step`
-            and `peak_flops`, `roofline_share`, the part of the peak that was reached.
-
-        Args:
-            steps: made since the last line.
-            images: trained on since the last line, on all devices.
-            flops_per_step: floating-point operations of a step, on all devices.
-            peak_flops: such operations a second, of all devices together.
-
-        Raises:
-            ValueError: unless steps >= 1.
-        """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}.")
-        self._charge(self._part)
-        total = sum(self._seconds[part] for part in self.PARTS)
-        numbers = {
-            "seconds_per_step": total / steps,
-            "images_per_second": images / total,
-        }
-        numbers |= {f"{part}_share": self._seconds[part] / total for part in self.PARTS}
-        if flops_per_step is not None and peak_flops is not None:
-            numbers["roofline_share"] = flops_per_step * steps / total / peak_flops
-        self._seconds.clear()
-        return numbers
-
-    @contextlib.contextmanager
-    def _within(self, part: str) -> Iterator[None]:
-        around = self._part
-        self._charge(then=around if around == "paused" else part)
-        try:
-            yield
-        finally:
-            self._charge(then=around)
-
-    def _charge(self, then: str) -> None:
-        now = self._now()
-        self._seconds[self._part] += now - self._mark
-        self._mark, self._part = now, then

@@ -1,11 +1,56 @@
-"""One mesh for every program: which device holds what, and how hosts find each other.
+r"""Several devices and several hosts: one mesh, and who holds which part of an array.
 
-The mesh has two axes, `data` and `fsdp`. A batch is split over both. Parameters,
-averages and optimiser state are split over `fsdp`, each along the largest of its axes
-that can be; they are copied along `data`. With fsdp = 1, plain data parallelism.
+The mesh has two axes, `data` and `fsdp`. A batch is split over both. Parameters, their
+averages and the state of the optimizer are split over `fsdp`, each array along its
+largest axis that divides, and copied along `data`. With fsdp = 1, the default, that is
+plain data parallelism. Programs are written for one device; XLA inserts the exchanges
+(`jax.jit` with shardings, not `pmap`). Samples, losses and scores do not depend on the
+number of devices but for rounding.
 
-Nothing here changes what is computed: programs are written for one device, and XLA
-inserts the exchanges (`jax.jit` with shardings; `pmap` is history).
+`train` uses all devices of all hosts with the same command:
+
+    --config.mesh.fsdp=8         split the state over 8 devices, where memory is short
+    --config.microbatches=4      compute a batch in four parts, one after the other
+    config.model.remat=...       compute activations twice instead of keeping them
+
+`config.data.batch_size` is that of the whole job and must divide by the number of
+devices. Parameters are float32 whatever `config.model.dtype`. `sample` and `evaluate`
+use every device too. All hosts must see the workdir, on a shared disk or bucket.
+
+One machine with several GPUs:
+
+    pip install '.[cuda]'
+    python -m jax_diffusion.train --config configs/cifar10.py --workdir runs/cifar10
+
+A slice of TPU VMs:
+
+    gcloud compute tpus tpu-vm ssh SLICE --zone=ZONE --worker=all --command="
+        cd jax_diffusion && .venv/bin/python -m jax_diffusion.train \
+        --config configs/imagenet64.py --workdir /shared/imagenet64"
+
+A SLURM job of four nodes with eight GPUs each, one process for each GPU:
+
+    #!/bin/bash
+    #SBATCH --nodes=4 --ntasks-per-node=8 --gpus-per-node=8
+    #SBATCH --requeue --signal=TERM@120
+    srun --kill-on-bad-exit=1 .venv/bin/python -m jax_diffusion.train \
+        --config configs/imagenet64.py --workdir /shared/imagenet64 \
+        --config.mesh.fsdp=8
+
+Cloud TPU, SLURM, Open MPI and indexed Kubernetes jobs (GKE) tell each process where the
+others are. Elsewhere flags do; here those of the first of two hosts:
+
+    --coordinator host0:1234 --num-processes 2 --process-id 0
+
+Host 0 alone prints, logs and draws. Its first line tells devices, parameters, the
+memory that a device needs and has, and the seconds of compilation. A SIGTERM to any
+host makes all save the same step and exit with status 0. If a host is lost, the others
+end within a minute (JAX prints "another task died"). Either way the same command goes
+on from the last checkpoint, on as many devices and hosts as there are then: bit for bit
+the same on the same number, up to rounding on another.
+
+This is tested on fake CPU devices and with several processes on one machine; no pod has
+run it yet.
 """
 
 import hashlib
@@ -22,7 +67,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 AXES = ("data", "fsdp")
-# Leaves of fewer numbers are copied: to exchange them costs more than they take.
+# Arrays of fewer numbers are copied: exchanging them costs more than they take.
 MIN_SPLIT = 2**12
 TIMEOUT = 30  # seconds until a silent host is given up; JAX would wait for 100 and 300
 
@@ -32,18 +77,18 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Joins the other processes of this job, before JAX has looked for its devices.
+    """Joins the other processes of this job; call it before JAX looks for devices.
 
-    Without arguments they are found through what Cloud TPU, SLURM, Open MPI or an
-    indexed Kubernetes job have set; where none has, this process is alone.
+    Without arguments, JAX finds the others by the environment variables of Cloud TPU,
+    SLURM, Open MPI or an indexed Kubernetes job; without those, this process is alone.
 
     Args:
-        coordinator: "HOST:PORT" of process 0, which listens there.
-        num_processes: of the job.
-        process_id: of this one, from 0.
+        coordinator: "HOST:PORT", where process 0 listens.
+        num_processes: number of processes of the job.
+        process_id: number of this process, in [0, num_processes).
 
     Raises:
-        ValueError: if some but not all are given, or they are out of range.
+        ValueError: if some arguments but not all are given, or one is out of range.
     """
     given = (coordinator, num_processes, process_id)
     if all(value is None for value in given):
@@ -79,27 +124,25 @@ def start(
 
 
 def _on_cluster() -> bool:
-    """Whether jax.distributed can find the other processes by itself."""
+    """Tells whether jax.distributed can find the other processes by itself."""
+    has_tpu = Path("/dev/vfio").exists() or any(Path("/dev").glob("accel*"))
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     return (
         any(int(os.environ.get(name, 1)) > 1 for name in counts)
         or "JOB_COMPLETION_INDEX" in os.environ
-        or (importlib.util.find_spec("libtpu") is not None and _has_tpu())
+        or (importlib.util.find_spec("libtpu") is not None and has_tpu)
     )
-
-
-def _has_tpu() -> bool:
-    return Path("/dev/vfio").exists() or any(Path("/dev").glob("accel*"))
 
 
 def make_mesh(
     *, data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """The mesh of all devices of all hosts, or of some.
+    """Makes a mesh of all devices of all hosts, or of some, with the axes of `AXES`.
 
     Args:
-        data, fsdp: devices along each axis; -1 for all that the other leaves.
-        devices: default `jax.devices()`.
+        data: number of devices along this axis; -1 for all that `fsdp` leaves.
+        fsdp: number of devices along this axis; -1 for all that `data` leaves.
+        devices: by default `jax.devices()`.
 
     Raises:
         ValueError: unless data * fsdp is the number of devices.
@@ -115,26 +158,31 @@ def make_mesh(
             f"data * fsdp must be the number of devices, {count}, got data = {data} "
             f"and fsdp = {fsdp}."
         )
-    # Explicit axes, the default, would ask for the sharding of every convolution.
+    # With explicit axes, the default, every convolution must be given a sharding.
     auto = (AxisType.Auto,) * 2
     return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole on every device."""
+    """Returns the sharding of an array that every device holds as a whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis split over all devices."""
+    """Returns the sharding that splits the first axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def state_sharding(mesh: Mesh, shapes: PyTree) -> PyTree:
-    """Where each leaf goes: split over `fsdp` along the largest axis that it divides.
+    """Returns the sharding of each leaf: split over `fsdp` along one axis, or copied.
 
-    Small leaves, and those that no axis of which can be split, are copied: more devices
-    than channels have common divisors save little.
+    A leaf is split along its largest axis whose size divides by the number of devices
+    along `fsdp`. Leaves without such an axis, and small ones, are copied. Most axes are
+    numbers of channels: choose fsdp such that it divides them, or little is saved.
+
+    Args:
+        mesh: of `make_mesh`.
+        shapes: arrays, or their shapes and dtypes.
     """
 
     def of_leaf(leaf):
@@ -151,15 +199,16 @@ def state_sharding(mesh: Mesh, shapes: PyTree) -> PyTree:
 def jit_step(
     mesh: Mesh, train_step: Callable[..., Any], state: PyTree
 ) -> tuple[Any, PyTree]:
-    """A train step (key, state, batch) -> (state, metrics) under `jax.jit` on a mesh.
-
-    The state it is given is donated; key and metrics are on every device.
+    """Puts a train step under `jax.jit` with shardings; donates the state to it.
 
     Args:
-        state: shapes of the leaves.
+        mesh: of `make_mesh`.
+        train_step: train_step(key, state, batch) -> (state, metrics); key and metrics
+            are on every device.
+        state: the state, or shapes and dtypes of its leaves.
 
     Returns:
-        The step, not yet compiled, and where each leaf of the state goes.
+        The step, not compiled yet, and the sharding of each leaf of the state.
     """
     whole, states = replicated(mesh), state_sharding(mesh, state)
     step = jax.jit(
@@ -172,7 +221,11 @@ def jit_step(
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The rows of a global batch that this host's devices hold, in increasing order.
+    """Returns the rows of a batch that this host's devices hold, ascending int [k].
+
+    Args:
+        mesh: of `make_mesh`.
+        batch_size: number of rows of the whole job's batch.
 
     Raises:
         ValueError: unless the batch divides by the number of devices.
@@ -190,7 +243,16 @@ def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 def global_batch(
     mesh: Mesh, local: Mapping[str, np.ndarray], batch_size: int
 ) -> dict[str, jax.Array]:
-    """Global arrays of `batch_size` rows, of which `local` has those of this host."""
+    """Makes arrays of `batch_size` rows from those that every host has.
+
+    Args:
+        mesh: of `make_mesh`.
+        local: this host's rows, see `host_rows`, by name.
+        batch_size: number of rows of the whole job's batch.
+
+    Returns:
+        Arrays [batch_size, ...] whose rows are split over all devices.
+    """
     if jax.process_count() == 1:
         return jax.device_put(dict(local), batch_sharding(mesh))
     rows = host_rows(mesh, batch_size)
@@ -207,7 +269,7 @@ def global_batch(
 
 
 def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
-    """Copies on all devices of arrays that are not on them yet."""
+    """Copies arrays to all devices of a mesh, unless they are there already."""
     devices = set(mesh.devices.flat)
 
     def put(a):
@@ -218,8 +280,15 @@ def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
 
 
 def shard_padded(mesh: Mesh, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Global arrays of rows [n, ...] that every host has; the last is repeated until
-    their number divides by that of the devices."""
+    """Splits rows over all devices, after filling up with copies of the last one.
+
+    Args:
+        mesh: of `make_mesh`.
+        arrays: arrays [n, ...] by name, the same on every host.
+
+    Returns:
+        Arrays [m, ...], where m is the next multiple of the number of devices.
+    """
     n = len(next(iter(arrays.values())))
     batch_size = -(-n // mesh.size) * mesh.size
     rows = np.minimum(host_rows(mesh, batch_size), n - 1)
@@ -228,7 +297,7 @@ def shard_padded(mesh: Mesh, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.
 
 
 def same_on_all_hosts(text: str) -> bool:
-    """Whether all processes have the same text."""
+    """Tells whether all processes call this with the same text."""
     if jax.process_count() == 1:
         return True
     mine = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
@@ -236,24 +305,24 @@ def same_on_all_hosts(text: str) -> bool:
 
 
 def broadcast_from_first(number: int) -> int:
-    """The number that process 0 has, on all."""
+    """Returns, on all processes, the number that process 0 has; it must fit int32."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes have come to this line, such as for a file of one.
+    """Waits until all processes have come here, such as until one has written a file.
 
     Args:
-        name: of the line, the same in all processes, for JAX to check.
+        name: the same in all processes; JAX checks it.
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """NumPy copies, on every host, of arrays that may lie on several."""
+    """Copies arrays, which may lie on several hosts, to NumPy arrays on every host."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from jax_diffusion import metrics, plotting
 from jax_diffusion.config import Config
 from jax_diffusion.runtime import device_peaks, logs
+from jax_diffusion.runtime.clock import StepClock
 from jax_diffusion.training.setup import CompiledStep, TrainingSetup
 
 COLOR_BATCHES = 8  # of data, to compare the colors of samples with
@@ -65,7 +66,7 @@ class Reporter:
             disable=None if self._writes else True,
             smoothing=0.1,
         )
-        self.clock = logs.StepClock()
+        self.clock = StepClock()
 
     def __enter__(self) -> "Reporter":
         return self

@@ -76,9 +76,10 @@ def test_with_an_accelerator_nothing_is_set(libc, monkeypatch):
     assert jax.config.read("jax_cpu_enable_async_dispatch")
 
 
+@pytest.mark.slow
 def test_xla_knows_the_flags_and_computes_with_them():
     code = (
-        "from jax_diffusion import cpu; cpu.tune(); import jax.numpy as jnp;"
+        "from jax_diffusion.runtime import cpu; cpu.tune(); import jax.numpy as jnp;"
         "cpu.release_memory(); print(float(jnp.ones((8, 8)).sum()))"
     )
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -171,7 +172,7 @@ def test_each_kind_of_machine_has_its_own_programs(untold):
 
 PROGRAM = """
 import jax, jax.numpy as jnp
-from jax_diffusion import cpu
+from jax_diffusion.runtime import cpu
 cpu.tune(onednn=False)
 cpu.keep_compiled()
 seen = []
@@ -181,6 +182,7 @@ print(*(seen.count(f"/jax/compilation_cache/cache_{w}") for w in ("misses", "hit
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_is_started_again_compiles_nothing(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     env |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}

@@ -23,6 +23,8 @@ from jax_diffusion.runtime import checkpoint, logs
 
 SCORE = "pixel_distance_n64_0.99"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def two(folder):

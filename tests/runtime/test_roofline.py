@@ -247,9 +247,6 @@ def test_peaks_are_of_known_accelerators():
         assert peak.link < peak.memory < peak.float32
 
 
-# --- compiled programs
-
-
 def test_a_product_costs_two_operations_a_term_and_its_matrices():
     m, k, n = 48, 64, 80
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((m, k), (k, n))]
@@ -298,8 +295,6 @@ def test_what_a_backend_does_not_tell_is_nan(answer):
     assert cost.flops == 3 if answer else math.isnan(cost.flops)
     assert math.isnan(cost.bytes) and cost.collectives == ()
 
-
-# --- the train step
 
 MODEL = UNet(
     out_channels=2,
@@ -352,12 +347,14 @@ def compile_step(**sizes):
     return roofline.traffic(cost.collectives), size, cost
 
 
+@pytest.mark.slow
 def test_data_parallel_devices_exchange_the_gradient_once_and_nothing_else():
     found, size, _ = compile_step(data=8)
     assert set(found) == {"all-reduce"}
     assert size <= found["all-reduce"].bytes <= size + SCALARS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 8), (2, 4)])
 def test_split_parameters_are_gathered_once_and_gradients_reduced_once(data, fsdp):
     found, size, cost = compile_step(data=data, fsdp=fsdp)

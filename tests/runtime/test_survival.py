@@ -9,6 +9,8 @@ import time
 import pytest
 from support.jobs import Job, assert_same_losses, losses, saved, sealed
 
+pytestmark = pytest.mark.slow
+
 
 def saves_after(workdir, step):
     """Whether it is in the midst of a save, or just after one."""
