@@ -18,7 +18,9 @@ A run is its workdir:
 
 import contextlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -30,8 +32,18 @@ from jax_diffusion.evaluation import during_training
 from jax_diffusion.runtime import checkpoint, cpu, logs, sharding
 from jax_diffusion.runtime.preemption import PreemptionSignal
 from jax_diffusion.training import TrainState
-from jax_diffusion.training.reporting import Reporter, plain, trace_steps
-from jax_diffusion.training.setup import compile_step, make_setup
+from jax_diffusion.training.reporting import (
+    Reporter,
+    flops_and_peak,
+    plain,
+    trace_steps,
+)
+from jax_diffusion.training.setup import (
+    CompiledStep,
+    TrainingSetup,
+    compile_step,
+    make_setup,
+)
 
 GIVEN = {"name": "given to train()"}  # config.optimizer of a run with its own optimizer
 
@@ -66,29 +78,46 @@ def train(
         config.optimizer = GIVEN
     configs.check_config(config)
     logs.check_writers(config.log_to)
-    record = {"config": json.loads(config.to_json()), "window": []}
-    record["format"] = configs.FORMAT
-    if not sharding.same_on_all_hosts(json.dumps(record["config"], sort_keys=True)):
-        raise ValueError("all processes must be given one config, got several.")
-    fresh = checkpoint.latest_step(workdir) is None
-    if not fresh:
-        saved = configs.upgrade(checkpoint.load_record(workdir))["config"]
-        changed = configs.differences(saved, record["config"])
-        if changed:
-            raise ValueError(
-                f"workdir {str(workdir)!r} holds a run with another config, which must "
-                f"not change: {'; '.join(changed)}."
-            )
+    plain_config = json.loads(config.to_json())
+    fresh = is_fresh(plain_config, workdir)
 
     # Compiled first: whatever does not fit is found before anything is written.
     setup = make_setup(config, optimizer)
-    record["image_shape"] = list(setup.batches.image_shape)
+    record = {
+        "config": plain_config,
+        "format": configs.FORMAT,
+        "image_shape": list(setup.batches.image_shape),
+        "window": [],  # metrics since the last line of the log
+    }
     evaluate = during_training.make_watch(config, workdir, setup, record)
     compiled = compile_step(setup, fresh=fresh)
     cpu.release_memory()
     if jax.process_index() == 0:
         print(compiled.summary, flush=True)
+    return run_loop(config, workdir, setup, compiled, evaluate, record)
 
+
+def run_loop(
+    config: Config,
+    workdir: Path,
+    setup: TrainingSetup,
+    compiled: CompiledStep,
+    evaluate: Callable[[int, TrainState], dict[str, float]] | None,
+    record: dict[str, Any],
+) -> TrainState:
+    """Restores or initializes the state, and updates it until the run ends or stops.
+
+    Args:
+        config: a whole config.
+        workdir: the folder of the run.
+        setup: data, devices and preview.
+        compiled: the train step.
+        evaluate: evaluate(step, state) -> scores by name; None for none.
+        record: what is saved with every checkpoint.
+
+    Raises:
+        FloatingPointError: as `train`.
+    """
     manager = checkpoint.make_manager(
         workdir, keep=config.keep, keep_every=config.keep_every or None
     )
@@ -96,9 +125,16 @@ def train(
         manager, compiled.init, compiled.shardings
     )
     first = step = int(state.step)
-    reporter, problem = Reporter(config, workdir, setup, compiled, first), ""
+    dtype = config.model.get("dtype", "float32")
+    reporter = Reporter(
+        *(config, workdir, first),
+        batches=setup.batches,
+        lr_fn=setup.lr_fn,
+        flops=flops_and_peak(compiled.step, setup.mesh.size, dtype),
+    )
     reporter.window = saved["window"] if saved else []
-    clock, batches = reporter.clock, setup.batches.stream(first, setup.rows)
+    clock, problem = reporter.clock, ""
+    batches = setup.batches.stream(first, setup.rows)
     with PreemptionSignal().listen() as stop, contextlib.closing(batches), reporter:
         while step < config.total_steps and not problem and not stop.name:
             with clock.measure("data"):
@@ -131,6 +167,31 @@ def train(
         raise FloatingPointError(problem)
     reporter.finish(step, stop.name)
     return state
+
+
+def is_fresh(config: Mapping[str, Any], workdir: Path) -> bool:
+    """Tells whether a workdir holds no checkpoint yet.
+
+    Args:
+        config: the config of this start, in plain JSON values.
+        workdir: the folder of the run.
+
+    Raises:
+        ValueError: if it holds a run with another config, or if the processes of this
+            job have different ones.
+    """
+    if not sharding.same_on_all_hosts(json.dumps(config, sort_keys=True)):
+        raise ValueError("all processes must be given one config, got several.")
+    if checkpoint.latest_step(workdir) is None:
+        return True
+    saved = configs.upgrade(checkpoint.load_record(workdir))["config"]
+    changed = configs.differences(saved, config)
+    if changed:
+        raise ValueError(
+            f"workdir {str(workdir)!r} holds a run with another config, which must not "
+            f"change: {'; '.join(changed)}."
+        )
+    return False
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def make_optimizer(
     warmup = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
     lr_fn = optax.join_schedules([warmup, after], [warmup_steps])
     function = lookup("optimizer", name, OPTIMIZERS)
-    _check_arguments(function, name, arguments)
+    check_arguments(function, name, arguments)
     tx = function(learning_rate=lr_fn, **arguments)
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(
@@ -114,8 +114,17 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(grad_clip), tx), lr_fn
 
 
-def _check_arguments(function: Any, name: str, arguments: dict[str, Any]) -> None:
-    """Raises ValueError unless the function takes a learning rate and the arguments."""
+def check_arguments(function: Any, name: str, arguments: dict[str, Any]) -> None:
+    """Checks that a function takes `learning_rate` and arguments, and needs no more.
+
+    Args:
+        function: builds an optimizer.
+        name: its name, for errors.
+        arguments: its arguments but the learning rate.
+
+    Raises:
+        ValueError: that names the argument that is unknown or missing.
+    """
     signature = inspect.signature(function)
     known = signature.parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())

@@ -1,7 +1,7 @@
 """What `train` writes and prints: metrics, grids of samples, loss curve, traces."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jax_diffusion import metrics, plotting
+from jax_diffusion import data, metrics, plotting
 from jax_diffusion.config import Config
 from jax_diffusion.runtime import device_peaks, logs
 from jax_diffusion.runtime.clock import StepClock
-from jax_diffusion.training.setup import CompiledStep, TrainingSetup
 
 COLOR_BATCHES = 8  # of data, to compare the colors of samples with
 PROFILE_FROM = 10  # updates after the start: compiling and caching is over by then
@@ -29,9 +28,10 @@ class Reporter:
     Args:
         config: of the run.
         workdir: of the run.
-        setup: what is trained.
-        compiled: its step, whose FLOPs are asked for.
         first: number of updates made before this start.
+        batches: the training images.
+        lr_fn: the learning rate by the number of updates made; None if unknown.
+        flops: of `flops_and_peak`.
 
     Attributes:
         window: metrics of the updates since the last line of the log, most of them
@@ -43,14 +43,16 @@ class Reporter:
         self,
         config: Config,
         workdir: Path,
-        setup: TrainingSetup,
-        compiled: CompiledStep,
         first: int,
+        *,
+        batches: data.Batches,
+        lr_fn: Callable[[int], Any] | None,
+        flops: Mapping[str, float],
     ):
         self.window: list[Any] = []
-        self._config, self._workdir, self._setup = config, workdir, setup
+        self._config, self._workdir = config, workdir
+        self._batches, self._lr_fn, self._flops = batches, lr_fn, flops
         self._first = self._last_line = first
-        self._flops = flops_and_peak(config, setup, compiled)
         self._writer, self._data_colors = None, None
         self._writes = jax.process_index() == 0
         if self._writes:
@@ -95,9 +97,9 @@ class Reporter:
             rows = plain(self.window)
         made, self._last_line = step - self._last_line, step
         means = summarize(rows)
-        if self._setup.lr_fn is not None:
-            means["lr"] = float(self._setup.lr_fn(step - 1))
-        images = made * self._setup.batches.batch_size
+        if self._lr_fn is not None:
+            means["lr"] = float(self._lr_fn(step - 1))
+        images = made * self._batches.batch_size
         means |= self.clock.line(steps=made, images=images, **self._flops)
         self.write(step, means | dict(extra))
         self._bar.set_postfix(loss=f"{means['loss']:.4f}")
@@ -124,9 +126,8 @@ class Reporter:
         path = self._workdir / "samples" / f"{step:06d}.png"
         plotting.save_png(path, plotting.grid(images), min_size=512)
         if self._data_colors is None:
-            batch = self._setup.batches.batch
-            shown = np.concatenate([batch(i)["image"] for i in range(COLOR_BATCHES)])
-            self._data_colors = metrics.channel_stats(shown)
+            shown = [self._batches.batch(i)["image"] for i in range(COLOR_BATCHES)]
+            self._data_colors = metrics.channel_stats(np.concatenate(shown))
         return metrics.color_metrics(metrics.channel_stats(images), self._data_colors)
 
     def finish(self, step: int, stopped_by: str) -> None:
@@ -143,8 +144,9 @@ class Reporter:
         elif step > self._first:
             losses = logs.read_metrics(self._workdir)
             plotting.save_loss_curve(self._workdir / "loss.png", losses)
-            picture = f"samples/{step:06d}.png" if self._setup.preview else "loss.png"
-            print(f"step {step} of {step}: {self._workdir}/{picture}")
+            grid = self._workdir / "samples" / f"{step:06d}.png"  # of a denoiser
+            picture = grid if grid.exists() else self._workdir / "loss.png"
+            print(f"step {step} of {step}: {picture}")
         else:
             print(f"{self._workdir} has made its {self._first} steps already.")
 
@@ -155,19 +157,28 @@ class Reporter:
 
 
 def flops_and_peak(
-    config: Config, setup: TrainingSetup, compiled: CompiledStep
+    step: jax.stages.Compiled, num_devices: int, dtype: Any
 ) -> dict[str, float]:
     """Returns FLOPs of a step and peak FLOP/s of all devices, or {} if unknown.
 
-    XLA counts the FLOPs; of a scan over microbatches it counts one part only.
+    XLA counts the FLOPs; of a loop over microbatches it counts one part only.
+
+    Args:
+        step: the compiled train step.
+        num_devices: number of devices that it runs on.
+        dtype: in which matrices are multiplied.
+
+    Returns:
+        "flops_per_step" and "peak_flops", for `StepClock.line`.
     """
     peak = device_peaks.PEAKS.get(jax.devices()[0].device_kind)
-    analysis = compiled.step.cost_analysis() or {}  # of what one device does
+    analysis = step.cost_analysis() or {}  # of what one device does
     if peak is None or "flops" not in analysis:
         return {}
-    rate = device_peaks.flop_rate(peak, config.model.get("dtype", "float32"))
-    count = setup.mesh.size
-    return {"flops_per_step": analysis["flops"] * count, "peak_flops": rate * count}
+    return {
+        "flops_per_step": analysis["flops"] * num_devices,
+        "peak_flops": device_peaks.flop_rate(peak, dtype) * num_devices,
+    }
 
 
 def plain(window: Sequence[Mapping[str, Any]]) -> list[Any]:
