@@ -172,8 +172,10 @@ def flops_and_peak(
         "flops_per_step" and "peak_flops", for `StepClock.line`.
     """
     peak = device_peaks.PEAKS.get(jax.devices()[0].device_kind)
+    if peak is None:
+        return {}
     analysis = step.cost_analysis() or {}  # of what one device does
-    if peak is None or "flops" not in analysis:
+    if "flops" not in analysis:
         return {}
     return {
         "flops_per_step": analysis["flops"] * num_devices,
