@@ -115,9 +115,9 @@ FIELDS = {
         free=True,
     ),
     "evaluation": Field(
-        f"of these: metric, reference, bits_images, inception, and {SAMPLE_FIELDS}",
+        f"of these: metric, reference, bpd_images, inception, and {SAMPLE_FIELDS}",
         dict(metric="pixel_distance", n=1000, reference=10_000)
-        | dict(sampler="ddim", steps=50, spacing="sections", bits_images=0)
+        | dict(sampler="ddim", steps=50, spacing="sections", bpd_images=0)
         | dict(inception=""),
         free=True,
     ),

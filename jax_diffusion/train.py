@@ -89,7 +89,8 @@ def train(
         "image_shape": list(setup.batches.image_shape),
         "window": [],  # metrics since the last line of the log
     }
-    evaluate = during_training.make_watch(config, workdir, setup, record)
+    described = (setup.model, setup.objective, setup.batches, setup.mesh)
+    evaluate = during_training.make_watch(config, workdir, record, *described)
     compiled = compile_step(setup, fresh=fresh)
     cpu.release_memory()
     if jax.process_index() == 0:

@@ -1,197 +1,288 @@
-"""PeriodicEvaluation during training: small ones, of every average, and the best network kept.
+"""Evaluation during training: cheap scores for every EMA; the best one in WORKDIR/best.
 
-All hosts compute them together, each its share, and each makes the same numbers of the
-whole: none waits for another.
+`config.eval_every` says how often, `config.evaluation` what: the distance `metric`
+between `n` samples and `reference` training images, and the bound on bits/dim of
+`bpd_images` test images. On several hosts all of them compute their share of the images
+and then the same scores.
 """
 
-import dataclasses
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jax_diffusion import config as settings
-from jax_diffusion import data, metrics, pipeline
+from jax_diffusion import data
 from jax_diffusion.config import Config
-from jax_diffusion.evaluation import features as extractors
-from jax_diffusion.evaluation import sample_quality as scoring
+from jax_diffusion.diffusion import Objective
+from jax_diffusion.evaluation import features, image_sets, sample_quality
+from jax_diffusion.evaluation.bits_per_dim import bound_fn
+from jax_diffusion.evaluation.feature_classifier import (
+    load_feature_classifier,
+    train_feature_classifier,
+)
 from jax_diffusion.evaluation.features import FeatureExtractor
-from jax_diffusion.evaluation.sample_quality import Arrays, ImageSet, Reference
+from jax_diffusion.evaluation.image_sets import Arrays, ImageSet
+from jax_diffusion.evaluation.per_image import collect, each_image, mean_and_error
+from jax_diffusion.evaluation.results import OLD_METRICS
+from jax_diffusion.evaluation.sample_quality import METRICS, Reference, as_metric
 from jax_diffusion.models import traits
-from jax_diffusion.pipeline import SamplingOptions
-from jax_diffusion.registry import lookup
+from jax_diffusion.pipeline import (
+    Run,
+    SamplingOptions,
+    bind_sampler,
+    make_options,
+    open_split,
+)
 from jax_diffusion.runtime import checkpoint, sharding
-from jax_diffusion.training.setup import Plan
-from jax_diffusion.training.step import TrainState
+from jax_diffusion.training import TrainState
 
 BEST = "best"  # a folder in the workdir, itself one for `sample` and `evaluate`
-DISTANCES = ("fid", "classifier_distance", "pixel_distance")
-BATCH = 256
+BATCH = 256  # images that all devices together compute at once
 
 
-@dataclasses.dataclass
-class PeriodicEvaluation:
-    """scores(state) -> {"pixel_distance_n1000_0.9999": 12.3, ...}, of every average.
+class PeriodicScores(NamedTuple):
+    """Scores of one state of training, by EMA, such as "0.9999".
 
-    The entries of the distance decide which network is best. The first call reads the
-    reference and, for "classifier_distance", trains the classifier if the workdir has
-    none.
-
-    Raises:
-        ValueError: for a field that is out of range, or a network that cannot draw.
+    Attributes:
+        distance_name: metric and number of samples, "pixel_distance_n1000".
+        distances: the distance of each average; the lower, the better.
+        bits_name: "bits_per_dim_n64".
+        bits: the bound on bits/dim of each average; empty if it is not wanted.
     """
 
-    config: Config
-    plan: Plan
-    workdir: Path
-    metric: str  # of `DISTANCES`, between samples and training images
-    n: int  # samples of every average
-    reference: int  # training images to compare with, at most, evenly spaced
-    sampler: str
-    steps: int
-    spacing: str
-    bits_images: int  # of the test split, for the bound on bits/dim; 0 for none
-    inception: str  # path of pytorch-fid's .pth; if empty it is downloaded
+    distance_name: str
+    distances: dict[str, float]
+    bits_name: str
+    bits: dict[str, float]
 
-    def __post_init__(self):
-        config, model, objective = self.config, self.plan.model, self.plan.objective
-        if objective is None or traits(model).low_res:
+    def for_log(self) -> dict[str, float]:
+        """Returns all scores by name, as "pixel_distance_n1000_0.9999"."""
+        named = {f"{self.distance_name}_{ema}": v for ema, v in self.distances.items()}
+        return named | {f"{self.bits_name}_{ema}": v for ema, v in self.bits.items()}
+
+
+class PeriodicEvaluation:
+    """Evaluates every average of a state of training.
+
+    The first call reads the reference and, for a metric of the feature classifier,
+    trains that if the workdir has none.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        train: data.Batches,
+        mesh: Mesh,
+        workdir: Path,
+        *,
+        metric: str,
+        n: int,
+        reference: int,
+        bpd_images: int,
+        inception: str,
+        **sampling: Any,
+    ):
+        """Checks the fields of config.evaluation; nothing is computed yet.
+
+        Args:
+            run: config, network, objective and shape of the images; its parameters
+                do not matter.
+            train: the training images.
+            mesh: the devices of the training.
+            workdir: of the training.
+            metric: a distance, a key of `METRICS` or "package.module:attribute".
+            n: number of samples of every average, >= 2.
+            reference: number of training images to compare with, evenly spaced; all if
+                there are fewer.
+            bpd_images: number of test images for the bound on bits/dim; 0 for none.
+            inception: path of Inception's weights; "" to download them once.
+            sampling: options of sampling, such as sampler and steps.
+
+        Raises:
+            ValueError: for a field that is out of range, or a network that cannot draw.
+        """
+        if run.objective is None or traits(run.model).low_res:
             raise ValueError(
                 "config.eval_every must be 0 for a classifier and for a network with "
-                f"low_res, got {config.eval_every}."
+                f"low_res, got {run.config.eval_every}."
             )
-        lookup("config.evaluation.metric", self.metric, dict.fromkeys(DISTANCES))
-        if self.n < 2 or self.reference < 2 or self.bits_images < 0:
+        self._row = as_metric(metric, "config.evaluation.metric")
+        if not self._row.lower_is_better:
+            names = [name for name, row in METRICS.items() if row.lower_is_better]
             raise ValueError(
-                "config.evaluation must have n and reference from 2 and bits_images "
-                f"from 0, got {self.n}, {self.reference} and {self.bits_images}."
+                f"config.evaluation.metric must be a distance, of {names}, got "
+                f"{metric!r}."
             )
-        shape = self.plan.batches.image_shape
-        options = SamplingOptions(
-            sampler=self.sampler, steps=self.steps, spacing=self.spacing
-        )
-        run = pipeline.Run(config, model, None, objective, shape)
-        self._bound = pipeline.bind_sampler(run, options, one_program=False)
+        if n < 2 or reference < 2 or bpd_images < 0:
+            raise ValueError(
+                "config.evaluation must have n and reference >= 2 and bpd_images >= 0, "
+                f"got {n}, {reference} and {bpd_images}."
+            )
+        (options,) = make_options(sampling, SamplingOptions)
+        self._metric = metric
+        self._run, self._train, self._mesh, self._workdir = run, train, mesh, workdir
+        self._n, self._reference_n, self._bpd_images = n, reference, bpd_images
+        config, model, objective = run.config, run.model, run.objective
+        self._sampler = bind_sampler(run, options, one_program=False)
         full = settings.make_schedule(config.schedule)
-        self._bound = scoring.bound_fn(model, objective, full, config.seed)
+        self._bound = bound_fn(model, objective, full, config.seed)
         self._extractor: FeatureExtractor | None = None
-        if self.metric == "fid":
-            self._extractor = extractors.inception(self.inception or None)
-        self._known: Reference | None = None
+        if self._row.extractor == "inception":  # a missing file is found now
+            self._extractor = features.inception(inception or None)
+        self._reference: Reference | None = None
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        """All scores of this state; on several hosts, all of them call it."""
-        found, averages = {}, state.ema_params.items()
-        for name, params in averages:
-            found[f"{self.metric}_n{self.n}_{name}"] = self._distance(params)
-        for name, params in averages if self.bits_images else ():
-            found[f"bits_per_dim_n{self.bits_images}_{name}"] = self._bits(params)
-        return found
+    def __call__(self, ema_params: Mapping[str, PyTree]) -> PeriodicScores:
+        """Computes all scores; on several hosts, all of them call it."""
+        n = self._bpd_images
+        return PeriodicScores(
+            f"{self._metric}_n{self._n}",
+            {ema: self._distance(params) for ema, params in ema_params.items()},
+            f"bits_per_dim_n{n}",
+            {ema: self._bits(p) for ema, p in ema_params.items()} if n else {},
+        )
 
     def _distance(self, params: PyTree) -> float:
-        if self._known is None:
-            self._known = self._read_reference()
-        source = scoring.drawn(
-            self._bound,
-            params=params,
-            n=self.n,
-            about={},
+        if self._reference is None:
+            self._reference = self._read_reference()
+        samples = image_sets.drawn(
+            self._sampler,
+            self._n,
+            seed=self._run.config.seed,
             batch_size=BATCH,
-            seed=self.config.seed,
-            mesh=self.plan.mesh,
+            mesh=self._mesh,
+            params=params,
         )
-        features = self._features(source)
-        return scoring.compare(self.metric, features, self._known)[0].value
+        found = self._features(samples)
+        first, *_ = self._row.compute(self._metric, found, self._reference)
+        return first.value
 
     def _bits(self, params: PyTree) -> float:
         batches = self._test
-        n = min(self.bits_images, batches.num_examples)
-        source = scoring.stored(batches.examples.read, n, BATCH, {})
-        terms, _ = scoring.collect(scoring.each_image(self._bound, params, source), n)
-        return scoring.mean_and_error(terms["total"])[0]
+        n = min(self._bpd_images, batches.num_examples)
+        images = image_sets.from_reader(batches.examples.read, n, batch_size=BATCH)
+        terms = collect(each_image(self._bound, params, images), n).arrays
+        return mean_and_error(terms["total"])[0]
 
-    def _features(self, source: ImageSet) -> dict[str, Arrays]:
+    def _features(self, images: ImageSet) -> Arrays:
         assert self._extractor is not None
-        compute = scoring.features_of(source, [self._extractor])
-        return scoring.by_extractor(scoring.collect(compute, source.n)[0])
+        compute = sample_quality.features_of(images, [self._extractor])
+        arrays = collect(compute, images.n).arrays
+        return sample_quality.of_extractor(arrays, self._extractor.name)
 
     @functools.cached_property
     def _test(self) -> data.Batches:
-        return pipeline.open_split(self.config, "test")
+        return open_split(self._run.config, "test")
 
     def _read_reference(self) -> Reference:
-        """Moments of training images; sets the extractor if need be."""
-        batches = self.plan.batches
-        if self.metric == "pixel_distance":
-            self._extractor = extractors.pixels()
-        elif self.metric == "classifier_distance":
-            path = self.workdir / "evaluation" / "classifier.npz"
+        """Reads training images; makes the extractor unless it is there."""
+        train, extractor = self._train, self._row.extractor
+        if extractor == "classifier":
+            path = self._workdir / "evaluation" / "classifier.npz"
             if not path.exists():
-                extractors.train_classifier(path, batches, seed=self.config.seed)
-            self._extractor = extractors.load_classifier(path, batches.image_shape)
-        n = min(self.reference, batches.num_examples)
-        rows = np.linspace(0, batches.num_examples - 1, n).astype(int)
-        source = scoring.stored(
-            lambda some: batches.examples.read(rows[some]), n, BATCH, {}
+                train_feature_classifier(path, train, seed=self._run.config.seed)
+            self._extractor = load_feature_classifier(path, train.image_shape)
+        elif extractor == "pixels":
+            self._extractor = features.pixels()
+        elif isinstance(extractor, FeatureExtractor):
+            self._extractor = extractor
+        n = min(self._reference_n, train.num_examples)
+        rows = np.linspace(0, train.num_examples - 1, n).astype(int)
+        images = image_sets.from_reader(
+            lambda some: train.examples.read(rows[some]), n, batch_size=BATCH
         )
-        features = self._features(source)
-        moments = {
-            name: {"pool": metrics.moments(kinds["pool"])}
-            for name, kinds in features.items()
-        }
-        return Reference({}, moments)
+        found = self._features(images)
+        moments = sample_quality.moments_of(found)
+        # Without features, no time is spent on the distance of real images.
+        return Reference(found if self._row.needs_reference_features else {}, moments)
 
 
 def make_watch(
-    config: Config, workdir: Path, plan: Plan, record: dict[str, Any]
+    config: Config,
+    workdir: Path,
+    record: dict[str, Any],
+    model: nn.Module,
+    objective: Objective | None,
+    batches: data.Batches,
+    mesh: Mesh,
 ) -> Callable[[int, TrainState], dict[str, float]] | None:
-    """Builds watch(step, state) -> scores, which also keeps the best network.
+    """Builds watch(step, state) -> scores by name, which also keeps the best average.
 
-    None if the config wants none.
+    Args:
+        config: of the training.
+        workdir: of the training.
+        record: what is saved with parameters, see `checkpoint.save`.
+        model, objective: what the config describes.
+        batches: the training images.
+        mesh: the devices of the training.
+
+    Returns:
+        The function, or None if config.eval_every is 0.
 
     Raises:
         ValueError: for a field of config.evaluation that is wrong.
     """
     if not config.eval_every:
         return None
-    where = dict(config=config, plan=plan, workdir=workdir)
-    scores = settings.call(
-        PeriodicEvaluation, config.evaluation, "config.evaluation", **where
+    run = Run(config, model, None, objective, batches.image_shape)
+    evaluation = settings.call(
+        PeriodicEvaluation,
+        current_fields(config.evaluation),
+        "config.evaluation",
+        **dict(run=run, train=batches, mesh=mesh, workdir=workdir),
     )
     best = BestCheckpoint(workdir, record)
 
     def watch(step, state):
-        found = scores(state)
+        found = evaluation(state.ema_params)
         best.offer(step, state, found)
-        return found
+        return found.for_log()
 
     return watch
 
 
+def current_fields(group: Config) -> dict[str, Any]:
+    """Returns config.evaluation with today's names, which version 0.1 did not have."""
+    fields = dict(group)
+    if "bits_images" in fields:
+        fields["bpd_images"] = fields.pop("bits_images")
+    fields["metric"] = OLD_METRICS.get(fields["metric"], fields["metric"])
+    return fields
+
+
 class BestCheckpoint:
-    """The average with the lowest score so far, in `workdir`/best."""
+    """Keeps the average with the lowest distance so far in `workdir`/best."""
 
     def __init__(self, workdir: Path, record: dict[str, Any]):
+        """Reads what is kept already, of this config.evaluation.
+
+        Args:
+            workdir: of the training.
+            record: what is saved with parameters.
+        """
         self._folder, self._record = workdir / BEST, record
         self._best: dict[str, Any] = {}
         self._old = checkpoint.latest_step(self._folder) is not None
         if self._old:
             kept = checkpoint.load_record(self._folder)
-            if kept["config"]["evaluation"] == record["config"]["evaluation"]:
+            before, now = (r["config"]["evaluation"] for r in (kept, record))
+            if current_fields(before) == current_fields(now):
                 self._best, self._old = kept["best"], False
 
-    def offer(self, step: int, state: TrainState, scores: dict[str, float]) -> None:
-        """Keeps the best average of this state if it beats what is kept.
+    def offer(self, step: int, state: TrainState, scores: PeriodicScores) -> None:
+        """Keeps the best average of this state if it beats the one that is kept.
 
         On several hosts, all of them call it, and the first one decides.
         """
-        emas = [*state.ema_params]  # whose distances come first
-        values = [*scores.values()][: len(emas)]
+        emas = [*scores.distances]
+        values = [*scores.distances.values()]
         i = int(np.argmin(np.nan_to_num(values, nan=np.inf)))
         better = np.isfinite(values[i]) and self._best.get("step") != step
         better = better and values[i] < self._best.get("value", np.inf)
@@ -202,7 +293,7 @@ class BestCheckpoint:
             shutil.rmtree(self._folder)  # by other scores, perhaps of a later step
         sharding.barrier("old best network removed")
         self._old = False
-        ema, metric = emas[i], [*scores][i].rpartition("_")[0]
+        ema, metric = emas[i], scores.distance_name
         self._best = dict(metric=metric, value=values[i], step=step, ema=ema)
         config = dict(self._record["config"], ema_decays=[float(ema)])
         record = {**self._record, "config": config, "window": [], "best": self._best}

@@ -1,193 +1,269 @@
-"""Scores of samples, drawn or read, beside the images that they should look like."""
+"""Sets of images to score: arrays, files, a split of a data set, or samples of a run.
 
+An `ImageSet` yields its images in batches, from any image on, and says what decides
+them. `as_image_set` makes one of whatever a user gives, `from_split` of a run's data,
+`drawn` of a run.
+"""
+
+import dataclasses
 import hashlib
-import math
-from pathlib import Path
-from typing import Any
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
 
-from jax_diffusion import cli, data, metrics, pipeline
-from jax_diffusion.evaluation import bits_per_dim as evaluation
-from jax_diffusion.evaluation import features as extractors
-from jax_diffusion.evaluation import sample_quality as scoring
-from jax_diffusion.evaluation.bits_per_dim import Evaluation
-from jax_diffusion.evaluation.features import FeatureExtractor
-from jax_diffusion.evaluation.sample_quality import Arrays, ImageSet, Reference
-from jax_diffusion.metrics import Moments
+from jax_diffusion import data
+from jax_diffusion.pipeline import (
+    BoundSampler,
+    Run,
+    SamplingOptions,
+    bind_sampler,
+    open_images,
+)
+from jax_diffusion.runtime import checkpoint
 
-MAX_PIXELS = 4096  # numbers of an image whose covariance is worth its time
-
-
-def score_images(job: Evaluation, names: list[str]) -> None:
-    """All scores of samples beside a reference."""
-    samples = _samples(job)
-    known, moments = _reference(job, names)
-    shape = tuple(samples.about["image_shape"])
-    _check_shapes(names, shape, known)
-    chosen = [_extractor(job, name, shape) for name in scoring.needs(names)]
-    used = {e.name: e.sha256 for e in chosen}
-    job.about |= {"samples": samples.about, "extractors": used}
-    drawn = job.args.images is None
-    compute = scoring.features_of(samples, chosen, keep_images=drawn)
-    keep = scoring.PAIR if drawn else ()
-    found = job.collect("samples", compute, samples, keep, extractors=used)
-    features: Arrays = {}
-    if known is not None:
-        compute = scoring.features_of(known, chosen)
-        features = job.collect("reference", compute, known, (), extractors=used)
-    if jax.process_index() > 0:
-        return
-    reference = _moments(scoring.by_extractor(features), moments)
-    if job.args.save_moments:
-        metrics.save_moments(job.args.save_moments, reference.moments["inception"])
-    job.about["reference"] = {
-        **(known.about if known is not None else {"moments": job.args.reference}),
-        "sha256": {name: _digest(kinds) for name, kinds in reference.moments.items()},
-    }
-    job.clock("moments")
-    for name in names:
-        job.scores += scoring.compare(name, scoring.by_extractor(found), reference)
-        job.clock(name)
+Arrays = dict[str, np.ndarray]
+Images = np.ndarray | str | os.PathLike
+AS_THEY_ARE = ("folder", "npz")  # data sets that `data.open_images` opens, unresized
 
 
-def _moments(features: dict[str, Arrays], said: dict[str, Moments] | None) -> Reference:
-    """The reference, its moments found of its features unless they were said."""
-    found: dict[str, Any] = {} if said is None else {"inception": said}
-    for name, kinds in features.items():
-        if name not in found:
-            found[name] = {
-                k: metrics.moments(a) for k, a in kinds.items() if k != "logits"
-            }
-    return Reference(features, found)
+class ImageSet(NamedTuple):
+    """Images to be scored.
+
+    Attributes:
+        n: the number of images.
+        batches: batches(start) yields {"image": uint8 [b h w c], "label": int [b]} of
+            images start, start + 1, ..., n - 1.
+        about: what decides the images, for the record. "image_shape" is (h, w, c).
+    """
+
+    n: int
+    batches: Callable[[int], Iterator[Arrays]]
+    about: dict[str, Any]
 
 
-def _check_shapes(names: list[str], shape: Any, known: ImageSet | None) -> None:
-    """Only Inception takes images of any size."""
-    if "pixel_distance" in names and math.prod(shape) > MAX_PIXELS:
-        raise ValueError(
-            f"pixel_distance is for images of up to {MAX_PIXELS} numbers, got {shape}."
-        )
-    if known is None or all(scoring.METRICS[n][0] == "inception" for n in names):
-        return
-    other = tuple(known.about["image_shape"])
-    if other != shape:
-        raise ValueError(
-            "images and reference must be of one shape for features that are not "
-            f"Inception's, got {shape} and {other}."
-        )
+def from_reader(
+    read: Callable[[np.ndarray], np.ndarray | tuple[np.ndarray, np.ndarray]],
+    n: int,
+    *,
+    batch_size: int,
+    about: Mapping[str, Any] | None = None,
+) -> ImageSet:
+    """Returns the set of images 0, ..., n - 1, where read(rows) returns some of them.
+
+    Args:
+        read: function of row numbers [b] that returns images uint8 [b h w c], or both
+            these and labels [b].
+        n: the number of images.
+        batch_size: number of images in all batches but perhaps the last one.
+        about: what decides the images.
+    """
+
+    def batches(start):
+        for first in range(start, n, batch_size):
+            rows = np.arange(first, min(first + batch_size, n))
+            found = read(rows)
+            images, labels = found if isinstance(found, tuple) else (found, 0 * rows)
+            yield {"image": images, "label": labels}
+
+    return ImageSet(n, batches, dict(about or {}))
 
 
-def _samples(job: Evaluation) -> ImageSet:
-    """Images to score: those that are given, or drawn from the run."""
-    args, run = job.args, job.run
-    if args.images is not None:
-        return _pictures(args.images, args.n, args.batch_size)
-    assert run is not None
-    n = args.n
-    if n is None:  # as many as the reference has
-        n = len(evaluation.images_of(job, args.reference_split).examples)
-    options = cli.sampling_options(args)
-    bound = pipeline.bind_sampler(run, options, one_program=False)
-    about = {
-        "sampler": args.sampler,
-        "clip": not args.no_clip,
-        "steps": bound.choices["steps"],
-        "spacing": bound.choices["spacing"],
-        "eta": args.eta,
-        "quantize": args.quantize,
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "image_shape": [*run.image_shape],
-        "network": job.about["network"],
-    }
-    return scoring.drawn(
-        bound, n=n, about=about, batch_size=args.batch_size, seed=args.seed
-    )
+def as_image_set(
+    images: Images, n: int | None = None, *, split: str = "all", batch_size: int
+) -> ImageSet:
+    """Returns the first n of some images as they are, neither resized nor cropped.
 
+    Args:
+        images: uint8 [n h w c]; or PATH or NAME:PATH, where PATH is of a folder or of a
+            .npz or .npy file, and NAME a key of `data.DATASETS`.
+        n: how many; default all.
+        split: which split of a data set that has a NAME: "train", "test" or "all".
+        batch_size: number of images in a batch.
 
-def _reference(job: Evaluation, names: list[str]) -> tuple[ImageSet | None, Any]:
-    """Images to compare with, and moments that were said to be theirs."""
-    args = job.args
-    if args.reference is None:
-        return evaluation.split_of(job, args.reference_split), None
-    moments = None
-    if metrics.holds_moments(args.reference):
-        others = [n for n in names if scoring.METRICS[n][0] != "inception"]
-        if others:
+    Raises:
+        ValueError: if these are no images, or fewer than n.
+    """
+    about: dict[str, Any] = {"by": "array"}
+    if isinstance(images, str | os.PathLike):
+        about["by"] = os.fspath(images)
+        name, path = data.parse_source(about["by"])
+        if name in AS_THEY_ARE:
+            found = data.open_images(path or "")
+            about["sha256"] = found.sha256
+        else:
+            about |= {"split": split, "flip": False}
+            found = data.load(name, split, path=path, batch_size=1, train=False)
+            found = found.examples
+        read, count, shape = found.read, len(found), found.image_shape
+    else:
+        array = np.asarray(images)
+        if array.dtype != np.uint8 or array.ndim != 4 or not array.size:
             raise ValueError(
-                "a reference of moments is for Inception's features, and --metrics "
-                f"has {others[0]!r}."
+                "images must be uint8 [n h w c], PATH or NAME:PATH, got "
+                f"{array.dtype} {array.shape}."
             )
-        moments = metrics.load_moments(args.reference)
-        if not {scoring.METRICS[n][1] for n in names} & {
-            *scoring.NEEDS_REFERENCE_FEATURES
-        }:
-            return None, moments
-    return _pictures(args.reference, None, args.batch_size), moments
+        about["sha256"] = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+        read, count, shape = array.__getitem__, len(array), array.shape[1:]
+    if n is not None and n > count:
+        raise ValueError(f"n must be at most {count} images, got {n}.")
+    about |= {"image_shape": [*shape], "batch_size": batch_size}
+    return from_reader(read, n or count, batch_size=batch_size, about=about)
 
 
-def _pictures(path: str, n: int | None, batch_size: int) -> ImageSet:
-    found = data.open_images(path)
-    if n is not None and n > len(found):
-        raise ValueError(f"--n must be at most {len(found)} images, got {n}.")
-
-    def read(rows):
-        return found.read(rows), np.zeros(len(rows), np.int32)
-
-    about = {"by": path, "image_shape": [*found.image_shape], "sha256": found.sha256}
-    about["batch_size"] = batch_size
-    return scoring.stored(read, n or len(found), batch_size, about)
+def network_of(run: Run) -> dict[str, Any]:
+    """Returns what identifies a run's network: EMA, step and checksum of parameters."""
+    return {"ema": run.ema, "step": run.step, "crc32": _crc32(run.params)}
 
 
-def _extractor(
-    job: Evaluation, name: str, image_shape: tuple[int, ...]
-) -> FeatureExtractor:
-    if name == "pixels":
-        return extractors.pixels()
-    if name == "inception":
-        sha256 = job.args.inception_sha256
-        url = job.args.inception_url
-        return extractors.inception(job.args.inception, url=url, sha256=sha256)
-    return extractors.load_classifier(_classifier_path(job), image_shape)
+def name_of_data(run: Run, source: str | None = None) -> str:
+    """Returns NAME:PATH of the run's data, or NAME where they are embedded."""
+    group = run.config.data
+    path = group.get("path")
+    return source or (f"{group.name}:{path}" if path else group.name)
 
 
-def _classifier_path(job: Evaluation) -> Path:
-    if job.args.feature_classifier:
-        return Path(job.args.feature_classifier)
-    if job.out is None:
+def from_split(
+    run: Run,
+    split: str,
+    n: int | None = None,
+    *,
+    source: str | None = None,
+    batch_size: int,
+) -> ImageSet:
+    """Returns the first n images of a split of the run's data, unflipped.
+
+    Args:
+        n: how many; default all.
+        source: NAME:PATH of a data set in place of the run's.
+
+    Raises:
+        ValueError: if the data cannot be read, or have fewer images than n.
+    """
+    batches = open_images(run, source, split, batch_size=batch_size)
+    if n is not None and n > batches.num_examples:
         raise ValueError(
-            "classifier metrics need --feature-classifier FILE, got no file."
+            f"bpd_images must be at most {batches.num_examples}, the images of "
+            f"{split!r}, got {n}."
         )
-    return job.out / "classifier.npz"
+    n = n or batches.num_examples
+    about = {
+        "by": name_of_data(run, source),
+        "split": split,
+        "flip": False,
+        "batch_size": batch_size,
+        "image_shape": [*batches.image_shape],
+        "images": n,
+    }
+    read = batches.examples.read
+    return from_reader(read, n, batch_size=batch_size, about=about)
 
 
-def train_classifier(job: Evaluation) -> None:
-    """Trains the extractor of small images on the run's labelled data."""
-    assert job.run is not None
-    args, found = job.args, {}
-    for split in ("train", "test"):
-        found[split] = evaluation.images_of(job, split)
-    told = extractors.train_classifier(
-        _classifier_path(job),
-        found["train"],
-        found["test"],
-        seed=args.seed,
-        data_name=evaluation.name_of_data(job),
-    )
-    if jax.process_index() == 0:
-        print(
-            f"classifier: {told['accuracy']:.3f} of {found['test'].num_examples} test "
-            f"images right, {told['seconds']:.0f} s: {_classifier_path(job)}"
+def drawn(
+    sampler: BoundSampler,
+    n: int,
+    *,
+    seed: int,
+    batch_size: int,
+    about: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    params: PyTree = None,
+) -> ImageSet:
+    """Returns the set of n samples of a run, which are drawn when they are asked for.
+
+    Args:
+        sampler: what draws them, of each label in turn.
+        n: how many.
+        seed: of all samples.
+        batch_size: number of images that are drawn together, at most.
+        about: for the record, see `about_samples`.
+        mesh: the devices; default all.
+        params: parameters of the network, in place of the run's.
+    """
+
+    def batches(start):
+        made = sampler.batches(
+            n - start,
+            first=start,
+            seed=seed,
+            batch_size=min(batch_size, n),
+            mesh=mesh,
+            params=params,
         )
-    job.clock("train_classifier")
+        for frames, labels in made:
+            yield {"image": frames[-1], "label": labels}
+
+    return ImageSet(n, batches, dict(about or {}))
 
 
-def _digest(moments: Any) -> str:
-    """SHA-256 of moments as they are in memory."""
-    digest = hashlib.sha256()
-    for name in sorted(moments):
-        for array in (moments[name].mean, moments[name].cov):
-            digest.update(np.ascontiguousarray(array, np.float64).tobytes())
-    return digest.hexdigest()
+def from_run(
+    run: Run, n: int, *, options: SamplingOptions, seed: int, batch_size: int
+) -> ImageSet:
+    """Returns the set of n samples of a run, with the record of how they are drawn.
+
+    Args:
+        run: of a denoiser.
+        n: how many.
+        options: how they are drawn.
+        seed: of all samples.
+        batch_size: number of images that are drawn together, at most.
+
+    Raises:
+        ValueError: if an option does not fit the run.
+    """
+    sampler = bind_sampler(run, options, one_program=False)
+    about = {
+        "sampler": options.sampler,
+        "clip": options.clip,
+        "steps": sampler.choices["steps"],
+        "spacing": sampler.choices["spacing"],
+        "eta": options.eta,
+        "quantize": options.rounding,
+        "seed": seed,
+        "batch_size": batch_size,
+        "image_shape": [*run.image_shape],
+        "network": network_of(run),
+    }
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        value = np.asarray(value).tolist()  # plain numbers, for JSON
+        if field.name not in {*about, "rounding"} and value != field.default:
+            about[field.name] = value
+    if options.classifier is not None:
+        about["classifier_crc32"] = _crc32(sampler.params["classifier"])
+    return drawn(sampler, n, seed=seed, batch_size=batch_size, about=about)
+
+
+def open_samples(
+    run_or_images: Run | Images,
+    n: int | None,
+    options: SamplingOptions,
+    seed: int,
+    **of_data: Any,
+) -> ImageSet:
+    """Returns the images to score: those that are given, or samples of a run.
+
+    Args:
+        run_or_images: images, or a run.
+        n: how many; default all images, or as many samples as the split has images.
+        options: how samples are drawn.
+        seed: of the samples.
+        of_data: split, source and batch_size, as `from_split` takes them.
+    """
+    size = of_data["batch_size"]
+    if not isinstance(run_or_images, Run):
+        return as_image_set(run_or_images, n, batch_size=size)
+    n = n or from_split(run_or_images, **of_data).n
+    return from_run(run_or_images, n, options=options, seed=seed, batch_size=size)
+
+
+def _crc32(params: PyTree) -> int:
+    digests = json.dumps(checkpoint.digests(params), sort_keys=True)
+    return zlib.crc32(digests.encode())

@@ -1,350 +1,388 @@
-"""Scores of images and of networks: what `evaluate` computes, and `train` on the way.
+"""Scores of images beside a reference: FID, KID, Inception score, precision, recall.
 
-Images are drawn or read in batches that all devices share. What is computed of each
-image goes into parts that survive a kill; scores are made of all of it by the first
-host.
+Every row of `METRICS` knows the feature extractor that it needs and the function that
+computes its scores. `score_images` extracts the features of both image sets, which is
+resumable, and calls the functions; the formulas are in `jax_diffusion.metrics`.
 """
 
 import functools
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
-from tqdm import tqdm
 
-from jax_diffusion import (
-    data,
-    diffusion,
-    likelihood,
-    losses,
-    metrics,
-    pipeline,
-    samplers,
-    timesteps,
+from jax_diffusion import metrics
+from jax_diffusion.evaluation import features
+from jax_diffusion.evaluation.feature_classifier import load_feature_classifier
+from jax_diffusion.evaluation.features import KINDS, FeatureExtractor, compiled
+from jax_diffusion.evaluation.image_sets import (
+    Arrays,
+    Images,
+    ImageSet,
+    as_image_set,
+    from_split,
 )
-from jax_diffusion.evaluation import features as extractors
-from jax_diffusion.evaluation.features import FeatureExtractor
+from jax_diffusion.evaluation.per_image import SAMPLES, collect
+from jax_diffusion.evaluation.results import OLD_METRICS, REAL, Clock, Result, Score
 from jax_diffusion.metrics import Moments
-from jax_diffusion.runtime import files as parts
-from jax_diffusion.runtime import sharding
-from jax_diffusion.schedules import NoiseSchedule
-from jax_diffusion.training import step as training
+from jax_diffusion.pipeline import Run
+from jax_diffusion.registry import lookup
 
-METRICS = {  # whose features they are made of, and how
-    "fid": ("inception", "distance"),
-    "sfid": ("inception", "spatial"),
-    "inception_score": ("inception", "score"),
-    "kid": ("inception", "kernel"),
-    "precision_recall": ("inception", "precision_recall"),
-    "classifier_distance": ("classifier", "distance"),
-    "classifier_score": ("classifier", "score"),
-    "classifier_kernel": ("classifier", "kernel"),
-    "classifier_precision_recall": ("classifier", "precision_recall"),
-    "pixel_distance": ("pixels", "distance"),
-}
-PAIR = ("arr_0", "arr_1")  # images and labels, as improved-diffusion calls them
-MIN_FID_IMAGES = (
-    10_000  # samples, from which on a FID is called so without their number
-)
-NEEDS_REFERENCE_FEATURES = (
-    "kernel",
-    "precision_recall",
-)  # which need the images of the reference
-
-NUM_NOISE_LEVELS = 16  # times that each image is shown to a classifier
-
-Arrays = dict[str, np.ndarray]
-ScoreFn = Callable[..., Any]  # (params, ids [b], image, label) -> arrays [b, ...]
-
-
-class Score(NamedTuple):
-    """One number of the table."""
-
-    metric: str
-    value: float
-    images: int
-    error: float | None = None  # see the metric for which
-
-
-class ImageSet(NamedTuple):
-    """Images to be scored."""
-
-    n: int
-    batches: Callable[[int], Iterator[Arrays]]  # "image" and "label" from this one on
-    about: dict[str, Any]  # what decides them
+# A FID of fewer samples says so in its name: "fid_n2000".
+MIN_FID_IMAGES = 10_000
 
 
 class Reference(NamedTuple):
-    """What samples are compared with, by extractor and kind of feature."""
+    """What samples are compared with, in the features of one extractor.
 
-    features: Mapping[str, Arrays]
-    moments: Mapping[str, Mapping[str, Moments]]
+    Attributes:
+        features: by kind, [m, ...]; empty if only moments are known.
+        moments: of the features, by kind.
+    """
+
+    features: Mapping[str, np.ndarray]
+    moments: Mapping[str, Moments]
 
 
-def drawn(
-    bound: pipeline.BoundSampler,
-    *,
-    n: int,
-    about: Mapping[str, Any],
-    batch_size: int,
-    **options: Any,
-) -> ImageSet:
-    """Samples of a bound sampler.
+class GivenMoments(NamedTuple):
+    """Moments of a reference's Inception features that were read from a file.
+
+    Attributes:
+        path: of the file.
+        moments: by kind of feature.
+    """
+
+    path: str
+    moments: Mapping[str, Moments]
+
+
+class Metric(NamedTuple):
+    """A row of `METRICS`.
+
+    Attributes:
+        extractor: "inception", "classifier", "pixels", or a `FeatureExtractor`.
+        compute: (name, features of the samples by kind, `Reference`) -> scores.
+        needs_reference_features: whether moments of the reference are not enough.
+        lower_is_better: whether the first score is a distance.
+        max_numbers: how many numbers an image may have, height x width x channels.
+    """
+
+    extractor: str | FeatureExtractor
+    compute: Callable[[str, Arrays, Reference], list[Score]]
+    needs_reference_features: bool = False
+    lower_is_better: bool = True
+    max_numbers: int | None = None
+
+    @property
+    def extractor_name(self) -> str:
+        """Name of the extractor, whose features the metric compares."""
+        named = self.extractor
+        return named if isinstance(named, str) else named.name
+
+
+def _frechet(kind: str, *, fid: bool = False) -> Callable[..., list[Score]]:
+    """Frechet distances, of samples and of as many real images, to the reference."""
+
+    def compute(name, samples, reference):
+        def named(n):
+            return f"{name}_n{n}" if fid and n < MIN_FID_IMAGES else name
+
+        found = metrics.moments(samples[kind])
+        n = found.count
+        value = metrics.frechet_distance(found, reference.moments[kind])
+        scores = [Score(named(n), value, n)]
+        known = reference.features.get(kind)
+        n = 0 if known is None else min(n, len(known) // 2)
+        if known is not None and n > known.shape[1]:  # moments of full rank
+            order = np.random.default_rng(0).permutation(len(known))
+            few, others = (metrics.moments(known[o]) for o in (order[:n], order[n:]))
+            value = metrics.frechet_distance(few, others)
+            scores.append(Score(named(n) + REAL, value, n))
+        return scores
+
+    return compute
+
+
+def _inception_score(name, samples, reference):
+    value, error = metrics.inception_score(samples["logits"])
+    return [Score(name, value, len(samples["logits"]), error)]
+
+
+def _kid(name, samples, reference):
+    found, known = samples["pool"], reference.features["pool"]
+    value, error = metrics.kernel_distance(found, known)
+    return [Score(name, value, len(found), error)]
+
+
+def _precision_recall(prefix: str = "") -> Callable[..., list[Score]]:
+    def compute(name, samples, reference):
+        found, known = samples["pool"], reference.features["pool"]
+        n = len(found)
+        # The radii shrink as points become more: as many real images as samples.
+        rows = np.linspace(0, len(known) - 1, min(n, len(known))).astype(int)
+        both = metrics.precision_recall(found, known[rows])
+        return [Score(prefix + k, v, n) for k, v in both._asdict().items()]
+
+    return compute
+
+
+METRICS = {
+    "fid": Metric("inception", _frechet("pool", fid=True)),
+    "sfid": Metric("inception", _frechet("spatial", fid=True)),
+    "inception_score": Metric("inception", _inception_score, lower_is_better=False),
+    "kid": Metric("inception", _kid, needs_reference_features=True),
+    "precision_recall": Metric("inception", _precision_recall(), True, False),
+    "cnn_fd": Metric("classifier", _frechet("pool")),
+    "cnn_is": Metric("classifier", _inception_score, lower_is_better=False),
+    "cnn_kid": Metric("classifier", _kid, needs_reference_features=True),
+    "cnn_precision_recall": Metric(
+        "classifier", _precision_recall("cnn_"), True, False
+    ),
+    # An image of 4096 numbers has a covariance of 4096 x 4096, which takes a minute.
+    "pixel_distance": Metric("pixels", _frechet("pool"), max_numbers=4096),
+}
+
+
+def as_metric(name: str, what: str = "metrics", *, also: Iterable[str] = ()) -> Metric:
+    """Returns the row of `METRICS` of this name, or the user's own.
 
     Args:
-        options: of `BoundSampler.batches`.
+        name: a key of `METRICS`, or an old name of one; or "package.module:attribute",
+            a `Metric`, or a function (samples [n, d], reference [m, d]) -> float of
+            the pixels of images, scaled to [-1, 1] and flattened.
+        what: where the name stands, for errors.
+        also: names that are allowed there besides, for errors.
+
+    Raises:
+        ValueError: if there is no such metric.
     """
+    known = {**METRICS, **dict.fromkeys(also)}
+    found = lookup(what, OLD_METRICS.get(name, name), known)
+    if isinstance(found, Metric):
+        return found
+    if not callable(found):
+        raise ValueError(f"{what} must name a Metric or a function, got {found!r}.")
 
-    def batches(start):
-        size = min(batch_size, n)
-        made = bound.batches(n - start, first=start, batch_size=size, **options)
-        for frames, labels in made:
-            yield {"image": frames[-1], "label": labels}
+    function: Any = found
 
-    return ImageSet(n, batches, dict(about))
+    def compute(name, samples, reference):
+        value = float(function(samples["pool"], reference.features["pool"]))
+        return [Score(name, value, len(samples["pool"]))]
 
-
-def stored(
-    read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    n: int,
-    batch_size: int,
-    about: Mapping[str, Any],
-) -> ImageSet:
-    """The first n images, of which read(rows) gives some with their labels."""
-
-    def batches(start):
-        for first in range(start, n, batch_size):
-            rows = np.arange(first, min(first + batch_size, n))
-            images, labels = read(rows)
-            yield {"image": images, "label": labels}
-
-    return ImageSet(n, batches, dict(about))
+    return Metric("pixels", compute, needs_reference_features=True)
 
 
-def collect(
-    compute: Callable[[int], Iterator[Arrays]],
-    n: int,
+def make_loaders(
+    classifier: str | os.PathLike | None,
+    inception: str | os.PathLike | None = None,
+    **download: Any,
+) -> dict[str, Callable[[Sequence[int]], FeatureExtractor]]:
+    """Returns functions of the images' shape (h, w, c) that load extractors, by name.
+
+    Args:
+        classifier: path of the feature classifier.
+        inception: path of Inception's weights; default downloaded.
+        download: url and sha256, see `features.inception`.
+    """
+    return {
+        "pixels": lambda shape: features.pixels(),
+        "inception": lambda shape: features.inception(inception, **download),
+        "classifier": functools.partial(load_feature_classifier, classifier),
+    }
+
+
+def open_reference(
+    reference: Images | None,
+    run: Run | None,
+    rows: Mapping[str, Metric],
     *,
-    path: Path | None = None,
-    record: Mapping[str, Any] | None = None,
-) -> tuple[Arrays, parts.ResumableNpz | None]:
-    """What compute(start) yields of images start, ..., n - 1, joined.
+    split: str,
+    source: str | None,
+    batch_size: int,
+) -> tuple[ImageSet | None, GivenMoments | None]:
+    """Opens what images are compared with: other images, moments, or both.
 
-    With a path, batches go into its parts, and those that are there are not computed
-    again. On several hosts the first one has them, and the others get nothing. Images
-    are not returned.
+    Args:
+        reference: images, or the path of a .npz of moments, which may have images
+            besides, as guided-diffusion's have; default a split of the run's data.
+        run: whose data are the default.
+        rows: the metrics.
+        split: of a data set.
+        source: a data set in place of the run's.
+        batch_size: number of images in a batch.
+
+    Raises:
+        ValueError: if a metric needs more than moments, or the files are wrong.
     """
-    if path is None:
-        batches = [*compute(0)]
-        return jax.tree.map(lambda *a: np.concatenate(a), *batches), None
-    leader = jax.process_index() == 0
-    writer = parts.ResumableNpz(path, dict(record or {})) if leader else None
-    done = min(sharding.broadcast_from_first(writer.done if writer else 0), n)
-    quiet = None if leader else True
-    with tqdm(total=n, initial=done, unit="image", disable=quiet) as bar:
-        for arrays in compute(done) if done < n else ():
-            if writer is not None:
-                writer.add(arrays)
-            bar.update(len(next(iter(arrays.values()))))
-    return ({}, None) if writer is None else (writer.read(n, without=PAIR), writer)
+    if reference is None:
+        assert run is not None
+        of_data: dict[str, Any] = dict(source=source, batch_size=batch_size)
+        return from_split(run, split, **of_data), None
+    moments = None
+    path = Path(reference) if isinstance(reference, str | os.PathLike) else None
+    if path is not None and metrics.holds_moments(path):
+        others = [k for k, r in rows.items() if r.extractor_name != "inception"]
+        if others:
+            raise ValueError(
+                "a reference of moments is for Inception's features, and the metrics "
+                f"have {others[0]!r}."
+            )
+        moments = GivenMoments(str(path), metrics.load_moments(path))
+        if not any(row.needs_reference_features for row in rows.values()):
+            return None, moments
+    return as_image_set(reference, split=split, batch_size=batch_size), moments
 
 
 def features_of(
-    source: ImageSet, chosen: Sequence[FeatureExtractor], *, keep_images: bool = False
+    images: ImageSet,
+    extractors: Sequence[FeatureExtractor],
+    *,
+    keep_images: bool = False,
 ) -> Callable[[int], Iterator[Arrays]]:
-    """compute(start), for `collect`, of "inception_pool" and so on of a source.
+    """Builds compute(start), for `collect`, of "inception_pool" and so on.
 
     Args:
-        keep_images: and their labels, as `PAIR`.
+        keep_images: whether images and labels are yielded too, as `SAMPLES`.
     """
-    apply = {e.name: extractors.compiled(e) for e in chosen}
+    functions = [(extractor.name, compiled(extractor)) for extractor in extractors]
 
     def compute(start):
-        for batch in source.batches(start):
+        for batch in images.batches(start):
             arrays: Arrays = {}
             if keep_images:
-                arrays = dict(arr_0=batch["image"], arr_1=batch["label"])
-            for name, extract in apply.items():
+                given = (batch["image"], batch["label"])
+                arrays = dict(zip(SAMPLES, given, strict=True))
+            for name, extract in functions:
                 found = extract(batch["image"])
-                arrays |= {f"{name}_{kind}": a for kind, a in found.items()}
+                arrays |= {array_name(name, k): found[k] for k in KINDS if k in found}
             yield arrays
 
     return compute
 
 
-def by_extractor(arrays: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
-    """{"inception_pool": a, ...} as {"inception": {"pool": a}, ...}."""
-    grouped: dict[str, Arrays] = {}
-    for name, array in arrays.items():
-        extractor, _, kind = name.partition("_")
-        grouped.setdefault(extractor, {})[kind] = array
-    return grouped
+def array_name(extractor: str, kind: str) -> str:
+    """Returns the name of an array of features in files: "inception_pool"."""
+    return f"{extractor}_{kind}"
 
 
-def compare(
-    metric: str, samples: Mapping[str, Arrays], reference: Reference
-) -> list[Score]:
-    """The scores that one of `METRICS` consists of.
+def of_extractor(arrays: Arrays, extractor: str) -> Arrays:
+    """Returns the features of one extractor, by kind."""
+    names = {kind: array_name(extractor, kind) for kind in KINDS}
+    return {kind: arrays[name] for kind, name in names.items() if name in arrays}
 
-    Distances come with what a perfect model would have: that of as many images of the
-    reference to its others, or of its two halves if it is too small for that.
+
+def score_images(
+    samples: ImageSet,
+    reference: ImageSet | None,
+    rows: Mapping[str, Metric],
+    loaders: Mapping[str, Callable[[Sequence[int]], FeatureExtractor]],
+    *,
+    moments: GivenMoments | None = None,
+    out: Path | None = None,
+    keep_images: bool = False,
+    save_moments: str | os.PathLike | None = None,
+) -> Result:
+    """Computes all scores of samples beside a reference.
+
+    Args:
+        samples: the images to score.
+        reference: the images to compare them with; None if the moments are enough.
+        rows: the metrics, by the name that their scores get.
+        loaders: functions of the shape (h, w, c) of the samples that return extractors,
+            by the name that the rows use.
+        moments: of the reference, in place of those of its images.
+        out: folder for intermediate files, so that a killed job can continue.
+        keep_images: whether to leave the samples there, as samples.npz.
+        save_moments: path of a .npz for the moments of Inception's features.
+
+    Raises:
+        ValueError: if the images do not fit each other or a metric.
     """
-    extractor, kind = METRICS[metric]
-    found = samples[extractor]
-    n = len(found["pool"])
-    if kind == "score":
-        value, error = metrics.inception_score(found["logits"])
-        return [Score(metric, value, n, error)]
-    if kind in ("distance", "spatial"):
-        feature = "spatial" if kind == "spatial" else "pool"
-        moments = reference.moments[extractor][feature]
-        value = metrics.frechet_distance(metrics.moments(found[feature]), moments)
-        return [
-            Score(_named(metric, n), value, n),
-            *_of_data(metric, n, reference.features.get(extractor, {}).get(feature)),
-        ]
-    known = reference.features[extractor]["pool"]
-    if kind == "kernel":
-        value, error = metrics.kernel_distance(found["pool"], known)
-        return [Score(metric, value, n, error)]
-    # The radii shrink as points become more: as many of the reference as of samples.
-    rows = np.linspace(0, len(known) - 1, min(n, len(known))).astype(int)
-    both = metrics.precision_recall(found["pool"], known[rows])
-    prefix = metric.removesuffix("precision_recall")
-    return [Score(f"{prefix}{k}", v, n) for k, v in both._asdict().items()]
-
-
-def _named(metric: str, n: int) -> str:
-    return (
-        metric
-        if n >= MIN_FID_IMAGES or not metric.endswith("fid")
-        else f"{metric}_n{n}"
+    clock, shape = Clock(), samples.about["image_shape"]
+    wanted = {row.extractor_name: row.extractor for row in rows.values()}
+    extractors = [
+        loaders[e](shape) if isinstance(e, str) else e for e in wanted.values()
+    ]
+    check_shapes(samples, reference, rows, extractors)
+    used = {e.name: e.sha256 for e in extractors}
+    found = collect(
+        features_of(samples, extractors, keep_images=keep_images),
+        samples.n,
+        path=out and out / "samples.npz",
+        keep=SAMPLES if keep_images else (),
+        record={**samples.about, "extractors": used},
     )
+    clock.end("samples")
+    finish, known = [found.finish], {}
+    if reference is not None:
+        path, record = out and out / "reference.npz", {**reference.about}
+        record["extractors"], compute = used, features_of(reference, extractors)
+        known, end = collect(compute, reference.n, path=path, keep=(), record=record)
+        finish.append(end)
+        clock.end("reference")
+    about = {"samples": samples.about, "extractors": used}
+    if not found.arrays:  # the first host has them
+        return Result([], about, clock.seconds, finish)
+    compared = {}
+    for extractor in extractors:
+        arrays = of_extractor(known, extractor.name)
+        if moments is not None and extractor.name == "inception":
+            kinds = moments.moments
+        else:
+            kinds = moments_of(arrays)
+        compared[extractor.name] = Reference(arrays, kinds)
+    if save_moments is not None:
+        metrics.save_moments(Path(save_moments), compared["inception"].moments)
+    about["reference"] = {
+        **({"moments": moments.path} if moments is not None else {}),
+        **(reference.about if reference is not None else {}),
+        "sha256": {k: sha256_of_moments(r.moments) for k, r in compared.items()},
+    }
+    clock.end("moments")
+    scores = []
+    for name, row in rows.items():
+        arrays = of_extractor(found.arrays, row.extractor_name)
+        scores += row.compute(name, arrays, compared[row.extractor_name])
+        clock.end(name)
+    return Result(scores, about, clock.seconds, finish)
 
 
-def _of_data(metric: str, n: int, features: np.ndarray | None) -> list[Score]:
-    """The distance that n of the reference have to all its others."""
-    n = 0 if features is None else min(n, len(features) // 2)
-    if features is None or n <= features.shape[1]:
-        return []
-    order = np.random.default_rng(0).permutation(len(features))
-    few, others = (metrics.moments(features[o]) for o in (order[:n], order[n:]))
-    value = metrics.frechet_distance(few, others)
-    return [Score(f"{_named(metric, n)}_of_data", value, n)]
+def moments_of(features: Mapping[str, np.ndarray]) -> dict[str, Moments]:
+    """Returns the moments of all features but logits, which are not compared."""
+    return {k: metrics.moments(a) for k, a in features.items() if k != "logits"}
 
 
-def bound_fn(
-    model: nn.Module, objective: Any, schedule: NoiseSchedule, seed: int
-) -> ScoreFn:
-    """Builds the discrete bound, score(params, ids, image, label) -> BitsPerDim."""
-
-    def bits(keys, denoise_fn, *rest):
-        return likelihood.bits_per_dim(keys, diffusion.clip_x_0(denoise_fn), *rest)
-
-    return _bits_fn(bits, model, objective, schedule, seed)
-
-
-def ode_fn(
-    model: nn.Module, objective: Any, schedule: NoiseSchedule, seed: int, probes: int
-) -> ScoreFn:
-    """Builds the likelihood by the ODE, of the same form; nothing is clipped."""
-    bits = functools.partial(likelihood.ode_bits_per_dim, probes=probes)
-    return _bits_fn(bits, model, objective, schedule, seed)
-
-
-def _bits_fn(bits, model, objective, schedule, seed):
-    """score(params, ids, image, label) of bits(keys, denoise_fn, schedule, x_0)."""
-
-    @jax.jit
-    def score(params, ids, image, label):
-        keys = samplers.image_keys(jax.random.key(seed), ids)
-        model_fn = training.bind(model, params, label)
-        denoise_fn = diffusion.denoiser(model_fn, schedule, objective)
-        return bits(keys, denoise_fn, schedule, data.from_uint8(image))
-
-    return score
+def check_shapes(
+    samples: ImageSet,
+    reference: ImageSet | None,
+    rows: Mapping[str, Metric],
+    extractors: Sequence[FeatureExtractor],
+) -> None:
+    """Raises ValueError unless the images fit the metrics and each other."""
+    shape = tuple(samples.about["image_shape"])
+    for name, row in rows.items():
+        if row.max_numbers is not None and math.prod(shape) > row.max_numbers:
+            raise ValueError(
+                f"{name} is for images of up to {row.max_numbers} numbers, got {shape}."
+            )
+    if reference is None or all(extractor.any_size for extractor in extractors):
+        return
+    other = tuple(reference.about["image_shape"])
+    if other != shape:
+        raise ValueError(
+            "images and reference must be of one shape for features that are not "
+            f"Inception's, got {shape} and {other}."
+        )
 
 
-class Answers(NamedTuple):
-    """Of a classifier, to each image noised `NUM_NOISE_LEVELS` times, [b, k]."""
-
-    accuracy: Array  # 1 if it is right
-    top_5: Array
-    loss: Array  # cross-entropy, in nats
-    quartile: Array  # of t, 0 to 3
-
-
-def accuracy_fn(model: nn.Module, schedule: NoiseSchedule, seed: int) -> ScoreFn:
-    """Builds how a classifier does, of the same form, at random levels of noise."""
-    draw_t = timesteps.stratified(schedule.num_steps).sample
-
-    @jax.jit
-    def score(params, ids, image, label):
-        x_0, model_fn = data.from_uint8(image), training.bind(model, params, label)
-
-        def answer(_, i):
-            key = jax.random.fold_in(jax.random.key(seed), i)
-            key_t, key_eps = jax.random.split(jax.random.fold_in(key, ids[0]))
-            t, _ = draw_t(key_t, (), len(x_0))
-            terms = losses.classifier_loss(key_eps, model_fn, schedule, x_0, t, label)
-            quartile = 4 * t // schedule.num_steps
-            return None, Answers(terms.accuracy, terms.top_5, terms.loss, quartile)
-
-        _, answers = jax.lax.scan(answer, None, jnp.arange(NUM_NOISE_LEVELS))
-        return jax.tree.map(jnp.transpose, answers)
-
-    return score
-
-
-def each_image(
-    score: ScoreFn, params: PyTree, source: ImageSet
-) -> Callable[[int], Iterator[Arrays]]:
-    """compute(start), for `collect`, of score(params, ids, image, label).
-
-    All devices share each batch; images are numbered as they come.
-    """
-    mesh = sharding.make_mesh()
-    params = sharding.replicate(mesh, params)
-
-    def compute(start):
-        for batch in source.batches(start):
-            n = len(batch["label"])
-            ids = np.arange(start, start + n, dtype=np.int32)
-            found = score(params, **sharding.shard_padded(mesh, {**batch, "ids": ids}))
-            scores = sharding.fetch(found)._asdict()
-            yield {name: a[:n] for name, a in scores.items()}
-            start += n
-
-    return compute
-
-
-def mean_and_error(values: Any) -> tuple[float, float]:
-    """The mean over images and its standard error, in float64."""
-    values = np.asarray(values, np.float64)
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
-
-
-class Clock:
-    """Seconds of each stage, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._mark = time.perf_counter()
-
-    def __call__(self, stage: str) -> None:
-        """Charges the time since the last call to a stage that has ended."""
-        now = time.perf_counter()
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._mark, 1)
-        self._mark = now
-
-
-def needs(names: Sequence[str]) -> list[str]:
-    """The extractors that these metrics need, each once, in order."""
-    used = (METRICS[name][0] for name in names if name in METRICS)
-    return [*dict.fromkeys(used)]
+def sha256_of_moments(moments: Mapping[str, Moments]) -> str:
+    """Returns the SHA-256 of means and covariances as they are in memory."""
+    digest = hashlib.sha256()
+    for name in sorted(moments):
+        for array in (moments[name].mean, moments[name].cov):
+            digest.update(np.ascontiguousarray(array, np.float64).tobytes())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""PeriodicEvaluation during training: the same as `evaluate` finds, and the best network kept."""
+"""Scores during training: the same as `evaluate` finds; the best average is kept."""
 
 import shutil
 import signal
@@ -8,11 +8,15 @@ import jax
 import numpy as np
 import pytest
 from support.jobs import SMALL, evaluations, lines_of
-from support.programs import evaluate, train
 
 from jax_diffusion import config as settings
-from jax_diffusion import pipeline as runs
+from jax_diffusion.evaluate import main
+from jax_diffusion.evaluation.during_training import current_fields, make_watch
+from jax_diffusion.pipeline import load_run
 from jax_diffusion.runtime import checkpoint
+from jax_diffusion.train import train
+from jax_diffusion.training.reporting import Reporter
+from jax_diffusion.training.setup import make_setup
 
 SCORED = [
     *SMALL,
@@ -20,7 +24,7 @@ SCORED = [
     *("--config.ema_decays=(0.5, 0.9)", "--config.ema_warmup=False"),
     "--config.optimizer.lr=0.003",
     *("--config.eval_every=2", "--config.evaluation.n=70"),
-    *("--config.evaluation.steps=3", "--config.evaluation.bits_images=20"),
+    *("--config.evaluation.steps=3", "--config.evaluation.bpd_images=20"),
 ]
 NAMES = [f"pixel_distance_n70_{ema}" for ema in ("0.5", "0.9")]
 BITS = [f"bits_per_dim_n20_{ema}" for ema in ("0.5", "0.9")]
@@ -30,11 +34,19 @@ def config_of(*overrides):
     return settings.load_config("configs/smoke.py", [*SCORED, *overrides])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """Programs that run for a moment are not worth more."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nobody stopped."""
     workdir = tmp_path_factory.mktemp("whole")
-    train.train(config_of(), workdir)
+    train(config_of(), workdir)
     return workdir
 
 
@@ -59,8 +71,8 @@ def test_scores_are_those_that_evaluate_finds(whole, tmp_path, monkeypatch):
     for ema in ("0.5", "0.9"):
         argv = ["evaluate", "--workdir", str(workdir), "--ema", ema]
         argv += ["--metrics", "pixel_distance,bpd", "--n", "70", "--steps", "3"]
-        monkeypatch.setattr(sys, "argv", [*argv, "--bits-images", "20"])
-        evaluate.main()
+        monkeypatch.setattr(sys, "argv", [*argv, "--bpd-images", "20"])
+        main()
     for ema, record in zip(("0.5", "0.9"), evaluations(workdir), strict=True):
         at_end = scored(whole)[8]
         for ours, theirs in (
@@ -80,7 +92,7 @@ def test_the_best_average_is_kept_as_a_run_of_its_own(whole):
     }
     step, name = min(all_scores, key=lambda k: all_scores[k])
     assert checkpoint.latest_step(whole / "best") == step
-    best = runs.load_run(whole / "best")
+    best = load_run(whole / "best")
     assert best.ema == name.rpartition("_")[2]
     told = checkpoint.load_record(whole / "best")["best"]
     assert told == {
@@ -92,16 +104,17 @@ def test_the_best_average_is_kept_as_a_run_of_its_own(whole):
     shutil.copytree(whole, whole_again)
     for later in range(step + 1, 9):
         shutil.rmtree(whole_again / "checkpoints" / str(later), ignore_errors=True)
-    params = runs.load_run(whole_again, best.ema).params
+    params = load_run(whole_again, best.ema).params
     equal = jax.tree.map(np.array_equal, params, best.params)
     assert all(jax.tree.leaves(equal))
 
 
+@pytest.mark.slow
 def test_a_stopped_and_resumed_run_has_the_same_scores_and_best(
     whole, tmp_path, monkeypatch
 ):
     workdir = tmp_path / "run"
-    write = train.Reporter.write
+    write = Reporter.write
 
     def stopping(self, step, numbers):
         write(self, step, numbers)
@@ -109,10 +122,10 @@ def test_a_stopped_and_resumed_run_has_the_same_scores_and_best(
             (workdir / "stopped").touch()
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(train.Reporter, "write", stopping)
-    train.train(config_of(), workdir)
+    monkeypatch.setattr(Reporter, "write", stopping)
+    train(config_of(), workdir)
     assert checkpoint.latest_step(workdir) == 6
-    train.train(config_of(), workdir)
+    train(config_of(), workdir)
     assert lines_of(workdir) == lines_of(whole)
     assert (
         checkpoint.load_record(workdir / "best")["best"]
@@ -120,12 +133,13 @@ def test_a_stopped_and_resumed_run_has_the_same_scores_and_best(
     )
 
 
+@pytest.mark.slow
 def test_other_scores_begin_with_a_new_best(whole, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     for later in (6, 8):
         shutil.rmtree(workdir / "checkpoints" / str(later))
-    train.train(config_of("--config.evaluation.n=80"), workdir)
+    train(config_of("--config.evaluation.n=80"), workdir)
     assert checkpoint.load_record(whole / "best")["best"]["step"] in (6, 8)
     told = checkpoint.load_record(workdir / "best")["best"]
     rows = {row["step"]: row for row in lines_of(workdir)}
@@ -138,16 +152,17 @@ def test_other_scores_begin_with_a_new_best(whole, tmp_path):
     assert values[told["step"], told["ema"]] == told["value"]
 
 
+@pytest.mark.slow
 def test_the_distance_of_a_classifier_needs_no_file(tmp_path):
     """It is trained when it is wanted first, where `evaluate` finds it."""
     config = config_of(
         "--config.evaluation.metric=classifier_distance",
         "--config.total_steps=2",
-        "--config.evaluation.bits_images=0",
+        "--config.evaluation.bpd_images=0",
     )
-    train.train(config, tmp_path)
+    train(config, tmp_path)
     (row,) = lines_of(tmp_path)
-    assert row["classifier_distance_n70_0.9"] > 0
+    assert row["cnn_fd_n70_0.9"] > 0
     assert (tmp_path / "evaluation" / "classifier.npz").exists()
     assert checkpoint.latest_step(tmp_path / "best") == 2
 
@@ -156,18 +171,33 @@ def test_the_distance_of_a_classifier_needs_no_file(tmp_path):
     ("overrides", "words"),
     [
         (["--config.evaluation.metric=fit"], "config.evaluation.metric must be one of"),
-        (["--config.evaluation.n=1"], "n and reference from 2"),
+        (["--config.evaluation.n=1"], "n and reference >= 2"),
         (["--config.evaluation.steps=11"], "steps must be in"),
         (["--config.evaluation.sampler=euler"], "must be one of .* got 'euler'"),
-        (["--config.eval_every=-1"], "eval_every must be an integer from 0"),
+        (["--config.eval_every=-1"], "eval_every must be an integer >= 0"),
     ],
 )
 def test_scores_that_cannot_be_made_stop_the_run_before_it_begins(
     overrides, words, tmp_path
 ):
     with pytest.raises(ValueError, match=words):
-        train.train(config_of(*overrides), tmp_path / "run")
+        train(config_of(*overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_evaluated_where_the_config_does_not_ask_for_it(tmp_path):
+    setup = make_setup(config_of("--config.eval_every=0"))
+    described = (setup.model, setup.objective, setup.batches, setup.mesh)
+    config = config_of("--config.eval_every=0")
+    assert make_watch(config, tmp_path, {}, *described) is None
+
+
+def test_fields_of_config_evaluation_are_read_by_their_old_names():
+    old = dict(metric="classifier_distance", bits_images=20, n=70)
+    new = dict(metric="cnn_fd", bpd_images=20, n=70)
+    assert current_fields(old) == current_fields(new) == new
+    both = dict(old, bpd_images=0)  # as a config is completed
+    assert current_fields(both) == new
 
 
 def test_a_classifier_of_noisy_images_has_no_samples_to_score(tmp_path):
@@ -175,5 +205,5 @@ def test_a_classifier_of_noisy_images_has_no_samples_to_score(tmp_path):
         "configs/digits_classifier.py", ["--config.eval_every=10"]
     )
     with pytest.raises(ValueError, match="eval_every must be 0 for a classifier"):
-        train.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -7,30 +7,58 @@ import sys
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from support.jobs import SMALL, Job, evaluations
-from support.programs import evaluate, sample, train
+from support.programs import evaluate, sample
 
-from jax_diffusion import config as settings
+import jax_diffusion as jd
 from jax_diffusion import data, metrics
-from jax_diffusion import pipeline as runs
-from jax_diffusion.evaluation import bits_per_dim as evaluation
+from jax_diffusion.config import FORMAT, build
+from jax_diffusion.evaluation import feature_classifier, results
 from jax_diffusion.evaluation import features as extractors
+from jax_diffusion.evaluation.feature_classifier import train_feature_classifier
 from jax_diffusion.interop import inception_weights
+from jax_diffusion.models import example_inputs
 from jax_diffusion.runtime import checkpoint
+from jax_diffusion.runtime.checkpoint import load_record
+from jax_diffusion.runtime.files import ResumableNpz
 
 # 100 samples and 64 pixels: enough for moments of full rank.
 DRAWN = ("--n", "100", "--steps", "3", "--batch-size", "32")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """Programs that run for a moment are not worth more."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A trained network, hardly."""
+    """A run as after four steps of training; its parameters are random numbers."""
     workdir = tmp_path_factory.mktemp("run")
-    few = [*SMALL, "--config.total_steps=4"]
-    train.train(settings.load_config("configs/smoke.py", few), workdir)
-    assert not (workdir / "best").exists()  # no scores were wanted on the way
+    config = jd.load_config("configs/smoke.py", SMALL)
+    params = random_params(config)
+    record = {"config": json.loads(config.to_json()), "window": []}
+    record |= {"image_shape": [8, 8, 1], "format": FORMAT}
+    with checkpoint.make_manager(workdir) as manager:
+        tree = {"params": {}, "ema_params": {"0.99": params}}
+        checkpoint.save(manager, 4, tree, record)
     return workdir
+
+
+def random_params(config):
+    """Parameters of the network that a config describes, nowhere zero."""
+    model = build(config, 1).model
+    inputs = example_inputs(model, (8, 8, 1))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: rng.normal(scale=0.1, size=leaf.shape).astype(np.float32), shapes
+    )
 
 
 @pytest.fixture
@@ -51,7 +79,7 @@ def refused(score):
         with pytest.raises(ValueError) as info:
             score(*arguments)
         sentence = str(info.value)
-        assert sentence.endswith(".") and "\n" not in sentence
+        assert sentence.endswith((".", "?")) and "\n" not in sentence
         return sentence
 
     return main
@@ -72,9 +100,6 @@ def write_pngs(folder, images):
     return folder
 
 
-# --- a run
-
-
 def test_scores_add_up_and_say_how_they_were_made(run, tmp_path, score, capsys):
     score("--workdir", run, "--out", tmp_path, *DRAWN)
     printed = capsys.readouterr().out
@@ -85,7 +110,7 @@ def test_scores_add_up_and_say_how_they_were_made(run, tmp_path, score, capsys):
     for name, value in scores.items():
         assert name in printed and f"{value:.6g}" in printed
     assert found["images"] == {
-        **dict(pixel_distance=100, pixel_distance_of_data=100),
+        **dict(pixel_distance=100, pixel_distance_real_vs_real=100),
         **dict.fromkeys(("bits_per_dim", "prior", "kl", "decoder", "rmse"), 179),
     }
     assert errors["bits_per_dim"] > 0
@@ -136,7 +161,7 @@ def evaluations_of(out):
 
 
 def test_terms_are_written_as_image_nll_writes_them(run, tmp_path, score):
-    few = ("--metrics", "bpd", "--bits-images", "30", "--batch-size", "32")
+    few = ("--metrics", "bpd", "--bpd-images", "30", "--batch-size", "32")
     score("--workdir", run, "--out", tmp_path, *few)
     with np.load(tmp_path / "bpd_terms.npz") as terms:
         vlb, total, prior = terms["vlb"], terms["total"], terms["prior"]
@@ -156,7 +181,7 @@ def test_terms_are_written_as_image_nll_writes_them(run, tmp_path, score):
 
 
 def test_fewer_steps_give_a_bound_of_fewer_terms(run, tmp_path, score):
-    few = ("--metrics", "bpd", "--bits-images", "16", "--bits-steps", "4")
+    few = ("--metrics", "bpd", "--bpd-images", "16", "--bpd-steps", "4")
     score("--workdir", run, "--out", tmp_path, *few)
     with np.load(tmp_path / "bpd_terms.npz") as terms:
         assert terms["vlb"].shape == (16, 4)
@@ -164,51 +189,53 @@ def test_fewer_steps_give_a_bound_of_fewer_terms(run, tmp_path, score):
 
 
 def test_likelihood_by_the_ode_has_its_errors(run, tmp_path, score):
-    few = ("--metrics", "ode", "--bits-images", "8", "--ode-probes", "2")
+    few = ("--metrics", "nll_ode", "--bpd-images", "8", "--ode-probes", "2")
     score("--workdir", run, "--out", tmp_path, *few)
     (found,) = evaluations_of(tmp_path)
-    assert found["ode"]["steps"] == 9 and found["ode"]["probes"] == 2
+    assert found["nll_ode"]["steps"] == 9 and found["nll_ode"]["probes"] == 2
     assert found["scores"].keys() == {
-        *("ode_bits_per_dim", "ode_step_error", "ode_probe_error"),
+        *("nll_ode", "nll_ode_step_error", "nll_ode_probe_error"),
     }
     assert all(np.isfinite(v) for v in found["scores"].values())
-    assert found["scores"]["ode_step_error"] > 0
+    assert found["scores"]["nll_ode_step_error"] > 0
 
 
 def test_evaluations_are_added_to_those_before(run, tmp_path, score):
     few = ("--workdir", run, "--out", tmp_path, "--metrics", "bpd")
     for images in (5, 6):
-        score(*few, "--bits-images", images)
+        score(*few, "--bpd-images", images)
     found = [e["images"]["bits_per_dim"] for e in evaluations_of(tmp_path)]
     assert found == [5, 6]
 
 
-def test_a_classifier_of_the_run_scores_its_samples(run, tmp_path, score, capsys):
-    score("--workdir", run, "--out", tmp_path, "--train-classifier")
+def test_a_classifier_of_the_run_scores_its_samples(
+    run, tmp_path, score, capsys, monkeypatch
+):
+    monkeypatch.setattr(feature_classifier, "MIN_STEPS", 60)
+    score("--workdir", run, "--out", tmp_path, "--train-feature-classifier")
     said = capsys.readouterr().out
     assert "of 179 test images right" in said
     assert not (tmp_path / "scores.json").exists()
-    names = ("classifier_distance", "classifier_score", "classifier_kernel")
-    names = (*names, "classifier_precision_recall")
+    names = ("cnn_fd", "cnn_is", "cnn_kid", "cnn_precision_recall")
     score("--workdir", run, "--out", tmp_path, "--metrics", ",".join(names), *DRAWN)
     (found,) = evaluations_of(tmp_path)
     scores = found["scores"]
-    assert {*names[:3], "classifier_precision", "classifier_recall"} <= scores.keys()
+    assert {*names[:3], "cnn_precision", "cnn_recall"} <= scores.keys()
     assert not any("fid" in name for name in scores)
-    assert scores["classifier_distance"] > scores["classifier_distance_of_data"]
-    assert 1 <= scores["classifier_score"] <= 10
-    assert 0 <= scores["classifier_precision"] <= 1
+    assert scores["cnn_fd"] > scores["cnn_fd_real_vs_real"]
+    assert 1 <= scores["cnn_is"] <= 10
+    assert 0 <= scores["cnn_precision"] <= 1
     assert len(found["extractors"]["classifier"]) == 64
 
 
 def test_scores_stand_beside_those_of_the_paper(run, tmp_path, score, capsys):
     """Of a run that says what it reproduces; here of its record with that added."""
-    record = checkpoint.load_record(run)
+    record = load_record(run)
     record["config"]["reproduces"] = "iddpm_cifar10_hybrid"
-    params = runs.load_run(run).params
+    params = jd.load_run(run).params
     record["config"]["ema_decays"] = []
     checkpoint.save_params(tmp_path / "run", params, record)
-    few = ("--metrics", "bpd", "--bits-images", "10", "--compare", "paper")
+    few = ("--metrics", "bpd", "--bpd-images", "10", "--compare", "paper")
     score("--workdir", tmp_path / "run", *few)
     (found,) = evaluations(tmp_path / "run")
     printed = capsys.readouterr().out
@@ -218,10 +245,63 @@ def test_scores_stand_beside_those_of_the_paper(run, tmp_path, score, capsys):
     assert f"{found['scores']['bits_per_dim']:.4g}" in row
 
 
-# --- stopped, and on other devices
+# from Python, and as `sample` draws
 
 
-ALL = ("--metrics", "pixel_distance,classifier_distance,bpd", "--bits-images", "60")
+def test_python_finds_what_the_program_finds_and_writes_nothing(run, tmp_path, score):
+    names = "pixel_distance,bpd"
+    few = ("--bpd-images", 20, "--n", 70, "--steps", 3, "--batch-size", 32)
+    score("--workdir", run, "--out", tmp_path, "--metrics", names, *few, "--eta", 1)
+    (told,) = evaluations_of(tmp_path)
+    before = {path.name for path in run.iterdir()}
+    sampling = dict(steps=3, eta=1.0)
+    found = jd.evaluate(
+        jd.load_run(run), metrics=names, bpd_images=20, n=70, batch_size=32, **sampling
+    )
+    assert {path.name for path in run.iterdir()} == before
+    for field in ("scores", "errors", "images", "samples", "reference", "network"):
+        assert found.record[field] == told[field]
+    assert found.record["samples"]["eta"] == 1 and found.record["network"]["step"] == 4
+    assert [s.value for s in found] == [*told["scores"].values()]
+    assert f"{found[0].value:.6g}" in str(found)
+
+
+@pytest.fixture(scope="module")
+def labeled(run, tmp_path_factory):
+    """A run of a network to which labels were hidden in training; of random numbers."""
+    workdir, record = tmp_path_factory.mktemp("labeled") / "run", load_record(run)
+    config = record["config"] | dict(label_dropout=0.1, ema_decays=[])
+    params = random_params(ConfigDict(config))
+    checkpoint.save_params(workdir, params, record | dict(config=config))
+    return workdir
+
+
+def test_guided_samples_are_scored_as_sample_draws_them(
+    labeled, tmp_path, score, monkeypatch
+):
+    guided = ("--guidance", 3, "--label", "3,4", "--threshold", 0.9, "--n", 70)
+    guided = (*guided, "--steps", 3, "--batch-size", 32)
+    out = tmp_path / "drawn.npz"
+    argv = ["sample", "--workdir", labeled, "--out", out, *guided]
+    monkeypatch.setattr(sys, "argv", [*map(str, argv)])
+    sample.main()
+    common = ("--workdir", labeled, "--metrics", "pixel_distance", "--out")
+    score(*common, tmp_path / "a", "--images", out, "--batch-size", 32)
+    score(*common, tmp_path / "b", *guided)
+    read, drawn = (evaluations_of(tmp_path / name)[0] for name in "ab")
+    assert read["scores"] == drawn["scores"]
+    told = drawn["samples"]
+    assert (told["guidance"], told["label"], told["threshold"]) == (3, "3,4", 0.9)
+    assert "guidance_rescale" not in told  # as by default
+    with np.load(tmp_path / "b" / "samples.npz") as kept, np.load(out) as sampled:
+        np.testing.assert_array_equal(kept["arr_0"], sampled["arr_0"])
+        np.testing.assert_array_equal(kept["arr_1"], sampled["arr_1"])
+
+
+# stopped, and on other devices
+
+
+ALL = ("--metrics", "pixel_distance,cnn_fd,bpd", "--bpd-images", "60")
 ALL = (*ALL, "--reference-split", "test", "--split", "test", *DRAWN)
 
 
@@ -232,7 +312,7 @@ def classifier(run, tmp_path_factory):
         data.load("digits", split, batch_size=128, train=split == "train")
         for split in ("train", "test")
     )
-    extractors.train_classifier(path, train_split, test_split, seed=0)
+    train_feature_classifier(path, train_split, test_split, seed=0)
     return path
 
 
@@ -240,12 +320,13 @@ class Killed(BaseException):
     """Nothing may catch it, as nothing can catch a kill."""
 
 
+@pytest.mark.slow
 def test_an_evaluation_killed_in_every_stage_gives_the_same_numbers(
     run, classifier, tmp_path, score, monkeypatch
 ):
-    common = ("--workdir", run, "--classifier", classifier, *ALL)
+    common = ("--workdir", run, "--feature-classifier", classifier, *ALL)
     score(*common, "--out", tmp_path / "whole")
-    add, starts, left = evaluation.parts.ResumableNpz.add, 0, 0
+    add, starts, left = ResumableNpz.add, 0, 0
 
     def dying(self, arrays):
         nonlocal left
@@ -254,7 +335,7 @@ def test_an_evaluation_killed_in_every_stage_gives_the_same_numbers(
         left -= 1
         add(self, arrays)
 
-    monkeypatch.setattr(evaluation.parts.ResumableNpz, "add", dying)
+    monkeypatch.setattr(ResumableNpz, "add", dying)
     finished = False
     while not finished:
         starts, left = starts + 1, 3
@@ -272,8 +353,9 @@ def test_an_evaluation_killed_in_every_stage_gives_the_same_numbers(
     assert left_over == []
 
 
+@pytest.mark.slow
 def test_one_device_gives_the_numbers_of_eight(run, classifier, tmp_path, score):
-    common = ("--classifier", str(classifier), *ALL)
+    common = ("--feature-classifier", str(classifier), *ALL)
     Job(
         run, *common, "--out", str(tmp_path / "1"), program="evaluate", devices=1
     ).finish()
@@ -282,9 +364,6 @@ def test_one_device_gives_the_numbers_of_eight(run, classifier, tmp_path, score)
     assert one["hardware"]["devices"] == 1 and eight["hardware"]["devices"] == 8
     for name, value in one["scores"].items():
         np.testing.assert_allclose(value, eight["scores"][name], rtol=1e-6)
-
-
-# --- images without a run
 
 
 def test_two_folders_are_scored_without_a_run(tmp_path, score, capsys):
@@ -367,15 +446,12 @@ def test_a_reference_batch_has_moments_and_images(tmp_path, score, fake_inceptio
     score(*common, "--metrics", "fid,precision_recall", "--out", tmp_path / "out")
     (found,) = evaluations_of(tmp_path / "out")
     assert found["scores"].keys() == {"fid_n50", "precision", "recall"} | (
-        {k for k in found["scores"] if k.endswith("of_data")}
+        {k for k in found["scores"] if k.endswith("real_vs_real")}
     )
     pool = noise(50, 0).reshape(50, -1)[:, :FEATURES] / np.float64(255)
     told = metrics.Moments(10**6, mu, sigma)
     expected = metrics.frechet_distance(metrics.moments(pool), told)
     np.testing.assert_allclose(found["scores"]["fid_n50"], expected, rtol=1e-6)
-
-
-# --- what is refused
 
 
 def test_what_cannot_be_scored_is_refused_in_one_sentence(tmp_path, refused):
@@ -430,35 +506,44 @@ def test_arguments_that_fit_nothing_are_refused(run, tmp_path, refused):
         (("--images", tmp_path), "--workdir must be given, or both"),
         (("--workdir", run, "--metrics", "fidd"), "got 'fidd'"),
         (("--workdir", run, "--metrics", "accuracy"), "got 'accuracy'"),
-        (("--workdir", run, "--n", 0), "--n must be positive, got 0"),
+        (("--workdir", run, "--n", 0), "--n must be an integer >= 1, got 0."),
         (("--workdir", run, "--eta", 2), "--eta must be in [0, 1]"),
-        (("--workdir", run, "--eta", 1, "--sampler", "heun"), "got 1.0 for heun"),
+        (("--workdir", run, "--eta", 1, "--sampler", "heun"), "got 'heun'"),
         (("--workdir", run, "--quantize", "up"), "got 'up'"),
-        (("--workdir", run, "--compare", "me"), "--compare must be paper"),
+        (("--workdir", run, "--compare", "me"), "--compare: invalid choice: 'me'"),
         (("--workdir", run, "--compare", "paper"), "names what it reproduces"),
         (("--workdir", run, "--save-moments", "m.npz"), "Inception's features"),
-        (("--workdir", run, "--steps", 3, "--metrics", "classifier_score"), "--train-"),
+        (("--workdir", run, "--steps", 3, "--metrics", "cnn_is"), "--train-"),
         (("--workdir", run, "--steps", 11), "got 11"),
-        (("--workdir", run, "--metrics", "bpd", "--bits-images", 180), "at most 179"),
+        (("--workdir", run, "--classifier", "a.npz"), "--feature-classifier takes"),
+        (("--workdir", run, "--classifier", run), "must be a classifier's run"),
+        (("--workdir", run, "--guidance", 2), "--guidance needs a run"),
+        (("--workdir", run, "--metrics", "bpd", "--bpd-images", 180), "at most 179"),
     ):
         out = ("--out", tmp_path / "out")
         assert words in refused(*arguments, *out)
         assert not (tmp_path / "out").exists()
 
 
-def test_parts_of_other_settings_and_broken_records_are_refused(
+def test_a_killed_evaluation_resumes_unless_parts_or_records_are_others(
     run, tmp_path, refused, score, monkeypatch
 ):
     few = ("--workdir", run, "--out", tmp_path, "--metrics", "bpd")
-    few = (*few, "--bits-images", "20", "--batch-size", "10")
+    few = (*few, "--bpd-images", "20", "--batch-size", "10")
 
     def killed(*_):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.Evaluation, "finish", killed)
+        patch.setattr(results, "append_record", killed)
         with pytest.raises(Killed):
             score(*few)
     assert "seed 0 -> 1" in refused(*few, "--seed", "1")
     (tmp_path / "scores.json").write_text("[]")
     assert "must be an object with a list `evaluations`" in refused(*few)
+    (tmp_path / "scores.json").unlink()
+    with monkeypatch.context() as patch:  # all parts are there: none is added
+        patch.setattr(ResumableNpz, "add", killed)
+        score(*few)
+    assert evaluations_of(tmp_path)[0]["images"]["bits_per_dim"] == 20
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
