@@ -1,8 +1,9 @@
-"""What papers report of the models that configs reproduce, beside what we measure.
+"""Published results of the models that configs reproduce, for `--compare paper`.
 
-Transcribed: most tables were read in public copies of the papers' text, so look at the
-paper before you quote one. Nothing here was computed by this package. Numbers that a
-source does not give are not guessed: a row without `samples` has none stated.
+They are transcribed: most tables were read in public copies of the papers' text, so
+look at the paper before you quote one. Nothing here was computed by this package.
+Numbers that a source does not give are not guessed: where `samples` is None, the source
+does not state it.
 
 DDPM is Ho et al. 2020, DDIM Song et al. 2021, Improved DDPM Nichol & Dhariwal 2021, and
 guided diffusion Dhariwal & Nichol 2021.
@@ -15,12 +16,20 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """Numbers that were measured together."""
+    """Numbers that were measured together.
 
-    source: str  # paper and table
-    setting: str  # of training and sampling
-    values: dict[str, float]  # by metric, with the names that `evaluate` prints
-    samples: int | None = None  # that they are of, where they are of samples
+    Attributes:
+        source: paper and table.
+        setting: how the network was trained and sampled.
+        values: the numbers by metric, with the names that `evaluate` prints.
+        samples: how many samples they are computed from; None if that is not stated, or
+            if they are not about samples.
+    """
+
+    source: str
+    setting: str
+    values: dict[str, float]
+    samples: int | None = None
 
 
 DDPM = "DDPM, arXiv:2006.11239, {}, transcribed"
@@ -30,7 +39,7 @@ GUIDED = "README of openai/guided-diffusion, transcribed"
 
 
 def _ddim(setting: str, fids: Mapping[int, float], table: str) -> tuple[Row, ...]:
-    """By number of steps. The released code writes 50,000 samples, to a batch."""
+    """Rows of FIDs by number of steps; the released code draws 50,000 samples."""
     return tuple(
         Row(DDIM.format(table), setting.format(steps), {"fid": fid}, 50_000)
         for steps, fid in fids.items()
@@ -40,7 +49,7 @@ def _ddim(setting: str, fids: Mapping[int, float], table: str) -> tuple[Row, ...
 def _improved(
     setting: str, table: str, bits: float, fid: float, samples: int
 ) -> tuple[Row, ...]:
-    """The table says no more of how bits/dim and samples came about."""
+    """Rows of bits/dim and FID, about which the table says no more than this."""
     source, setting = IMPROVED.format(table), f"{setting}, cosine, T 4000, EMA 0.9999"
     return (
         Row(source, setting, {"fid": fid}, samples),
@@ -140,15 +149,18 @@ PAPERS: dict[str, tuple[Row, ...]] = {
 
 
 def comparison(name: str, ours: Mapping[str, float]) -> str:
-    """A table in plain text: each metric, ours, the paper's, and how the paper got it.
+    """Formats a table of our scores beside the paper's, with the paper's settings.
 
-    A score of ours of few samples, such as "fid_n2000", keeps its name: it is another
-    quantity than the paper's, whose number of samples stands beside it. Metrics that
-    we have not computed show "-"; those that the paper has not are left out.
+    A score of few samples, such as "fid_n2000", keeps its name: it is another quantity
+    than the paper's, whose number of samples stands beside it. Metrics that we have not
+    computed show "-"; metrics that the paper does not report are left out.
 
     Args:
         name: a key of `PAPERS`.
         ours: scores by metric.
+
+    Returns:
+        The table, in plain text.
 
     Raises:
         ValueError: for another name.
@@ -156,24 +168,21 @@ def comparison(name: str, ours: Mapping[str, float]) -> str:
     if name not in PAPERS:
         raise ValueError(f"reproduces must be one of {tuple(PAPERS)}, got {name!r}.")
     head = ("metric", "ours", "paper", "samples", "setting of the paper")
-    table = [(row.source, line) for row in PAPERS[name] for line in _cells(row, ours)]
+    table = []
+    for row in PAPERS[name]:
+        samples = "-" if row.samples is None else f"{row.samples:,}"
+        for metric, value in row.values.items():
+            found = [k for k in ours if re.fullmatch(rf"{metric}(_n\d+)?", k)]
+            for k in found or [metric]:
+                own = f"{ours[k]:.4g}" if k in ours else "-"
+                cells = (k, own, f"{value:g}", samples, row.setting)
+                table.append((row.source, cells))
     columns = zip(head, *(line for _, line in table), strict=True)
     widths = [max(map(len, column)) for column in columns]
     lines = [f"{name}, ours beside what is reported:", _line(head, widths)]
     for source, group in itertools.groupby(table, lambda pair: pair[0]):
         lines += [f"{source}:", *(_line(cells, widths) for _, cells in group)]
     return "\n".join(lines)
-
-
-def _cells(row: Row, ours: Mapping[str, float]) -> list[tuple[str, ...]]:
-    samples = "-" if row.samples is None else f"{row.samples:,}"
-    found = []
-    for metric, value in row.values.items():
-        names = [k for k in ours if re.fullmatch(rf"{metric}(_n\d+)?", k)] or [metric]
-        for k in names:
-            own = f"{ours[k]:.4g}" if k in ours else "-"
-            found.append((k, own, f"{value:g}", samples, row.setting))
-    return found
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jax_diffusion import metrics
@@ -335,7 +336,7 @@ def score_images(
         else:
             kinds = moments_of(arrays)
         compared[extractor.name] = Reference(arrays, kinds)
-    if save_moments is not None:
+    if save_moments is not None and jax.process_index() == 0:
         metrics.save_moments(Path(save_moments), compared["inception"].moments)
     about["reference"] = {
         **({"moments": moments.path} if moments is not None else {}),
