@@ -156,9 +156,7 @@ class Reporter:
             self._writer.write(step, numbers)
 
 
-def flops_and_peak(
-    step: jax.stages.Compiled, num_devices: int, dtype: Any
-) -> dict[str, float]:
+def flops_and_peak(step: Any, num_devices: int, dtype: Any) -> dict[str, float]:
     """Returns FLOPs of a step and peak FLOP/s of all devices, or {} if unknown.
 
     XLA counts the FLOPs; of a loop over microbatches it counts one part only.

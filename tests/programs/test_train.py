@@ -68,7 +68,9 @@ def assert_same_run(workdir, state, whole):
 
 
 @pytest.mark.parametrize(
-    ("step", "number"), [(3, signal.SIGTERM), (8, signal.SIGINT)], ids=str
+    ("step", "number"),
+    [(3, signal.SIGTERM), pytest.param(8, signal.SIGINT, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_a_stopped_and_resumed_run_is_bit_identical(
     whole, tmp_path, monkeypatch, capsys, step, number
@@ -89,6 +91,7 @@ def test_a_stopped_and_resumed_run_is_bit_identical(
     assert_same_run(tmp_path, state, whole)
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_after_its_last_checkpoint_repeats_the_lost_lines(
     whole, tmp_path
 ):
@@ -148,6 +151,7 @@ def muon_config(steps):
     return config
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_optax_trains_and_resumes_bit_for_bit(tmp_path):
     whole = train.train(muon_config(4), tmp_path / "whole")
     half = train.train(muon_config(2), tmp_path / "run")
@@ -220,6 +224,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch
     assert int(state.step) == 12 and int(state.skipped) == 0
 
 
+@pytest.mark.slow
 def test_batches_that_are_never_finite_end_the_run_in_a_sentence(tmp_path, monkeypatch):
     poison(monkeypatch, range(5, 1000))
     config = config_of("--config.max_skipped=3", "--config.total_steps=100")
@@ -348,6 +353,7 @@ def test_pictures_are_of_all_labels_but_the_hidden_one_or_of_the_first_images(
     np.testing.assert_array_equal(rows["label"], first["label"])
 
 
+@pytest.mark.slow
 def test_a_run_that_hides_labels_and_enlarges_trains_and_draws(tmp_path):
     few = (  # and as little to compile as there can be
         *("--config.total_steps=2", "--config.log_to=()"),
@@ -423,6 +429,7 @@ def test_image_i_is_the_same_for_any_batch_size(whole, tmp_path, monkeypatch):
         np.testing.assert_array_equal(a["arr_1"], np.arange(7))
 
 
+@pytest.mark.slow
 def test_a_folder_gets_pngs_a_grid_and_the_denoising(whole, tmp_path, monkeypatch):
     for sampler in ("ddim", "ddpm"):
         out = tmp_path / sampler
@@ -433,6 +440,7 @@ def test_a_folder_gets_pngs_a_grid_and_the_denoising(whole, tmp_path, monkeypatc
             assert gif.n_frames == 4
 
 
+@pytest.mark.slow
 def test_the_gif_shows_any_number_of_steps(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "GIF_FRAMES", 2)
     run_sample(monkeypatch, whole[0], tmp_path, "--steps", "3", "--n", "2")
@@ -465,7 +473,11 @@ def test_sigterm_from_outside_saves_and_ends_well(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("cifar10", 35_746_307), ("cifar10_hybrid", 52_546_438)]
+    ("name", "count"),
+    [
+        ("cifar10", 35_746_307),
+        pytest.param("cifar10_hybrid", 52_546_438, marks=pytest.mark.slow),
+    ],
 )
 def test_the_published_networks_have_the_published_size(name, count):
     config = settings.load_config(f"configs/{name}.py")
