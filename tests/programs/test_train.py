@@ -214,6 +214,7 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(data.Batches, "batch", poisoned)
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
     poison(monkeypatch, [5])
     state = train.train(config_of(), tmp_path)
@@ -396,9 +397,9 @@ def test_the_command_line_prints_one_sentence_and_exits_with_2(whole, tmp_path):
     [
         (["--sampler", "euler"], "--sampler must be one of"),
         (["--eta", "2"], "--eta must be in"),
-        (["--eta", "0.5", "--sampler", "ddpm"], "--eta is for the sampler ddim"),
+        (["--eta", "0.5", "--sampler", "ddpm"], "--eta is for the samplers"),
         (["--ema", "0.5"], "ema must be one of"),
-        (["--n", "0"], "must be positive"),
+        (["--n", "0"], "--n must be an integer >= 1, got 0"),
         (["--steps", "0"], "steps must be in"),
         (["--spacing", "leading", "--steps", "5"], "spacing must be one of"),
     ],
@@ -417,6 +418,7 @@ def run_sample(monkeypatch, workdir, out, *args):
     sample.main()
 
 
+@pytest.mark.slow
 def test_image_i_is_the_same_for_any_batch_size(whole, tmp_path, monkeypatch):
     options = ("--n", "7", "--eta", "1", "--seed", "3")
     run_sample(monkeypatch, whole[0], tmp_path / "a.npz", *options)
