@@ -180,6 +180,7 @@ def hub_pipeline(folder, safe, **options):
     return unet
 
 
+@pytest.mark.slow
 @with_diffusers
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "flat", "old names"])
 def test_a_folder_of_diffusers_computes_the_same_here(kind, tmp_path, program):
@@ -205,6 +206,7 @@ def test_a_folder_of_diffusers_computes_the_same_here(kind, tmp_path, program):
     assert run.objective.var_type == "fixed_small"
 
 
+@pytest.mark.slow
 @with_diffusers
 @pytest.mark.parametrize(
     "options",
@@ -225,6 +227,7 @@ def test_every_switch_of_diffusers_computes_the_same(options, tmp_path, program)
     assert_same_output(output(run, images(3)), theirs)
 
 
+@pytest.mark.slow
 @with_diffusers
 @pytest.mark.parametrize(
     "options",
@@ -249,6 +252,7 @@ def test_schedules_of_diffusers_are_known(options):
     assert objective == dict(mean_type="v", var_type="fixed_large", loss="l2")
 
 
+@pytest.mark.slow
 @with_diffusers
 def test_a_converted_folder_is_sampled_and_scored(tmp_path, program, monkeypatch):
     hub_pipeline(tmp_path / "hub", True)
@@ -270,6 +274,7 @@ def test_a_converted_folder_is_sampled_and_scored(tmp_path, program, monkeypatch
 # diffusers: out
 
 
+@pytest.mark.slow
 @with_diffusers
 @pytest.mark.parametrize(
     ("changes", "channels"),
@@ -335,6 +340,7 @@ def our_step(run, schedule, x, y, t):
     return np.asarray(mean), np.exp(0.5 * np.asarray(predicted.log_var))
 
 
+@pytest.mark.slow
 @with_diffusers
 def test_the_pipeline_of_diffusers_draws_from_a_run(tmp_path, program):
     diffusers = peer("diffusers")
@@ -446,6 +452,7 @@ def other(tensors):
     return {f"module.{name}": array + 1 for name, array in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -698,6 +705,7 @@ def test_a_run_is_never_written_over(tmp_path, program, fails):
     assert checkpoint.latest_step(tmp_path / "run") == 10
 
 
+@pytest.mark.slow
 def test_files_that_hold_no_network_are_refused(tmp_path, fails, monkeypatch):
     monkeypatch.setitem(importing.RELEASED, "tiny", TINY)
     torch = pytest.importorskip("torch")
@@ -725,6 +733,7 @@ def write_low_res(path, n=3, labels=(4, 0, 2), channels=3):
     return small
 
 
+@pytest.mark.slow
 def test_small_images_are_enlarged_and_go_round(tmp_path, monkeypatch):
     run = runs.load_run(make_run(tmp_path / "run", **LOW_RES))
     small = write_low_res(tmp_path / "low.npz")

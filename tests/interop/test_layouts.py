@@ -603,6 +603,7 @@ def test_networks_of_the_hub_are_ho_et_als(name):
     assert tuple(model.attention_resolutions) == (16,)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of its own imports
 @pytest.mark.parametrize("name", HUB)
 def test_networks_of_the_hub_have_the_names_that_diffusers_gives(name):

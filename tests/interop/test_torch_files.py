@@ -466,6 +466,7 @@ def as_torch(array):
     return torch.tensor(array)
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_torch_files_are_read(dtype, zipped, tmp_path):
@@ -477,6 +478,7 @@ def test_torch_files_are_read(dtype, zipped, tmp_path):
     assert_same(torch_files.read_torch(path), tensors)
 
 
+@pytest.mark.slow
 @dtypes
 def test_torch_reads_what_we_write(dtype, tmp_path):
     torch = pytest.importorskip("torch")
@@ -490,6 +492,7 @@ def test_torch_reads_what_we_write(dtype, tmp_path):
         assert torch.equal(read[name], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_training_checkpoint_of_torch_is_read(zipped, tmp_path):
     torch = pytest.importorskip("torch")
@@ -524,6 +527,7 @@ def test_a_training_checkpoint_of_torch_is_read(zipped, tmp_path):
     np.testing.assert_array_equal(read["rest"][4].astype(np.float32), base.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_whole_model_saved_by_torch_is_refused(zipped, tmp_path):
     torch = pytest.importorskip("torch")

@@ -28,16 +28,16 @@ DISTINCT = int(os.environ.get("INCEPTION_TEST_IMAGES", "256"))
 
 
 def images_of(seed, n, size, channels=3, *, sharp=False):
-    """Sums of waves of random colours, lengths and directions; sharp: edges only."""
+    """Sums of waves of random colors, lengths and directions; sharp: edges only."""
     rng = np.random.default_rng(seed)
     places = np.mgrid[:size, :size] / size
     frequencies = rng.uniform(-1, 1, (n, 4, 2)) * rng.uniform(0.5, 8, (n, 1, 1))
     phases = rng.uniform(0, 2 * np.pi, (n, 4, 1, 1))
     waves = np.cos(2 * np.pi * np.tensordot(frequencies, places, 1) + phases)
     waves = np.sign(waves) if sharp else waves
-    colours = rng.normal(scale=rng.uniform(10, 60, (n, 1, 1)), size=(n, 4, channels))
+    colors = rng.normal(scale=rng.uniform(10, 60, (n, 1, 1)), size=(n, 4, channels))
     tints = rng.uniform(60, 190, (n, 1, 1, channels))
-    pictures = np.einsum("nkhw,nkc->nhwc", waves, colours) + tints
+    pictures = np.einsum("nkhw,nkc->nhwc", waves, colors) + tints
     return np.clip(pictures, 0, 255).astype(np.uint8)
 
 
@@ -104,6 +104,7 @@ def both(tmp_path_factory):
     return official, lambda images: jax.tree.map(np.asarray, apply(params, images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size, channels", [(32, 3), (64, 3), (299, 3), (320, 3), (28, 1)]
 )
@@ -121,6 +122,7 @@ def test_features_are_those_of_pytorch_fid(size, channels, both):
 
 
 # As many images as features are too few for a score, not for a comparison.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:a Frechet distance of")
 def test_fid_is_that_of_pytorch_fid(both, monkeypatch):
     from pytorch_fid import fid_score

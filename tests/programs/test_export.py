@@ -122,6 +122,7 @@ def test_one_file_serves_batches_of_any_size(small):
                 np.testing.assert_array_equal(image, whole[i])
 
 
+@pytest.mark.slow
 def test_an_exported_ddpm_of_classes_draws_the_same_images():
     draw, params = make("ddpm", multipliers=(1,), num_classes=3)
     sampler = export.load_sampler(export.export_sampler(draw, params))
@@ -158,6 +159,7 @@ def test_a_whole_tree_of_weights_comes_back_from_beside_the_sampler():
 # --- without this package
 
 
+@pytest.mark.slow
 def test_the_script_of_the_docstring_draws_them_without_flax_or_this_package(
     network, tmp_path
 ):
