@@ -68,9 +68,6 @@ class TrainingSetup(NamedTuple):
         return sharding.global_batch(self.mesh, local, self.batches.batch_size)
 
 
-Plan = TrainingSetup
-
-
 def make_setup(
     config: Config, optimizer: optax.GradientTransformation | None = None
 ) -> TrainingSetup:

@@ -20,7 +20,6 @@ from jax_diffusion.diffusion import Objective
 from jax_diffusion.models import bind, example_inputs, num_classes
 from jax_diffusion.schedules import NoiseSchedule
 from jax_diffusion.timesteps import TimestepSampler
-from jax_diffusion.training.optimizer import make_optimizer  # noqa: F401
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,7 @@ from support.peers import peer
 from support.programs import convert, evaluate, sample
 
 import jax_diffusion as jd
-from jax_diffusion import cli, data, diffusion
+from jax_diffusion import cli, data, diffusion, training
 from jax_diffusion import config as settings
 from jax_diffusion import pipeline as runs
 from jax_diffusion.interop import (
@@ -27,7 +27,6 @@ from jax_diffusion.interop import (
 from jax_diffusion.interop import layouts as weights
 from jax_diffusion.interop.released import Released
 from jax_diffusion.runtime import checkpoint
-from jax_diffusion.training import step as training
 
 # diffusers warns of this and that while it is imported.
 with_diffusers = pytest.mark.filterwarnings("default")

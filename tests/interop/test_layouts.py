@@ -16,12 +16,12 @@ import pytest
 from support.peers import peer
 
 from jax_diffusion import config as settings
+from jax_diffusion import training
 from jax_diffusion.interop import diffusers_config
 from jax_diffusion.interop import layouts as weights
 from jax_diffusion.interop.released import RELEASED
 from jax_diffusion.models.noisy_classifier import NoisyClassifier
 from jax_diffusion.models.unet import UNet
-from jax_diffusion.training import step as training
 
 # The official constructors: tensors by name, as shapes
 
