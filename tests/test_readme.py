@@ -1,28 +1,104 @@
 """What the README says can be done, can be done."""
 
+import importlib
 import pathlib
 import re
 
+import numpy as np
 import pytest
+from support.programs import train
+
+from jax_diffusion import data, models, samplers, schedules, spacing, timesteps
+from jax_diffusion.config import load_config
+from jax_diffusion.evaluation import METRICS, NETWORK_METRICS
 
 README = pathlib.Path("README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+PAGES = ("README.md", "CONTRIBUTING.md", "tests/benchmarks/README.md")
+
+# The default run's data and shape of images, with next to nothing behind them.
+TINY = (
+    *("--config.model.multipliers=(1,)", "--config.model.attention_resolutions=()"),
+    *("--config.model.dropout=0.0", "--config.total_steps=1", "--config.sampling.n=1"),
+    *("--config.sampling.steps=1", "--config.ema_decays=(0.9,)"),
+    *("--config.timesteps={'name': 'uniform'}", "--config.save_every=1"),
+)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_python_blocks_run(block):
+def run_block(block):
     names = {}
     exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
+def test_readme_is_short():
+    assert README.count("\n") <= 180
+
+
+def test_python_block_of_a_run_samples_and_evaluates(tmp_path, monkeypatch, capsys):
+    config = load_config("configs/smoke.py", TINY)
+    monkeypatch.chdir(tmp_path)
+    train.train(config, "runs/digits")
+    block = next(block for block in BLOCKS if "runs/digits" in block)
+    capsys.readouterr()
+    names = run_block(block)
+    assert names["images"].shape == (64, 8, 8, 1) and names["images"].dtype == np.uint8
+    assert names["score"] > 0
+    assert {"pixel_distance", "bits_per_dim"} <= set(capsys.readouterr().out.split())
+
+
+def test_python_block_of_the_core_draws_images():
+    (block,) = [block for block in BLOCKS if "runs/digits" not in block]
+    names = run_block(block)
     assert names["images"].shape == (4, 8, 8, 1)
+    assert np.isfinite(names["images"]).all()
+    assert names["terms"].loss.shape == (4,)
 
 
 def test_start_has_two_blocks_of_one_command_line_each():
     section = README.split("## Start")[1].split("\n## ")[0]
+    assert "git clone" in section.split("```")[0]
     blocks = re.findall(r"```bash\n(.*?)```", section, re.S)
     assert [block.count("\n") for block in blocks] == [1, 1]
     assert "jax_diffusion.train" in blocks[0] and "pytest" in blocks[1]
+    assert all(block.startswith("python3 -m venv .venv && ") for block in blocks)
 
 
-def test_linked_files_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)|`(configs/[\w/]+\.py)`", README)
-    assert links and all(pathlib.Path(a or b).exists() for a, b in links)
+@pytest.mark.parametrize("page", PAGES)
+def test_linked_files_exist(page):
+    text, folder = pathlib.Path(page).read_text(), pathlib.Path(page).parent
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (folder / link).exists(), link
+    for link in re.findall(r"`((?:configs|tests|jax_diffusion)/[\w/.]+)`", text):
+        assert pathlib.Path(link).exists(), link
+
+
+def test_table_of_results_has_every_config():
+    section = README.split("## Results")[1].split("\n## ")[0]
+    listed = set(re.findall(r"`(\w+\.py)`", section))
+    assert listed == {path.name for path in pathlib.Path("configs").glob("*.py")}
+
+
+def test_table_of_methods_names_what_exists():
+    section = README.split("## Methods")[1].split("\n## ")[0]
+    tables = [samplers.SAMPLERS, schedules.BETAS, spacing.SPACINGS, models.MODELS]
+    tables += [timesteps.TIMESTEP_SAMPLERS, METRICS, NETWORK_METRICS, data.DATASETS]
+    listed = set().union(*tables)
+    rows = [line.split("|") for line in section.splitlines() if line[:2] == "| "][2:]
+    assert rows
+    for *_, where, _ in rows:
+        for part in where.split(";"):
+            path, *names = re.findall(r"`([^`]+)`", part)
+            assert pathlib.Path("jax_diffusion", path).exists(), path
+            module = path.removesuffix(".py").strip("/").replace("/", ".")
+            known = listed | set(dir(importlib.import_module(f"jax_diffusion.{module}")))
+            assert names and set(names) <= known, (path, names)
+
+
+@pytest.mark.parametrize("row", ["SAMPLERS", "MODELS"])
+def test_table_of_methods_has_every_sampler_and_network(row):
+    section = README.split("## Methods")[1].split("\n## ")[0]
+    table = {"SAMPLERS": samplers.SAMPLERS, "MODELS": models.MODELS}[row]
+    aliases = {"encoder", "noisy_classifier"}  # in the table of results
+    for name in set(table) - aliases:
+        assert f"`{name}`" in section, name
