@@ -1,13 +1,14 @@
-r"""Improved DDPM on CIFAR-10, hybrid loss: https://arxiv.org/abs/2102.09672.
+r"""Improved DDPM on CIFAR-10 with the hybrid loss: https://arxiv.org/abs/2102.09672.
 
 Command:
     python -m jax_diffusion.train --config configs/cifar10_hybrid.py --workdir runs/c10h
 
-Hardware: not run in full; a train step at batch 2 runs on 2 CPU cores.
+Hardware: not run in full. One train step with a batch of 2 was run on 2 CPU cores.
 Time: not run.
 Result: not run. The paper has FID 3.19 and 3.17 bits/dim after 500,000 steps.
 
-Data: the extra `tfds`, and cifar10 prepared as array_record (see README.md).
+Data: the extra `tfds`, and cifar10 prepared as array_record: see
+jax_diffusion/data/tfds.py.
 """
 
 from ml_collections import ConfigDict

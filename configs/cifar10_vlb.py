@@ -1,4 +1,4 @@
-r"""Improved DDPM on CIFAR-10, the bound alone with importance-sampled timesteps.
+r"""Improved DDPM on CIFAR-10 with the loss "vlb" and importance-sampled timesteps.
 
 Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, section 3.3.
 

@@ -1,13 +1,15 @@
 r"""Digits of 4 x 4 pixels enlarged to 8 x 8: the second stage of a cascade.
 
-improved-diffusion's super-resolution, smaller: the network sees the small image too.
+The method is that of improved-diffusion: the network also sees the small image. See
+digits_small.py for how the two stages are used.
 
 Command:
     python -m jax_diffusion.train --config configs/digits_upsample.py \
         --workdir runs/upsample
 
-Hardware: 2 CPU cores, busy with other work. Time: 2 min 20 s for 800 steps.
-Result: the picture in the README; no score.
+Hardware: 2 CPU cores, busy with other work.
+Time: 2 min 20 s for 800 steps.
+Result: the picture of all tasks in README.md; it has no score.
 """
 
 from typing import Any

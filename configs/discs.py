@@ -1,11 +1,13 @@
-r"""Coloured discs, drawn by the package itself: the smallest run with colours.
+r"""Colored discs, drawn by the package itself: the smallest run with colors.
 
 Command:
     python -m jax_diffusion.train --config configs/discs.py --workdir runs/discs
 
-Hardware: 2 CPU cores. Time: 46 s for 800 steps.
-Result: 1,024 samples (DDIM, 50 steps) have a Frechet distance of 6.1 in raw pixels to
-the discs, two halves of the discs 0.57: enough to show colourisation.
+Hardware: 2 CPU cores.
+Time: 46 s for 800 steps.
+Result: the Frechet distance in raw pixels between 1,024 samples (DDIM, 50 steps) and
+the discs is 6.1, between two halves of the discs 0.57. This suffices to show
+colorization.
 """
 
 from typing import Any

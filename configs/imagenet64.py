@@ -1,7 +1,9 @@
-r"""Improved DDPM on ImageNet at 64 x 64, hybrid loss: https://arxiv.org/abs/2102.09672.
+r"""Improved DDPM on ImageNet at 64 x 64 pixels, with the hybrid loss.
 
-The flags of openai/improved-diffusion's README for its unconditional model
-("imagenet64_uncond_100M_1500K"); 121,063,942 parameters.
+Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672.
+
+The settings are the flags that the README of openai/improved-diffusion gives for its
+unconditional model, "imagenet64_uncond_100M_1500K". It has 121,063,942 parameters.
 
 Command:
     python -m jax_diffusion.train --config configs/imagenet64.py --workdir runs/i64
@@ -10,8 +12,9 @@ Hardware: not run.
 Time: not run.
 Result: not run. The paper has FID 19.2 and 3.57 bits/dim after 1,500,000 steps.
 
-Data: the extra `tfds`, and downsampled_imagenet/64x64 prepared as array_record (see
-README.md); 1,281,149 images are 15.7 GB, and twice that while they are read.
+Data: the extra `tfds`, and downsampled_imagenet/64x64 prepared as array_record: see
+jax_diffusion/data/tfds.py. If they are decoded into memory, the 1,281,149 images take
+15.7 GB, and twice as much while they are read.
 """
 
 from ml_collections import ConfigDict

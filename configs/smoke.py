@@ -1,10 +1,11 @@
-r"""The smallest run with everything switched on: for tests, and to try a new machine.
+r"""The smallest run that uses everything: for tests, and to try a new machine.
 
 Command:
     python -m jax_diffusion.train --config configs/smoke.py --workdir runs/smoke
 
-Hardware: 2 CPU cores. Time: half a minute, most of it compilation. Result: the loss
-falls; the pictures are noise.
+Hardware: 2 CPU cores.
+Time: half a minute, most of it compilation.
+Result: the loss falls; the samples are noise.
 """
 
 from ml_collections import ConfigDict

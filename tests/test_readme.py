@@ -4,25 +4,25 @@ import importlib
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
-from support.programs import train
+from support.tiny_runs import make_run
 
 from jax_diffusion import data, models, samplers, schedules, spacing, timesteps
-from jax_diffusion.config import load_config
 from jax_diffusion.evaluation import METRICS, NETWORK_METRICS
 
 README = pathlib.Path("README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 PAGES = ("README.md", "CONTRIBUTING.md", "tests/benchmarks/README.md")
 
-# The default run's data and shape of images, with next to nothing behind them.
-TINY = (
-    *("--config.model.multipliers=(1,)", "--config.model.attention_resolutions=()"),
-    *("--config.model.dropout=0.0", "--config.total_steps=1", "--config.sampling.n=1"),
-    *("--config.sampling.steps=1", "--config.ema_decays=(0.9,)"),
-    *("--config.timesteps={'name': 'uniform'}", "--config.save_every=1"),
-)
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """Programs that run for a moment are not worth more."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def run_block(block):
@@ -36,13 +36,14 @@ def test_readme_is_short():
 
 
 def test_python_block_of_a_run_samples_and_evaluates(tmp_path, monkeypatch, capsys):
-    config = load_config("configs/smoke.py", TINY)
     monkeypatch.chdir(tmp_path)
-    train.train(config, "runs/digits")
+    digits = dict(name="digits", split="train", batch_size=64)
+    schedule = dict(name="cosine", num_steps=50)
+    workdir = pathlib.Path("runs/digits")
+    make_run(workdir, shape=(8, 8, 1), data=digits, schedule=schedule)
     block = next(block for block in BLOCKS if "runs/digits" in block)
-    capsys.readouterr()
     names = run_block(block)
-    assert names["images"].shape == (64, 8, 8, 1) and names["images"].dtype == np.uint8
+    assert names["images"].shape == (100, 8, 8, 1) and names["images"].dtype == np.uint8
     assert names["score"] > 0
     assert {"pixel_distance", "bits_per_dim"} <= set(capsys.readouterr().out.split())
 
@@ -91,7 +92,9 @@ def test_table_of_methods_names_what_exists():
             path, *names = re.findall(r"`([^`]+)`", part)
             assert pathlib.Path("jax_diffusion", path).exists(), path
             module = path.removesuffix(".py").strip("/").replace("/", ".")
-            known = listed | set(dir(importlib.import_module(f"jax_diffusion.{module}")))
+            known = listed | set(
+                dir(importlib.import_module(f"jax_diffusion.{module}"))
+            )
             assert names and set(names) <= known, (path, names)
 
 
