@@ -2,8 +2,8 @@
 
 `write` makes FILE, the program that `jax.export` serializes followed by its SHA-256;
 FILE.json, a description of the program, its inputs and its output; and FILE.npz if the
-weights are kept apart. The program draws any number of images on a CPU, a GPU or a TPU.
-The machine that draws needs
+weights are kept apart. The program draws any number of images on a CPU, a GPU or a TPU;
+it has been run on CPUs only. The machine that draws needs
 
     pip install jax flatbuffers
 

@@ -3,8 +3,9 @@
     python -m jax_diffusion.train --config configs/digits.py --workdir runs/digits
 
 The same command continues a run that was stopped, bit for bit on the same number of
-devices. It is the same on one device, on several, and on every host of a pod (see
-`jax_diffusion.runtime.sharding`).
+devices. Ctrl-C and SIGTERM stop it after saving. A workdir that holds a run with
+another config is refused, and the differences are shown. The command is the same on one
+device, on several, and on every host of a pod (see `jax_diffusion.runtime.sharding`).
 
 A run is its workdir:
 

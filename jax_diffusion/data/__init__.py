@@ -12,7 +12,17 @@
 | `philox` | random numbers that no release of NumPy may change |
 
 This module has `load`, which opens a data set by its name in `DATASETS`, and
-`parse_source`, the syntax of images on command lines.
+`parse_source`, the syntax of images on command lines. A config has the arguments of
+`load`, for example
+
+    config.data = dict(name="digits", batch_size=64)
+    config.data = dict(name="folder", path="photos", image_size=64, batch_size=64)
+    config.data = dict(name="idx", path="data/fashion-mnist", batch_size=128)
+    config.data = dict(name="npz", path="images.npz", batch_size=128)
+    config.data = dict(name="tfds", path="cifar10:3.0.2", batch_size=128)
+
+Images that are not in memory are read ahead of the training step by grain, which
+`pip install jax_diffusion[grain]` installs.
 """
 
 import math

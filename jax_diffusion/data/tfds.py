@@ -1,4 +1,16 @@
-"""Data sets of TensorFlow Datasets, read without TensorFlow."""
+"""Data sets of TensorFlow Datasets (TFDS), read without TensorFlow.
+
+`pip install jax_diffusion[tfds]` installs what reads them. Official data sets must be
+prepared once, on any machine, which needs TensorFlow:
+
+    pip install tensorflow tensorflow-datasets array_record importlib_resources
+    python -c "import tensorflow_datasets as tfds; tfds.builder('cifar10',
+        data_dir='/data', file_format='array_record').download_and_prepare()"
+
+Then train with $TFDS_DATA_DIR=/data and `--config.data.path=cifar10:3.0.2`, or name the
+folder: `--config.data.path=/data/cifar10/3.0.2`. Your own builders that yield Pillow
+images prepare without TensorFlow.
+"""
 
 import dataclasses
 import functools
