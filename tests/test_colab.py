@@ -8,6 +8,7 @@ import pytest
 NOTEBOOKS = sorted(pathlib.Path("colab").glob("*.ipynb"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 @pytest.mark.filterwarnings("ignore")  # the kernel's client is not ours
 def test_notebook_runs_and_shows_finite_numbers(path):
