@@ -6,7 +6,7 @@
 
 From Python: `jax_diffusion.sample_images(run, n=64, steps=50)`.
 
-A folder gets a PNG for each image and grid.png; of the task generate denoising.gif, too.
+A folder gets a PNG for each image, grid.png and, of whole images, denoising.gif.
 FILE.npz has the images as arr_0, uint8 [n, h, w, c], and their labels as arr_1, as in
 improved-diffusion.
 
