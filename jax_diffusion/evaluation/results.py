@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jax_diffusion.runtime import files
 
-# Names that metrics had before version 0.3, in --metrics and config.evaluation.metric,
+# Names that metrics had before version 0.2, in --metrics and config.evaluation.metric,
 OLD_METRICS = {
     "ode": "nll_ode",
     "classifier_distance": "cnn_fd",

@@ -10,8 +10,8 @@
 `spacing.SPACINGS` lists the functions that choose steps.
 
 Timesteps count from 0: t = 0 is one step of noise, "t = 1" in the DDPM paper.
-alpha_bar, the product of (1 - beta) up to a step, occurs in this folder only; elsewhere a
-noise level is a `Level`.
+alpha_bar, the product of (1 - beta) up to a step, occurs in this folder only; elsewhere
+a noise level is a `Level`.
 """
 
 from jax_diffusion.schedules.betas import (
