@@ -30,6 +30,14 @@ for options in (diffusion.Objective, pipeline.SamplingOptions, pipeline.TaskOpti
 
 
 @pytest.fixture(scope="module")
+def quick_to_compile():
+    """Programs that run for a moment are not worth more."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the runs of `jobs` live."""
     return tmp_path_factory.mktemp("runs")

@@ -1,5 +1,7 @@
 """Scores during training: the same as `evaluate` finds; the best average is kept."""
 
+import dataclasses
+import json
 import shutil
 import signal
 import sys
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 from support.jobs import SMALL, evaluations, lines_of
 
+import jax_diffusion as jd
 from jax_diffusion import config as settings
+from jax_diffusion.config import FORMAT
 from jax_diffusion.evaluate import main
 from jax_diffusion.evaluation.during_training import current_fields, make_watch
 from jax_diffusion.pipeline import load_run
@@ -18,8 +22,10 @@ from jax_diffusion.train import train
 from jax_diffusion.training.reporting import Reporter
 from jax_diffusion.training.setup import make_setup
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 SCORED = [
     *SMALL,
+    *("--config.model.channels=8", "--config.model.attention_resolutions=()"),
     *("--config.total_steps=8", "--config.log_every=4", "--config.save_every=2"),
     *("--config.ema_decays=(0.5, 0.9)", "--config.ema_warmup=False"),
     "--config.optimizer.lr=0.003",
@@ -32,14 +38,6 @@ BITS = [f"bits_per_dim_n20_{ema}" for ema in ("0.5", "0.9")]
 
 def config_of(*overrides):
     return settings.load_config("configs/smoke.py", [*SCORED, *overrides])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Programs that run for a moment are not worth more."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +54,51 @@ def scored(workdir):
     return {s: {k: r[k] for k in (*NAMES, *BITS) if k in r} for s, r in rows.items()}
 
 
+def random_like(params, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda a: rng.normal(scale=0.1, size=a.shape).astype(np.float32), params
+    )
+
+
+def test_every_average_is_scored_as_by_evaluate_and_the_best_is_kept(tmp_path):
+    """Without a training: of averages that are random numbers."""
+    config = config_of()
+    setup = make_setup(config)
+    record = {"config": json.loads(config.to_json()), "format": FORMAT, "window": []}
+    record["image_shape"] = [*setup.batches.image_shape]
+    described = (setup.model, setup.objective, setup.batches, setup.mesh)
+    watch = make_watch(config, tmp_path, record, *described)
+    state = setup.init()
+    emas = {ema: random_like(state.params, i) for i, ema in enumerate(("0.5", "0.9"))}
+    state = dataclasses.replace(state, ema_params=emas)
+    found = watch(2, state)
+    assert found.keys() == {*NAMES, *BITS} and len({*found.values()}) == 4
+    name = min(NAMES, key=lambda k: found[k])
+    best = load_run(tmp_path / "best")
+    assert (best.ema, best.step) == (name.rpartition("_")[2], 2)
+    equal = jax.tree.map(np.array_equal, best.params, emas[best.ema])
+    assert all(jax.tree.leaves(equal))
+    told = {"metric": "pixel_distance_n70", "value": found[name]}
+    told |= {"step": 2, "ema": best.ema}
+    assert checkpoint.load_record(tmp_path / "best")["best"] == told
+    scores = jd.evaluate(
+        best, metrics="pixel_distance,bpd", n=70, steps=3, bpd_images=20
+    ).record["scores"]
+    for ours, theirs in ((name, "pixel_distance"), (bits_of(name), "bits_per_dim")):
+        np.testing.assert_allclose(found[ours], scores[theirs], rtol=1e-6)
+    # A later state that is worse does not take its place.
+    worst = max(NAMES, key=lambda k: found[k]).rpartition("_")[2]
+    later = dataclasses.replace(state, ema_params=dict.fromkeys(emas, emas[worst]))
+    watch(4, later)
+    assert checkpoint.latest_step(tmp_path / "best") == 2
+
+
+def bits_of(name):
+    return BITS[NAMES.index(name)]
+
+
+@pytest.mark.slow
 def test_every_average_has_scores_when_they_are_due(whole):
     found = scored(whole)
     assert [*found] == [2, 4, 6, 8]
@@ -65,6 +108,7 @@ def test_every_average_has_scores_when_they_are_due(whole):
         assert len({*scores.values()}) == 4
 
 
+@pytest.mark.slow
 def test_scores_are_those_that_evaluate_finds(whole, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
@@ -84,6 +128,7 @@ def test_scores_are_those_that_evaluate_finds(whole, tmp_path, monkeypatch):
             )
 
 
+@pytest.mark.slow
 def test_the_best_average_is_kept_as_a_run_of_its_own(whole):
     all_scores = {
         (step, name): scores[name]

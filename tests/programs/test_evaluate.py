@@ -24,23 +24,19 @@ from jax_diffusion.runtime import checkpoint
 from jax_diffusion.runtime.checkpoint import load_record
 from jax_diffusion.runtime.files import ResumableNpz
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+# Smaller still than `SMALL`. Most tests share the shapes of batches: these are compiled
+# once.
+TINY = (*SMALL, "--config.model.channels=8", "--config.model.attention_resolutions=()")
 # 100 samples and 64 pixels: enough for moments of full rank.
 DRAWN = ("--n", "100", "--steps", "3", "--batch-size", "32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Programs that run for a moment are not worth more."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run as after four steps of training; its parameters are random numbers."""
     workdir = tmp_path_factory.mktemp("run")
-    config = jd.load_config("configs/smoke.py", SMALL)
+    config = jd.load_config("configs/smoke.py", TINY)
     params = random_params(config)
     record = {"config": json.loads(config.to_json()), "window": []}
     record |= {"image_shape": [8, 8, 1], "format": FORMAT}
@@ -202,10 +198,10 @@ def test_likelihood_by_the_ode_has_its_errors(run, tmp_path, score):
 
 def test_evaluations_are_added_to_those_before(run, tmp_path, score):
     few = ("--workdir", run, "--out", tmp_path, "--metrics", "bpd")
-    for images in (5, 6):
+    for images in (27, 29):
         score(*few, "--bpd-images", images)
     found = [e["images"]["bits_per_dim"] for e in evaluations_of(tmp_path)]
-    assert found == [5, 6]
+    assert found == [27, 29]
 
 
 def test_a_classifier_of_the_run_scores_its_samples(
@@ -235,7 +231,7 @@ def test_scores_stand_beside_those_of_the_paper(run, tmp_path, score, capsys):
     params = jd.load_run(run).params
     record["config"]["ema_decays"] = []
     checkpoint.save_params(tmp_path / "run", params, record)
-    few = ("--metrics", "bpd", "--bpd-images", "10", "--compare", "paper")
+    few = ("--metrics", "bpd", "--bpd-images", "30", "--compare", "paper")
     score("--workdir", tmp_path / "run", *few)
     (found,) = evaluations(tmp_path / "run")
     printed = capsys.readouterr().out
@@ -250,13 +246,13 @@ def test_scores_stand_beside_those_of_the_paper(run, tmp_path, score, capsys):
 
 def test_python_finds_what_the_program_finds_and_writes_nothing(run, tmp_path, score):
     names = "pixel_distance,bpd"
-    few = ("--bpd-images", 20, "--n", 70, "--steps", 3, "--batch-size", 32)
+    few = ("--bpd-images", 30, "--n", 70, "--steps", 3, "--batch-size", 32)
     score("--workdir", run, "--out", tmp_path, "--metrics", names, *few, "--eta", 1)
     (told,) = evaluations_of(tmp_path)
     before = {path.name for path in run.iterdir()}
     sampling = dict(steps=3, eta=1.0)
     found = jd.evaluate(
-        jd.load_run(run), metrics=names, bpd_images=20, n=70, batch_size=32, **sampling
+        jd.load_run(run), metrics=names, bpd_images=30, n=70, batch_size=32, **sampling
     )
     assert {path.name for path in run.iterdir()} == before
     for field in ("scores", "errors", "images", "samples", "reference", "network"):
@@ -529,7 +525,7 @@ def test_a_killed_evaluation_resumes_unless_parts_or_records_are_others(
     run, tmp_path, refused, score, monkeypatch
 ):
     few = ("--workdir", run, "--out", tmp_path, "--metrics", "bpd")
-    few = (*few, "--bpd-images", "20", "--batch-size", "10")
+    few = (*few, "--bpd-images", "60", "--batch-size", "32")
 
     def killed(*_):
         raise Killed
@@ -545,5 +541,5 @@ def test_a_killed_evaluation_resumes_unless_parts_or_records_are_others(
     with monkeypatch.context() as patch:  # all parts are there: none is added
         patch.setattr(ResumableNpz, "add", killed)
         score(*few)
-    assert evaluations_of(tmp_path)[0]["images"]["bits_per_dim"] == 20
+    assert evaluations_of(tmp_path)[0]["images"]["bits_per_dim"] == 60
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
