@@ -103,7 +103,16 @@ class Folder(Examples):
             for i in places:
                 image = self._decode(int(rows[i]))
                 if image.shape[-1] > images.shape[-1]:
-                    raise ValueError(self._colors_among_gray(int(rows[i])))
+                    path = self.paths[int(rows[i])]
+                    if self.image_size is None:
+                        raise ValueError(
+                            "images must be gray where the first one is "
+                            f"({self.paths[0]}), got colors ({path})."
+                        )
+                    raise ValueError(
+                        f"{path} must be gray, as a sample of the files is, got "
+                        "colors; in_memory=True looks at all of them."
+                    )
                 images[i] = image
 
         in_threads(fill, np.arange(len(rows)))
@@ -130,17 +139,6 @@ class Folder(Examples):
                 f"{height} x {width} ({self.paths[row]})."
             )
         return image
-
-    def _colors_among_gray(self, row: int) -> str:
-        if self.image_size is None:
-            return (
-                f"images must be gray where the first one is ({self.paths[0]}), got "
-                f"colors ({self.paths[row]})."
-            )
-        return (
-            f"{self.paths[row]} must be gray, as a sample of the files is, got colors; "
-            "in_memory=True looks at all of them."
-        )
 
 
 def open_folder(split: str, path: Source, image_size: int | None) -> Folder:

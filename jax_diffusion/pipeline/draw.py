@@ -71,7 +71,16 @@ def make_sampler(
             return bind(model, params["model"], label, **more)(x_t, timesteps)
 
         denoise_fn = diffusion.denoiser(model_fn, schedule, objective)
-        denoise_fn = clip(_labeled(denoise_fn, schedule, rows, numbers, null_label))
+        if "scale" in numbers:
+            scale = _in_interval(schedule, numbers, "scale", outside=1.0)
+            denoise_fn = guidance.classifier_free(
+                denoise_fn, rows["label"], null_label, scale, rescale=numbers["rescale"]
+            )
+            told = ("low_res",)
+        else:
+            told = ("low_res", "label")
+        known = {name: rows[name] for name in told if name in rows}
+        denoise_fn = clip(functools.partial(denoise_fn, **known))
         if classifier is not None:
             logits_fn = bind(classifier, params["classifier"], rows["label"])
             log_prob = guidance.label_log_prob(logits_fn, rows["label"])
@@ -89,18 +98,6 @@ def make_sampler(
         return row.draw(context, task)
 
     return draw
-
-
-def _labeled(denoise_fn, schedule, rows, numbers, null_label) -> DenoiseFn:
-    """The denoiser that knows its label, and is guided by it if a scale is given."""
-    label, more = rows["label"], {k: rows[k] for k in ("low_res",) if k in rows}
-    if "scale" not in numbers:
-        return functools.partial(denoise_fn, label=label, **more)
-    scale = _in_interval(schedule, numbers, "scale", outside=1.0)
-    guided = guidance.classifier_free(
-        denoise_fn, label, null_label, scale, rescale=numbers["rescale"]
-    )
-    return functools.partial(guided, **more)
 
 
 def _in_interval(schedule, numbers, name, *, outside):

@@ -138,7 +138,13 @@ def tabulate(
         first = np.argmax(betas)
         raise ValueError(f"no beta but the last may be 1, got it at t = {first}.")
     scale = 1000 / len(betas) if rescale_timesteps else 1.0
-    timesteps = _checked_steps(len(betas), keep)
+    every = np.arange(len(betas))
+    timesteps = every if keep is None else np.asarray(keep)
+    if timesteps.ndim != 1 or not len(timesteps) or not np.isin(timesteps, every).all():
+        raise ValueError(f"keep must be steps within [0, {len(betas)}), got {keep}.")
+    if not np.all(np.diff(timesteps) > 0):
+        raise ValueError(f"keep must increase, got {keep}.")
+    timesteps = timesteps.astype(int)
     if keep is not None:
         alpha_bar = np.cumprod(1 - betas)[timesteps]
         betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
@@ -164,16 +170,6 @@ def tabulate(
             posterior_log_var=np.log(posterior_var),
             timesteps=timesteps * scale,
         )
-
-
-def _checked_steps(num_steps: int, keep: Any) -> np.ndarray:
-    every = np.arange(num_steps)
-    kept = every if keep is None else np.asarray(keep)
-    if kept.ndim != 1 or not len(kept) or not np.isin(kept, every).all():
-        raise ValueError(f"keep must be steps within [0, {num_steps}), got {keep}.")
-    if not np.all(np.diff(kept) > 0):
-        raise ValueError(f"keep must increase, got {keep}.")
-    return kept.astype(int)
 
 
 def pad(schedule: NoiseSchedule, length: int) -> NoiseSchedule:
