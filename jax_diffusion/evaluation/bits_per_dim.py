@@ -71,7 +71,13 @@ def bound(
     rates, distortions = likelihood.progressive_coding(bits)
     if out is not None:
         rate, distortion = (np.asarray(a).mean(axis=0) for a in (rates, distortions))
-        _write_terms(out, bits, rate, distortion)
+        np.savez(out / "rate_distortion.npz", rate=rate, distortion=distortion)
+        plotting.save_rate_distortion(out / "rate_distortion.png", rate, distortion)
+        means = {"vb": bits.vlb, "mse": bits.eps_mse, "xstart_mse": bits.x_0_mse}
+        means = {name: np.mean(a, axis=0) for name, a in means.items()}
+        for name, mean in means.items():  # in these files the last timestep comes first
+            np.savez(out / f"{name}_terms.npz", mean[::-1])
+        plotting.save_vlb_curve(out / "bpd_terms.png", {"vlb": means["vb"]})
     values = {
         "bits_per_dim": bits.total,
         "prior": bits.prior,
@@ -84,18 +90,6 @@ def bound(
         value, error = mean_and_error(of_images)
         scores.append(Score(name, value, images.n, error))
     return Result(scores, about, clock.seconds, [finish])
-
-
-def _write_terms(
-    out: Path, bits: likelihood.BitsPerDim, rate: np.ndarray, distortion: np.ndarray
-) -> None:
-    """Writes means over images: improved-diffusion's three files, and the plots."""
-    terms = {"vb": bits.vlb, "mse": bits.eps_mse, "xstart_mse": bits.x_0_mse}
-    for name, values in terms.items():  # there the last timestep comes first
-        np.savez(out / f"{name}_terms.npz", np.mean(values, axis=0)[::-1])
-    np.savez(out / "rate_distortion.npz", rate=rate, distortion=distortion)
-    plotting.save_vlb_curve(out / "bpd_terms.png", {"vlb": np.mean(bits.vlb, axis=0)})
-    plotting.save_rate_distortion(out / "rate_distortion.png", rate, distortion)
 
 
 def ode(

@@ -141,35 +141,24 @@ class PeriodicEvaluation:
 
     def __call__(self, ema_params: Mapping[str, PyTree]) -> PeriodicScores:
         """Computes all scores; on several hosts, all of them call it."""
-        n = self._bpd_images
-        return PeriodicScores(
-            f"{self._metric}_n{self._n}",
-            {ema: self._distance(params) for ema, params in ema_params.items()},
-            f"bits_per_dim_n{n}",
-            {ema: self._bits(p) for ema, p in ema_params.items()} if n else {},
-        )
-
-    def _distance(self, params: PyTree) -> float:
         if self._reference is None:
             self._reference = self._read_reference()
-        samples = image_sets.drawn(
-            self._sampler,
-            self._n,
-            seed=self._run.config.seed,
-            batch_size=BATCH,
-            mesh=self._mesh,
-            params=params,
-        )
-        found = self._features(samples)
-        first, *_ = self._row.compute(self._metric, found, self._reference)
-        return first.value
-
-    def _bits(self, params: PyTree) -> float:
-        batches = self._test
-        n = min(self._bpd_images, batches.num_examples)
-        images = image_sets.from_reader(batches.examples.read, n, batch_size=BATCH)
-        terms = collect(each_image(self._bound, params, images), n).arrays
-        return mean_and_error(terms["total"])[0]
+        seed: int = self._run.config.seed
+        options: dict[str, Any] = dict(batch_size=BATCH)
+        distances, bits = {}, {}
+        for ema, params in ema_params.items():
+            where: Any = dict(mesh=self._mesh, params=params, **options)
+            samples = image_sets.drawn(self._sampler, self._n, seed=seed, **where)
+            found = self._features(samples)
+            first, *_ = self._row.compute(self._metric, found, self._reference)
+            distances[ema] = first.value
+        for ema, params in ema_params.items() if self._bpd_images else ():
+            n = min(self._bpd_images, self._test.num_examples)
+            images = image_sets.from_reader(self._test.examples.read, n, **options)
+            terms = collect(each_image(self._bound, params, images), n).arrays
+            bits[ema], _ = mean_and_error(terms["total"])
+        names = f"{self._metric}_n{self._n}", f"bits_per_dim_n{self._bpd_images}"
+        return PeriodicScores(names[0], distances, names[1], bits)
 
     def _features(self, images: ImageSet) -> Arrays:
         assert self._extractor is not None
