@@ -31,7 +31,6 @@ labels in turn, as `sample` does.
     np.save(out, images)
 """
 
-import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -299,9 +298,8 @@ def _describe(data, num_labels):
 
 def _flat(params):
     """Returns the leaves of a tree by name, {"a/b/c": array}."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(params))
-    name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    weights = {name_of(path): np.asarray(array) for path, array in leaves}
+    leaves = files.leaves_by_name(jax.device_get(params))
+    weights = {name: np.asarray(array) for name, array in leaves.items()}
     for name, array in weights.items():
         if array.dtype.kind == "V":  # bfloat16 and the like
             raise ValueError(f"weights must be float32, got {array.dtype}: {name}.")

@@ -27,10 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from jax_diffusion.runtime import sharding
+from jax_diffusion.runtime.files import leaves_by_name
 
 BAD = "bad_checkpoints"  # folder in the workdir, for damaged ones
 
@@ -149,7 +149,13 @@ def restore_or_init(
         return state, sealed["record"]
 
     step, result = _newest_good(workdir, read, verify)
-    _move_later_aside(workdir, step)
+    if jax.process_index() == 0:
+        for later in [s for s in _steps(workdir) if s > step]:  # damaged
+            aside = workdir / BAD / str(later)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            shutil.move(_directory(workdir) / str(later), aside)
+    sharding.barrier("damaged checkpoints moved")
     manager.reload()
     return result
 
@@ -204,7 +210,7 @@ def digests(tree: PyTree) -> dict[str, int]:
     digest is the same however the leaf is sharded, and in NumPy and JAX, while a change
     of any one bit changes it.
     """
-    named = {_name(path): a for path, a in jax.tree_util.tree_leaves_with_path(tree)}
+    named = leaves_by_name(tree)
     in_memory = jax.default_backend() == "cpu" and jax.process_count() == 1
     if in_memory or not any(isinstance(a, jax.Array) for a in named.values()):
         with np.errstate(over="ignore"):  # wrapping around is meant
@@ -256,8 +262,8 @@ def _newest_good(
         except _UnknownAverage:
             raise
         except Exception as error:  # Orbax raises all kinds
-            problem = _first_line(error)
-        if not _on_every_host(problem is None):
+            problem = f"{error}".strip().split("\n")[0][:200] or type(error).__name__
+        if not sharding.true_on_all_hosts(problem is None):
             problems.append(f"step {step}: {problem or 'another host cannot read it'}")
             continue
         try:
@@ -313,27 +319,6 @@ def _compare(saved: dict[str, int | None], found: dict[str, int]) -> None:
         )
 
 
-def _move_later_aside(workdir: Path, step: int) -> None:
-    """Moves the checkpoints after `step`, which are damaged, to `BAD`."""
-    if jax.process_index() == 0:
-        for later in [s for s in _steps(workdir) if s > step]:
-            target = workdir / BAD / str(later)
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(exist_ok=True)
-            shutil.move(_directory(workdir) / str(later), target)
-    sharding.barrier("damaged checkpoints moved")
-
-
-def _on_every_host(good: bool) -> bool:
-    if jax.process_count() == 1:
-        return good
-    return bool(multihost_utils.process_allgather(np.array(good)).all())
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{error}".strip().split("\n")[0][:200] or type(error).__name__
-
-
 def _steps(workdir: str | Path) -> Iterator[int]:
     """Yields the steps of the complete checkpoints, the newest first."""
     directory = _directory(workdir)
@@ -344,7 +329,3 @@ def _steps(workdir: str | Path) -> Iterator[int]:
 
 def _directory(workdir: str | Path) -> Path:
     return Path(workdir).absolute() / "checkpoints"
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

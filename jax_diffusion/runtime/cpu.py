@@ -5,6 +5,7 @@ is changed where there is an accelerator. The benefits were measured with
 `tests/benchmarks/unet.py`.
 """
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -85,6 +86,15 @@ def _machine() -> str:
     told = [line for line in lines if line.startswith(wanted)][: len(wanted)]
     text = "\n".join([platform.machine(), platform.processor(), *sorted(set(told))])
     return f"{zlib.crc32(text.encode()):08x}"
+
+
+def model_name() -> str:
+    """Returns the name of this host's CPU model, or else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def release_memory() -> None:

@@ -90,10 +90,46 @@ def read_npz(
         ) from error
 
 
+def write_npz_entry(
+    archive: zipfile.ZipFile, name: str, n: int, arrays: Iterable[np.ndarray]
+) -> None:
+    """Writes an array to a .npz that is open, without the whole of it in memory.
+
+    Its bytes do not depend on the time, nor on how the rows were split.
+
+    Args:
+        archive: the .npz, open for writing.
+        name: the array's name in the .npz.
+        n: number of rows in all.
+        arrays: the rows in order, in one or more arrays [m, ...] of the same dtype.
+    """
+    arrays = iter(arrays)
+    first = next(arrays)
+    shape = (n, *first.shape[1:])
+    header = {"descr": first.dtype.str, "fortran_order": False, "shape": shape}
+    entry = zipfile.ZipInfo(f"{name}.npy", DATE)
+    with archive.open(entry, "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for array in itertools.chain([first], arrays):
+            file.write(np.ascontiguousarray(array).tobytes())
+
+
 def sha256_of_file(path: str | os.PathLike) -> str:
     """Returns the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def leaves_by_name(tree: PyTree) -> dict[str, Any]:
+    """Names each leaf of a pytree by the keys on the way to it, joined by "/".
+
+    >>> leaves_by_name({"block": {"kernel": 1, "scales": [2, 3]}})
+    {'block/kernel': 1, 'block/scales/0': 2, 'block/scales/1': 3}
+    """
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def sha256_of_tree(tree: PyTree) -> str:
@@ -106,12 +142,9 @@ def sha256_of_tree(tree: PyTree) -> str:
     >>> sha256_of_tree({"a": a}) == sha256_of_tree({"a": b})
     False
     """
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    arrays = {name: np.asarray(leaf) for name, leaf in leaves_by_name(tree).items()}
     digest = hashlib.sha256()
-    for name, array in sorted(leaves.items()):
+    for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
@@ -199,7 +232,7 @@ class ResumableNpz:
         def write(file):
             with zipfile.ZipFile(file, "w") as archive:
                 for name in names:
-                    _write_array(archive, name, n, cut(name))
+                    write_npz_entry(archive, name, n, cut(name))
 
         write_atomic(self.out, write)
         self.discard()
@@ -245,18 +278,3 @@ def _read_part(part: Path, names: Sequence[str] | None = None) -> dict[str, np.n
         raise ValueError(
             f"{part} must be a whole part, got {cause!r}; remove it."
         ) from error
-
-
-def _write_array(
-    archive: zipfile.ZipFile, name: str, n: int, arrays: Iterable[np.ndarray]
-) -> None:
-    """Writes an entry `name`.npy of n rows, which come in several arrays."""
-    arrays = iter(arrays)
-    first = next(arrays)
-    shape = (n, *first.shape[1:])
-    header = {"descr": first.dtype.str, "fortran_order": False, "shape": shape}
-    entry = zipfile.ZipInfo(f"{name}.npy", DATE)
-    with archive.open(entry, "w", force_zip64=True) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for array in itertools.chain([first], arrays):
-            file.write(np.ascontiguousarray(array).tobytes())

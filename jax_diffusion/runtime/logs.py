@@ -54,6 +54,7 @@ from typing import Any
 
 import jax
 
+from jax_diffusion.runtime import cpu
 from jax_diffusion.runtime.files import write_atomic
 
 WRITERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # name: its package
@@ -111,7 +112,11 @@ class MetricWriter:
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self._path = workdir / "metrics.jsonl"
-        _keep_until(self._path, step)
+        if self._path.exists():
+            lines = self._path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # not cut by a kill
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            write_atomic(self._path, "".join(kept))
         self._others = []
         if "tensorboard" in writers:
             self._others.append(_TensorBoard(workdir, step))
@@ -190,17 +195,6 @@ def read_metrics(workdir: str | Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Removes lines of later steps, and a last line that was cut off half-way."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    write_atomic(path, "".join(kept))
-
-
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -229,7 +223,7 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "config": dict(config),
         "git": _git_state(Path(__file__)),
-        "versions": _versions(),
+        "versions": versions(),
         "hardware": _hardware(),
     }
 
@@ -246,11 +240,25 @@ def write_description(workdir: str | Path, record: Mapping[str, Any]) -> None:
     """
     path = Path(workdir) / "run.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    starts = _read_starts(path) if path.exists() else []
+    starts = read_descriptions(workdir) if path.exists() else []
     write_atomic(path, json.dumps({"starts": [*starts, dict(record)]}, indent=2) + "\n")
 
 
-def _read_starts(path: Path) -> list[Any]:
+def read_descriptions(workdir: str | Path) -> list[dict[str, Any]]:
+    """Reads the list `starts` of WORKDIR/run.json, the first start of the run first.
+
+    Args:
+        workdir: the folder of the run.
+
+    Returns:
+        An entry for every start, with the keys of `describe`.
+
+    Raises:
+        ValueError: if there is no such file, or it holds something else.
+    """
+    path = Path(workdir) / "run.json"
+    if not path.is_file():
+        raise ValueError(f"workdir must hold run.json, and {path} is missing.")
     with contextlib.suppress(ValueError):  # no JSON
         content = json.loads(path.read_text())
         if isinstance(content, dict) and isinstance(content.get("starts"), list):
@@ -286,7 +294,11 @@ def _git(path: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Returns the versions of Python, this package and `LIBRARIES`, by name.
+
+    A library that is not installed has None.
+    """
     package = sys.modules[__name__.partition(".")[0]]
     found: dict[str, str | None] = {
         "python": platform.python_version(),
@@ -311,15 +323,7 @@ def _hardware() -> dict[str, Any]:
         "device_kind": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
-        "cpu": _cpu_model(),
+        "cpu": cpu.model_name(),
         "cpu_cores": os.cpu_count(),  # logical ones
         "memory_gib": memory,
     }
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

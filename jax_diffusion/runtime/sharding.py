@@ -304,6 +304,17 @@ def same_on_all_hosts(text: str) -> bool:
     return bool((multihost_utils.process_allgather(mine) == mine).all())
 
 
+def true_on_all_hosts(flag: bool) -> bool:
+    """Tells whether all processes call this with True; all of them get the answer.
+
+    Args:
+        flag: what this process has to say, such as whether it could read a file.
+    """
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).all())
+
+
 def broadcast_from_first(number: int) -> int:
     """Returns, on all processes, the number that process 0 has; it must fit int32."""
     if jax.process_count() == 1:

@@ -170,6 +170,14 @@ def test_each_kind_of_machine_has_its_own_programs(untold):
     assert len({one, *others}) == 7
 
 
+@pytest.mark.parametrize("info, name", [(cpuinfo(model="A 7"), "A 7"), ("", "z80")])
+def test_model_name_is_that_of_the_cpu_or_its_architecture(monkeypatch, info, name):
+    monkeypatch.setattr(cpu.Path, "read_text", lambda self: info)
+    monkeypatch.setattr(cpu.platform, "processor", lambda: "")
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "z80")
+    assert cpu.model_name() == name
+
+
 PROGRAM = """
 import jax, jax.numpy as jnp
 from jax_diffusion.runtime import cpu

@@ -17,6 +17,7 @@ from jax_diffusion.runtime.files import (
     sha256_of_tree,
     write_all_atomic,
     write_atomic,
+    write_npz_entry,
 )
 
 N = 10
@@ -122,6 +123,15 @@ def test_read_npz_refuses_what_is_no_whole_file_of_plain_arrays(tmp_path):
     for name in ("array.npy", "objects.npz", "empty.npz", "missing.npz"):
         with pytest.raises(ValueError, match=r"must be a whole \.npz file of plain"):
             read_npz(tmp_path / name)
+
+
+def test_write_npz_entry_writes_what_numpy_reads(tmp_path):
+    rows = np.arange(30, dtype=np.int16).reshape(5, 2, 3)
+    path = tmp_path / "rows.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        write_npz_entry(archive, "rows", 5, [rows[:2], rows[2:4], rows[4:]])
+    found = read_npz(path)["rows"]
+    assert found.dtype == rows.dtype and np.array_equal(found, rows)
 
 
 def test_sha256_of_tree_depends_on_names_dtypes_shapes_and_values_alone():

@@ -277,6 +277,12 @@ def test_versions_are_those_of_what_runs():
     assert None not in versions.values()
 
 
+def test_a_library_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr(logs, "LIBRARIES", ("numpy", "no-such-library"))
+    versions = logs.versions()
+    assert (versions["numpy"], versions["no-such-library"]) == (np.__version__, None)
+
+
 def test_hardware_is_told_with_its_devices_and_its_memory():
     hardware = logs.describe({})["hardware"]
     devices = jax.devices()
@@ -334,6 +340,7 @@ def test_every_start_of_a_run_adds_an_entry(tmp_path):
         logs.write_description(workdir, record)
     content = json.loads((workdir / "run.json").read_text())
     assert content == {"starts": [{"started": "1"}, {"started": "2", "git": None}]}
+    assert logs.read_descriptions(workdir) == content["starts"]
     assert [path.name for path in workdir.iterdir()] == ["run.json"]
 
 
@@ -358,3 +365,8 @@ def test_description_that_is_something_else_is_kept_and_named(tmp_path, text):
     ):
         logs.write_description(tmp_path, {})
     assert (tmp_path / "run.json").read_text() == text
+
+
+def test_description_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^workdir must hold run\.json, .*missing\.$"):
+        logs.read_descriptions(tmp_path)

@@ -106,6 +106,11 @@ def test_a_process_that_is_alone_is_the_first(number):
     assert sharding.broadcast_from_first(number) == number
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_process_that_is_alone_decides_for_all_hosts(flag):
+    assert sharding.true_on_all_hosts(flag) is flag
+
+
 # Few channels, but kernels of more than MIN_SPLIT numbers.
 UNET = UNet(
     out_channels=1,
