@@ -40,7 +40,18 @@ def spaced_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarray:
             rule = "steps must be like 50, '50', '10,15,20' or 'ddim50'"
             raise ValueError(f"{rule}, got {spec!r}.") from None
         if spec.startswith("ddim"):
-            return np.arange(0, num_steps, _ddim_stride(num_steps, numbers))
+            # The smallest stride that visits exactly so many steps.
+            strides = {
+                len(range(0, num_steps, k)): k for k in range(num_steps - 1, 0, -1)
+            }
+            if len(numbers) > 1 or numbers[0] not in strides:
+                near = min(strides or [num_steps], key=lambda m: abs(m - numbers[0]))
+                told = ",".join(map(str, numbers))
+                raise ValueError(
+                    f"no integer stride visits exactly {told} of {num_steps} steps; "
+                    f"the nearest count is {near}."
+                )
+            return np.arange(0, num_steps, strides[numbers[0]])
         spec = numbers
     counts = [spec] if isinstance(spec, int | np.integer) else list(spec)
     if not counts or sum(counts) < 1:
@@ -231,13 +242,3 @@ def _count(num_steps: int, n: int) -> int:
     if not 1 <= n <= num_steps:
         raise ValueError(f"steps must be between 1 and T = {num_steps}, got {n}.")
     return n
-
-
-def _ddim_stride(num_steps: int, counts: Sequence[int]) -> int:
-    """The smallest stride that visits exactly counts[0] steps."""
-    strides = {len(range(0, num_steps, k)): k for k in range(num_steps - 1, 0, -1)}
-    if len(counts) > 1 or counts[0] not in strides:
-        near = min(strides or [num_steps], key=lambda m: abs(m - counts[0]))
-        rule = f"no integer stride visits exactly {','.join(map(str, counts))} of"
-        raise ValueError(f"{rule} {num_steps} steps; the nearest count is {near}.")
-    return strides[counts[0]]

@@ -183,11 +183,27 @@ def load_moments(path: str | Path) -> dict[str, Moments]:
     count = found.pop("count", np.zeros(()))
     if count.shape or count < 0 or not float(count).is_integer():
         raise ValueError(f"{path} must have a count of images, got {count}.")
-    return {
-        name: Moments(int(count), *_checked(path, keys, found))
-        for name, keys in KEYS.items()
-        if name == "pool" or found.keys() & {*keys}
-    }
+    moments = {}
+    for name, keys in KEYS.items():
+        if name != "pool" and not found.keys() & {*keys}:
+            continue
+        if not found.keys() >= {*keys}:
+            rule = f"{path} must have {' and '.join(keys)}"
+            raise ValueError(f"{rule}, got {sorted(found)}.")
+        mean, cov = (found[key] for key in keys)
+        odd = sum(np.sum(~np.isfinite(a)) for a in (mean, cov))
+        if mean.ndim != 1 or not mean.size or cov.shape != 2 * mean.shape or odd:
+            raise ValueError(
+                f"{path} must have finite {keys[0]} [d] and {keys[1]} [d, d], got "
+                f"shapes {mean.shape} and {cov.shape} with {odd} numbers that are not "
+                "finite."
+            )
+        apart = np.abs(cov - cov.T).max()
+        if apart > 1e-6 * np.abs(cov).max():
+            rule = f"{path} must have a symmetric {keys[1]}"
+            raise ValueError(f"{rule}, got {apart} apart.")
+        moments[name] = Moments(int(count), mean, cov)
+    return moments
 
 
 def holds_moments(path: str | Path) -> bool:
@@ -201,22 +217,3 @@ def holds_moments(path: str | Path) -> bool:
         return False
     with zipfile.ZipFile(place) as archive:
         return set(archive.namelist()) >= {f"{key}.npy" for key in KEYS["pool"]}
-
-
-def _checked(
-    path: str | Path, keys: tuple[str, str], found: Mapping[str, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the mean [d] and the covariance [d, d] of a file, unchanged."""
-    if not found.keys() >= {*keys}:
-        raise ValueError(f"{path} must have {' and '.join(keys)}, got {sorted(found)}.")
-    mean, cov = (found[key] for key in keys)
-    odd = sum(np.sum(~np.isfinite(a)) for a in (mean, cov))
-    if mean.ndim != 1 or not mean.size or cov.shape != 2 * mean.shape or odd:
-        raise ValueError(
-            f"{path} must have finite {keys[0]} [d] and {keys[1]} [d, d], got shapes "
-            f"{mean.shape} and {cov.shape} with {odd} numbers that are not finite."
-        )
-    apart = np.abs(cov - cov.T).max()
-    if apart > 1e-6 * np.abs(cov).max():
-        raise ValueError(f"{path} must have a symmetric {keys[1]}, got {apart} apart.")
-    return mean, cov
