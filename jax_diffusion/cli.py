@@ -171,18 +171,21 @@ def sampling_options(args: argparse.Namespace) -> SamplingOptions:
 
 
 @contextlib.contextmanager
-def fields_as_flags() -> Iterator[None]:
+def fields_as_flags(args: argparse.Namespace) -> Iterator[None]:
     """Names flags instead of fields in errors: "eta must be" -> "--eta must be".
 
     Errors of the library begin with the name of the field that is wrong.
+
+    Args:
+        args: as parsed; only these fields have flags.
     """
+    flags = {name: f"--{name.replace('_', '-')}" for name in vars(args)} | FLAGS
     try:
         yield
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        if name.isidentifier() and rest.startswith(("must ", "needs ", "is for ")):
-            flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
-            raise ValueError(f"{flag} {rest}") from error
+        if name in flags and rest.startswith(("must ", "needs ", "is for ")):
+            raise ValueError(f"{flags[name]} {rest}") from error
         raise
 
 

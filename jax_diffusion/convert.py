@@ -89,7 +89,7 @@ def main() -> None:
         return
     if args.out is None:
         raise ValueError("--out must name a new file or folder, got None.")
-    with cli.fields_as_flags():
+    with cli.fields_as_flags(args):
         export_run(load_run(args.workdir, args.ema), args.to, args.out)
     print(f"{args.workdir} as {args.to}: {args.out}")
 

@@ -143,7 +143,7 @@ def main() -> Scores:
     """Runs the command line; returns the scores, on the first of several hosts."""
     args = make_parser().parse_args()
     cli.start_hosts(args)
-    with cli.fields_as_flags():
+    with cli.fields_as_flags(args):
         if args.workdir is None and (args.images is None or args.reference is None):
             raise ValueError(
                 "--workdir must be given, or both --images and --reference, got "

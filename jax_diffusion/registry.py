@@ -42,8 +42,8 @@ def lookup(what: str, name: Any, registry: Mapping[str, Any]) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{what} must name an importable 'package.module:function', got {name!r}: "
-            f"{error}."
+            f"{what} must be one of {sorted(registry)} or an importable "
+            f"'package.module:function', got {name!r}: {error}."
         ) from error
 
 

@@ -28,14 +28,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jax_diffusion import cli, export, plotting
-from jax_diffusion.models import traits
+from jax_diffusion import cli, plotting
 from jax_diffusion.pipeline import (
     BoundSampler,
-    Run,
     SamplingOptions,
     TaskOptions,
     bind_sampler,
+    export_sampler,
     load_run,
     make_options,
 )
@@ -55,7 +54,10 @@ def sample(args: argparse.Namespace) -> None:
     options, task = check(args)
     run = load_run(args.workdir, args.ema)
     if args.export is not None:
-        _export(args, run, options, task)
+        about = {"workdir": args.workdir, "seed": args.seed} | _plain(options, task)
+        beside = dict(weights_beside=args.weights_beside)
+        bound = export_sampler(args.export, run, options, about=about, **beside)
+        _say_drawn(args.sampler, bound, args.export)
         return
     upsample = None if args.upsample is None else load_run(args.upsample)
     bound = bind_sampler(run, options, task, upsample=upsample, show_steps=True)
@@ -63,7 +65,8 @@ def sample(args: argparse.Namespace) -> None:
     networks = [checkpoint.digests(bound.params)]
     if bound.second is not None:
         networks.append(checkpoint.digests(bound.second.params))
-    record = _describe(options, task, bound) | {
+    record = _plain(options, task) | {
+        **bound.choices,
         "workdir": args.workdir,
         "seed": args.seed,
         "upsampled": bound.second and dict(bound.second.choices),
@@ -86,11 +89,7 @@ def sample(args: argparse.Namespace) -> None:
         _write_npz(out, args.n, draw, record)
     else:
         _write_folder(out, args.n, draw, task, upsample is None)
-    if jax.process_index() == 0:
-        print(
-            f"{args.n} images by {args.sampler} in {bound.choices['steps']} steps, ema "
-            f"{run.ema}: {out}"
-        )
+    _say_drawn(f"{args.n} images by {args.sampler}", bound, out)
 
 
 def check(args: argparse.Namespace) -> tuple[SamplingOptions, TaskOptions]:
@@ -123,40 +122,16 @@ def check(args: argparse.Namespace) -> tuple[SamplingOptions, TaskOptions]:
     return options, task
 
 
-def _describe(
-    options: SamplingOptions, task: TaskOptions, bound: BoundSampler
-) -> dict[str, Any]:
-    """Options as JSON values, and what their defaults and files have come to."""
+def _plain(options: SamplingOptions, task: TaskOptions) -> dict[str, Any]:
+    """The fields of options as JSON values."""
     fields = dataclasses.asdict(options) | dataclasses.asdict(task)
-    plain = {k: os.fspath(v) if isinstance(v, Path) else v for k, v in fields.items()}
-    return plain | dict(bound.choices)
+    return {k: os.fspath(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
 
-def _export(
-    args: argparse.Namespace, run: Run, options: SamplingOptions, task: TaskOptions
-) -> None:
-    """Writes the sampler as a file of its own."""
-    bound = bind_sampler(run, options, task, one_program=False)
-
-    def draw_images(params, seed, ids, label):
-        rows = {"ids": ids, "label": label}
-        return bound.draw(params, bound.schedule, seed, rows, bound.numbers)[-1]
-
+def _say_drawn(what: str, bound: BoundSampler, out: str | Path) -> None:
     if jax.process_index() == 0:
-        told = args.classifier is not None or traits(run.model).num_classes is not None
-        about = {"workdir": args.workdir, "seed": args.seed}
-        export.write(
-            args.export,
-            draw_images,
-            bound.params,
-            beside=args.weights_beside,
-            num_labels=int(bound.rows["label"].max()) + 1 if told else None,
-            about=about | _describe(options, task, bound),
-        )
-        print(
-            f"{args.sampler} in {bound.choices['steps']} steps, ema {run.ema}: "
-            f"{args.export}"
-        )
+        steps, ema = bound.choices["steps"], bound.choices["ema"]
+        print(f"{what} in {steps} steps, ema {ema}: {out}")
 
 
 def _say_seconds(seconds: float) -> None:
@@ -300,7 +275,7 @@ def main() -> None:
     cli.add_host_flags(parser)
     args = parser.parse_args()
     cli.start_hosts(args)
-    with cli.fields_as_flags():
+    with cli.fields_as_flags(args):
         sample(args)
 
 

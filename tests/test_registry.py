@@ -24,10 +24,13 @@ def test_lookup_imports_module_colon_attribute():
         ("zzzzz", r"sampler must be one of \['ddim', 'ddpm'\] or .*, got 'zzzzz'\."),
         (3, "sampler must be one of .*, got 3"),
         (None, "sampler must be one of .*, got None"),
-        ("no_such_module_x:f", "sampler must name an importable .*no_such_module_x"),
-        ("math:no_such", "sampler must name an importable .*no_such"),
-        (":f", "sampler must name an importable"),
-        ("math:", "sampler must name an importable"),
+        (
+            "no_such_module_x:f",
+            "sampler must be one of .* or an importable .*no_such_module_x",
+        ),
+        ("math:no_such", "sampler must be one of .* or an importable .*no_such"),
+        (":f", "sampler must be one of .* or an importable"),
+        ("math:", "sampler must be one of .* or an importable"),
     ],
 )
 def test_lookup_refuses_unknown_names_in_a_sentence(name, sentence):

@@ -25,7 +25,8 @@ from jaxtyping import PyTree
 from tqdm import tqdm
 
 from jax_diffusion import config as configs
-from jax_diffusion import data, schedules
+from jax_diffusion import data, export, schedules
+from jax_diffusion.models import traits
 from jax_diffusion.pipeline.draw import make_sampler
 from jax_diffusion.pipeline.inputs import check_inputs, load_classifier, read_rows
 from jax_diffusion.pipeline.options import SamplingOptions, make_options
@@ -40,6 +41,7 @@ __all__ = [
     "SamplingOptions",
     "TaskOptions",
     "bind_sampler",
+    "export_sampler",
     "load_run",
     "make_options",
     "make_sampler",
@@ -252,13 +254,22 @@ def _bind(
     if task.num_frames == 1 and one_program:
         total = len(configs.make_betas(run.config.schedule))
         schedule = schedules.pad(schedule, total)
+    on_step: Callable[[Any], None] | None = None
+    if show_steps and num_steps > LONG and jax.process_index() == 0:
+        bar = tqdm(total=num_steps, unit="step", leave=False, disable=None)
+
+        def show(t: Any) -> None:  # of the present batch
+            if not bar.disable:
+                bar.update(num_steps - int(t) - bar.n)
+
+        on_step = show
     draw = make_sampler(
         *(run.model, run.objective, run.image_shape, options, task),
         num_steps=num_steps,
         mask=mask,
         null_label=run.null_label,
         classifier=classifier,
-        on_step=_step_bar(num_steps) if show_steps and num_steps > LONG else None,
+        on_step=on_step,
     )
     choices = {
         "steps": num_steps,
@@ -272,14 +283,43 @@ def _bind(
     )
 
 
-def _step_bar(num_steps: int) -> Callable[[Any], None] | None:
-    """Shows the steps of the present batch, on a terminal."""
-    if jax.process_index() > 0:
-        return None
-    bar = tqdm(total=num_steps, unit="step", leave=False, disable=None)
+def export_sampler(
+    path: str | os.PathLike,
+    run: Run,
+    options: SamplingOptions | None = None,
+    *,
+    weights_beside: bool = False,
+    about: Mapping[str, Any] | None = None,
+) -> BoundSampler:
+    """Writes a sampler of a run as one file that needs no jax_diffusion; see `export`.
 
-    def on_step(t):
-        if not bar.disable:
-            bar.update(num_steps - int(t) - bar.n)
+    Args:
+        path: of the file; beside it lie a .json and perhaps an .npz.
+        run: the network.
+        options: solver, steps, guidance; labels are an input of the file.
+        weights_beside: put the weights into path + ".npz".
+        about: what the .json shall say besides, JSON values.
 
-    return on_step
+    Returns:
+        The sampler that was written.
+
+    Raises:
+        ValueError: if an option does not fit the run, or as `export.write` does.
+    """
+    bound = bind_sampler(run, options, one_program=False)
+
+    def draw_images(params, seed, ids, label):
+        rows = {"ids": ids, "label": label}
+        return bound.draw(params, bound.schedule, seed, rows, bound.numbers)[-1]
+
+    if jax.process_index() == 0:
+        told = "classifier" in bound.params or traits(run.model).num_classes is not None
+        export.write(
+            os.fspath(path),
+            draw_images,
+            bound.params,
+            beside=weights_beside,
+            num_labels=int(bound.rows["label"].max()) + 1 if told else None,
+            about={**(about or {}), **bound.choices},
+        )
+    return bound

@@ -71,7 +71,7 @@ def make_sampler(
             return bind(model, params["model"], label, **more)(x_t, timesteps)
 
         denoise_fn = diffusion.denoiser(model_fn, schedule, objective)
-        if "scale" in numbers:
+        if "scale" in numbers and null_label is not None:
             scale = _in_interval(schedule, numbers, "scale", outside=1.0)
             denoise_fn = guidance.classifier_free(
                 denoise_fn, rows["label"], null_label, scale, rescale=numbers["rescale"]

@@ -101,7 +101,17 @@ def read_rows(
     if task.low_res is not None:
         rows["low_res"], labels = _read_low_res(task.low_res, run)
     if task.row.from_images:
-        rows["image"], labels = _read_images(task, run)
+        if isinstance(task.images, np.ndarray):
+            images, _ = data.check_arrays(task.images, None)
+        else:
+            batches = open_images(run, task.images, task.split, batch_size=1)
+            images, labels = batches.images, batches.labels
+        if images.shape[1:] != run.image_shape:
+            raise ValueError(
+                f"images must be {run.image_shape}, as the run's, got "
+                f"{images.shape[1:]}."
+            )
+        rows["image"] = images
         if task.row.takes_next:
             rows["next"] = np.roll(rows["image"], -1, axis=0)
     known = run.num_labels if num_classes is not None else None
@@ -118,19 +128,6 @@ def read_rows(
             f"labels of the images must be below {known}, got {labels.max()}."
         )
     return {**rows, "label": labels.astype(np.int32)}
-
-
-def _read_images(task: TaskOptions, run: Run) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images that a task starts from, uint8 [n, h, w, c], and labels if they have."""
-    if not isinstance(task.images, np.ndarray):
-        batches = open_images(run, task.images, task.split, batch_size=1)
-        return batches.images, batches.labels
-    images, _ = data.check_arrays(task.images, None)
-    if images.shape[1:] != run.image_shape:
-        raise ValueError(
-            f"images must be {run.image_shape}, as the run's, got {images.shape[1:]}."
-        )
-    return images, None
 
 
 def _read_low_res(low_res: Any, run: Run) -> tuple[np.ndarray, np.ndarray | None]:

@@ -111,7 +111,10 @@ def test_a_reader_of_ones_own_may_be_lazy(own):
     "name, words",
     [
         ("wrong", r"a reader must return .*, got ndarray from 'own.*:wrong'\.$"),
-        ("missing", r"dataset must name an importable .*, got 'own.*:missing'"),
+        (
+            "missing",
+            r"dataset must be one of .* or an importable .*, got 'own.*:missing'",
+        ),
     ],
 )
 def test_what_is_no_reader_is_refused(own, name, words):

@@ -83,8 +83,10 @@ def test_errors_of_fields_name_their_flags():
         ("guidance_rescale must be 1, got 2.", "--guidance-rescale must be 1, got 2."),
         ("clip must be true, got no.", "--no-clip must be true, got no."),
         ("the run must be one.", "the run must be one."),
+        ("dataset must be one.", "dataset must be one."),
     ):
-        with pytest.raises(ValueError) as info, cli.fields_as_flags():
+        args = argparse.Namespace(guidance_rescale=2.0, no_clip=True)
+        with pytest.raises(ValueError) as info, cli.fields_as_flags(args):
             raise ValueError(error)
         assert str(info.value) == sentence
 
