@@ -4,7 +4,7 @@ A field is translated only if both sides compute the same with it. Any other fie
 ValueError that names it, so a checkpoint never means two different networks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,8 @@ FIXED_FIELDS = {
     "add_attention": True,
     "class_embed_type": None,
 }
-# Fields of `UNet` for which diffusers supports one value.
-PLAIN_FIELDS = {"resample": "conv", "low_res": False, "block_size": 1}
+# Fields of `UNet` with the values that diffusers supports.
+PLAIN_FIELDS = {"resample": ("conv",), "low_res": (False,), "block_size": (1,)}
 # Fields of UNet2DModel with a choice: value there -> value of the field of `UNet`.
 CHOICES = {
     "freq_shift": {0: False, 1: True},
@@ -63,13 +63,32 @@ def unet_from_config(config: Json) -> dict[str, Any]:
     Raises:
         ValueError: if a field is missing or has a value that we do not support.
     """
-    config = DEFAULTS | dict(config)
-    attends = _check_config(config)
+    missing = [name for name in NEEDED if name not in config]
+    if missing:
+        raise ValueError(f"a UNet2DModel must have the fields {missing}, got none.")
+    config = FIXED_FIELDS | DEFAULTS | dict(config)
+    differing = []
+    # With scale_shift, the attention of the middle has a norm only if this is given.
+    groups = config.get("attn_norm_num_groups")
+    plain = config["resnet_time_scale_shift"] == "default"
+    if groups != config["norm_num_groups"] and not (groups is None and plain):
+        differing.append(f"attn_norm_num_groups = {groups!r}")
+    types = [*config["down_block_types"], *config["up_block_types"]]
+    differing += sorted(set(types) - BLOCKS)
+    attends = [kind.startswith("Attn") for kind in config["down_block_types"]]
+    if attends[::-1] != [k.startswith("Attn") for k in config["up_block_types"]]:
+        differing.append("attention at different sizes on the way down and up")
+    check_fields(
+        "a UNet2DModel must be of the kind of google/ddpm-*",
+        config,
+        {name: (value,) for name, value in FIXED_FIELDS.items()} | CHOICES,
+        differing,
+    )
     chosen = {name: CHOICES[name][config[name]] for name in CHOICES}
-    widths = config["block_out_channels"]
+    first, *_ = widths = config["block_out_channels"]
     return dict(
-        channels=widths[0],
-        multipliers=tuple(_ratio(width, widths[0]) for width in widths),
+        channels=first,
+        multipliers=tuple(w / first if w % first else w // first for w in widths),
         num_res_blocks=config["layers_per_block"],
         attention_resolutions=tuple(
             side_of(config) >> i for i, attend in enumerate(attends) if attend
@@ -103,37 +122,31 @@ def side_of(config: Json) -> int:
     return side
 
 
-def _check_config(config: Json) -> list[bool]:
-    """Checks that we can compute a network; returns which levels have attention."""
-    missing = [name for name in NEEDED if name not in config]
-    if missing:
-        raise ValueError(f"a UNet2DModel must have the fields {missing}, got none.")
-    differing = [
-        f"{name} = {config[name]!r}"
-        for name, value in FIXED_FIELDS.items()
-        if config.get(name, value) != value
-    ]
-    differing += [
-        f"{name} = {config[name]!r}"
-        for name, choices in CHOICES.items()
-        if config[name] not in choices
-    ]
-    # With scale_shift, the attention of the middle has a norm only if this is given.
-    groups = config.get("attn_norm_num_groups")
-    plain = config["resnet_time_scale_shift"] == "default"
-    if groups != config["norm_num_groups"] and not (groups is None and plain):
-        differing.append(f"attn_norm_num_groups = {groups!r}")
-    types = [*config["down_block_types"], *config["up_block_types"]]
-    differing += sorted(set(types) - BLOCKS)
-    attends = [kind.startswith("Attn") for kind in config["down_block_types"]]
-    if attends[::-1] != [k.startswith("Attn") for k in config["up_block_types"]]:
-        differing.append("attention at different sizes on the way down and up")
-    if differing:
-        raise ValueError(
-            "a UNet2DModel must be of the kind of google/ddpm-*, got "
-            f"{', '.join(differing)}."
-        )
-    return attends
+def check_fields(
+    rule: str,
+    found: Mapping[str, Any],
+    allowed: Mapping[str, Collection[Any]],
+    differing: Iterable[str] = (),
+) -> None:
+    """Checks that fields of a network have values that another code can compute.
+
+    Args:
+        rule: the rule that the error states.
+        found: values by name; all names of `allowed` are there.
+        allowed: for each field that is limited, its allowed values.
+        differing: what else differs, in words.
+
+    Raises:
+        ValueError: if anything differs; the error names all of it.
+
+    >>> check_fields("x must be 1", {"x": 2, "y": 3}, {"x": [1]})
+    Traceback (most recent call last):
+    ValueError: x must be 1, got x = 2.
+    """
+    wrong = [name for name, values in allowed.items() if found[name] not in values]
+    words = [*(f"{name} = {found[name]!r}" for name in wrong), *differing]
+    if words:
+        raise ValueError(f"{rule}, got {', '.join(words)}.")
 
 
 def config_from_unet(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
@@ -149,7 +162,20 @@ def config_from_unet(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]
     size, _, channels = image_shape
     widths = [round(m * model.channels) for m in model.multipliers]
     attends = [size >> i in model.attention_resolutions for i in range(len(widths))]
-    _check_unet(model, image_shape, widths, attends)
+    differing = []
+    if model.multipliers[0] != 1:
+        differing.append(f"multipliers = {model.multipliers}")
+    attending = {w for w, a in zip(widths, attends, strict=True) if a} | {widths[-1]}
+    if model.head_channels is None and model.num_heads > 1 and len(attending) > 1:
+        differing.append(f"num_heads = {model.num_heads} at several widths")
+    if image_shape[0] != image_shape[1]:
+        differing.append(f"images of {image_shape[0]} x {image_shape[1]}")
+    check_fields(
+        "the network must be one that diffusers' UNet2DModel can compute",
+        vars(model),
+        PLAIN_FIELDS,
+        differing,
+    )
     head = model.head_channels
     if head is None and model.num_heads > 1:
         head = widths[-1] // model.num_heads
@@ -176,26 +202,6 @@ def config_from_unet(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]
         "num_class_embeds": model.num_classes,
         "num_train_timesteps": None,
     }
-
-
-def _check_unet(model, image_shape, widths, attends):
-    differing = [
-        f"{name} = {getattr(model, name)!r}"
-        for name, value in PLAIN_FIELDS.items()
-        if getattr(model, name) != value
-    ]
-    if model.multipliers[0] != 1:
-        differing.append(f"multipliers = {model.multipliers}")
-    attending = {w for w, a in zip(widths, attends, strict=True) if a} | {widths[-1]}
-    if model.head_channels is None and model.num_heads > 1 and len(attending) > 1:
-        differing.append(f"num_heads = {model.num_heads} at several widths")
-    if image_shape[0] != image_shape[1]:
-        differing.append(f"images of {image_shape[0]} x {image_shape[1]}")
-    if differing:
-        raise ValueError(
-            "the network must be one that diffusers' UNet2DModel can compute, got "
-            f"{', '.join(differing)}."
-        )
 
 
 def process_from_scheduler(config: Json) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -271,7 +277,3 @@ def scheduler_from_process(
         "clip_sample": True,
         "clip_sample_range": 1.0,
     }
-
-
-def _ratio(width: int, first: int) -> int | float:
-    return width // first if width % first == 0 else width / first

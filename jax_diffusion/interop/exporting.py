@@ -25,16 +25,16 @@ from jax_diffusion.pipeline import Run
 from jax_diffusion.registry import lookup
 from jax_diffusion.runtime import files
 
-# The fields of `UNet` that cannot be chosen in improved-diffusion's UNetModel.
+# Fields of `UNet` with the values that improved-diffusion's UNetModel supports.
 OPENAI_FIELDS = dict(
-    embedding_order="cos_sin",
-    embedding_endpoint=False,
-    down_padding="symmetric",
-    num_groups=32,
-    norm_epsilon=1e-5,
-    resample="conv",
-    head_channels=None,
-    block_size=1,
+    embedding_order=("cos_sin",),
+    embedding_endpoint=(False,),
+    down_padding=("symmetric",),
+    num_groups=(32,),
+    norm_epsilon=(1e-5,),
+    resample=("conv",),
+    head_channels=(None,),
+    block_size=(1,),
 )
 OPENAI_MEANS = {"eps": "EPSILON", "x_0": "START_X", "mu": "PREVIOUS_X"}
 
@@ -60,8 +60,7 @@ def export_run(run: Run, to: str, out: str | os.PathLike) -> None:
 def to_openai(run: Run, out: Path) -> None:
     """Writes a .pt file for improved-diffusion, and a .json file beside it.
 
-    The .json holds the arguments of improved-diffusion's UNetModel (SuperResModel for
-    a network with low_res) and of its GaussianDiffusion.
+    The .json holds what `openai_arguments` returns.
 
     Args:
         run: a run whose network is a `UNet`.
@@ -74,29 +73,38 @@ def to_openai(run: Run, out: Path) -> None:
     flags = out.with_suffix(".json")
     if out.suffix not in (".pt", ".pth") or flags.exists():
         raise ValueError(f"out must end in .pt and be new, got {str(out)!r}.")
-    content = {"model": _openai_model(run), "diffusion": _openai_diffusion(run)}
+    content = json.dumps(openai_arguments(run), indent=2) + "\n"
     tensors = torch_files.torch_content(state_dict(run, "openai"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_all_atomic({out: tensors, flags: json.dumps(content, indent=2) + "\n"})
+    files.write_all_atomic({out: tensors, flags: content})
 
 
-def _openai_model(run: Run) -> dict[str, Any]:
-    """Returns the arguments of improved-diffusion's UNetModel."""
+def openai_arguments(run: Run) -> dict[str, dict[str, Any]]:
+    """Returns the arguments with which improved-diffusion builds the same model.
+
+    Args:
+        run: a run whose network is a `UNet`.
+
+    Returns:
+        {"model": ..., "diffusion": ...}: plain keyword arguments of its UNetModel
+        (SuperResModel for a network with low_res), and of its GaussianDiffusion.
+
+    Raises:
+        ValueError: if improved-diffusion cannot compute what this run does.
+    """
     model = _unet(run)
-    differing = [
-        f"{name} = {getattr(model, name)!r}"
-        for name, value in OPENAI_FIELDS.items()
-        if getattr(model, name) != value
-    ]
+    objective: Any = run.objective
+    differing = []
     if model.multipliers[0] != 1 or any(m != int(m) for m in model.multipliers):
         differing.append(f"multipliers = {model.multipliers}")
-    if differing:
-        raise ValueError(
-            "the network must be one that improved-diffusion can compute, got "
-            f"{', '.join(differing)}."
-        )
+    diffusers_config.check_fields(
+        "the network must be one that improved-diffusion can compute",
+        vars(model),
+        OPENAI_FIELDS,
+        differing,
+    )
     heights = [run.image_shape[0] >> i for i in range(len(model.multipliers))]
-    return dict(
+    arguments = dict(
         in_channels=run.image_shape[-1],
         model_channels=model.channels,
         out_channels=model.out_channels,
@@ -110,13 +118,8 @@ def _openai_model(run: Run) -> dict[str, Any]:
         use_scale_shift_norm=model.scale_shift,
         dropout=model.dropout,
     )
-
-
-def _openai_diffusion(run: Run) -> dict[str, Any]:
-    """Returns the arguments of improved-diffusion's GaussianDiffusion."""
-    objective: Any = run.objective
     schedule = run.config.schedule
-    return dict(
+    diffusion = dict(
         betas=configs.make_betas(schedule).tolist(),
         model_mean_type=lookup(
             "the mean_type for improved-diffusion", objective.mean_type, OPENAI_MEANS
@@ -124,6 +127,7 @@ def _openai_diffusion(run: Run) -> dict[str, Any]:
         model_var_type=objective.var_type.upper(),
         rescale_timesteps=schedule.get("rescale_timesteps", False),
     )
+    return {"model": arguments, "diffusion": diffusion}
 
 
 def to_diffusers(run: Run, out: Path) -> None:

@@ -79,7 +79,9 @@ def load_checkpoint(
     Raises:
         ValueError: if the file is unknown or damaged, or is not of that network.
     """
-    params, known, image_shape = _read(Path(path), name, config, layout)
+    params, known, image_shape = read_checkpoint(
+        path, name=name, config=config, layout=layout
+    )
     # The file holds one set of parameters, so there are no EMAs to choose from.
     record = {"config": {**known, "ema_decays": ()}, "format": configs.FORMAT}
     plain = configs.of_record(record).to_json()  # as a workdir would hold it
@@ -169,18 +171,44 @@ def _is_state_dict(tree: Any) -> bool:
     )
 
 
-def _read(
-    path: Path, name: str | None, config: Config | None, layout: str
+def read_checkpoint(
+    path: str | os.PathLike,
+    *,
+    name: str | None = None,
+    config: Config | None = None,
+    layout: str = "openai",
 ) -> Checkpoint:
-    """Reads a checkpoint of any of the four kinds."""
+    """Reads parameters and config of a checkpoint of any kind, as `load_checkpoint`.
+
+    Args:
+        path: a file, or a folder of Hugging Face diffusers.
+        name: as for `load_checkpoint`.
+        config: as for `load_checkpoint`.
+        layout: as for `load_checkpoint`.
+
+    Returns:
+        The checkpoint; its parameters are NumPy arrays. No network is built of it.
+
+    Raises:
+        ValueError: if the file is unknown or damaged, or is not of that network.
+    """
+    path = Path(path)
     if not path.exists():
         raise ValueError(f"a checkpoint must be a file or folder, got {str(path)!r}.")
     if path.is_dir():
-        return _read_diffusers(path)
+        return read_diffusers(path)
     if path.suffix == ".safetensors":
         tensors, metadata = torch_files.read_safetensors(path)
         if RECORD in metadata:
-            return _read_ours(tensors, configs.upgrade(json.loads(metadata[RECORD])))
+            record = configs.upgrade(json.loads(metadata[RECORD]))
+            known, image_shape = record["config"], tuple(record["image_shape"])
+            _, shapes = model_and_shapes(known, image_shape)
+            wanted: dict[str, Any] = flatten_dict(shapes, sep=".")
+            layouts.check_same(
+                {key: leaf.shape for key, leaf in wanted.items()},
+                {key: array.shape for key, array in tensors.items()},
+            )
+            return Checkpoint(unflatten_dict(tensors, sep="."), known, image_shape)
     else:
         tensors = read_state_dict(path)
     if config is not None:
@@ -197,20 +225,20 @@ def _read(
     return Checkpoint(params, known, image_shape)
 
 
-def _read_ours(tensors: Mapping[str, np.ndarray], record: Any) -> Checkpoint:
-    """Makes a checkpoint of a file that `exporting.to_safetensors` wrote."""
-    config, image_shape = record["config"], tuple(record["image_shape"])
-    _, shapes = model_and_shapes(config, image_shape)
-    wanted: dict[str, Any] = flatten_dict(shapes, sep=".")
-    layouts.check_same(
-        {name: leaf.shape for name, leaf in wanted.items()},
-        {name: array.shape for name, array in tensors.items()},
-    )
-    return Checkpoint(unflatten_dict(tensors, sep="."), config, image_shape)
+def read_diffusers(path: Path) -> Checkpoint:
+    """Reads a folder of Hugging Face diffusers.
 
+    Args:
+        path: folder of a pipeline, with unet/ and scheduler/, or of one model, with
+            config.json, scheduler_config.json and the weights.
 
-def _read_diffusers(path: Path) -> Checkpoint:
-    """Reads the folder of a diffusers pipeline, or of one model with its scheduler."""
+    Returns:
+        The checkpoint. Its config trains on with images from the folder data/.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or if we do not support the network
+            or the scheduler.
+    """
     model = path / "unet" if (path / "unet").is_dir() else path
     scheduler = path / "scheduler" if (path / "scheduler").is_dir() else path
     unet = _read_json(model / "config.json")

@@ -42,7 +42,14 @@ def params_from_torch(tensors: Mapping[str, np.ndarray]) -> PyTree:
         ValueError: if tensors are missing, unexpected or of another shape; the error
             names all of them.
     """
-    kernels = _kernel_shapes()
+    image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
+    init = jax.eval_shape(Inception().init, jax.random.key(0), image)
+    flat: dict[tuple[str, ...], Any] = flatten_dict(init["params"])
+    kernels = {  # kernel shape [*size, in, out] of every convolution by its name
+        ".".join(path[:-1]): array.shape
+        for path, array in flat.items()
+        if path[0] != "fc" and path[-1] == "kernel"
+    }
     wanted: dict[str, tuple[int, ...]] = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
     for name, (*size, c_in, c_out) in kernels.items():
         wanted[f"{name}.conv.weight"] = (c_out, c_in, *size)
@@ -62,12 +69,3 @@ def params_from_torch(tensors: Mapping[str, np.ndarray]) -> PyTree:
         params[*path, "kernel"] = np.asarray(kernel, np.float32)
         params[*path, "bias"] = np.asarray(bias - mean * scale, np.float32)
     return unflatten_dict(params)
-
-
-def _kernel_shapes() -> dict[str, tuple[int, ...]]:
-    """Returns the kernel shape [*size, in, out] of every convolution by its name."""
-    image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
-    init = jax.eval_shape(Inception().init, jax.random.key(0), image)
-    flat: dict[tuple[str, ...], Any] = flatten_dict(init["params"])
-    shapes = {path: array.shape for path, array in flat.items() if path[0] != "fc"}
-    return {".".join(p[:-1]): s for p, s in shapes.items() if p[-1] == "kernel"}

@@ -174,6 +174,7 @@ def read_torch(path: str | Path) -> Any:
 
 
 def _read_zip(file: Any) -> Any:
+    """Reads the format of PyTorch 1.6 and later: a pickle, and a file per storage."""
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         pickles = [n for n in names if n.endswith("/data.pkl")]
@@ -190,6 +191,7 @@ def _read_zip(file: Any) -> Any:
 
 
 def _read_legacy(file: Any) -> Any:
+    """Reads the older format: five pickles in a row, then all storages."""
     magic, version, system = (_unpickle(file)[0] for _ in range(3))
     if magic != LEGACY_MAGIC or version != LEGACY_VERSION:
         raise ValueError("no PyTorch file")
@@ -228,7 +230,11 @@ def _arrays(tree: Any, read: Callable[[_Storage], bytes]) -> Any:
 
     def inside(item):
         if isinstance(item, _Tensor):
-            return _view(item, numbers(item.storage))
+            flat = numbers(item.storage)
+            strides = [stride * flat.itemsize for stride in item.stride]
+            return np.lib.stride_tricks.as_strided(
+                flat[item.offset :], item.size, strides, writeable=False
+            )
         if isinstance(item, Mapping):
             return {key: convert(value) for key, value in item.items()}
         if isinstance(item, list | tuple):
@@ -236,13 +242,6 @@ def _arrays(tree: Any, read: Callable[[_Storage], bytes]) -> Any:
         return item
 
     return convert(tree)
-
-
-def _view(tensor: _Tensor, flat: np.ndarray) -> np.ndarray:
-    strides = [stride * flat.itemsize for stride in tensor.stride]
-    start = flat[tensor.offset :]
-    as_strided = np.lib.stride_tricks.as_strided
-    return as_strided(start, tensor.size, strides, writeable=False)
 
 
 def write_torch(path: str | Path, tensors: Tensors) -> None:

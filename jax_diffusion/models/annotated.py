@@ -183,7 +183,12 @@ class AnnotatedUNet(TorchLayers):
         train: bool = False,
     ) -> Float[Array, "b h w c_out"]:
         del train
-        self._check(x)
+        check_halvings(x, len(self.multipliers) - 1)
+        if not self.use_convnext and self.channels % self.num_groups:
+            raise ValueError(
+                f"channels of ResNet blocks must be divisible by num_groups = "
+                f"{self.num_groups}, got {self.channels}."
+            )
         stage, block, attention = self._blocks()
         widths = [self.channels * multiplier for multiplier in self.multipliers]
         emb = self.embed(timesteps, self.channels)
@@ -204,7 +209,7 @@ class AnnotatedUNet(TorchLayers):
         for level in reversed(range(1, len(widths))):
             h = jnp.concatenate([h, skips.pop()], axis=-1)
             h = stage(h, emb, widths[level - 1], f"up_{level}")
-            h = self._double(h, f"up_{level}_double")
+            h = self.double(h, f"up_{level}_double")
 
         if self.full_skip:
             h = jnp.concatenate([h, skips.pop()], axis=-1)
@@ -233,8 +238,18 @@ class AnnotatedUNet(TorchLayers):
 
         return stage, block, attention
 
-    def _double(self, h, name):
-        """Applies what PyTorch calls ConvTranspose2d(c, c, 4, stride=2, padding=1)."""
+    def double(
+        self, h: Float[Array, "b h w c"], name: str
+    ) -> Float[Array, "b h2 w2 c"]:
+        """Doubles height and width: PyTorch's ConvTranspose2d(c, c, 4, 2, padding=1).
+
+        Args:
+            h: features [b, h, w, c].
+            name: name of the convolution, whose kernel is [4, 4, c, c].
+
+        Returns:
+            Features [b, 2 h, 2 w, c] of dtype `self.dtype`.
+        """
         c = h.shape[-1]
         return nn.ConvTranspose(
             c,
@@ -246,11 +261,3 @@ class AnnotatedUNet(TorchLayers):
             name=name,
             **layer_init("torch", 4 * 4 * c),
         )(h)
-
-    def _check(self, x):
-        check_halvings(x, len(self.multipliers) - 1)
-        if not self.use_convnext and self.channels % self.num_groups:
-            raise ValueError(
-                f"channels of ResNet blocks must be divisible by num_groups = "
-                f"{self.num_groups}, got {self.channels}."
-            )

@@ -95,20 +95,16 @@ class NoisyClassifier(Trunk):
         block, attend = self.blocks(self.embed(timesteps), train)
         stages, h = self.descend(x, block, attend)
         if self.pool.startswith("spatial"):
-            return self._spatial([*stages, h])
+            means = [jnp.mean(f.astype(jnp.float32), (1, 2)) for f in (*stages, h)]
+            h = self.dense(jnp.concatenate(means, axis=-1), HIDDEN, name="hidden")
+            if self.pool == "spatial":
+                h = nn.relu(h)
+            else:
+                h = self.norm(h, name="norm_hidden", silu=True)
+            return self.dense(h, self.num_labels, name="logits")
         h = self.norm(h, name="norm_out", silu=True)
         if self.pool == "adaptive":
             h = jnp.mean(h, axis=(1, 2))
             return self.dense(h, self.num_labels, name="conv_logits", zero=True)
         options = self.shared() | self.heads() | dict(dtype=jnp.float32)
         return AttentionPool(num_labels=self.num_labels, name="pool", **options)(h)
-
-    def _spatial(self, stages):
-        """Computes logits from the mean features of every stage."""
-        means = [jnp.mean(h.astype(jnp.float32), axis=(1, 2)) for h in stages]
-        h = self.dense(jnp.concatenate(means, axis=-1), HIDDEN, name="hidden")
-        if self.pool == "spatial":
-            h = nn.relu(h)
-        else:
-            h = self.norm(h, name="norm_hidden", silu=True)
-        return self.dense(h, self.num_labels, name="logits")

@@ -226,16 +226,31 @@ class Trunk(Layers):
                 h = attend(block(h, width, f"down_{level}_{i}"), f"down_{level}_{i}")
                 stages.append(h)
             if level < len(widths) - 1:
-                stages.append(h := self._halve(h, f"down_{level}_halve", block))
+                stages.append(
+                    h := self.resize(h, f"down_{level}_halve", block, "halve")
+                )
         h = block(h, h.shape[-1], "mid_0")
         h = attend(h, "mid", always=True)
         return stages, block(h, h.shape[-1], "mid_1")
 
-    def _halve(self, h, name, block):
+    def resize(self, h, name, block, how):
+        """Halves or doubles all spatial axes between levels, as `resample` says.
+
+        Args:
+            h: features [b, *spatial, c].
+            name: name of the layer; "pool" has none.
+            block: first result of `blocks`.
+            how: "halve" or "double".
+
+        Returns:
+            Features [b, *resized, c].
+        """
         if self.resample == "resblock":
-            return block(h, h.shape[-1], name, resample="halve")
+            return block(h, h.shape[-1], name, resample=how)
         if self.resample == "pool":
-            return pool(h)
+            return pool(h) if how == "halve" else repeat(h)
+        if how == "double":
+            return self.conv(h, h.shape[-1], name=name, double=True)
         padding = (0, 1) if self.down_padding == "bottom_right" else (1, 1)
         return self.conv(h, h.shape[-1], name=name, stride=2, padding=padding)
 
@@ -321,19 +336,12 @@ class UNet(Trunk):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = attend(block(h, width, f"up_{level}_{i}"), f"up_{level}_{i}")
             if level > 0:
-                h = self._double(h, f"up_{level}_double", block)
+                h = self.resize(h, f"up_{level}_double", block, "double")
 
         h = self.norm(h, name="norm_out", silu=True)
         features = self.out_channels * self.block_size**2
         h = self.conv(h, features, name="conv_out", zero=True, dtype=jnp.float32)
         return unfold(h, self.block_size)
-
-    def _double(self, h, name, block):
-        if self.resample == "resblock":
-            return block(h, h.shape[-1], name, resample="double")
-        if self.resample == "pool":
-            return repeat(h)
-        return self.conv(h, h.shape[-1], name=name, double=True)
 
     def _check_inputs(self, label, low_res):
         if (label is None) != (self.num_classes is None):

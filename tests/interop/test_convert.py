@@ -377,6 +377,7 @@ def test_a_run_for_improved_diffusion_and_back(tmp_path, program, monkeypatch):
     out = tmp_path / "new" / "a.pt"
     program("--workdir", tmp_path / "run", "--to", "openai", "--out", out)
     flags = json.loads(out.with_suffix(".json").read_text())
+    assert flags == exporting.openai_arguments(runs.load_run(tmp_path / "run"))
     assert flags["model"] == dict(
         in_channels=3,
         model_channels=32,
@@ -597,6 +598,16 @@ def test_load_checkpoint_is_convert_and_load_run_without_a_workdir(tmp_path, pro
     mine = jd.load_checkpoint(tmp_path / "mine.pt", config=config)
     assert trees_equal(mine.params, run.params)
     assert mine.objective.mean_type == "v"  # as the config says
+
+
+def test_read_checkpoint_is_what_load_checkpoint_builds_of(tmp_path, program):
+    make_run(tmp_path / "run", model=dict(num_classes=3))
+    out = tmp_path / "a.safetensors"
+    program("--workdir", tmp_path / "run", "--to", "safetensors", "--out", out)
+    params, config, image_shape = importing.read_checkpoint(out)
+    run = jd.load_checkpoint(out)
+    assert trees_equal(params, run.params) and image_shape == run.image_shape
+    assert settings.build(config, image_shape[-1]).model == run.model
 
 
 # Mistakes

@@ -638,7 +638,10 @@ def test_old_names_of_diffusers_are_taken_for_the_new_ones():
         (dict(resnet_time_scale_shift="spatial"), "= 'spatial'"),
         (dict(resnet_time_scale_shift="scale_shift"), "attn_norm_num_groups = None"),
         (dict(attn_norm_num_groups=16), "attn_norm_num_groups = 16"),
-        (dict(up_block_types=["UpBlock2D"] * 4), "other sizes than up"),
+        (
+            dict(up_block_types=["UpBlock2D"] * 4),
+            "different sizes on the way down and up",
+        ),
         (dict(sample_size=None), "sample_size must be one number, got None"),
         (dict(sample_size=[32, 64]), "sample_size must be one number"),
     ],

@@ -104,7 +104,7 @@ class Conv(TorchLayers):
 class Double(AnnotatedUNet):
     @nn.compact
     def __call__(self, x):
-        return self._double(x, "double")
+        return self.double(x, "double")
 
 
 class Norm(TorchLayers):
