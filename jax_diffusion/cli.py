@@ -18,7 +18,7 @@ from jax_diffusion.samplers import SAMPLERS
 from jax_diffusion.spacing import SPACINGS
 
 # Fields of options whose flags are called otherwise, and how.
-FLAGS = {"clip": "--no-clip", "reclip": "--no-reclip", "rounding": "--quantize"}
+FLAGS = {"clip": "--no-clip", "reclip": "--no-reclip"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,14 +86,17 @@ SAMPLER_FLAGS: Flags = {
         help="Clip the predicted x_0 to this quantile of |x_0|, such as 0.995, instead "
         "of to 1 (dynamic thresholding).",
     ),
-    "--quantize": dict(
+    "--rounding": dict(
         default="floor",
         help="How floats become uint8: floor, as in OpenAI's code, or round, as in "
         "DDIM's.",
     ),
+    "--quantize": dict(dest="rounding", help=argparse.SUPPRESS),  # its old name
 }
 GUIDANCE_FLAGS: Flags = {
-    "--label": dict(help="Labels, such as 3 or 0,1,2, in turn. By default all."),
+    "--label": dict(
+        help="The images get these labels in turn: 3, or 0,1,2. By default all."
+    ),
     "--guidance": dict(
         type=float,
         help="Scale of classifier-free guidance, 1 for none. The run must have been "
@@ -102,7 +105,8 @@ GUIDANCE_FLAGS: Flags = {
     "--guidance-rescale": dict(
         type=float,
         default=0.0,
-        help="Share, 0 to 1, in which guided images get back their contrast.",
+        help="How far, 0 to 1, guided images are scaled back to the contrast of "
+        "unguided ones.",
     ),
     "--guidance-interval": dict(
         metavar="LOW,HIGH",
@@ -142,7 +146,7 @@ def add_flags(
     group = parser.add_argument_group(title, about) if title else parser
     for flag, options in flags.items():
         default, told = options.get("default"), options["help"]
-        if default is not None and told != argparse.SUPPRESS:
+        if default not in (None, argparse.SUPPRESS) and told != argparse.SUPPRESS:
             told += f" (default: {default})"
         group.add_argument(flag, **{**options, "help": told})
 
@@ -164,7 +168,6 @@ def sampling_options(args: argparse.Namespace) -> SamplingOptions:
     values = vars(args) | {
         "clip": not args.no_clip,
         "reclip": not args.no_reclip,
-        "rounding": args.quantize,
     }
     names = [field.name for field in dataclasses.fields(SamplingOptions)]
     return SamplingOptions(**{name: values[name] for name in names})

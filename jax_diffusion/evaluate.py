@@ -120,8 +120,8 @@ NETWORK_FLAGS: cli.Flags = {
         help="Which split of the data bpd, nll_ode and accuracy are of.",
     ),
     "--bpd-images": dict(
-        help="Number of images, the first ones, that bpd and nll_ode are of. By "
-        "default all.",
+        help="Compute bpd and nll_ode on the first so many images only. By "
+        "default on all.",
         **_COUNT,
     ),
     "--bpd-steps": dict(

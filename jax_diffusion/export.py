@@ -8,7 +8,7 @@ it has been run on CPUs only. The machine that draws needs
     pip install jax flatbuffers
 
 with a jax at least as new as the one that wrote the file. The one that writes needs
-`pip install jax_diffusion[export]`. The following script, saved as draw.py, draws the
+`pip install 'jax_diffusion[export]'`. The following script, saved as draw.py, draws the
 images 0 to N - 1 of a seed: `python draw.py FILE SEED N images.npy`. It takes all
 labels in turn, as `sample` does.
 

@@ -190,7 +190,11 @@ def _write_folder(
 FLAGS: cli.Flags = {
     "--workdir": dict(required=True, help="Workdir of the training run."),
     "--out": dict(help="Where images go: a folder, or FILE.npz."),
-    "--export": dict(metavar="FILE", help="Write the sampler itself; see export.py."),
+    "--export": dict(
+        metavar="FILE",
+        help="Write the sampler as one file that runs without this package; see "
+        "jax_diffusion/export.py.",
+    ),
     "--weights-beside": dict(
         action="store_true",
         help="Put the weights of --export into FILE.npz, not into FILE.",
@@ -242,7 +246,8 @@ TASK_FLAGS: cli.Flags = {
     "--resamples": dict(
         type=cli.positive,
         default=1,
-        help="How often unknown pixels are drawn, as by RePaint.",
+        help="How often each stretch of --jump steps is repeated (RePaint); 1 for "
+        "plain inpainting.",
     ),
     "--jump": dict(
         type=cli.positive,
@@ -258,7 +263,7 @@ CASCADE_FLAGS: cli.Flags = {
     ),
     "--upsample": dict(
         metavar="WORKDIR",
-        help="Enlarge what is drawn by this run of a network with low_res.",
+        help="Enlarge the drawn images by this super-resolution run.",
     ),
 }
 

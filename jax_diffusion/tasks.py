@@ -111,7 +111,7 @@ class TaskOptions:
     @property
     def row(self) -> Task:
         """The task's row; a bare function of a user is a task without images."""
-        row = lookup("task", self.task, TASKS)
+        row = lookup("task", OLD_TASKS.get(self.task, self.task), TASKS)
         return row if isinstance(row, Task) else Task(row)
 
     def read_mask(self, image_shape: tuple[int, ...]) -> np.ndarray:
@@ -288,7 +288,7 @@ TASKS: dict[str, Task] = {
     "interpolate": Task(interpolate, from_images=True, is_strip=True, takes_next=True),
     "slerp": Task(slerp, is_strip=True),
 }
-TASKS["colourise"] = TASKS["colorize"]  # its name until version 0.1
+OLD_TASKS = {"colourise": "colorize"}  # names until version 0.1
 
 
 def read_mask(

@@ -46,7 +46,7 @@ class LossHistory(NamedTuple):
 
 
 def _stateless(draw: Callable[..., Array]) -> TimestepSampler:
-    """A sampler without memory, whose weights are 1: each single t must be uniform."""
+    """A sampler without memory; `draw` must give each t a uniform distribution."""
 
     def sample(key, state, batch_size):
         del state

@@ -201,7 +201,7 @@ def main() -> None:
     parser = cli.make_parser("train", __doc__, allow_abbrev=False)
     parser.epilog = (
         "Any field of the config can be changed, as with --config.total_steps=60 or "
-        "--config.model.channels=64."
+        "--config.model.channels=64; FIELDS in jax_diffusion/config.py lists them."
     )
     parser.add_argument(
         "--config",

@@ -22,7 +22,7 @@ This module has `load`, which opens a data set by its name in `DATASETS`, and
     config.data = dict(name="tfds", path="cifar10:3.0.2", batch_size=128)
 
 Images that are not in memory are read ahead of the training step by grain, which
-`pip install jax_diffusion[grain]` installs.
+`pip install 'jax_diffusion[grain]'` installs.
 """
 
 import math
@@ -100,11 +100,12 @@ def load(
         split: "train", "test" or "all"; for "tfds" also the data set's own names.
         path: where the data are; for "tfds" a name, as "cifar10:3.0.2", or a folder.
         image_size: side of the square images, in pixels. "folder" needs it and "tfds"
-            may have it, to resize to; "synthetic" draws at it; others only check it.
-        in_memory: True decodes all images now, False those of a batch when it is asked
-            for, which readers of `Examples` such as "folder" and "tfds" can. The
-            batches are the same. By default, these are decoded now up to
-            `MAX_IN_MEMORY` bytes (2 GiB), and arrays always are.
+            may have it, to resize to; "synthetic" draws at it; for
+            other data sets it is only compared with their size.
+        in_memory: True decodes all images at once; False decodes each batch when it is
+            needed, which only readers that return `Examples` can, such as "folder" and
+            "tfds". The batches are the same. Default: True up to `MAX_IN_MEMORY` bytes
+            (2 GiB).
         batch_size, seed, train, flip, start_step: as in `from_arrays`.
 
     Raises:
@@ -155,8 +156,8 @@ def parse_source(text: str) -> tuple[str, str | None]:
         text: "NAME:PATH" or "NAME", with NAME a key of `DATASETS`; or the path of a
             folder, which is of the data set "folder", or of a .npz or .npy file, which
             is of "npz"; or "package.module:function" or
-            "package.module:function:PATH" with a reader of your own. A folder that is
-            called like a data set is written "./digits".
+            "package.module:function:PATH" with a reader of your own. For a folder
+            whose name is also that of a data set, write "./digits".
 
     Returns:
         Name and path; the path is None if there is none.

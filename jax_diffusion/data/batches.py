@@ -190,7 +190,7 @@ def _read_ahead(
     try:
         import grain
     except ImportError as error:
-        rule = "reading ahead needs grain, `pip install jax_diffusion[grain]`"
+        rule = "reading ahead needs grain, `pip install 'jax_diffusion[grain]'`"
         raise ValueError(f"{rule}, got {error!r}.") from error
     threads, closing = set(), threading.Event()
 

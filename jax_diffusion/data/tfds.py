@@ -1,6 +1,6 @@
 """Data sets of TensorFlow Datasets (TFDS), read without TensorFlow.
 
-`pip install jax_diffusion[tfds]` installs what reads them. Official data sets must be
+`pip install 'jax_diffusion[tfds]'` installs what reads them. Official data sets must be
 prepared once, on any machine, which needs TensorFlow:
 
     pip install tensorflow tensorflow-datasets array_record importlib_resources
@@ -105,7 +105,7 @@ def open_tfds(split: str, path: Source, image_size: int | None) -> Tfds:
     Raises:
         ValueError: if TFDS is not installed, or the data or the split is not there.
     """
-    with reading("this needs tensorflow-datasets, `pip install jax_diffusion[tfds]`"):
+    with reading("this needs tensorflow-datasets, `pip install 'jax_diffusion[tfds]'`"):
         import tensorflow_datasets as tfds
     folder = _prepared(path)
     rule = f"{folder} must have split {split!r} with images of one shape"

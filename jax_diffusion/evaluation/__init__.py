@@ -137,7 +137,7 @@ def evaluate(
             a split of the run's data, unflipped.
         reference_split: which split: "train", "test" or "all".
         data: PATH or NAME:PATH of a data set in place of the run's.
-        split: which split of the data bpd, nll_ode and accuracy are of.
+        split: the split on which bpd, nll_ode and accuracy are computed.
         n: how many images to score; default all images, or as many samples as the
             reference split has images.
         seed: of the samples, of the noise of bpd and of the training of a classifier.

@@ -111,11 +111,11 @@ def inception(
     Args:
         source: path of the weights; by default they are downloaded once, to `cache`.
         url: address to download from: http, https or file.
-        sha256: SHA-256 that the file must have. None accepts any, of a `source` only.
+        sha256: the required SHA-256; None accepts any file, with `source` only.
         cache: a folder; default $XDG_CACHE_HOME or ~/.cache, in it jax_diffusion.
 
     Raises:
-        ValueError: if the file cannot be had, or is another than it must be.
+        ValueError: if the file cannot be had, or has the wrong hash.
     """
     advice = f"get the file from {url} and give its path, --inception FILE"
     if source is not None:
@@ -125,7 +125,9 @@ def inception(
                 f"Inception's weights must be a file, got {str(path)!r}; {advice}."
             )
     elif sha256 is None:
-        raise ValueError("sha256 must be given of a file to download, got None.")
+        raise ValueError(
+            "sha256 must be given for a file that is downloaded, got None."
+        )
     else:
         path = _download(url, sha256, cache or cpu.cache_folder(), advice)
     found = sha256_of_file(path)

@@ -122,7 +122,7 @@ def network_of(run: Run) -> dict[str, Any]:
 
 
 def name_of_data(run: Run, source: str | None = None) -> str:
-    """Returns NAME:PATH of the run's data, or NAME where they are embedded."""
+    """Returns NAME:PATH of the run's data, or NAME for data that need no path."""
     group = run.config.data
     path = group.get("path")
     return source or (f"{group.name}:{path}" if path else group.name)

@@ -1,4 +1,4 @@
-"""The resumable map over images: what is computed of each image, and kept.
+"""Computes something for each image and stores it, so that a killed job continues.
 
 `each_image` evaluates a function on all images of a set, whose batches all devices
 share. `collect` gathers what it yields, in files that survive a kill if a path is
@@ -50,7 +50,7 @@ def collect(
     On several hosts, all of them call it.
 
     Args:
-        compute: yields arrays [b, ...] by name for one batch of images after the other.
+        compute: yields arrays [b, ...] by name, batch by batch.
         n: the number of images.
         path: of a .npz. Batches are written to its parts, and those that are there
             already are not computed again. By default nothing is written.
@@ -88,8 +88,8 @@ def each_image(
     """Builds compute(start), for `collect`, which evaluates `score` on every image.
 
     Args:
-        score: function of parameters, ids, images and labels of a batch; jitted here
-            by nobody, so it should be. The id of an image is its number in the set.
+        score: a jitted function of parameters, ids, images and labels of a batch. The
+            id of an image is its number in the set.
         params: its first argument, copied to all devices.
         images: the image set.
     """

@@ -387,7 +387,7 @@ def _safetensors() -> Any:
         import safetensors.numpy
     except ImportError:
         raise ValueError(
-            "safetensors must be installed, `pip install jax_diffusion[convert]`, got "
-            "none."
+            "safetensors must be installed, `pip install 'jax_diffusion[convert]'`, "
+            "got none."
         ) from None
     return safetensors

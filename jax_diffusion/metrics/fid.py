@@ -17,7 +17,9 @@ import numpy as np
 from jax_diffusion.metrics.features import check_dimensions, check_features
 from jax_diffusion.runtime import files
 
-EIGH_ROUNDING = 16 * np.finfo(np.float64).eps  # of the largest; 4 were seen
+EIGH_ROUNDING = (
+    16 * np.finfo(np.float64).eps
+)  # relative to the largest eigenvalue; 4 eps were seen
 KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # in files
 
 

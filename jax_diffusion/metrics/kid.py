@@ -20,14 +20,14 @@ def kernel_distance(
         b: features [m, d] of the other.
         subsets: number of random subsets, of which each has an unbiased estimate.
         subset_size: rows of each set in a subset, drawn without replacement. Default
-            1000, or half of the smaller set if that is less: there is only one subset
-            of all its rows.
+            1000, or half of the smaller set if that is less: with all rows, every
+            subset would be the same.
         seed: of the subsets.
 
     Returns:
         The mean of the estimates, which may be below 0 as it is unbiased; and as error
-        their standard deviation, as in the authors' code: of one subset, not of the
-        mean.
+        their standard deviation, as in the authors' code: the spread of
+        single subsets, not the error of the mean.
 
     Raises:
         ValueError: if the features differ in dimension or are not finite, for no

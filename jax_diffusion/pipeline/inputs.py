@@ -43,7 +43,7 @@ def check_inputs(
     """Checks that task, sampler and second stage fit the run.
 
     Raises:
-        ValueError: that says what does not.
+        ValueError: if one of them does not fit, with the reason.
     """
     row, channels = task.row, run.image_shape[-1]
     if row.needs_noise and not (options.row.adds_noise or options.eta):

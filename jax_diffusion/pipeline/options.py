@@ -29,9 +29,10 @@ class SamplingOptions:
         threshold: instead, clip x_0 to this quantile of |x_0| and divide by it (dynamic
             thresholding), in (0, 1].
         rounding: how floats become uint8: "floor" (OpenAI) or "round" (DDIM).
-        label: labels of the images, in turn: 3, "0,1,2" or [0, 1, 2]; by default all.
+        label: the images get these labels in turn: 3, "0,1,2" or [0, 1, 2]; by default
+            all labels.
         guidance: scale of classifier-free guidance; 1 is the labeled prediction.
-        guidance_rescale: share, in [0, 1], in which guided images get back the standard
+        guidance_rescale: how far, in [0, 1], guided images are scaled to the standard
             deviation of the labeled prediction.
         guidance_interval: (low, high) of noise / signal, in which guidance acts.
         classifier: workdir of a classifier of noisy images that guides.
@@ -69,7 +70,10 @@ class SamplingOptions:
         if self.eta and not takes_eta:
             names = [name for name, row in SAMPLERS.items() if row.takes_eta]
             raise ValueError(f"eta is for the samplers {names}, got {self.sampler!r}.")
-        lookup("rounding", self.rounding, dict.fromkeys(data.ROUNDINGS))
+        if self.rounding not in data.ROUNDINGS:
+            raise ValueError(
+                f"rounding must be one of {data.ROUNDINGS}, got {self.rounding!r}."
+            )
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}.")
         if self.threshold is not None and not self.clip:
@@ -119,7 +123,7 @@ class SamplingOptions:
             if null_label is None:
                 raise ValueError(
                     "guidance needs a run that was trained with label_dropout, got one "
-                    "without; a classifier guides any."
+                    "without; guidance by a classifier works with any run."
                 )
             numbers |= {"scale": self.guidance, "rescale": self.guidance_rescale}
         if self.classifier is not None:
@@ -152,7 +156,9 @@ class SamplingOptions:
             )
         found = _floats(self.label)
         if not found or not all(n.is_integer() and 0 <= n < known for n in found):
-            raise ValueError(f"label must be of 0 to {known - 1}, got {self.label!r}.")
+            raise ValueError(
+                f"label must be from 0 to {known - 1}, got {self.label!r}."
+            )
         return np.array(found).astype(np.int32)
 
 

@@ -71,7 +71,8 @@ def load_run(workdir: str | os.PathLike, ema: str | None = None) -> Run:
     built = configs.build(config, image_shape[-1])
     if ema is None:  # a converted checkpoint is one average already
         ema = ema_name(config.ema_decays[0]) if config.ema_decays else "none"
-    params = checkpoint.load_params(workdir, ema=None if ema == "none" else ema)
+    name = None if ema == "none" else ema
+    step, params = checkpoint.load_step_params(workdir, ema=name)
     return Run(
         config,
         built.model,
@@ -79,7 +80,7 @@ def load_run(workdir: str | os.PathLike, ema: str | None = None) -> Run:
         built.objective,
         image_shape,
         ema,
-        step=checkpoint.latest_step(workdir) or 0,
+        step=step,
         workdir=workdir,
     )
 
@@ -111,7 +112,7 @@ def open_images(
         batch_size: number of images of a batch.
 
     Raises:
-        ValueError: if it cannot be read, or its images have not the size of the run's.
+        ValueError: if it cannot be read, or its images differ in size from the run's.
     """
     changes: dict[str, Any] = dict(batch_size=batch_size)
     if source is not None:

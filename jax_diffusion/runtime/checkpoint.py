@@ -2,9 +2,9 @@
 
 WORKDIR/checkpoints/STEP holds the whole train state and a JSON record: the config, the
 shape of the images, and the metrics since the last line of the log. Orbax writes it in
-the background. Beside them lie a digest of 32 bits for every array, which does not
-depend on how the array is split over devices, and a checksum of the record, because
-Orbax restores a flipped byte without a word.
+the background. A 32-bit digest of every array, which does not depend on how the
+array is split over devices, and a checksum of the record are stored with them, because
+Orbax restores a flipped byte without an error.
 
 The rule of resuming: the newest checkpoint that is whole is taken, after all digests
 have been compared. Later ones, which are damaged, are named in a warning and moved to
@@ -161,6 +161,11 @@ def restore_or_init(
 
 
 def load_params(workdir: str | Path, *, ema: str | None) -> PyTree:
+    """Reads the parameters of the newest whole checkpoint; see `load_step_params`."""
+    return load_step_params(workdir, ema=ema)[1]
+
+
+def load_step_params(workdir: str | Path, *, ema: str | None) -> tuple[int, PyTree]:
     """Reads the parameters of the newest whole checkpoint, or one average of them.
 
     Nothing else is read.
@@ -170,7 +175,7 @@ def load_params(workdir: str | Path, *, ema: str | None) -> PyTree:
         ema: name of the average, such as "0.9999"; None for the parameters themselves.
 
     Returns:
-        A tree of NumPy arrays.
+        The checkpoint's step, and a tree of NumPy arrays.
 
     Raises:
         ValueError: if no checkpoint is whole, or there is no such average.
@@ -200,7 +205,7 @@ def load_params(workdir: str | Path, *, ema: str | None) -> PyTree:
         _compare({name: sealed["digests"].get(name) for name in found}, found)
         return state["params"] if ema is None else state["ema_params"][ema]
 
-    return _newest_good(workdir, read)[1]
+    return _newest_good(workdir, read)
 
 
 def digests(tree: PyTree) -> dict[str, int]:

@@ -194,7 +194,7 @@ class Sampler(NamedTuple):
         takes_eta: whether the step takes `eta`, the DDIM noise level, by keyword.
         steps: how many steps to take unless told otherwise; None, all of them.
         spacing: which steps to take unless told otherwise, a key of `spacing.SPACINGS`.
-        adds_noise: whether images with the same x_T differ, whatever eta is.
+        adds_noise: whether the step draws noise even when eta is 0.
         uses_mean: whether the step samples from p(x_{t-1} | x_t), whose mean guidance
             by a classifier has already shifted. Then x_0 is not shifted as well.
     """

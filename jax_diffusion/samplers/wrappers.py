@@ -19,8 +19,8 @@ def inpaint(
 ) -> StepFn:
     """Wraps a step: afterwards known pixels are x_known, noised to the new level.
 
-    After the last step they are x_known exactly (Song et al. 2021, app. I.2). See
-    `editing.repaint` for results that fit together better.
+    After the last step the known pixels equal x_known exactly (Song et al. 2021, app.
+    I.2). See `editing.repaint` for results that fit together better.
 
     Args:
         step_fn: the step to wrap.

@@ -40,7 +40,7 @@ class TrainingSetup(NamedTuple):
     Attributes:
         batches: the training images.
         mesh: the devices.
-        rows: those rows of a batch that this host's devices hold, int [b_host].
+        rows: the row numbers of a batch that this host's devices hold, int [b_host].
         train_step: step(key, state, batch) -> (state, metrics).
         init: returns the state before the first update.
         key: of all training steps, replicated.
@@ -107,7 +107,7 @@ def make_setup(
     if objective is not None:
         run = Run(config, model, None, objective, image_shape)
         preview = make_preview(run, batches, mesh)
-    # Made on all devices at once: an array of one host is none of the others'.
+    # On all devices at once: an array made on one host cannot be used by others.
     make_keys = jax.jit(
         lambda: tuple(jax.random.split(jax.random.key(config.seed))),
         out_shardings=sharding.replicated(mesh),
@@ -187,7 +187,8 @@ def make_preview(
 ) -> Callable[[TrainState], np.ndarray]:
     """Builds preview(state) -> uint8 [n, h, w, c], drawn with the first average.
 
-    Labels go round. A network with low_res enlarges images of the first batch.
+    Labels 0, 1, 2, ... are drawn in turn. A network with low_res enlarges images of
+    the first batch.
 
     Args:
         run: a run without parameters, whose config.sampling says how to draw.
@@ -227,7 +228,7 @@ def make_preview(
 
 
 def check_fit(config: Config, model: nn.Module, batches: data.Batches) -> None:
-    """Checks that labels and image sizes are those that the network can be told.
+    """Checks that the network takes these labels and image sizes.
 
     Args:
         config: its label_dropout and low_res_size are checked.

@@ -407,7 +407,7 @@ def test_only_reading_ahead_needs_grain(make, monkeypatch):
     if batches.in_memory:
         next(batches.stream(0))
     else:
-        with pytest.raises(ValueError, match=r"pip install jax_diffusion\[grain\]"):
+        with pytest.raises(ValueError, match=r"pip install 'jax_diffusion\[grain\]'"):
             next(batches.stream(0))
 
 

@@ -262,5 +262,5 @@ def test_tfds_data_that_are_not_prepared_name_the_command(tfds, tmp_path):
 
 def test_tfds_that_is_not_installed_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ValueError, match=r"pip install jax_diffusion\[tfds\]"):
+    with pytest.raises(ValueError, match=r"pip install 'jax_diffusion\[tfds\]'"):
         data.load("tfds", path="mnist", batch_size=1)

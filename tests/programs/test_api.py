@@ -95,7 +95,7 @@ REFUSED = [
     (dict(eta=2), r"eta must be in \[0, 1\], got 2"),
     (dict(sampler="dimm"), "sampler must be one of .*did you mean 'ddim'"),
     (dict(steps=99), r"steps must be in \[1, T = 8\], got 99"),
-    (dict(label=KNOWN), "label must be of 0 to 3, got 4"),
+    (dict(label=KNOWN), "label must be from 0 to 3, got 4"),
     (dict(task="inpant"), "task must be one of .*did you mean 'inpaint'"),
     (dict(ids=np.empty(0, int)), "ids integers"),
     (dict(ids=np.array([0.5])), "ids integers"),

@@ -459,7 +459,7 @@ def cells(path, rows, columns):
     return found.swapaxes(1, 2)
 
 
-@pytest.mark.parametrize("task", sorted({*TASKS} - {"colourise"}))
+@pytest.mark.parametrize("task", [*TASKS, *tasks.OLD_TASKS])
 def test_every_task_ends_in_a_grid(task, labelled, folder, program, tmp_path):
     n, (rows, columns) = 3, ROWS_AND_COLUMNS[task]
     options = ("--n", n, "--frames", 4, "--group", 2, *FLAGS.get(task, ()))
