@@ -25,8 +25,9 @@
     nll_ode                      bits_per_dim          likelihood by the probability-
                                                        flow ODE (Song 2021)
     accuracy                     classifier_accuracy   of a noisy classifier
-    package.module:attribute     sample_quality        your own, see `as_metric`
+    package.module:attribute     arguments             your own, see `as_metric`
 
+    arguments          which metrics are chosen, and what is refused
     image_sets         sets of images: arrays, files, a split, samples of a run
     features           networks whose features are compared; Inception's weights
     per_image          the map over images that survives a kill
@@ -59,42 +60,30 @@ images, hash), hashes of the extractors, versions, commit, hardware, command, an
 seconds of every stage.
 """
 
-import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from jax_diffusion.evaluation import (
-    bits_per_dim,
-    classifier_accuracy,
-    image_sets,
-    results,
-    sample_quality,
-)
+from jax_diffusion.evaluation import arguments, image_sets, results
 from jax_diffusion.evaluation import feature_classifier as classifiers
+from jax_diffusion.evaluation.arguments import NETWORK_METRICS
 from jax_diffusion.evaluation.image_sets import Images, from_split, open_samples
 from jax_diffusion.evaluation.results import Result, Score, Scores
 from jax_diffusion.evaluation.sample_quality import (
     METRICS,
     Metric,
+    check_enough,
     make_loaders,
     open_reference,
     score_images,
 )
 from jax_diffusion.interop.inception_weights import SHA256, URL
-from jax_diffusion.models import traits
-from jax_diffusion.pipeline import Run, SamplingOptions, make_options
+from jax_diffusion.pipeline import Run, SamplingOptions
 from jax_diffusion.runtime import logs
 
 __all__ = ["METRICS", "NETWORK_METRICS", "Metric", "Score", "Scores", "evaluate"]
-
-# Metrics of the network of a run, which need no samples.
-NETWORK_METRICS = {
-    "bpd": bits_per_dim.bound,
-    "nll_ode": bits_per_dim.ode,
-    "accuracy": classifier_accuracy.accuracy,
-}
 
 
 def evaluate(
@@ -129,7 +118,7 @@ def evaluate(
         run_or_images: a run, whose samples are compared with its data. Or images: uint8
             [n h w c], or PATH or NAME:PATH, of a folder, of a .npz, or of a data set.
         metrics: keys of `METRICS` and `NETWORK_METRICS`, or "package.module:attribute",
-            see `sample_quality.as_metric`. By default pixel_distance (fid for large
+            see `arguments.as_metric`. By default pixel_distance (fid for large
             images) and bpd of a denoiser, accuracy of a classifier, and fid, kid and
             precision_recall of images.
         images: images to score in place of samples of the run.
@@ -143,7 +132,8 @@ def evaluate(
         seed: of the samples, of the noise of bpd and of the training of a classifier.
         batch_size: images that all devices together compute at once.
         out: folder for scores.json, files and intermediate results, see the module. By
-            default nothing is written.
+            default none, and nothing is written but a trained feature classifier and
+            `save_moments`.
         save_moments: path of a .npz for the moments of the reference's Inception
             features, in the format of pytorch-fid.
         inception: path of Inception's weights; default downloaded once.
@@ -151,8 +141,9 @@ def evaluate(
         inception_sha256: SHA-256 that the file must have.
         feature_classifier: path of the classifier whose features cnn_* compare;
             default classifier.npz in `out`, else in the run's own evaluation folder.
-        train_feature_classifier: whether to train it first, on the run's labeled data;
-            the default of `metrics` is then none.
+        train_feature_classifier: whether to train it first, on the run's labeled data,
+            and write it to that file, also without `out`; the default of `metrics` is
+            then none.
         bpd_images: how many images bpd and nll_ode are of, the first ones; default all.
         bpd_steps: number of terms of the bound; default all T.
         ode_steps: steps of the ODE; at most T - 1.
@@ -165,114 +156,84 @@ def evaluate(
         call this; with `out`, the others than the first one get no scores.
 
     Raises:
-        ValueError: if an argument is out of range or does not fit the others.
+        ValueError: if an argument is out of range, does not fit the others, or is
+            used by none of the metrics.
     """
-    run = run_or_images if isinstance(run_or_images, Run) else None
-    images = run_or_images if not isinstance(run_or_images, Run) else images
-    fields = vars(options or SamplingOptions()) | sampling
-    (how,) = make_options(fields, SamplingOptions)
-    check_counts(n=n, batch_size=batch_size, bpd_images=bpd_images)
-    check_counts(bpd_steps=bpd_steps, ode_steps=ode_steps, ode_probes=ode_probes)
-    _check(run, images, reference, train_feature_classifier, sampling, how)
-    rows, names = _choose(metrics, run, images, train_feature_classifier, save_moments)
+    ode: dict[str, Any] = dict(ode_steps=ode_steps, ode_probes=ode_probes)
+    counts: dict[str, Any] = dict(n=n, bpd_images=bpd_images, bpd_steps=bpd_steps)
+    arguments.check_counts(seed, counts, batch_size=batch_size, **ode)
+    run, images, how, rows, names = arguments.choose(
+        *(run_or_images, images, reference, data, metrics, options, sampling),
+        trains=train_feature_classifier,
+        save_moments=save_moments,
+        given=counts | dict(split=split, reference_split=reference_split),
+    )
     folder = None if out is None else Path(out)
     if folder is not None:  # must be readable when the scores are there
         results.read_records(folder / "scores.json")
     file = feature_classifier or classifiers.default_file(folder, run)
     of_data: dict[str, Any] = dict(source=data, batch_size=batch_size)
-    found = []
+    both: dict[str, Any] = {}
+    found: list[Result] = []
+    if rows:  # opened now, so that nothing is written if they are wrong
+        drawn: Any = dict(n=n, options=how, seed=seed, split=reference_split, **of_data)
+        both = open_both(run, images, reference, rows, **drawn)
+    some = partial(from_split, n=bpd_images, split=split, **of_data)
+    sets = {name: some(cast(Any, run)) for name in names}
     if train_feature_classifier and run is not None:
         found.append(classifiers.train_on_run(run, file, seed=seed, **of_data))
     if rows:
         weights = dict(url=inception_url, sha256=inception_sha256)
-        loaders = make_loaders(file, inception, **weights)
-        source = cast(Any, run) if images is None else images
-        one_split: dict[str, Any] = dict(split=reference_split, **of_data)
-        samples = open_samples(source, n, how, seed, **one_split)
-        known, moments = open_reference(reference, run, rows, **one_split)
-        more: dict[str, Any] = dict(moments=moments, save_moments=save_moments)
-        more |= dict(out=folder, keep_images=images is None)
-        found.append(score_images(samples, known, rows, loaders, **more))
+        both |= dict(loaders=make_loaders(file, inception, **weights), rows=rows)
+        both |= dict(out=folder, keep_images=images is None)
+        found.append(score_images(**both, save_moments=save_moments))
     own = {"bpd": {"steps": bpd_steps}}
     own |= {"nll_ode": {"steps": ode_steps, "probes": ode_probes}}
-    for name in names:
-        some = None if name == "accuracy" else bpd_images
-        of_split = from_split(cast(Any, run), split, some, **of_data)
-        more = dict(seed=seed, out=folder, **own.get(name, {}))
+    for name, of_split in sets.items():
+        more: Any = dict(seed=seed, out=folder, **own.get(name, {}))
         found.append(NETWORK_METRICS[name](run, of_split, **more))
     return _join(found, run, seed, folder)
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raises ValueError unless all of these are >= 1 or None."""
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {count}.")
-
-
-def _check(
+def open_both(
     run: Run | None,
-    images: Any,
-    reference: Any,
-    trains: bool,
-    sampling: Mapping[str, Any],
-    how: SamplingOptions,
-) -> None:
-    """Raises ValueError for what can be known to be wrong before anything is read."""
-    if images is not None and sampling:
-        raise ValueError(f"{[*sampling]} need samples of a run, got images.")
-    if run is None and reference is None:
-        raise ValueError("reference must be given with images, got None.")
-    if run is None and trains:
-        raise ValueError("train_feature_classifier needs a run, got images.")
-    guide = "" if how.classifier is None else os.fspath(how.classifier)
-    if guide.endswith(".npz"):
-        raise ValueError(
-            "classifier must be the workdir of a noisy classifier that guides, got "
-            f"{guide!r}; --feature-classifier takes the file whose features are "
-            "compared."
-        )
-    if run is not None and traits(run.model).low_res:
-        raise ValueError("the run must be of a network without low_res, got one with.")
+    images: Images | None,
+    reference: Images | None,
+    rows: Mapping[str, Metric],
+    *,
+    n: int | None,
+    options: SamplingOptions,
+    seed: int,
+    **of_data: Any,
+) -> dict[str, Any]:
+    """Opens the images to score and what they are compared with.
 
+    Args:
+        run: whose samples are scored unless there are images.
+        images: images to score.
+        reference: see `open_reference`.
+        rows: the metrics.
+        n: how many images to score, see `image_sets.open_samples`.
+        options: how samples are drawn.
+        seed: of the samples.
+        of_data: split of the reference, source and batch_size.
 
-def _choose(
-    names: Sequence[str] | str | None,
-    run: Run | None,
-    images: Any,
-    trains: bool,
-    save_moments: Any,
-) -> tuple[dict[str, Metric], list[str]]:
-    """The metrics of images, with their rows, and those of networks."""
-    if run is None:
-        allowed, default = {*METRICS}, ["fid", "kid", "precision_recall"]
-    elif run.objective is None:
-        allowed, default = {"accuracy"}, ["accuracy"]
-    else:
-        allowed, most = {*METRICS, "bpd", "nll_ode"}, METRICS["pixel_distance"]
-        large = math.prod(run.image_shape) > (most.max_numbers or math.inf)
-        default = ["fid" if large else "pixel_distance"]
-        default += ["bpd"] if images is None else []
-    if names is None:
-        names = [] if trains else default
-    names = names.split(",") if isinstance(names, str) else names
-    names = [results.OLD_METRICS.get(name, name) for name in names]
-    for name in names:
-        if name in {*METRICS, *NETWORK_METRICS} - allowed:
-            what = "this run" if run else "images without a run"
-            raise ValueError(
-                f"metrics of {what} must be of {sorted(allowed)}, got {name!r}."
-            )
-    rows = {
-        name: sample_quality.as_metric(name, also=NETWORK_METRICS)
-        for name in names
-        if name not in NETWORK_METRICS
-    }
-    if save_moments and "inception" not in {r.extractor_name for r in rows.values()}:
-        raise ValueError(
-            f"save_moments is for metrics of Inception's features, got {names}."
-        )
-    return rows, [name for name in NETWORK_METRICS if name in names]
+    Returns:
+        samples, reference and moments, as `score_images` takes them.
+
+    Raises:
+        ValueError: if they are wrong, or too few for a metric.
+    """
+    source: Any = run if images is None else images
+    try:
+        samples = open_samples(source, n, options, seed, **of_data)
+        known, moments = open_reference(reference, run, rows, **of_data)
+    except ValueError as error:
+        if str(error).startswith("split "):
+            raise ValueError(f"reference_{error}") from error
+        raise
+    check_enough(samples.n, rows)
+    return {"samples": samples, "reference": known, "moments": moments}
 
 
 def _join(

@@ -23,6 +23,7 @@ from jax_diffusion import data
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.evaluation import features, image_sets, sample_quality
+from jax_diffusion.evaluation.arguments import as_metric
 from jax_diffusion.evaluation.bits_per_dim import bound_fn
 from jax_diffusion.evaluation.feature_classifier import (
     load_feature_classifier,
@@ -32,7 +33,7 @@ from jax_diffusion.evaluation.features import FeatureExtractor
 from jax_diffusion.evaluation.image_sets import Arrays, ImageSet
 from jax_diffusion.evaluation.per_image import collect, each_image, mean_and_error
 from jax_diffusion.evaluation.results import OLD_METRICS
-from jax_diffusion.evaluation.sample_quality import METRICS, Reference, as_metric
+from jax_diffusion.evaluation.sample_quality import METRICS, Reference
 from jax_diffusion.models import traits
 from jax_diffusion.pipeline import (
     Run,
@@ -238,10 +239,25 @@ def make_watch(
 
 
 def current_fields(group: Config) -> dict[str, Any]:
-    """Returns config.evaluation with today's names, which version 0.1 did not have."""
-    fields = dict(group)
+    """Returns config.evaluation with today's names, which version 0.1 did not have.
+
+    Raises:
+        ValueError: if it is no group, or has both names of a field.
+    """
+    try:
+        fields = dict(group)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"config.evaluation must be a group of fields, got {group!r}."
+        ) from None
     if "bits_images" in fields:
-        fields["bpd_images"] = fields.pop("bits_images")
+        old, new = fields.pop("bits_images"), fields.get("bpd_images", 0)
+        if new:  # 0 is what a config is completed with
+            raise ValueError(
+                "config.evaluation must have bpd_images without bits_images, its old "
+                f"name, got {new} and {old}."
+            )
+        fields["bpd_images"] = old
     fields["metric"] = OLD_METRICS.get(fields["metric"], fields["metric"])
     return fields
 

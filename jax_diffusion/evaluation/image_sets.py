@@ -229,16 +229,25 @@ def from_run(
         "image_shape": [*run.image_shape],
         "network": network_of(run),
     }
+    for name, value in changed_options(options).items():
+        if name not in {*about, "rounding"}:
+            about[name] = value
+    if options.classifier is not None:
+        about["classifier_crc32"] = _crc32(sampler.params["classifier"])
+    return drawn(sampler, n, seed=seed, batch_size=batch_size, about=about)
+
+
+def changed_options(options: SamplingOptions) -> dict[str, Any]:
+    """Returns the fields that are not as by default, as plain values for JSON."""
+    changed = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-        value = np.asarray(value).tolist()  # plain numbers, for JSON
-        if field.name not in {*about, "rounding"} and value != field.default:
-            about[field.name] = value
-    if options.classifier is not None:
-        about["classifier_crc32"] = _crc32(sampler.params["classifier"])
-    return drawn(sampler, n, seed=seed, batch_size=batch_size, about=about)
+        value = np.asarray(value).tolist()
+        if value != field.default:
+            changed[field.name] = value
+    return changed
 
 
 def open_samples(

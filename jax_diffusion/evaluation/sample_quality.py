@@ -9,7 +9,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +28,9 @@ from jax_diffusion.evaluation.image_sets import (
     from_split,
 )
 from jax_diffusion.evaluation.per_image import SAMPLES, collect
-from jax_diffusion.evaluation.results import OLD_METRICS, REAL, Clock, Result, Score
+from jax_diffusion.evaluation.results import REAL, Clock, Result, Score
 from jax_diffusion.metrics import Moments
 from jax_diffusion.pipeline import Run
-from jax_diffusion.registry import lookup
 
 # A FID of fewer samples says so in its name: "fid_n2000".
 MIN_FID_IMAGES = 10_000
@@ -70,6 +69,7 @@ class Metric(NamedTuple):
         needs_reference_features: whether moments of the reference are not enough.
         lower_is_better: whether the first score is a distance.
         max_numbers: how many numbers an image may have, height x width x channels.
+        min_images: how many images must be scored at least.
     """
 
     extractor: str | FeatureExtractor
@@ -77,6 +77,7 @@ class Metric(NamedTuple):
     needs_reference_features: bool = False
     lower_is_better: bool = True
     max_numbers: int | None = None
+    min_images: int = 1
 
     @property
     def extractor_name(self) -> str:
@@ -132,49 +133,22 @@ def _precision_recall(prefix: str = "") -> Callable[..., list[Score]]:
 
 
 METRICS = {
-    "fid": Metric("inception", _frechet("pool", fid=True)),
-    "sfid": Metric("inception", _frechet("spatial", fid=True)),
+    "fid": Metric("inception", _frechet("pool", fid=True), min_images=2),
+    "sfid": Metric("inception", _frechet("spatial", fid=True), min_images=2),
     "inception_score": Metric("inception", _inception_score, lower_is_better=False),
     "kid": Metric("inception", _kid, needs_reference_features=True),
     "precision_recall": Metric("inception", _precision_recall(), True, False),
-    "cnn_fd": Metric("classifier", _frechet("pool")),
+    "cnn_fd": Metric("classifier", _frechet("pool"), min_images=2),
     "cnn_is": Metric("classifier", _inception_score, lower_is_better=False),
     "cnn_kid": Metric("classifier", _kid, needs_reference_features=True),
     "cnn_precision_recall": Metric(
         "classifier", _precision_recall("cnn_"), True, False
     ),
     # An image of 4096 numbers has a covariance of 4096 x 4096, which takes a minute.
-    "pixel_distance": Metric("pixels", _frechet("pool"), max_numbers=4096),
+    "pixel_distance": Metric(
+        "pixels", _frechet("pool"), max_numbers=4096, min_images=2
+    ),
 }
-
-
-def as_metric(name: str, what: str = "metrics", *, also: Iterable[str] = ()) -> Metric:
-    """Returns the row of `METRICS` of this name, or the user's own.
-
-    Args:
-        name: a key of `METRICS`, or an old name of one; or "package.module:attribute",
-            a `Metric`, or a function (samples [n, d], reference [m, d]) -> float of
-            the pixels of images, scaled to [-1, 1] and flattened.
-        what: where the name stands, for errors.
-        also: names that are allowed there besides, for errors.
-
-    Raises:
-        ValueError: if there is no such metric.
-    """
-    known = {**METRICS, **dict.fromkeys(also)}
-    found = lookup(what, OLD_METRICS.get(name, name), known)
-    if isinstance(found, Metric):
-        return found
-    if not callable(found):
-        raise ValueError(f"{what} must name a Metric or a function, got {found!r}.")
-
-    function: Any = found
-
-    def compute(name, samples, reference):
-        value = float(function(samples["pool"], reference.features["pool"]))
-        return [Score(name, value, len(samples["pool"]))]
-
-    return Metric("pixels", compute, needs_reference_features=True)
 
 
 def make_loaders(
@@ -236,6 +210,13 @@ def open_reference(
         if not any(row.needs_reference_features for row in rows.values()):
             return None, moments
     return as_image_set(reference, split=split, batch_size=batch_size), moments
+
+
+def check_enough(n: int, rows: Mapping[str, Metric]) -> None:
+    """Raises ValueError unless n images are enough for the metrics."""
+    for name, row in rows.items():
+        if n < row.min_images:
+            raise ValueError(f"n must be >= {row.min_images} for {name}, got {n}.")
 
 
 def features_of(

@@ -243,6 +243,12 @@ def test_fields_of_config_evaluation_are_read_by_their_old_names():
     assert current_fields(old) == current_fields(new) == new
     both = dict(old, bpd_images=0)  # as a config is completed
     assert current_fields(both) == new
+    for wrong, words in (
+        (dict(old, bpd_images=30), "bpd_images without bits_images"),
+        (None, "config.evaluation must be a group of fields, got None"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            current_fields(wrong)
 
 
 def test_a_classifier_of_noisy_images_has_no_samples_to_score(tmp_path):

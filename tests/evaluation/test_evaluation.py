@@ -1,12 +1,16 @@
 """`jax_diffusion.evaluate` of arrays, files and data sets, and metrics of users."""
 
+import inspect
+
 import numpy as np
 import pytest
 from PIL import Image
 from support.features import images_of, refuses
+from support.jobs import SMALL
 
 import jax_diffusion as jd
 from jax_diffusion import data, metrics
+from jax_diffusion.config import build
 from jax_diffusion.evaluation import METRICS, Metric, sample_quality
 from jax_diffusion.evaluation.features import FeatureExtractor
 from jax_diffusion.evaluation.image_sets import as_image_set
@@ -87,6 +91,12 @@ def means(params, images):
 def gap(name, samples, reference):
     return [Score("gap", float(samples["pool"].max()), len(samples["pool"]))]
 
+def nothing(samples, reference):
+    pass
+
+def every(samples, reference):
+    return samples.mean(axis=0)
+
 row = Metric(FeatureExtractor("means", "", {}, means), gap)
 number = 3
 """
@@ -107,6 +117,10 @@ def test_metrics_of_a_users_module_are_named_by_module_and_function(
     for name, words in (
         ("own_metrics:number", "must name a Metric or a function, got 3"),
         ("own_metrics:none", "own_metrics:none"),
+        ("math:pi", "metrics must name a Metric or a function, got 3.14"),
+        ("math:sqrt", "metrics must name a function of two arguments"),
+        ("own_metrics:nothing", "own_metrics:nothing must return a number, got NoneT"),
+        ("own_metrics:every", "own_metrics:every must return a number, got ndarray"),
         ("fidd", "did you mean 'fid'"),
     ):
         assert words in refuses(jd.evaluate, FEW, reference=MANY, metrics=name)
@@ -170,7 +184,7 @@ def test_images_of_other_sizes_are_for_extractors_that_take_any_size():
         (FEW, dict(reference=MANY, n=0), "n must be an integer >= 1, got 0"),
         (FEW, dict(reference=MANY, n=101), "n must be at most 100 images, got 101"),
         (FEW, dict(reference=MANY, metrics="bpd"), "images without a run must be of"),
-        (FEW, dict(reference=MANY, steps=3), "['steps'] need samples of a run"),
+        (FEW, dict(reference=MANY, steps=3), "steps needs samples of a run"),
         (
             FEW,
             dict(reference=MANY, metrics="pixel_distance", save_moments="m.npz"),
@@ -184,7 +198,7 @@ def test_images_of_other_sizes_are_for_extractors_that_take_any_size():
         (
             FEW,
             dict(reference=MANY, metrics="pixel_distance", classifier="a.npz"),
-            "need samples of a run",
+            "classifier needs samples of a run",
         ),
         (
             images_of(9, 40, 40, 3),
@@ -196,3 +210,110 @@ def test_images_of_other_sizes_are_for_extractors_that_take_any_size():
 )
 def test_what_cannot_be_evaluated_is_refused(images, options, words):
     assert words in refuses(jd.evaluate, images, **options)
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A run of a network whose parameters are never read."""
+    return tiny_run("configs/smoke.py", *SMALL)
+
+
+@pytest.fixture(scope="module")
+def classifier_run():
+    return tiny_run("configs/digits_classifier.py")
+
+
+def tiny_run(*args):
+    config = jd.load_config(args[0], args[1:])
+    built = build(config, 1)
+    return jd.Run(config, built.model, {}, built.objective, (8, 8, 1))
+
+
+ABSENT = "absent.npz"  # is never read
+BPD = dict(metrics=["bpd"])
+PIXELS = dict(metrics=["pixel_distance"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(images=FEW), "images must be given once"),
+        (dict(data="digits"), "data needs a run"),
+        (dict(options=jd.SamplingOptions(eta=1.0)), "eta needs samples of a run"),
+        (dict(bpd_images=3), "bpd_images is for the metrics ['bpd', 'nll_ode']"),
+        (dict(bpd_steps=3), "bpd_steps is for the metrics ['bpd'], got ['fid', "),
+        (dict(split="all"), "split is for the metrics ['bpd', 'nll_ode', 'accuracy']"),
+        (dict(reference_split="test"), "reference_split needs a data set with splits"),
+        (dict(n=1, **PIXELS), "n must be >= 2 for pixel_distance, got 1."),
+        (dict(n=True), "n must be an integer >= 1, got True."),
+        (dict(n=2.0), "n must be an integer >= 1, got 2.0."),
+        (dict(batch_size=None), "batch_size must be an integer >= 1, got None."),
+        (dict(ode_steps=None), "ode_steps must be an integer >= 1, got None."),
+        (dict(ode_probes=1.5), "ode_probes must be an integer >= 1, got 1.5."),
+        (dict(bpd_images="8"), "bpd_images must be an integer >= 1, got '8'."),
+        (dict(seed=0.5), "seed must be an integer, got 0.5."),
+        (dict(metrics=[]), "metrics must be one name or more, got []."),
+        (dict(metrics=3), "metrics must be one name or more, got [3]."),
+        (dict(metrics=["fid", None]), "metrics must be one name or more, got ['fid', "),
+    ],
+)
+def test_arguments_that_do_not_fit_images_are_refused_before_these_are_read(
+    options, words
+):
+    # As users call it: tests check types by annotations, too.
+    call = inspect.unwrap(jd.evaluate)
+    sentence = refuses(call, ABSENT, **dict(reference=ABSENT) | options)
+    assert sentence.startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(n=8, **BPD), "n is for metrics of images, got metrics ['bpd']."),
+        (dict(images=ABSENT, **BPD), "images is for metrics of images"),
+        (dict(reference=ABSENT, **BPD), "reference is for metrics of images"),
+        (dict(reference_split="test", **BPD), "reference_split is for metrics of im"),
+        (dict(steps=3, **BPD), "steps is for metrics of images"),
+        (dict(options=jd.SamplingOptions(label=3), **BPD), "label is for metrics of"),
+        (dict(images=ABSENT, guidance=2.0), "guidance needs samples of a run"),
+        (dict(bpd_images=8, **PIXELS), "bpd_images is for the metrics ['bpd', "),
+        (dict(bpd_steps=100, **BPD), "bpd_steps must be in [1, T = 10], got 100."),
+        (dict(reference_split="x", **PIXELS), "reference_split must be one of"),
+        (dict(split="x", **BPD), "split must be one of"),
+    ],
+)
+def test_arguments_that_do_not_fit_a_run_are_refused(run, options, words):
+    assert refuses(jd.evaluate, run, **options).startswith(words)
+
+
+@pytest.mark.parametrize("name", ["n", "steps", "label", "bpd_images"])
+def test_a_noisy_classifier_has_no_samples_that_arguments_could_be_of(
+    classifier_run, name
+):
+    words = refuses(jd.evaluate, classifier_run, **{name: 1})
+    assert words.startswith(f"{name} is for") and "'accuracy'" in words
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(label=99), "label"),
+        (dict(steps=99), "steps"),
+        (dict(metrics="cnn_fd", label=99), "label"),
+        (dict(metrics="cnn_fd", steps=99), "steps must be in [1, T = 10], got 99."),
+        (dict(metrics="cnn_fd, bpd", bpd_images=999), "bpd_images must be at most 179"),
+    ],
+)
+def test_a_feature_classifier_is_trained_after_all_else_was_checked(
+    run, tmp_path, options, words
+):
+    file = tmp_path / "classifier.npz"
+    told = dict(train_feature_classifier=True, feature_classifier=file, out=tmp_path)
+    assert refuses(jd.evaluate, run, **told, **options).startswith(words)
+    assert not any(tmp_path.iterdir())
+
+
+def test_names_of_metrics_may_have_spaces_around_them():
+    names = " pixel_distance, pixel_distance "
+    scores = jd.evaluate(FEW, reference=MANY, metrics=names)
+    assert scores[0].metric == "pixel_distance"
