@@ -99,12 +99,22 @@ LAZY = {
 }
 
 
+MODULES = ("data", "metrics", "models", "interop", "runtime", "plotting", "export")
+MODULES += ("registry", "training", "config", "pipeline", "tasks", "evaluation")
+
+
 def __getattr__(name: str) -> Any:
+    if name in MODULES:
+        return importlib.import_module(f"jax_diffusion.{name}")
     if name not in LAZY:
         raise AttributeError(f"module 'jax_diffusion' has no attribute {name!r}")
     found = getattr(importlib.import_module(LAZY[name]), name)
     globals()[name] = found
     return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *MODULES, "__version__"})
 
 
 class _Package(types.ModuleType):

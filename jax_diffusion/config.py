@@ -9,6 +9,7 @@ Nothing behind this module sees a ConfigDict.
 """
 
 import inspect
+import os
 import re
 import runpy
 from collections.abc import Callable, Mapping, Sequence
@@ -138,12 +139,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: if the file is missing or wrong, or a field unknown or ill-typed.
     """
-    if not Path(path).is_file():
+    if not isinstance(path, str | os.PathLike) or not Path(path).is_file():
+        raise ValueError(f"config must be the path of a config file, got {path!r}.")
+    if isinstance(overrides, str):
+        raise ValueError(f"overrides must be a list of strings, got {overrides!r}.")
+    try:
+        make = runpy.run_path(str(path)).get("get_config")
+        config = make() if callable(make) else None
+    except Exception as error:
         raise ValueError(
-            f"--config must be the path of a config file, got {str(path)!r}."
-        )
-    make = runpy.run_path(str(path)).get("get_config")
-    config = make() if make else None
+            f"{str(path)!r} must be a config file that runs, got "
+            f"{type(error).__name__}: {error}."
+        ) from error
     if not isinstance(config, ConfigDict):
         raise ValueError(f"{str(path)!r} must define get_config() -> ConfigDict.")
     argv = ["", *overrides]
@@ -172,6 +179,9 @@ def complete(config: Config) -> Config:
     """
     given: dict[str, Any] = dict(ConfigDict(config).items())
     optional = {k: f.default for k, f in FIELDS.items() if f.default is not NEEDED}
+    for name, default in optional.items():
+        if isinstance(default, dict) and not hasattr(given.get(name, {}), "items"):
+            raise ValueError(f"config.{name} must be a group, got {given[name]!r}.")
     groups = {
         name: {**default, **given.get(name, {})}
         for name, default in optional.items()
@@ -244,8 +254,11 @@ def build(config: Config, num_channels: int) -> Built:
     schedule = make_schedule(config["schedule"])
     objective = make_objective(config["objective"], schedule)
     group = dict(config["model"])
-    if config.get("label_dropout") and isinstance(group.get("num_classes"), int):
-        group["num_classes"] += 1
+    if config.get("label_dropout"):
+        network = lookup("config.model.name", group.get("name"), MODELS)
+        known = group.get("num_classes", traits(network).num_classes)
+        if isinstance(known, int):
+            group["num_classes"] = known + 1
     return Built(schedule, objective, make_model(group, objective, num_channels))
 
 
@@ -267,6 +280,8 @@ def make_schedule(
         if not 1 <= steps <= len(betas):
             raise ValueError(f"steps must be in [1, T = {len(betas)}], got {steps}.")
         keep = lookup("spacing", spacing, SPACINGS)(betas, steps)
+        if keep is None:
+            raise ValueError(f"spacing {spacing!r} must return steps, got None.")
     return schedules.make_schedule(
         betas, keep=keep, rescale_timesteps=config.get("rescale_timesteps", False)
     )
@@ -311,7 +326,12 @@ def make_model(
 def make_timestep_sampler(config: Config, num_steps: int) -> timesteps.TimestepSampler:
     """Builds the sampler of training timesteps that `config.timesteps` describes."""
     group = {"num_steps": num_steps, **dict(config)}
-    return call_by_name(timesteps.TIMESTEP_SAMPLERS, group, "config.timesteps")
+    found = call_by_name(timesteps.TIMESTEP_SAMPLERS, group, "config.timesteps")
+    if not isinstance(found, timesteps.TimestepSampler):
+        raise ValueError(
+            f"config.timesteps must describe a TimestepSampler, got {found!r}."
+        )
+    return found
 
 
 def call(function: Callable, group: Config, where: str, **fixed: Any) -> Any:
@@ -325,7 +345,10 @@ def call(function: Callable, group: Config, where: str, **fixed: Any) -> Any:
     Raises:
         ValueError: for a field that the function does not take, and for a missing one.
     """
-    known = inspect.signature(function).parameters
+    try:
+        known = inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} must name a function, got {function!r}.") from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for name in group:
         if name in fixed or (name not in known and not takes_any):

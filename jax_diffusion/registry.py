@@ -23,7 +23,8 @@ def lookup(what: str, name: Any, registry: Mapping[str, Any]) -> Any:
         registry: rows by name.
 
     Raises:
-        ValueError: if the name is no key, or the module or its attribute is missing.
+        ValueError: if the name is no key, the module cannot be imported, or what it
+            has there is no function.
 
     >>> lookup("sampler", "math:sqrt", {})(4.0)
     2.0
@@ -38,13 +39,34 @@ def lookup(what: str, name: Any, registry: Mapping[str, Any]) -> Any:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not look there
     module, _, attribute = name.partition(":")
+    rule = f"{what} must be one of {sorted(registry)} or an importable"
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, ValueError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:  # the module may do anything
         raise ValueError(
-            f"{what} must be one of {sorted(registry)} or an importable "
-            f"'package.module:function', got {name!r}: {error}."
+            f"{rule} 'package.module:function', got {name!r}: "
+            f"{type(error).__name__}: {error}."
         ) from error
+    if not callable(found) and not isinstance(found, tuple):  # rows are NamedTuples
+        raise ValueError(f"{rule} function, got {name!r}, which is {found!r}.")
+    return found
+
+
+def choose(what: str, name: Any, known: Mapping[str, Any]) -> Any:
+    """Returns the row of a dict that takes no names from outside.
+
+    Args:
+        what: what is chosen, for errors.
+        name: a key.
+        known: rows by name.
+
+    Raises:
+        ValueError: if the name is no key.
+    """
+    if not isinstance(name, str) or name not in known:
+        rule = f"{what} must be one of {sorted(known)}"
+        raise ValueError(f"{rule}, got {name!r}{hint(name, known)}")
+    return known[name]
 
 
 def hint(name: Any, known: Iterable[str]) -> str:

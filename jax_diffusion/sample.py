@@ -35,6 +35,7 @@ from jax_diffusion.pipeline import (
     TaskOptions,
     bind_sampler,
     export_sampler,
+    load_other,
     load_run,
     make_options,
 )
@@ -59,7 +60,7 @@ def sample(args: argparse.Namespace) -> None:
         bound = export_sampler(args.export, run, options, about=about, **beside)
         _say_drawn(args.sampler, bound, args.export)
         return
-    upsample = None if args.upsample is None else load_run(args.upsample)
+    upsample = None if args.upsample is None else load_other("upsample", args.upsample)
     bound = bind_sampler(run, options, task, upsample=upsample, show_steps=True)
     # All that decides the bytes of the images.
     networks = [checkpoint.digests(bound.params)]

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,10 +101,11 @@ class TaskOptions:
     def __post_init__(self):
         for name in ("group", "block", "resamples", "jump", "frames"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be positive, got {value!r}.")
-        if not 0 <= self.level <= 1:
-            raise ValueError(f"level must be in [0, 1], got {self.level}.")
+            integer = isinstance(value, int) and not isinstance(value, bool)
+            if not (integer and value >= 1) and (value is not None or name != "frames"):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+        if not isinstance(self.level, Real) or not 0 <= self.level <= 1:
+            raise ValueError(f"level must be in [0, 1], got {self.level!r}.")
         if self.images is not None and not self.row.from_images:
             names = [name for name, row in TASKS.items() if row.from_images]
             raise ValueError(f"images must be for {names}, got task {self.task!r}.")
@@ -309,9 +311,9 @@ def read_mask(
         known[HALVES[mask](h, w)] = 1
         return known
     if isinstance(mask, np.ndarray):
-        white = mask.reshape(mask.shape[:2]) > 0 if mask.ndim in (2, 3) else mask
+        white = mask[..., 0] > 0 if mask.shape == (h, w, 1) else mask > 0
     else:
-        if not Path(mask).is_file():
+        if not isinstance(mask, str | os.PathLike) or not Path(mask).is_file():
             raise ValueError(
                 f"mask must be of {sorted(HALVES)} or a file, got {str(mask)!r}."
             )

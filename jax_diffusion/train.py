@@ -19,6 +19,7 @@ A run is its workdir:
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ GIVEN = {"name": "given to train()"}  # config.optimizer of a run with its own o
 
 def train(
     config: Config,
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     *,
     optimizer: optax.GradientTransformation | None = None,
 ) -> TrainState:
@@ -74,6 +75,15 @@ def train(
         ValueError: for bad input, before anything is written.
         FloatingPointError: if too many updates in a row were not finite, after saving.
     """
+    if not hasattr(config, "items") or not isinstance(workdir, str | os.PathLike):
+        raise ValueError(
+            "train needs a config, as load_config returns it, and a folder, got "
+            f"{type(config).__name__} and {workdir!r}."
+        )
+    if not isinstance(optimizer, optax.GradientTransformation | None):
+        raise ValueError(
+            f"optimizer must be an optax.GradientTransformation, got {optimizer!r}."
+        )
     config, workdir = configs.complete(config), Path(workdir)
     if optimizer is not None:
         config.optimizer = GIVEN
@@ -188,6 +198,8 @@ def is_fresh(config: Mapping[str, Any], workdir: Path) -> bool:
         return True
     saved = configs.upgrade(checkpoint.load_record(workdir))["config"]
     changed = configs.differences(saved, config)
+    if any(line.startswith("model.num_classes") for line in changed):
+        changed.append("num_classes does not count the class of hidden labels")
     if changed:
         raise ValueError(
             f"workdir {str(workdir)!r} holds a run with another config, which must not "

@@ -22,7 +22,7 @@ from jax_diffusion.interop import diffusers_config, layouts, torch_files
 from jax_diffusion.interop.importing import DIFFUSERS_WEIGHTS, RECORD
 from jax_diffusion.models.unet import UNet
 from jax_diffusion.pipeline import Run
-from jax_diffusion.registry import lookup
+from jax_diffusion.registry import choose
 from jax_diffusion.runtime import files
 
 # Fields of `UNet` with the values that improved-diffusion's UNetModel supports.
@@ -51,7 +51,7 @@ def export_run(run: Run, to: str, out: str | os.PathLike) -> None:
         ValueError: for an unknown format, if `out` exists or has the wrong suffix, or
             if the other code cannot compute what this run does.
     """
-    writer = lookup("to", to, WRITERS)
+    writer = choose("to", to, WRITERS)
     if Path(out).exists():
         raise ValueError(f"out must name a new file or folder, got {str(out)!r}.")
     writer(run, Path(out))
@@ -121,7 +121,7 @@ def openai_arguments(run: Run) -> dict[str, dict[str, Any]]:
     schedule = run.config.schedule
     diffusion = dict(
         betas=configs.make_betas(schedule).tolist(),
-        model_mean_type=lookup(
+        model_mean_type=choose(
             "the mean_type for improved-diffusion", objective.mean_type, OPENAI_MEANS
         ),
         model_var_type=objective.var_type.upper(),

@@ -31,7 +31,7 @@ from jax_diffusion.interop import diffusers_config, layouts, torch_files
 from jax_diffusion.interop.released import RELEASED, REPRODUCES
 from jax_diffusion.models import Network, example_inputs
 from jax_diffusion.pipeline import Run
-from jax_diffusion.registry import lookup
+from jax_diffusion.registry import choose
 from jax_diffusion.runtime import checkpoint
 
 # File of the weights in a diffusers folder; the name ends in .safetensors or .bin.
@@ -217,7 +217,7 @@ def read_checkpoint(
         params = _params(tensors, config, image_shape, layout)
         return Checkpoint(params, config, image_shape)
     name = name or path.stem
-    found = lookup("the name of a released checkpoint", name, RELEASED)
+    found = choose("the name of a released checkpoint", name, RELEASED)
     known = _config(found.model, found.schedule, found.objective, found.data)
     known["reproduces"] = REPRODUCES.get(name, "")
     image_shape = (found.image_size, found.image_size, 3)

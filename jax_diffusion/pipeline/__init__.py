@@ -16,6 +16,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -28,7 +29,12 @@ from jax_diffusion import config as configs
 from jax_diffusion import data, export, schedules
 from jax_diffusion.models import traits
 from jax_diffusion.pipeline.draw import make_sampler
-from jax_diffusion.pipeline.inputs import check_inputs, load_classifier, read_rows
+from jax_diffusion.pipeline.inputs import (
+    check_inputs,
+    load_classifier,
+    load_other,
+    read_rows,
+)
 from jax_diffusion.pipeline.options import SamplingOptions, make_options
 from jax_diffusion.pipeline.run import Run, load_run, open_images, open_split
 from jax_diffusion.runtime import sharding
@@ -42,6 +48,7 @@ __all__ = [
     "TaskOptions",
     "bind_sampler",
     "export_sampler",
+    "load_other",
     "load_run",
     "make_options",
     "make_sampler",
@@ -61,6 +68,7 @@ def sample_images(
     ids: Sequence[int] | np.ndarray | None = None,
     batch_size: int = 256,
     upsample: Run | str | os.PathLike | None = None,
+    options: SamplingOptions | None = None,
     **fields: Any,
 ) -> np.ndarray:
     """Draws images from a run.
@@ -74,6 +82,7 @@ def sample_images(
         batch_size: number of images that are drawn together.
         upsample: a run of a network with low_res, or its workdir, that enlarges what is
             drawn.
+        options: how images are drawn; fields change some of it.
         fields: fields of `SamplingOptions` (sampler, steps, label, guidance, ...) and
             of `tasks.TaskOptions` (task, images, mask, level, ...).
 
@@ -84,12 +93,28 @@ def sample_images(
     Raises:
         ValueError: for a field that is unknown, out of range, or does not fit the run.
     """
+    if not isinstance(run, Run):
+        raise ValueError(f"run must be what load_run returns, got {run!r}.")
+    for name, value, least in (
+        ("n", n, 1),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+    ):
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or not least <= value < 2**32:
+            raise ValueError(
+                f"{name} must be an integer in [{least}, 2^32), got {value!r}."
+            )
     numbers = np.arange(n) if ids is None else np.asarray(ids)
     if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
-        raise ValueError(f"n must be positive and ids integers [n], got {n} and {ids}.")
+        raise ValueError(f"ids must be integers [n], got {ids!r}.")
+    if numbers.min() < 0 or numbers.max() >= 2**31:
+        raise ValueError(f"ids must be in [0, 2^31), got {ids!r}.")
+    if options is not None:
+        fields = vars(options) | fields
     options, task = make_options(fields, SamplingOptions, TaskOptions)
     if upsample is not None and not isinstance(upsample, Run):
-        upsample = load_run(upsample)
+        upsample = load_other("upsample", upsample)
     bound = bind_sampler(run, options, task, upsample=upsample)
     size = min(batch_size, len(numbers))
     batches = bound.batches(ids=numbers, seed=seed, batch_size=size)

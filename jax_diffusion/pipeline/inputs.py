@@ -15,13 +15,23 @@ from jax_diffusion.pipeline.run import Run, load_run, open_images
 from jax_diffusion.tasks import TaskOptions
 
 
+def load_other(field: str, workdir: str | os.PathLike) -> Run:
+    """`load_run` of a second run; errors begin with the field that names it."""
+    try:
+        return load_run(workdir)
+    except ValueError as error:
+        raise ValueError(
+            f"{field} must be a workdir that can be loaded, got: {error}"
+        ) from error
+
+
 def load_classifier(workdir: str | os.PathLike, run: Run) -> Run:
     """Loads a classifier of noisy images that fits a run.
 
     Raises:
         ValueError: unless it is one, of such images, noised by such a schedule.
     """
-    other = load_run(workdir)
+    other = load_other("classifier", workdir)
     if other.objective is not None:
         raise ValueError(f"classifier must be a classifier's run, got {workdir}.")
     if other.image_shape != run.image_shape:

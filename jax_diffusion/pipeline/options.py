@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ class SamplingOptions:
     reclip: bool = True
 
     def __post_init__(self):
+        self._check_types()
         takes_eta = self.row.takes_eta
         for name in ("eta", "guidance_rescale"):
             value = getattr(self, name)
@@ -87,6 +89,22 @@ class SamplingOptions:
                 raise ValueError(f"{name} must be finite, got {scale}.")
         if self.guidance_rescale and self.guidance is None:
             raise ValueError("guidance_rescale needs guidance, got none.")
+
+    def _check_types(self) -> None:
+        optional = ("threshold", "guidance")
+        for name in ("eta", "guidance_rescale", "classifier_scale", *optional):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not number and (value is not None or name not in optional):
+                raise ValueError(f"{name} must be a number, got {value!r}.")
+        for name in ("clip", "reclip"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"{name} must be True or False, got {getattr(self, name)!r}."
+                )
+        whole = isinstance(self.steps, Integral) and not isinstance(self.steps, bool)
+        if self.steps is not None and not whole:
+            raise ValueError(f"steps must be an integer, got {self.steps!r}.")
 
     @property
     def row(self) -> Sampler:

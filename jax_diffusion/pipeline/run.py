@@ -53,7 +53,7 @@ class Run:
         return (traits(self.model).num_classes or 1) - hidden
 
 
-def load_run(workdir: str | os.PathLike, ema: str | None = None) -> Run:
+def load_run(workdir: str | os.PathLike, ema: str | float | None = None) -> Run:
     """Loads the newest checkpoint of a workdir.
 
     Args:
@@ -64,6 +64,12 @@ def load_run(workdir: str | os.PathLike, ema: str | None = None) -> Run:
     Raises:
         ValueError: if there is no checkpoint, or no such average.
     """
+    if not isinstance(workdir, str | os.PathLike):
+        raise ValueError(f"workdir must be the path of a folder, got {workdir!r}.")
+    if isinstance(ema, float):
+        ema = ema_name(ema)
+    if not isinstance(ema, str | None):
+        raise ValueError(f"ema must be a name such as '0.999', got {ema!r}.")
     workdir = Path(workdir)
     record = checkpoint.load_record(workdir)
     config = configs.of_record(record)

@@ -225,11 +225,22 @@ def as_sampler(sampler: Sampler | StepFn) -> Sampler:
         A row with all steps by default. It takes eta if the function has a parameter of
         that name which is not bound yet, and counts as noisy, since that is unknown.
 
+    Raises:
+        ValueError: if the function does not take the arguments of a step.
+
     >>> as_sampler(ddim_step).takes_eta
     True
     """
     if isinstance(sampler, Sampler):
         return sampler
     bound = getattr(sampler, "keywords", {})  # of functools.partial
-    takes_eta = "eta" in inspect.signature(sampler).parameters and "eta" not in bound
+    try:
+        signature = inspect.signature(sampler)
+        signature.bind(*("keys", "denoise_fn", "schedule", "state", "t"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "sampler must be a function of (keys, denoise_fn, schedule, state, t), got "
+            f"{sampler!r}: {error}."
+        ) from error
+    takes_eta = "eta" in signature.parameters and "eta" not in bound
     return Sampler(sampler, takes_eta=takes_eta, adds_noise=True)

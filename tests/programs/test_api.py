@@ -97,9 +97,27 @@ REFUSED = [
     (dict(steps=99), r"steps must be in \[1, T = 8\], got 99"),
     (dict(label=KNOWN), "label must be from 0 to 3, got 4"),
     (dict(task="inpant"), "task must be one of .*did you mean 'inpaint'"),
-    (dict(ids=np.empty(0, int)), "ids integers"),
-    (dict(ids=np.array([0.5])), "ids integers"),
-    (dict(n=0), "n must be positive"),
+    (dict(ids=np.empty(0, int)), "ids must be integers"),
+    (dict(ids=np.array([0.5])), "ids must be integers"),
+    (dict(ids=np.array([2**31])), r"ids must be in \[0, 2\^31\)"),
+    (dict(n=0), "n must be an integer in"),
+    (dict(n=True), "n must be an integer in"),
+    (dict(batch_size=0), "batch_size must be an integer in"),
+    (dict(seed=-1), "seed must be an integer in"),
+    (dict(seed=2**32), "seed must be an integer in"),
+    (dict(steps=2.5), "steps must be an integer, got 2.5"),
+    (dict(steps=True), "steps must be an integer, got True"),
+    (dict(eta="0.5"), "eta must be a number, got '0.5'"),
+    (dict(guidance="3"), "guidance must be a number"),
+    (dict(clip="no"), "clip must be True or False, got 'no'"),
+    (dict(group=True, task="complete", eta=1.0), "group must be an integer >= 1"),
+    (dict(level="a", task="edit"), "level must be in"),
+    (dict(sampler="math:pi"), "sampler must be one of .*, which is 3.14"),
+    (dict(sampler="math:sqrt"), "sampler must be a function of .keys, denoise_fn"),
+    (dict(classifier="nowhere"), "classifier must be a workdir that can be loaded"),
+    (dict(upsample="nowhere"), "upsample must be a workdir that can be loaded"),
+    (dict(mask=None, task="inpaint"), "mask must be of"),
+    (dict(mask=np.ones((8, 8, 3)), task="inpaint"), "mask must be 8 x 8"),
     (dict(level=2, task="edit"), r"level must be in \[0, 1\]"),
     (dict(images=np.zeros((1, 4, 4, 3), np.uint8), task="edit"), r"\(8, 8, 3\)"),
     (dict(mask=np.zeros((4, 4)), task="inpaint"), "mask must be 8 x 8"),
@@ -111,6 +129,20 @@ REFUSED = [
 def test_what_does_not_fit_is_refused_in_a_sentence(fields, sentence, labeled):
     with pytest.raises(ValueError, match=sentence):
         jd.sample_images(labeled, **fields)
+
+
+def test_options_may_be_given_as_one_object(labeled):
+    options = jd.SamplingOptions(steps=2, label=1)
+    images = jd.sample_images(labeled, 2, options=options, label=2)
+    np.testing.assert_array_equal(
+        images, jd.sample_images(labeled, 2, steps=2, label=2)
+    )
+
+
+def test_the_api_is_listed_for_completion():
+    names = dir(jd)
+    assert {*jd.__all__, "data", "metrics", "models"} <= {*names}
+    assert jd.data.load and jd.metrics.frechet_distance
 
 
 def test_options_that_flags_know_are_fields():
