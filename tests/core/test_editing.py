@@ -131,6 +131,7 @@ def test_what_a_projection_drops_of_the_known_image_does_not_matter(name):
     np.testing.assert_allclose(one, other, **F32_SUM)
 
 
+@pytest.mark.slow
 def test_a_completed_image_does_not_depend_on_its_batch():
     mask, x_T = MASKS["b h w 1"].astype(jnp.float32), normal(0, *SHAPE)
     whole = complete(KEYS[:3], x_T, KNOWN, mask)

@@ -316,7 +316,16 @@ def test_all_that_is_released_is_tested():
     assert RELEASED.keys() - classifiers == COUNTS.keys()
 
 
-@pytest.mark.parametrize("name", RELEASED)
+QUICK = ("cifar10_uncond_50M_500K", "64x64_classifier", "model-790000")  # to trace
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in RELEASED
+    ],
+)
 def test_released_networks_have_the_official_names_shapes_and_counts(name):
     found, official = RELEASED[name], OFFICIAL[name]()
     image_shape = (found.image_size, found.image_size, 3)

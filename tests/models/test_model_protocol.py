@@ -125,6 +125,7 @@ def test_batch_mates_do_not_matter_and_timesteps_labels_and_low_res_do(case):
         assert jnp.abs(output(case, low_res=-LOW_RES) - y).max() > 0.01
 
 
+@pytest.mark.slow
 @cases
 def test_a_bfloat16_network_outputs_float32_near_the_float32_network(case):
     ours, exact = output(case, dtype=jnp.bfloat16), output(case)

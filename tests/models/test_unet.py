@@ -365,6 +365,7 @@ def random_block(**options):
     return jit(block.apply, static_argnums=3), random_like(variables["params"])
 
 
+@pytest.mark.slow
 def test_bfloat16_network_tells_neighboring_timesteps_apart():
     x = jnp.stack([IMAGES[0]] * 2)
     ours = jnp.diff(apply_small(random_params(), x, T, dtype=jnp.bfloat16), axis=0)
@@ -471,6 +472,7 @@ def sandwiched(params):
     return unflatten_dict({k: widen(k, p) for k, p in flatten_dict(params).items()})
 
 
+@pytest.mark.slow
 def test_three_dimensional_network_sees_slices_as_a_flat_one_sees_images():
     model = UNet(**SMALL)
     params = random_params()

@@ -201,6 +201,7 @@ def stored(out):
     return len(list(out.with_suffix(".parts").glob("[0-9]*.npz")))
 
 
+@pytest.mark.slow
 def test_a_job_killed_three_times_ends_in_the_same_file(
     plain, tmp_path, program, refuses
 ):
@@ -262,6 +263,7 @@ def test_parts_of_other_images_to_start_from_are_refused(
     assert "parts of other settings" in refuses(labelled, *options, out=out)
 
 
+@pytest.mark.slow
 def test_parts_of_another_mask_are_refused(
     labelled, tmp_path, program, refuses, monkeypatch
 ):
@@ -346,6 +348,7 @@ def test_guidance_is_that_of_the_core(labelled, draws):
     assert_same(strong, by_hand(labelled, guided(3.0)))
 
 
+@pytest.mark.slow
 def test_guidance_may_be_limited_to_an_interval_of_noise(labelled, draws):
     images, _ = draws(labelled)
     nowhere = ("--guidance-interval", "1e6,1e7")
@@ -399,8 +402,13 @@ def by_classifier(workdir, scale, *, reclip):
     ("options", "reclip", "step", "scale"),
     [
         ((), True, samplers.ddim_step, 8.0),
-        (("--no-reclip",), False, samplers.ddim_step, 8.0),
-        (("--sampler", "ddpm"), False, samplers.ddpm_step, 200.0),
+        pytest.param(
+            *(("--no-reclip",), False, samplers.ddim_step, 8.0), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *(("--sampler", "ddpm"), False, samplers.ddpm_step, 200.0),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["ddim", "no-reclip", "ddpm"],
 )
@@ -459,7 +467,20 @@ def cells(path, rows, columns):
     return found.swapaxes(1, 2)
 
 
-@pytest.mark.parametrize("task", [*TASKS, *tasks.OLD_TASKS])
+def test_old_names_of_tasks_are_still_known():
+    assert TaskOptions(task="colourise").row is TASKS["colorize"]
+
+
+QUICK = ("generate", "inpaint", "interpolate")  # the others are slow
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param(task, marks=() if task in QUICK else pytest.mark.slow)
+        for task in TASKS
+    ],
+)
 def test_every_task_ends_in_a_grid(task, labelled, folder, program, tmp_path):
     n, (rows, columns) = 3, ROWS_AND_COLUMNS[task]
     options = ("--n", n, "--frames", 4, "--group", 2, *FLAGS.get(task, ()))
@@ -484,6 +505,7 @@ def test_every_task_ends_in_a_grid(task, labelled, folder, program, tmp_path):
             np.testing.assert_array_equal(shown[:, -1], images[1 : n + 1])
 
 
+@pytest.mark.slow
 def test_noises_between_two_begin_and_end_in_their_images(
     labelled, draws, program, tmp_path
 ):
@@ -522,6 +544,7 @@ def test_what_is_known_of_an_image_stays(labelled, folder, draws, tmp_path):
     assert_other(drawn, images)
 
 
+@pytest.mark.slow
 def test_images_of_a_group_are_one_while_all_noise_is_shared(labelled, draws):
     options = ("--sampler", "ddpm", "--task", "complete", "--group", 2)
     images, _ = draws(labelled, *options, "--level", 0, "--label", 1)
@@ -628,6 +651,7 @@ def test_one_program_serves_all_steps_and_numbers(labelled, monkeypatch):
     assert_same(drawn[4], by_hand(labelled, guided(3.0), steps=4, spacing="karras"))
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_batches_or_devices(labelled):
     bound = bind_sampler(pipeline.load_run(labelled), SamplingOptions(eta=1))
 
@@ -673,6 +697,7 @@ class Bar:
         self.shown.append(self.n)
 
 
+@pytest.mark.slow
 def test_long_samplers_alone_show_their_steps(labelled, draws, monkeypatch):
     bars = []
     monkeypatch.setattr(pipeline, "tqdm", functools.partial(Bar, bars))
@@ -688,6 +713,7 @@ def test_long_samplers_alone_show_their_steps(labelled, draws, monkeypatch):
 # Cascades
 
 
+@pytest.mark.slow
 def test_a_cascade_enlarges_the_small_images(
     labelled, upsampler, draws, program, tmp_path, monkeypatch
 ):

@@ -182,6 +182,7 @@ class Watch:
         return out
 
 
+@pytest.mark.slow
 def test_the_loop_waits_at_lines_of_the_log_and_saves_alone(tmp_path, monkeypatch):
     watches, reads = [], []
 
@@ -368,6 +369,7 @@ def test_a_run_that_hides_labels_and_enlarges_trains_and_draws(tmp_path):
         assert np.asarray(picture).std() > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_is_older_than_a_field_goes_on(whole, capsys, monkeypatch):
     record = checkpoint.load_record(whole[0])
     for name in ("label_dropout", "low_res_size"):

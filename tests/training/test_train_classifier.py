@@ -153,6 +153,7 @@ def test_a_stopped_and_resumed_run_is_bit_identical(whole, tmp_path, monkeypatch
     assert lines_of(tmp_path) == lines_of(whole[0])
 
 
+@pytest.mark.slow
 def test_a_run_logs_accuracy_by_quartile_and_draws_nothing_but_its_loss(whole):
     wanted = {"loss", "accuracy", "top_5", "accuracy_q0", "loss_q3", "top_5_q1"}
     assert wanted <= lines_of(whole[0])[-1].keys()
