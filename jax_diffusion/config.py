@@ -8,11 +8,10 @@ a registry or anybody's own "package.module:function" (see `registry.lookup`).
 Nothing behind this module sees a ConfigDict.
 """
 
-import inspect
 import os
 import re
 import runpy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from jax_diffusion import schedules, timesteps
 from jax_diffusion.diffusion import Objective, check_signal
 from jax_diffusion.models import MODELS, traits
-from jax_diffusion.registry import hint, lookup
+from jax_diffusion.registry import call, call_by_name, hint, lookup
 from jax_diffusion.schedules import NoiseSchedule
 from jax_diffusion.spacing import SPACINGS
 
@@ -123,18 +122,16 @@ FIELDS = {
         free=True,
     ),
 }
+DEFAULTS = {k: f.default for k, f in FIELDS.items() if f.default is not NEEDED}
 FREE_IN_GROUPS = ("data.in_memory",)  # free fields of groups that are not
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Runs a config file and applies overrides such as "--config.total_steps=60".
+    """Runs a config file and applies overrides; returns the complete config.
 
     Args:
         path: a Python file with `get_config() -> ConfigDict`.
         overrides: "--config.FIELD=VALUE" or "--config.GROUP.FIELD=VALUE".
-
-    Returns:
-        The config with the defaults of all fields that the file leaves out.
 
     Raises:
         ValueError: if the file is missing or wrong, or a field unknown or ill-typed.
@@ -178,16 +175,15 @@ def complete(config: Config) -> Config:
     Fields within the groups `mesh` and `evaluation` are filled in, too.
     """
     given: dict[str, Any] = dict(ConfigDict(config).items())
-    optional = {k: f.default for k, f in FIELDS.items() if f.default is not NEEDED}
-    for name, default in optional.items():
+    for name, default in DEFAULTS.items():
         if isinstance(default, dict) and not hasattr(given.get(name, {}), "items"):
             raise ValueError(f"config.{name} must be a group, got {given[name]!r}.")
     groups = {
         name: {**default, **given.get(name, {})}
-        for name, default in optional.items()
+        for name, default in DEFAULTS.items()
         if isinstance(default, dict)
     }
-    return ConfigDict(optional | given | groups)
+    return ConfigDict(DEFAULTS | given | groups)
 
 
 def check_config(config: Config) -> None:
@@ -326,51 +322,7 @@ def make_model(
 def make_timestep_sampler(config: Config, num_steps: int) -> timesteps.TimestepSampler:
     """Builds the sampler of training timesteps that `config.timesteps` describes."""
     group = {"num_steps": num_steps, **dict(config)}
-    found = call_by_name(timesteps.TIMESTEP_SAMPLERS, group, "config.timesteps")
-    if not isinstance(found, timesteps.TimestepSampler):
-        raise ValueError(
-            f"config.timesteps must describe a TimestepSampler, got {found!r}."
-        )
-    return found
-
-
-def call(function: Callable, group: Config, where: str, **fixed: Any) -> Any:
-    """Calls function(**group, **fixed).
-
-    Args:
-        group: a group of a config.
-        where: its name, such as "config.data", for errors.
-        fixed: arguments that a config may not give.
-
-    Raises:
-        ValueError: for a field that the function does not take, and for a missing one.
-    """
-    try:
-        known = inspect.signature(function).parameters
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} must name a function, got {function!r}.") from error
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    for name in group:
-        if name in fixed or (name not in known and not takes_any):
-            raise ValueError(f"{where} has no field {name!r}{hint(name, known)}")
-    missing = [
-        name
-        for name, p in known.items()
-        if p.default is p.empty
-        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and name not in group
-        and name not in fixed
-    ]
-    if missing:
-        raise ValueError(f"{where} must have the fields {missing}, got none.")
-    return function(**group, **fixed)
-
-
-def call_by_name(registry: Mapping[str, Callable], group: Config, where: str) -> Any:
-    """`call` of the function that the group's field `name` names."""
-    arguments = dict(group)
-    name = arguments.pop("name", None)
-    return call(lookup(f"{where}.name", name, registry), arguments, where)
+    return call_by_name(timesteps.TIMESTEP_SAMPLERS, group, "config.timesteps")
 
 
 def of_record(record: Mapping[str, Any]) -> Config:
@@ -400,8 +352,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     Free fields are left out; an optional field that a config lacks has its default.
     """
-    optional = {k: f.default for k, f in FIELDS.items() if f.default is not NEEDED}
-    old, new = (_flat({**optional, **config}) for config in (saved, now))
+    old, new = (_flat({**DEFAULTS, **config}) for config in (saved, now))
     lines = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name, "(none)"), new.get(name, "(none)")

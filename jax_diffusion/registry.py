@@ -8,9 +8,10 @@ this package.
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -73,3 +74,44 @@ def hint(name: Any, known: Iterable[str]) -> str:
     """Ends a sentence about an unknown name: "; did you mean 'ddim'?", or a period."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def call(function: Callable, group: Mapping[str, Any], where: str, **fixed: Any) -> Any:
+    """Calls function(**group, **fixed).
+
+    Args:
+        group: a group of a config.
+        where: its name, such as "config.data", for errors.
+        fixed: arguments that a config may not give.
+
+    Raises:
+        ValueError: for a field that the function does not take, and for a missing one.
+    """
+    try:
+        known = inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} must name a function, got {function!r}.") from error
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for name in group:
+        if name in fixed or (name not in known and not takes_any):
+            raise ValueError(f"{where} has no field {name!r}{hint(name, known)}")
+    missing = [
+        name
+        for name, p in known.items()
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and name not in group
+        and name not in fixed
+    ]
+    if missing:
+        raise ValueError(f"{where} must have the fields {missing}, got none.")
+    return function(**group, **fixed)
+
+
+def call_by_name(
+    registry: Mapping[str, Callable], group: Mapping[str, Any], where: str
+) -> Any:
+    """`call` of the function that the group's field `name` names."""
+    arguments = dict(group)
+    name = arguments.pop("name", None)
+    return call(lookup(f"{where}.name", name, registry), arguments, where)

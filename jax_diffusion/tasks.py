@@ -293,9 +293,7 @@ TASKS: dict[str, Task] = {
 OLD_TASKS = {"colourise": "colorize"}  # names until version 0.1
 
 
-def read_mask(
-    mask: str | os.PathLike | np.ndarray, image_shape: tuple[int, ...]
-) -> np.ndarray:
+def read_mask(mask: Any, image_shape: tuple[int, ...]) -> np.ndarray:
     """Returns a mask as float32 [h, w, 1], 1 where pixels are known.
 
     Args:

@@ -37,6 +37,13 @@ def quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def pytest_configure(config):
+    """Fast tests run for a moment: compiling better code for them does not pay."""
+    if config.getoption("markexpr") == "not slow":
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the runs of `jobs` live."""

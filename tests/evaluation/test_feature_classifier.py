@@ -124,6 +124,7 @@ def test_the_number_of_steps_follows_that_of_the_images(tmp_path, monkeypatch):
     assert counts == {128: 6, 300: 14}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3])
 def test_training_does_not_depend_on_the_devices(count, tmp_path, monkeypatch):
     """Five images: eight devices hold the last one four times, three devices twice."""

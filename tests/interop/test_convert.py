@@ -613,6 +613,7 @@ def test_read_checkpoint_is_what_load_checkpoint_builds_of(tmp_path, program):
 # Mistakes
 
 
+@pytest.mark.slow
 def test_what_improved_diffusion_cannot_compute_is_named(tmp_path, fails):
     cases = [
         (

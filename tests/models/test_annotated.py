@@ -311,6 +311,7 @@ def test_published_network_sees_nothing_but_through_the_first_halving(block):
     np.testing.assert_array_equal(apply(params, -IMAGES, block=block), y)
 
 
+@pytest.mark.slow
 @blocks
 def test_mended_network_sees_past_the_first_halving(block):
     params = blocked(random_params(block, full_skip=True))
@@ -320,6 +321,7 @@ def test_mended_network_sees_past_the_first_halving(block):
     assert jnp.abs(y_other - y).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_mended_network_contains_the_published_one():
     params = random_params("resnet")
     out = params["block_out"]

@@ -197,6 +197,7 @@ def test_positions_start_with_the_variance_of_one_over_channels():
     assert_moments(drawn.ravel(), 0, 1 / 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["adaptive", "spatial", "spatial_v2"])
 def test_mirroring_images_and_kernels_changes_no_logit_of_a_mean_over_pixels(pool):
     model = NoisyClassifier(**SMALL, pool=pool, resample="pool")

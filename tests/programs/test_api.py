@@ -80,6 +80,7 @@ def test_tasks_labels_guidance_and_arrays_go_by_keyword(labeled):
     assert strip.shape == (3, 2, SIZE, SIZE, 3)
 
 
+@pytest.mark.slow
 def test_a_second_run_enlarges_what_is_drawn(labeled, folder):
     model = LABELS["model"] | dict(low_res=True)
     up = make_run(folder / "up", shape=(2 * SIZE,) * 2 + (3,), model=model)
@@ -183,6 +184,7 @@ def test_the_package_lists_its_programs():
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_every_sampler_draws_with_its_own_defaults(folder):
     run = jd.load_run(
         make_run(folder / "plain", shape=(4, 4, 1), schedule=COSINE, model=UNET)

@@ -135,7 +135,7 @@ def test_what_changes_no_result_may_change_between_two_starts():
     assert configs.differences({"seed": 0}, {"seed": 1}) == ["seed: 0 -> 1"]
 
 
-OPTIONAL = [k for k, f in configs.FIELDS.items() if f.default is not configs.NEEDED]
+OPTIONAL = [*configs.DEFAULTS]
 HOW = {"label_dropout": 0.1, "low_res_size": 4}  # a network is told what
 
 
