@@ -76,11 +76,11 @@ def hint(name: Any, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
-def call(function: Callable, group: Mapping[str, Any], where: str, **fixed: Any) -> Any:
+def call(function: Callable, group: Any, where: str, **fixed: Any) -> Any:
     """Calls function(**group, **fixed).
 
     Args:
-        group: a group of a config.
+        group: a group of a config, keyword arguments by name.
         where: its name, such as "config.data", for errors.
         fixed: arguments that a config may not give.
 
@@ -108,9 +108,7 @@ def call(function: Callable, group: Mapping[str, Any], where: str, **fixed: Any)
     return function(**group, **fixed)
 
 
-def call_by_name(
-    registry: Mapping[str, Callable], group: Mapping[str, Any], where: str
-) -> Any:
+def call_by_name(registry: Mapping[str, Callable], group: Any, where: str) -> Any:
     """`call` of the function that the group's field `name` names."""
     arguments = dict(group)
     name = arguments.pop("name", None)

@@ -115,9 +115,15 @@ def test_metrics_of_a_users_module_are_named_by_module_and_function(
     np.testing.assert_allclose(gap.value, FEW.mean(axis=(1, 2)).max(), rtol=1e-5)
     assert gap.metric == "gap"
     for name, words in (
-        ("own_metrics:number", "must name a Metric or a function, got 3"),
+        (
+            "own_metrics:number",
+            "or an importable function, got 'own_metrics:number', which is 3",
+        ),
         ("own_metrics:none", "own_metrics:none"),
-        ("math:pi", "metrics must name a Metric or a function, got 3.14"),
+        (
+            "math:pi",
+            "metrics or an importable function, got 'own_metrics:number', which is 3.14",
+        ),
         ("math:sqrt", "metrics must name a function of two arguments"),
         ("own_metrics:nothing", "own_metrics:nothing must return a number, got NoneT"),
         ("own_metrics:every", "own_metrics:every must return a number, got ndarray"),

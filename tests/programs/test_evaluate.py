@@ -138,6 +138,7 @@ def test_a_distance_is_that_of_the_samples_which_are_kept(run, tmp_path, score):
     np.testing.assert_allclose(found["scores"]["pixel_distance"], distance, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_samples_can_be_those_that_sample_has_written(
     run, tmp_path, score, monkeypatch
 ):
@@ -184,6 +185,7 @@ def test_fewer_steps_give_a_bound_of_fewer_terms(run, tmp_path, score):
     assert evaluations_of(tmp_path)[0]["bpd"]["steps"] == 4
 
 
+@pytest.mark.slow
 def test_likelihood_by_the_ode_has_its_errors(run, tmp_path, score):
     few = ("--metrics", "nll_ode", "--bpd-images", "8", "--ode-probes", "2")
     score("--workdir", run, "--out", tmp_path, *few)
@@ -196,6 +198,7 @@ def test_likelihood_by_the_ode_has_its_errors(run, tmp_path, score):
     assert found["scores"]["nll_ode_step_error"] > 0
 
 
+@pytest.mark.slow
 def test_evaluations_are_added_to_those_before(run, tmp_path, score):
     few = ("--workdir", run, "--out", tmp_path, "--metrics", "bpd")
     for images in (27, 29):
@@ -204,6 +207,7 @@ def test_evaluations_are_added_to_those_before(run, tmp_path, score):
     assert found == [27, 29]
 
 
+@pytest.mark.slow
 def test_a_classifier_of_the_run_scores_its_samples(
     run, tmp_path, score, capsys, monkeypatch
 ):

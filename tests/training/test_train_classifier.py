@@ -165,6 +165,7 @@ def run_evaluate(monkeypatch, workdir, *args):
     evaluate.main()
 
 
+@pytest.mark.slow
 def test_evaluate_prints_how_often_a_classifier_is_right(whole, monkeypatch, capsys):
     run_evaluate(monkeypatch, whole[0])
     (found,) = evaluations(whole[0])
@@ -174,6 +175,7 @@ def test_evaluate_prints_how_often_a_classifier_is_right(whole, monkeypatch, cap
     assert f"{found['scores']['accuracy']:.6g}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_classifier_has_no_samples_and_no_bits(whole, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"must be of \['accuracy'\], got 'bpd'"):
         run_evaluate(monkeypatch, whole[0], "--metrics", "bpd")
