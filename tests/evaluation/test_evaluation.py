@@ -120,10 +120,7 @@ def test_metrics_of_a_users_module_are_named_by_module_and_function(
             "or an importable function, got 'own_metrics:number', which is 3",
         ),
         ("own_metrics:none", "own_metrics:none"),
-        (
-            "math:pi",
-            "metrics or an importable function, got 'own_metrics:number', which is 3.14",
-        ),
+        ("math:pi", "or an importable function, got 'math:pi', which is 3.14"),
         ("math:sqrt", "metrics must name a function of two arguments"),
         ("own_metrics:nothing", "own_metrics:nothing must return a number, got NoneT"),
         ("own_metrics:every", "own_metrics:every must return a number, got ndarray"),
