@@ -398,6 +398,7 @@ def component(x_T, *, name, which):
     return samplers.sample(KEYS, guided, STEPS[name], schedule, x_T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", one_fast(STEPS))
 def test_an_exact_classifier_of_a_mixture_gives_its_component(name):
     which = 1

@@ -39,6 +39,7 @@ def trained(tmp_path_factory):
     return {**told, "path": path}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 50])
 def test_features_do_not_depend_on_the_batch(size, trained):
     extractor = load_feature_classifier(trained["path"], SHAPE)

@@ -481,6 +481,7 @@ def test_the_average_in_a_training_checkpoint_is_found(
     back_by_name(tmp_path, program, monkeypatch, tmp_path / "tiny.ckpt")
 
 
+@pytest.mark.slow
 def test_other_safetensors_are_known_by_name(tmp_path, program, monkeypatch):
     tensors, file = openai_tensors(tmp_path), tmp_path / "tiny.safetensors"
     torch_files.write_safetensors(file, tensors, {"format": "pt"})
@@ -512,6 +513,7 @@ def test_a_network_of_ones_own_is_described_by_a_config(layout, tmp_path, progra
     assert trees_equal(run.params, back.params) and back.model == run.model
 
 
+@pytest.mark.slow
 def test_a_classifier_is_converted(tmp_path, program, monkeypatch):
     model = dict(name="encoder", num_labels=10, pool="attention", num_heads=2)
     config = config_of(model=model, objective=None)
@@ -631,6 +633,7 @@ def test_what_improved_diffusion_cannot_compute_is_named(tmp_path, fails):
         assert words in error and not out.exists()
 
 
+@pytest.mark.slow
 def test_what_diffusers_cannot_compute_is_named(tmp_path, fails):
     cases = [
         (dict(model=dict(multipliers=(2, 4))), "multipliers = (2, 4)"),
@@ -774,6 +777,7 @@ def test_small_images_are_enlarged_and_go_round(tmp_path, monkeypatch):
     assert np.abs(by_hand(-low_res) - drawn[3:]).max() > 1
 
 
+@pytest.mark.slow
 def test_small_images_must_fit_the_network(tmp_path, fails):
     with_low_res = make_run(tmp_path / "low", **LOW_RES)
     without = make_run(tmp_path / "run")

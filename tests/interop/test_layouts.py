@@ -403,6 +403,7 @@ SMALL = dict(channels=8, multipliers=(1, 2, 3), num_res_blocks=2, num_groups=4)
 ATTENDING = dict(attention_resolutions=(4, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resample", ["conv", "resblock"])
 @pytest.mark.parametrize("scale_shift", [True, False])
 @pytest.mark.parametrize("resolutions", [(), (4,), (4, 8, 16)], ids=str)
@@ -599,6 +600,7 @@ def hub_config(name):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HUB)
 def test_networks_of_the_hub_are_ho_et_als(name):
     config = hub_config(name)

@@ -304,6 +304,7 @@ def blocked(params):
     return params | {"down_0_halve": halve}
 
 
+@pytest.mark.slow
 @blocks
 def test_published_network_sees_nothing_but_through_the_first_halving(block):
     params = blocked(random_params(block))

@@ -234,6 +234,7 @@ def test_a_spatial_head_reads_every_stage():
 # What must hold of any
 
 
+@pytest.mark.slow
 def test_a_new_adaptive_classifier_finds_all_labels_alike():
     model = NoisyClassifier(**SMALL)
     logits, _ = jit(model.init_with_output)(jax.random.key(0), IMAGES, T)

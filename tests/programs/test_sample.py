@@ -251,6 +251,7 @@ def cut_off(monkeypatch, program, *args):
         program(*args)
 
 
+@pytest.mark.slow
 def test_parts_of_other_images_to_start_from_are_refused(
     labelled, tmp_path, program, refuses, monkeypatch
 ):
@@ -760,6 +761,7 @@ def test_a_second_stage_must_fit_the_first(labelled, plain, folder, refuses):
 # Samplers as files
 
 
+@pytest.mark.slow
 def test_an_exported_sampler_draws_the_same_images(
     labelled, draws, program, tmp_path, floats
 ):

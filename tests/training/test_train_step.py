@@ -362,6 +362,7 @@ def test_microbatches_are_told_the_labels_of_the_whole_batch():
     np.testing.assert_allclose(parts[1], whole[1][:20], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_any_number_of_devices_hides_the_same_labels(count):
     mesh = sharding.make_mesh(devices=jax.devices()[:count])
