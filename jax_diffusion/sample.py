@@ -135,6 +135,20 @@ def _say_drawn(what: str, bound: BoundSampler, out: str | Path) -> None:
         print(f"{what} in {steps} steps, ema {ema}: {out}")
 
 
+def upgrade_record(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record of parts of any version under today's names of options.
+
+    Until version 0.1 it had the values of flags.
+    """
+    if "no_clip" not in record:
+        return record
+    flags = dict(record)
+    flags["clip"], flags["reclip"] = not record["no_clip"], not record["no_reclip"]
+    flags["rounding"], flags["frames"] = record["quantize"], None
+    gone = ("no_clip", "no_reclip", "quantize", "export", "weights_beside", "upsample")
+    return {name: value for name, value in flags.items() if name not in gone}
+
+
 def _say_seconds(seconds: float) -> None:
     if jax.process_index() == 0:
         print(f"compiled in {seconds:.1f} s", flush=True)
@@ -152,7 +166,8 @@ def _write_npz(
     out: Path, n: int, draw: Callable[[int], Batches], record: dict[str, Any]
 ) -> None:
     """Writes one .npz (`arr_0`, labels `arr_1`) as improved-diffusion's, in parts."""
-    writer = ResumableNpz(out, record) if jax.process_index() == 0 else None
+    leader = jax.process_index() == 0
+    writer = ResumableNpz(out, record, upgrade_record) if leader else None
     done = min(sharding.broadcast_from_first(writer.done if writer else 0), n)
     batches = draw(done) if done < n else ()
     for frames, labels in _with_bar(batches, total=n, initial=done):

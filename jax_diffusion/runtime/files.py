@@ -161,6 +161,7 @@ class ResumableNpz:
             .parts, which appears with the first part.
         record: the settings that decide the arrays' bytes, as plain JSON values. Parts
             of another record are refused.
+        upgrade: makes a record of today from one that an older version has stored.
 
     Attributes:
         out: the file.
@@ -171,7 +172,13 @@ class ResumableNpz:
         ValueError: if there are parts of other settings, or one cannot be read.
     """
 
-    def __init__(self, out: Path, record: dict[str, Any]):
+    def __init__(
+        self,
+        out: Path,
+        record: dict[str, Any],
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ):
+        self._upgrade = upgrade
         self.out, self.folder = out, out.with_suffix(".parts")
         self._record = json.loads(json.dumps(record))
         self.done = 0
@@ -251,7 +258,8 @@ class ResumableNpz:
     def _check_record(self) -> None:
         path = self.folder / "record.json"
         try:
-            there = dict(json.loads(path.read_text())) if path.is_file() else {}
+            stored = dict(json.loads(path.read_text())) if path.is_file() else {}
+            there = self._upgrade(stored)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path} must be a whole record, got {error!r}."

@@ -38,7 +38,7 @@ from jax_diffusion import config as configs
 from jax_diffusion.models import bind
 from jax_diffusion.pipeline import SamplingOptions, TaskOptions, bind_sampler, draw
 from jax_diffusion.runtime import files, sharding
-from jax_diffusion.sample import main
+from jax_diffusion.sample import main, upgrade_record
 from jax_diffusion.tasks import TASKS
 
 N = 5  # images of a job, the same in most: then programs are compiled once
@@ -276,6 +276,30 @@ def test_parts_of_another_mask_are_refused(
     cut_off(monkeypatch, program, "--workdir", labelled, *out, *options)
     Image.fromarray(255 - mask).save(tmp_path / "mask.png")
     assert "got mask " in refuses(labelled, *options, out=out)
+
+
+OF_0_1 = dict(  # the record of parts that version 0.1 has written
+    **dict(block=2, classifier=None, classifier_scale=1.0, eta=0.5, export=None),
+    **dict(frames=10, group=8, guidance=None, guidance_interval=None, images=None),
+    **dict(guidance_rescale=0.0, jump=10, label=None, level=0.5, low_res=None),
+    **dict(no_clip=False, no_reclip=True, quantize="round", resamples=1, seed=0),
+    **dict(sampler="ddim", split="test", task="generate", threshold=None, steps=20),
+    **dict(upsample=None, weights_beside=False, workdir="w", spacing="sections"),
+    **dict(ema="0.99", mask=None, upsampled=None, jax="0.10.2", network=1, rows=[2]),
+)
+
+
+def test_parts_of_version_0_1_are_resumed_by_the_same_options(tmp_path):
+    options = SamplingOptions(eta=0.5, rounding="round", reclip=False)
+    fields = dataclasses.asdict(options) | dataclasses.asdict(TaskOptions())
+    decided = ("steps", "spacing", "ema", "mask", "workdir", "seed", "upsampled")
+    today = fields | {k: OF_0_1[k] for k in (*decided, "jax", "network", "rows")}
+    files.ResumableNpz(tmp_path / "a.npz", OF_0_1).add({"arr_0": np.zeros(3)})
+    resumed = files.ResumableNpz(tmp_path / "a.npz", today, upgrade_record)
+    assert resumed.done == 3
+    with pytest.raises(ValueError, match=r"got eta 0.5 -> 0.6"):
+        other = today | dict(eta=0.6)
+        files.ResumableNpz(tmp_path / "a.npz", other, upgrade_record)
 
 
 # Grey levels
