@@ -165,7 +165,7 @@ def sampling_options(args: argparse.Namespace) -> SamplingOptions:
     Raises:
         ValueError: for a value that is out of range.
     """
-    values = vars(args) | {
+    values: dict[str, Any] = vars(args) | {
         "clip": not args.no_clip,
         "reclip": not args.no_reclip,
     }
