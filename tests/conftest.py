@@ -21,10 +21,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-# Most programs run for a moment: better code of LLVM's does not pay. Whoever sets
-# XLA_FLAGS, if only to a blank, has the tests as programs are run.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-
 from jax_diffusion import diffusion, pipeline  # noqa: E402
 
 # jaxtyping's import hook checks the arguments of dataclasses before these can, and
@@ -39,6 +35,15 @@ def quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_configure(config):
+    """Fast tests run for a moment: better code of LLVM's does not pay for them.
+
+    Whoever sets XLA_FLAGS, if only to a blank, has them compiled as programs are.
+    """
+    if config.getoption("markexpr") == "not slow":
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 @pytest.fixture(scope="module")
