@@ -40,7 +40,7 @@ def quick_to_compile():
 def pytest_configure(config):
     """Fast tests run for a moment: better code of LLVM's does not pay for them.
 
-    Whoever sets XLA_FLAGS, if only to a blank, has them compiled as programs are.
+    Whoever sets XLA_FLAGS, if only to nothing, has them compiled as programs are.
     """
     if config.getoption("markexpr") == "not slow":
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
