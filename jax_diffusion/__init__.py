@@ -118,9 +118,9 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Keeps `train` and `evaluate` functions, although modules are called so, too.
+    """Keeps `train` and `evaluate` functions, although modules have these names, too.
 
-    Importing the program jax_diffusion/train.py would else replace the function.
+    Otherwise importing the module jax_diffusion.train would replace the function.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -116,10 +116,6 @@ class TaskOptions:
         row = lookup("task", OLD_TASKS.get(self.task, self.task), TASKS)
         return row if isinstance(row, Task) else Task(row)
 
-    def read_mask(self, image_shape: tuple[int, ...]) -> np.ndarray:
-        """The mask as float32 [h, w, 1], see the function `read_mask`."""
-        return read_mask(self.mask, image_shape)
-
     @property
     def num_frames(self) -> int:
         """The number of frames that is asked for, or the task's default."""

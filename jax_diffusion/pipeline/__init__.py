@@ -39,7 +39,7 @@ from jax_diffusion.pipeline.options import SamplingOptions, make_options
 from jax_diffusion.pipeline.run import Run, load_run, open_images, open_split
 from jax_diffusion.runtime import sharding
 from jax_diffusion.schedules import NoiseSchedule
-from jax_diffusion.tasks import TaskOptions
+from jax_diffusion.tasks import TaskOptions, read_mask
 
 __all__ = [
     "BoundSampler",
@@ -76,7 +76,7 @@ def sample_images(
     Args:
         run: as `load_run` returns it.
         n: number of images.
-        seed: of all images.
+        seed: decides all images, an integer >= 0.
         ids: numbers of the images, [n]; by default 0 to n - 1. An image depends on the
             seed and on its number only.
         batch_size: number of images that are drawn together.
@@ -275,7 +275,7 @@ def _bind(
     """`bind_sampler` once all files are read."""
     schedule, spacing = options.make_schedule(run.config.schedule)
     num_steps = schedule.num_steps
-    mask = task.read_mask(run.image_shape) if task.row.takes_mask else None
+    mask = read_mask(task.mask, run.image_shape) if task.row.takes_mask else None
     if task.num_frames == 1 and one_program:
         total = len(configs.make_betas(run.config.schedule))
         schedule = schedules.pad(schedule, total)
