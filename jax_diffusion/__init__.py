@@ -8,6 +8,7 @@
 
 The mathematics needs jax, numpy and jaxtyping, and takes a network from any library:
 
+    checks        whether an argument is a number in its range
     schedules     variances and noise levels -> NoiseSchedule
     spacing       which steps of a schedule to take
     diffusion     forward process, posterior, eps / x_0 / v / mu; the denoiser
@@ -33,8 +34,7 @@ Using them together:
 
     training      train step, optimizer; from a config to a compiled step
     config        loads and checks configs; builds what they describe
-    pipeline      a trained run as Python functions
-    tasks         inpaint, edit, interpolate, ... by name
+    pipeline      a trained run as Python functions; inpaint, edit, ... by name
     evaluation    scores of runs and of images
     cli           flags that programs share
 
@@ -47,6 +47,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from jax_diffusion import (
+    checks,
     diffusion,
     editing,
     guidance,
@@ -69,6 +70,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Run",
     "SamplingOptions",
+    "checks",
     "diffusion",
     "editing",
     "evaluate",
@@ -95,12 +97,12 @@ LAZY = {
     "load_config": "jax_diffusion.config",
     "load_run": "jax_diffusion.pipeline",
     "sample_images": "jax_diffusion.pipeline",
+    "tasks": "jax_diffusion.pipeline",
     "train": "jax_diffusion.train",
 }
 
-
 MODULES = ("data", "metrics", "models", "interop", "runtime", "plotting", "export")
-MODULES += ("registry", "training", "config", "pipeline", "tasks", "evaluation")
+MODULES += ("registry", "training", "config", "pipeline", "evaluation")
 
 
 def __getattr__(name: str) -> Any:

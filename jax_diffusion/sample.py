@@ -39,9 +39,9 @@ from jax_diffusion.pipeline import (
     load_run,
     make_options,
 )
+from jax_diffusion.pipeline.tasks import HALVES, TASKS
 from jax_diffusion.runtime import checkpoint, sharding
 from jax_diffusion.runtime.files import ResumableNpz
-from jax_diffusion.tasks import HALVES, TASKS
 
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # frames [k b h w c], labels [b]
 

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "jax_diffusion"
 
 # The mathematics, lowest first: each imports only what stands before it.
 MATHEMATICS = (
-    *("spacing", "schedules", "diffusion", "timesteps", "losses", "samplers"),
+    *("checks", "spacing", "schedules", "diffusion", "timesteps", "losses", "samplers"),
     *("guidance", "likelihood", "editing"),
 )
 # The rest, lowest first. What stands in one row does not know of the others in it.
@@ -25,7 +25,7 @@ ROWS = (
     {"models", "data", "metrics", "runtime", "plotting", "export"},
     {"training"},
     {"config"},
-    {"tasks"},
+    {"pipeline.tasks"},
     {"pipeline"},
     {"interop"},
     {"evaluation"},
@@ -35,7 +35,7 @@ ROWS = (
 )
 PLACES = MATHEMATICS + tuple(name for row in ROWS for name in row)
 # What the parts of the second row may import of ours, besides their own folder.
-BELOW_PARTS = {"registry", "runtime.files"}
+BELOW_PARTS = {"checks", "registry", "runtime.files"}
 PROGRAMS = {"train", "sample", "evaluate", "convert", "__main__"}
 
 STANDARD = set(sys.stdlib_module_names)
@@ -194,7 +194,7 @@ def test_argparse_is_for_programs_and_config_dicts_for_config(name):
         name
         for name in FILES
         if in_mathematics(name)
-        or place_of(name) in ("models", "tasks")
+        or place_of(name) in ("models", "pipeline.tasks")
         or name in ("training.step", "training.optimizer")
     ],
 )

@@ -37,9 +37,9 @@ from jax_diffusion.pipeline.inputs import (
 )
 from jax_diffusion.pipeline.options import SamplingOptions, make_options
 from jax_diffusion.pipeline.run import Run, load_run, open_images, open_split
+from jax_diffusion.pipeline.tasks import TaskOptions, read_mask
 from jax_diffusion.runtime import sharding
 from jax_diffusion.schedules import NoiseSchedule
-from jax_diffusion.tasks import TaskOptions, read_mask
 
 __all__ = [
     "BoundSampler",

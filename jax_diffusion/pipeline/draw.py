@@ -8,11 +8,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from jax_diffusion import diffusion, guidance, samplers, tasks
+from jax_diffusion import diffusion, guidance, samplers
 from jax_diffusion.diffusion import DenoiseFn, Objective
 from jax_diffusion.models import bind
+from jax_diffusion.pipeline import tasks
 from jax_diffusion.pipeline.options import SamplingOptions
-from jax_diffusion.tasks import TaskOptions
+from jax_diffusion.pipeline.tasks import TaskOptions
 
 
 def make_sampler(

@@ -12,7 +12,7 @@ from jax_diffusion import data
 from jax_diffusion.models import traits
 from jax_diffusion.pipeline.options import SamplingOptions
 from jax_diffusion.pipeline.run import Run, load_run, open_images
-from jax_diffusion.tasks import TaskOptions
+from jax_diffusion.pipeline.tasks import TaskOptions
 
 
 def load_other(field: str, workdir: str | os.PathLike) -> Run:

@@ -37,9 +37,9 @@ from jax_diffusion import (
 from jax_diffusion import config as configs
 from jax_diffusion.models import bind
 from jax_diffusion.pipeline import SamplingOptions, TaskOptions, bind_sampler, draw
+from jax_diffusion.pipeline.tasks import TASKS
 from jax_diffusion.runtime import files, sharding
 from jax_diffusion.sample import main, upgrade_record
-from jax_diffusion.tasks import TASKS
 
 N = 5  # images of a job, the same in most: then programs are compiled once
 
