@@ -92,12 +92,15 @@ def integer(
 
 def _range(at_least: Any, above: Any, at_most: Any, below: Any) -> str:
     """Words for a range: " >= 1", " in [0, 1)", or nothing."""
-    strict_low, strict_high = above is not None, below is not None
-    low, high = above if strict_low else at_least, below if strict_high else at_most
+    low, high = (
+        at_least if above is None else above,
+        at_most if below is None else below,
+    )
     if low is not None and high is not None:
-        return f" in {'(' if strict_low else '['}{low}, {high}{')' if strict_high else ']'}"
+        ends = "[" if above is None else "(", "]" if below is None else ")"
+        return f" in {ends[0]}{low}, {high}{ends[1]}"
     if low is not None:
-        return f" {'>' if strict_low else '>='} {low}"
+        return f" {'>=' if above is None else '>'} {low}"
     if high is not None:
-        return f" {'<' if strict_high else '<='} {high}"
+        return f" {'<=' if below is None else '<'} {high}"
     return ""
