@@ -6,6 +6,7 @@ they are joined into `FILE.npz`. Its bytes are the same however often the job wa
 killed on the way.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -63,6 +64,56 @@ def write_all_atomic(files: Mapping[Path, Content]) -> None:
         for path in beside.values():
             path.unlink(missing_ok=True)
         raise
+
+
+def check_output(field: str, path: Any, kind: str = "file") -> None:
+    """Checks that a path can be written to, before any work is done; writes nothing.
+
+    Args:
+        field: name of the argument, for errors.
+        path: where a file shall be written with `write_atomic`, or a folder be made.
+            What is there already is no error if it is of the same kind.
+        kind: "file" or "folder".
+
+    Raises:
+        ValueError: if the path is empty or no path, if something of the other kind is
+            there, if it lies below a file, if a name in it is too long, or if the
+            folder that it needs may not be written to.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path).strip():
+        raise ValueError(f"{field} must be the path of a {kind}, got {path!r}.")
+    text, target = os.fspath(path), Path(path).absolute()
+    if "\0" in text:
+        raise ValueError(f"{field} must be a path without NUL, got {text!r}.")
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()  # unlike exists() tells of names too long, links in circles
+        found = target.exists()
+        if kind == "folder" and (found or target.is_symlink()) and not target.is_dir():
+            raise ValueError(f"{field} must be a folder, and {text!r} is none.")
+        if kind == "file" and found and not target.is_file():
+            raise ValueError(f"{field} must be a file, and {text!r} is none.")
+        is_new_folder = kind == "folder" and not found
+        missing = [target.name] if kind == "file" or is_new_folder else []
+        there = target.parent if missing else target
+        while not there.exists() and there != there.parent:
+            missing.append(there.name)
+            there = there.parent
+        longest = os.pathconf(there, "PC_NAME_MAX") if there.is_dir() else 255
+    except OSError as error:  # a name or path too long, a link in a circle
+        reason = (error.strerror or f"{error}").lower()
+        raise ValueError(
+            f"{field} must be a path that can be written, got {text!r}: {reason}."
+        ) from error
+    if not there.is_dir():
+        raise ValueError(f"{field} must not lie below a file, got {str(there)!r}.")
+    for name in missing:  # a file is written as NAME.tmp first
+        if len(os.fsencode(name)) + len(".tmp") > longest:
+            raise ValueError(f"{field} must have shorter names, got {name!r}.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{field} must be in a folder that may be written to, got {str(there)!r}."
+        )
 
 
 def read_npz(

@@ -12,6 +12,7 @@ import pytest
 
 from jax_diffusion.runtime.files import (
     ResumableNpz,
+    check_output,
     read_npz,
     sha256_of_file,
     sha256_of_tree,
@@ -293,3 +294,56 @@ def test_parts_can_be_thrown_away(tmp_path):
     ResumableNpz(tmp_path / "a.npz", RECORD).discard()
     assert not [*tmp_path.iterdir()]
     assert ResumableNpz(tmp_path / "a.npz", RECORD).done == 0
+
+
+REFUSED_OUTPUTS = {  # what is there is made by the test
+    "empty": ("", "file", "must be the path of a file"),
+    "blank": (" ", "folder", "must be the path of a folder"),
+    "no path": (3, "file", "must be the path of a file"),
+    "nul": ("a\0b", "file", "must be a path without NUL"),
+    "a folder for a file": ("folder", "file", "must be a file"),
+    "a file for a folder": ("file", "folder", "must be a folder"),
+    "a dead link for a folder": ("dead", "folder", "must be a folder"),
+    "a file below a file": ("file/new.npz", "file", "must not lie below a file"),
+    "a folder far below a file": ("file/a/b", "folder", "must not lie below a file"),
+    "a long name": ("x" * 300, "file", "must be a path that can be written"),
+    "a name too long with .tmp": ("x" * 253, "file", "must have shorter names"),
+    "a long folder": ("a/" + "x" * 300 + "/b", "folder", "must "),
+    "a long path": ("abcdefg/" * 1000, "folder", "must be a path that can be written"),
+    "a link in a circle": ("circle/a", "file", "must be a path that can be written"),
+    "a device": ("/dev/null", "file", "must be a file"),
+    "a folder that may not be written": ("shut/a", "file", "that may be written to"),
+    "an existing folder": ("shut", "folder", "that may be written to"),
+    "a folder below it": ("shut/a/b", "folder", "that may be written to"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_OUTPUTS)
+def test_what_cannot_be_written_is_refused_in_a_sentence(tmp_path, monkeypatch, case):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    monkeypatch.chdir(tmp_path)
+    allowed = os.access  # root may write anywhere
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "shut" not in str(path) and allowed(path, mode)
+    )
+    path, kind, words = REFUSED_OUTPUTS[case]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"^out must ") as info:
+        check_output("out", path, kind)
+    assert words in str(info.value) and len(str(info.value).splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_can_be_written_is_accepted_and_not_made(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "old").mkdir() if kind == "folder" else (tmp_path / "old").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for path in ("new", "old", "there/new", "a/b/c", "x" * 250, tmp_path / "new"):
+        check_output("out", path, kind)
+    assert sorted(tmp_path.rglob("*")) == before
