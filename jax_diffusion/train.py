@@ -213,7 +213,7 @@ def main() -> None:
     parser = cli.make_parser("train", __doc__, allow_abbrev=False)
     parser.epilog = (
         "Any field of the config can be changed, as with --config.total_steps=60 or "
-        "--config.model.channels=64; FIELDS in jax_diffusion/config.py lists them."
+        "--config.model.channels=64; jax_diffusion/config/fields.py lists them."
     )
     parser.add_argument(
         "--config",

@@ -1,0 +1,165 @@
+"""Loads and checks configs; builds schedule, objective and network from them.
+
+A config is a Python file with `get_config() -> ConfigDict`, one level of groups deep.
+`FIELDS` lists its fields. Each group holds the keyword arguments of one function, so
+that a misspelled field is found and named. Where a group has a `name`, that is a row of
+a registry or anybody's own "package.module:function" (see `registry.lookup`).
+
+| file | what it does |
+| --- | --- |
+| `fields` | `FIELDS`: what a config may say; `complete`, `check_config` |
+| `reading` | `load_config`: config files, and the changes of a command line |
+| `records` | configs of checkpoints: of older formats, and compared |
+
+This module builds what a config describes. Nothing behind it sees a ConfigDict.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import numpy as np
+
+from jax_diffusion import schedules, timesteps
+from jax_diffusion.config.fields import (
+    DEFAULTS,
+    FIELDS,
+    Config,
+    Field,
+    check_config,
+    complete,
+)
+from jax_diffusion.config.reading import load_config
+from jax_diffusion.config.records import FORMAT, differences, of_record, upgrade
+from jax_diffusion.diffusion import Objective, check_signal
+from jax_diffusion.models import MODELS, traits
+from jax_diffusion.registry import call, call_by_name, lookup
+from jax_diffusion.schedules import NoiseSchedule
+from jax_diffusion.spacing import SPACINGS
+
+__all__ = [
+    "DEFAULTS",
+    "FIELDS",
+    "FORMAT",
+    "Built",
+    "Config",
+    "Field",
+    "build",
+    "call",
+    "check_config",
+    "complete",
+    "differences",
+    "load_config",
+    "make_betas",
+    "make_model",
+    "make_objective",
+    "make_schedule",
+    "make_timestep_sampler",
+    "of_record",
+    "upgrade",
+]
+
+
+class Built(NamedTuple):
+    """What a config describes.
+
+    Attributes:
+        schedule: all T steps.
+        objective: None for a classifier.
+        model: the network, without parameters.
+    """
+
+    schedule: NoiseSchedule
+    objective: Objective | None
+    model: nn.Module
+
+
+def build(config: Config, num_channels: int) -> Built:
+    """Builds schedule, objective and network, fit to each other.
+
+    With `config.label_dropout`, the network gets one class more than the config's
+    num_classes: the last, which it is told instead of a hidden label.
+
+    Args:
+        config: its groups schedule, objective, model and label_dropout are read.
+        num_channels: channels of the images.
+
+    Raises:
+        ValueError: for an unknown name, a misspelled argument, or parts that do not
+            fit each other.
+    """
+    schedule = make_schedule(config["schedule"])
+    objective = make_objective(config["objective"], schedule)
+    group = dict(config["model"])
+    if config.get("label_dropout"):
+        network = lookup("config.model.name", group.get("name"), MODELS)
+        known = group.get("num_classes", traits(network).num_classes)
+        if isinstance(known, int):
+            group["num_classes"] = known + 1
+    return Built(schedule, objective, make_model(group, objective, num_channels))
+
+
+def make_schedule(
+    config: Config, *, steps: int | None = None, spacing: str = "sections"
+) -> NoiseSchedule:
+    """Builds the schedule that `config.schedule` describes, or a shorter one.
+
+    Args:
+        config: the group `schedule` of a config.
+        steps: number of steps to keep; all if None.
+        spacing: which ones, a rule of `spacing.SPACINGS`.
+
+    Raises:
+        ValueError: for an unknown name, a misspelled argument or too many steps.
+    """
+    betas, keep = make_betas(config), None
+    if steps is not None:
+        if not 1 <= steps <= len(betas):
+            raise ValueError(f"steps must be in [1, T = {len(betas)}], got {steps}.")
+        keep = lookup("spacing", spacing, SPACINGS)(betas, steps)
+        if keep is None:
+            raise ValueError(f"spacing {spacing!r} must return steps, got None.")
+    return schedules.make_schedule(
+        betas, keep=keep, rescale_timesteps=config.get("rescale_timesteps", False)
+    )
+
+
+def make_betas(config: Config) -> np.ndarray:
+    """Builds the variances that `config.schedule` describes, float64 [T]."""
+    group = dict(config)
+    group.pop("rescale_timesteps", None)
+    zero_terminal_snr = group.pop("zero_terminal_snr", False)
+    betas = call_by_name(schedules.BETAS, group, "config.schedule")
+    return schedules.zero_terminal_snr(betas) if zero_terminal_snr else betas
+
+
+def make_objective(config: Config, schedule: NoiseSchedule) -> Objective | None:
+    """Builds the objective that `config.objective` describes; None for a classifier.
+
+    Raises:
+        ValueError: if a field is wrong, or if it does not fit the schedule.
+    """
+    if config is None:
+        return None
+    objective = call(Objective, config, "config.objective")
+    check_signal(schedule, objective)
+    return objective
+
+
+def make_model(
+    config: Config, objective: Objective | None, num_channels: int
+) -> nn.Module:
+    """Builds the network that `config.model` describes, as it stands there.
+
+    A denoiser is told `out_channels`: num_channels, twice of it for a learned variance.
+    """
+    group = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config).items()}
+    if objective is not None:
+        factor = 2 if objective.learns_variance else 1
+        group["out_channels"] = factor * num_channels
+    return call_by_name(MODELS, group, "config.model")
+
+
+def make_timestep_sampler(config: Config, num_steps: int) -> timesteps.TimestepSampler:
+    """Builds the sampler of training timesteps that `config.timesteps` describes."""
+    group = {"num_steps": num_steps, **dict(config)}
+    return call_by_name(timesteps.TIMESTEP_SAMPLERS, group, "config.timesteps")
