@@ -8,7 +8,8 @@
 | `arrays` | readers "digits", "synthetic", "idx" (MNIST's files) and "npz" (or .npy) |
 | `folder` | reader "folder"; `open_images`: anybody's images as they are |
 | `tfds` | reader "tfds": TensorFlow Datasets without TensorFlow |
-| `decode` | finding, decoding, resizing and cropping image files |
+| `find` | `find_images`: the image files below a folder, and what is left out |
+| `decode` | decoding, resizing and cropping image files |
 | `philox` | random numbers that no release of NumPy may change |
 
 This module has `load`, which opens a data set by its name in `DATASETS`, and
@@ -25,18 +26,24 @@ Images that are not in memory are read ahead of the training step by grain, whic
 `pip install 'jax_diffusion[grain]'` installs.
 """
 
+import inspect
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from jax_diffusion import registry
 from jax_diffusion.data.arrays import load_digits, load_idx, load_npz, load_synthetic
 from jax_diffusion.data.batches import PREFETCH_BATCHES, Batch, Batches, from_arrays
+from jax_diffusion.data.decode import Color, Decoder, height_and_width
 from jax_diffusion.data.examples import (
     SPLITS,
     Arrays,
+    DamagedImageError,
     Examples,
+    ImageSize,
     InMemory,
     Source,
     check_arrays,
@@ -54,6 +61,8 @@ __all__ = [
     "Arrays",
     "Batch",
     "Batches",
+    "DamagedImageError",
+    "Decoder",
     "Examples",
     "InMemory",
     "Source",
@@ -84,7 +93,9 @@ def load(
     split: str = "train",
     *,
     path: Source = None,
-    image_size: int | None = None,
+    image_size: ImageSize = None,
+    background: Color | None = None,
+    max_value: int | float | None = None,
     in_memory: bool | None = None,
     batch_size: int,
     seed: int = 0,
@@ -99,9 +110,15 @@ def load(
             f(split, path, image_size) of your own, see `data.examples`.
         split: "train", "test" or "all"; for "tfds" also the data set's own names.
         path: where the data are; for "tfds" a name, as "cifar10:3.0.2", or a folder.
-        image_size: side of the square images, in pixels. "folder" needs it and "tfds"
-            may have it, to resize to; "synthetic" draws at it; for
+        image_size: (h, w) of the images in pixels, or the side of square ones. "folder"
+            needs it and "tfds" may have it, to resize to; "synthetic" draws at it; for
             other data sets it is only compared with their size.
+        background: the color behind transparent pixels: a name that Pillow knows, such
+            as "black" or "#ff8800", or (r, g, b) in [0, 255]. None: white for files of
+            images, while arrays with alpha stay images of two or four channels.
+        max_value: the value that is white in images of more than 8 bits a channel, such
+            as 4095 for 12 bits. None: of files of 16 bits the upper 8 are kept, which
+            is told in a warning, and arrays other than uint8 are refused.
         in_memory: True decodes all images at once; False decodes each batch when it is
             needed, which only readers that return `Examples` can, such as "folder" and
             "tfds". The batches are the same. Default: True up to `MAX_IN_MEMORY` bytes
@@ -116,9 +133,13 @@ def load(
     (1618, 10, (8, 8, 1))
     """
     reader = registry.lookup("dataset", name, DATASETS)
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be >= 1, got {image_size}.")
-    found = reader(split, path, image_size)
+    size = None if image_size is None else height_and_width(image_size)
+    decoder = Decoder(background, max_value)
+    takes = inspect.signature(reader).parameters
+    found = reader(
+        *(split, path, size[0] if size and size[0] == size[1] else size),
+        **({"decoder": decoder} if "decoder" in takes else {}),
+    )
     if isinstance(found, Examples):
         if in_memory is None:
             in_memory = len(found) * math.prod(found.image_shape) <= MAX_IN_MEMORY
@@ -134,7 +155,9 @@ def load(
             f"{type(found).__name__} from {name!r}."
         )
     else:
-        examples = InMemory(*check_arrays(*found))
+        images, labels = found
+        images = decoder.convert(np.asarray(images))
+        examples = InMemory(*check_arrays(images, labels))
     batches = Batches.checked(
         examples,
         batch_size=batch_size,
@@ -144,7 +167,7 @@ def load(
         start_step=start_step,
     )
     h, w, _ = batches.image_shape
-    if image_size is not None and (h, w) != (image_size, image_size):
+    if size is not None and (h, w) != size:
         raise ValueError(f"image_size of {name} must be {h} x {w}, got {image_size}.")
     return batches
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from jax_diffusion.data import philox
-from jax_diffusion.data.decode import reading
+from jax_diffusion.data.decode import height_and_width, reading
 from jax_diffusion.data.examples import (
     Arrays,
+    ImageSize,
     Source,
     check_arrays,
     check_split,
@@ -26,7 +27,7 @@ from jax_diffusion.data.examples import (
 from jax_diffusion.runtime import files
 
 
-def load_digits(split: str, path: Source, image_size: int | None) -> Arrays:
+def load_digits(split: str, path: Source, image_size: ImageSize) -> Arrays:
     """Reads the 1,797 digits that scikit-learn brings along, 8 x 8 x 1, ten classes.
 
     Every tenth image is for "test". With `image_size=4`, each pixel is the mean of a
@@ -43,7 +44,7 @@ def load_digits(split: str, path: Source, image_size: int | None) -> Arrays:
     return images[rows], labels[rows, 0].astype(int)
 
 
-def load_synthetic(split: str, path: Source, image_size: int | None) -> Arrays:
+def load_synthetic(split: str, path: Source, image_size: ImageSize) -> Arrays:
     """Draws 512 soft discs on a darker ground; the label is the color of the disc.
 
     "train" and "test" have 512 images each, of four classes, [n 16 16 3] unless
@@ -56,16 +57,18 @@ def load_synthetic(split: str, path: Source, image_size: int | None) -> Arrays:
     )
     colors = np.array([[240, 80, 60], [80, 220, 100], [90, 110, 250], [250, 220, 80]])
     labels = np.arange(512 * len(seeds)) % len(colors)
-    x, images, draws = np.linspace(0, 1, image_size or 16), [], draws.reshape(-1, 6)
+    h, w = height_and_width(image_size or 16)
+    (y, x), images = (np.linspace(0, 1, n) for n in (h, w)), []
+    draws = draws.reshape(-1, 6)
     for color, u in zip(colors[labels], draws / 2.0**64, strict=True):
-        dx, dy = x - 0.3 - 0.4 * u[0], x[:, None] - 0.3 - 0.4 * u[1]
+        dx, dy = x - 0.3 - 0.4 * u[0], y[:, None] - 0.3 - 0.4 * u[1]
         square = (dx * dx + dy * dy) / (0.1 + 0.15 * u[2]) ** 2
         disc = np.clip(2 - square, 0, 1)[..., None]
         images.append((disc * color + (1 - disc) * 80 * u[3:]).astype(np.uint8))
     return np.stack(images), labels
 
 
-def load_idx(split: str, path: Source, image_size: int | None) -> Arrays:
+def load_idx(split: str, path: Source, image_size: ImageSize) -> Arrays:
     """Reads a folder of MNIST's four IDX files, gzipped or not; "test" is called t10k.
 
     Raises:
@@ -105,7 +108,7 @@ def _read_idx(folder: Path, stem: str, ndim: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8)[start:].reshape(shape)
 
 
-def load_npz(split: str, path: Source, image_size: int | None) -> Arrays:
+def load_npz(split: str, path: Source, image_size: ImageSize) -> Arrays:
     """Reads images and labels of a .npz file, or images of a .npy file.
 
     Every tenth image is for "test". See `read_image_file` for the names of the arrays.

@@ -2,12 +2,14 @@
 
 A reader is a function `f(split, path, image_size)`. It returns either the arrays
 (images uint8 [n h w c], labels int [n]), or an instance of a subclass of `Examples`,
-whose images are decoded only when they are asked for.
+whose images are decoded only when they are asked for. A reader of files may take
+`decoder` besides, a `decode.Decoder`.
 """
 
 import abc
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,13 @@ from jax_diffusion import registry
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [n h w c], labels int [n]
 Source = str | os.PathLike | None  # where the data are
+ImageSize = int | Sequence[int] | None  # side of squares, or (h, w); None if unknown
 
 SPLITS = ("train", "test", "all")
+
+
+class DamagedImageError(ValueError):
+    """An image of a data set cannot be decoded; the message names its file."""
 
 
 class Examples(abc.ABC):
@@ -100,14 +107,38 @@ def check_arrays(images: Any, labels: Any) -> Arrays:
     """
     x = np.asarray(images)
     x = x[..., None] if x.ndim == 3 else x
-    if x.dtype != np.uint8 or x.ndim != 4 or not x.size:
-        raise ValueError(f"images must be uint8 [n h w c], got {x.dtype} {x.shape}.")
+    check_images("images", x)
     y = np.zeros(len(x), int) if labels is None else np.asarray(labels)
     if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
         raise ValueError(f"labels must be {len(x)} integers, got {y.dtype} {y.shape}.")
     if y.min() < 0 or y.max() >= 2**31:
         raise ValueError(f"labels must be in [0, 2^31), got {y.min()} to {y.max()}.")
     return np.ascontiguousarray(x), y.astype(np.int32)
+
+
+def check_images(name: str, images: np.ndarray) -> None:
+    """Raises ValueError unless images are uint8 [n h w c], with n >= 1.
+
+    Images [n c h w] are refused, too: those with at most 5 rows, fewer than columns,
+    whose last dimension is no number of channels that images have.
+
+    Args:
+        name: what they are, for errors.
+        images: any array.
+    """
+    got = f"got {images.dtype} {images.shape}"
+    if images.dtype.kind in "iuf" and images.dtype != np.uint8:
+        advice = "data.load scales other numbers from 0 to max_value, if that is given"
+        raise ValueError(f"{name} must be uint8 [n h w c], {got}; {advice}.")
+    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
+        raise ValueError(f"{name} must be uint8 [n h w c] with n >= 1, {got}.")
+    _, h, w, c = images.shape
+    odd = w == c or min(w, c) > 5 or (h in (1, 3) and c > 4)
+    if h <= 5 and h < c and c not in (1, 3) and odd:
+        advice = "x.transpose(0, 2, 3, 1) makes them so"
+        raise ValueError(
+            f"{name} must be [n h w c], {got}, which looks like [n c h w]; {advice}."
+        )
 
 
 def check_split(split: str) -> None:

@@ -6,6 +6,7 @@ evaluated: neither resized nor cropped, neither split nor shuffled, without labe
 Files are decoded when they are asked for, so a folder may be larger than memory.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,22 +19,24 @@ import numpy as np
 
 from jax_diffusion.data.arrays import check_folder, read_image_file
 from jax_diffusion.data.decode import (
-    SUFFIXES,
-    decode,
-    find_images,
+    Decoder,
     fit,
+    height_and_width,
     in_threads,
-    is_gray,
     reading,
 )
 from jax_diffusion.data.examples import (
     Arrays,
+    DamagedImageError,
     Examples,
+    ImageSize,
     Source,
+    check_images,
     check_split,
     every_tenth,
     rows_of_split,
 )
+from jax_diffusion.data.find import find_images, readable_suffixes
 from jax_diffusion.runtime import files
 
 HEADERS = 64  # files of a folder, at most, whose headers say whether all are gray
@@ -61,75 +64,67 @@ class Folder(Examples):
     Attributes:
         paths: paths of the n files.
         labels: int32 [n].
-        image_size: side of the square that images are resized and cropped to. None
-            leaves them as they are; then all must be as large as the first one.
+        image_size: (h, w) that images are resized and cropped to, or the side of a
+            square. None leaves them as they are; then all must be as large as the first
+            one.
+        decoder: decodes them.
     """
 
     paths: PackedStrings
     labels: np.ndarray
-    image_size: int | None
+    image_size: ImageSize
+    decoder: Decoder = dataclasses.field(default_factory=Decoder)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @functools.cached_property
     def image_shape(self) -> tuple[int, ...]:
-        """(h, w, c); `read` refuses colors if c is 1, and repeats gray if it is 3.
+        """(h, w, c); c is 3 if any image has colors, and gray ones are repeated.
 
-        With an `image_size`, c is 1 if a sample of the files is gray by their headers;
-        without, the first image decides.
+        Headers are read until one has colors: of a folder of colored images one or a
+        few, of gray images all. Files without a whole header do not count.
         """
-        from PIL import Image
 
+        def are_gray(rows: list[int]) -> bool:
+            found = True
+            for row in rows if not colored else ():
+                with contextlib.suppress(DamagedImageError):
+                    found = found and self.decoder.is_gray(self.paths[row])
+            if not found:
+                colored.append(True)  # which tells the other threads to stop
+            return found
+
+        n, colored = len(self), []
+        # A folder of gray images that has a few colored ones has them in one place.
+        sample = np.unique(np.linspace(0, n - 1, HEADERS).astype(int))
+        gray = are_gray(sample.tolist()) and all(in_threads(are_gray, np.arange(n)))
         if self.image_size is None:
-            return decode(self.paths[0]).shape
-        gray, sample = True, np.linspace(0, len(self) - 1, HEADERS).astype(int)
-        for row in np.unique(sample).tolist():
-            path = self.paths[row]
-            with reading(f"{path} must be a whole image"), Image.open(path) as image:
-                gray = gray and is_gray(image)
-        return self.image_size, self.image_size, 1 if gray else 3
+            h, w, _ = self.decoder.decode(self.paths[0]).shape
+        else:
+            h, w = height_and_width(self.image_size)
+        return h, w, 1 if gray else 3
 
     def read(self, rows: np.ndarray) -> Arrays:
         """Decodes the images of these rows, int [k].
 
         Raises:
-            ValueError: if a file cannot be decoded, or is not of the first one's size
-                where `image_size` is None, or has colors where `image_shape` is gray.
+            DamagedImageError: if a file cannot be decoded.
+            ValueError: if one is not of the first one's size where `image_size` is
+                None, or has values that the decoder refuses.
         """
         images = np.empty((len(rows), *self.image_shape), np.uint8)
 
         def fill(places: list[int]) -> None:
             for i in places:
-                image = self._decode(int(rows[i]))
-                if image.shape[-1] > images.shape[-1]:
-                    path = self.paths[int(rows[i])]
-                    if self.image_size is None:
-                        raise ValueError(
-                            "images must be gray where the first one is "
-                            f"({self.paths[0]}), got colors ({path})."
-                        )
-                    raise ValueError(
-                        f"{path} must be gray, as a sample of the files is, got "
-                        "colors; in_memory=True looks at all of them."
-                    )
-                images[i] = image
+                images[i] = self._decode(int(rows[i]))
 
         in_threads(fill, np.arange(len(rows)))
         return images, self.labels[rows]
 
-    def read_all(self) -> Arrays:
-        """Decodes all images; unlike `read`, in color if any one of them is."""
-        chunks = in_threads(
-            lambda rows: [self._decode(row) for row in rows], np.arange(len(self))
-        )
-        images = [*itertools.chain.from_iterable(chunks)]
-        shape = *images[0].shape[:2], max(image.shape[-1] for image in images)
-        return np.stack([np.broadcast_to(x, shape) for x in images]), self.labels
-
     def _decode(self, row: int) -> np.ndarray:
         """One image, uint8 [h w c], of the size of all and the channels of its file."""
-        image = decode(self.paths[row])
+        image = self.decoder.decode(self.paths[row])
         if self.image_size is not None:
             return fit(image, self.image_size)
         (h, w), (height, width) = self.image_shape[:2], image.shape[:2]
@@ -141,7 +136,13 @@ class Folder(Examples):
         return image
 
 
-def open_folder(split: str, path: Source, image_size: int | None) -> Folder:
+def open_folder(
+    split: str,
+    path: Source,
+    image_size: ImageSize,
+    *,
+    decoder: Decoder | None = None,
+) -> Folder:
     """Opens a folder of images whose classes are sub-folders, or prefixes of names.
 
     Without sub-folders, the class of `cat_1.png` is "cat"; without underscores, all
@@ -151,8 +152,9 @@ def open_folder(split: str, path: Source, image_size: int | None) -> Folder:
 
     Args:
         split: "train", "test" or "all".
-        path: the folder; images are those with `SUFFIXES`, at any depth.
-        image_size: side of the square images, in pixels.
+        path: the folder; images are those with `find.SUFFIXES`, at any depth.
+        image_size: (h, w) of the images in pixels, or the side of square ones.
+        decoder: decodes them; by default transparent pixels get white.
 
     Raises:
         ValueError: if there is no such folder, no image or no `image_size`.
@@ -163,7 +165,7 @@ def open_folder(split: str, path: Source, image_size: int | None) -> Folder:
         raise ValueError("image_size of a folder of images must be given, got None.")
     test = next((root / k for k in ("test", "val") if (root / k).is_dir()), None)
     parts = [root / "train", test] if test and (root / "train").is_dir() else [root]
-    found = [find_images(part) for part in parts]
+    found = [find_images(part).paths for part in parts]
     paths = _not_empty(root, [*itertools.chain.from_iterable(found)])
     inside = zip(parts, found, strict=True)
     names = [path[len(str(part)) + 1 :] for part, of in inside for path in of]
@@ -174,13 +176,14 @@ def open_folder(split: str, path: Source, image_size: int | None) -> Folder:
     if parts[1:]:
         held_out = np.repeat([False, True], [len(part) for part in found])
     rows = rows_of_split(split, held_out)
-    return Folder(PackedStrings(paths[i] for i in rows), labels[rows], image_size)
+    packed = PackedStrings(paths[i] for i in rows)
+    return Folder(packed, labels[rows], image_size, decoder or Decoder())
 
 
 def _not_empty(root: Path, paths: list[str]) -> list[str]:
     """Returns the paths, or raises ValueError if there are none."""
     if not paths:
-        raise ValueError(f"{root} must hold images, {SUFFIXES}, got none.")
+        raise ValueError(f"{root} must hold images, {readable_suffixes()}, got none.")
     return paths
 
 
@@ -197,12 +200,11 @@ def _class_names(names: list[str]) -> list[str]:
 class StoredImages:
     """Images of one size as they are, opened by `open_images`.
 
-    The first image decides on colors. If it has some, gray images are repeated to three
-    channels; if it is gray, all others must be.
+    If any image has colors, gray ones are repeated to three channels.
 
     Attributes:
         path: the folder or file.
-        image_shape: (h, w, c), with c = 1 or 3.
+        image_shape: (h, w, c), with c = 1 or 3 for a folder.
         stored: uint8 [n h w c], or the files of a folder.
     """
 
@@ -218,7 +220,7 @@ class StoredImages:
 
         Raises:
             ValueError: if a file cannot be decoded, or its image is not of the first
-                one's size or has colors where that is gray.
+                one's size.
         """
         if isinstance(self.stored, Folder):
             return self.stored.read(rows)[0]
@@ -264,13 +266,16 @@ def _sha256(file: str) -> str:
         return files.sha256_of_file(file)
 
 
-def open_images(path: str | os.PathLike) -> StoredImages:
+def open_images(
+    path: str | os.PathLike, *, decoder: Decoder | None = None
+) -> StoredImages:
     """Opens a folder of images, or a file of an array of images, as they are.
 
     Args:
-        path: a folder of files with `SUFFIXES` at any depth, in order of their paths,
-            hidden ones left out. Or a .npz with uint8 [n h w c] or [n h w] as "images"
-            or "arr_0". Or a .npy of such an array, which is mapped and not read.
+        path: a folder of image files at any depth, in order of their paths, see
+            `find.find_images`. Or a .npz with uint8 [n h w c] or [n h w] as "images" or
+            "arr_0". Or a .npy of such an array, which is mapped and not read.
+        decoder: decodes the files; by default transparent pixels get white.
 
     Raises:
         ValueError: if there are no images there or they are not as described.
@@ -281,16 +286,13 @@ def open_images(path: str | os.PathLike) -> StoredImages:
             f"images must be in a folder, or in a .npz or .npy file, got no {path!r}."
         )
     if place.is_dir():
-        paths = PackedStrings(_not_empty(place, find_images(place)))
-        found = Folder(paths, np.zeros(len(paths), np.int32), image_size=None)
+        paths = PackedStrings(_not_empty(place, find_images(place).paths))
+        labels = np.zeros(len(paths), np.int32)
+        found = Folder(paths, labels, None, decoder or Decoder())
         return StoredImages(place, found.image_shape, found)
     images, _ = read_image_file(place, with_labels=False)
-    got = f"got {images.dtype} {images.shape}."
-    images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise ValueError(
-            f"{place} must hold uint8 [n h w] or [n h w c] with c 1 or 3, {got}"
-        )
-    if not images.size:
-        raise ValueError(f"{place} must hold an image at least, {got}")
+    if images.ndim == 3:
+        images = images[..., None]
+    images = (decoder or Decoder()).convert(images)
+    check_images(f"images of {place}", images)
     return StoredImages(place, images.shape[1:], images)

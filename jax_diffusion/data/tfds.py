@@ -20,8 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from jax_diffusion.data.decode import fit, in_threads, reading
-from jax_diffusion.data.examples import Arrays, Examples, Source, check_arrays
+from jax_diffusion.data.decode import Decoder, fit, in_threads, reading
+from jax_diffusion.data.examples import (
+    Arrays,
+    Examples,
+    ImageSize,
+    Source,
+    check_arrays,
+)
 
 # Not `tfds build`: that wants Apache Beam and mlcroissant besides TensorFlow.
 PREPARE = (
@@ -37,13 +43,15 @@ class Tfds(Examples):
     Attributes:
         records: the random-access data source of TFDS.
         rule: what the records must be; errors begin with it.
-        image_size: side of the square that images are resized and cropped to; None
-            leaves them as they are.
+        image_size: (h, w) that images are resized and cropped to, or the side of a
+            square; None leaves them as they are.
+        decoder: converts those of more than 8 bits, and those with alpha.
     """
 
     records: Any
     rule: str
-    image_size: int | None
+    image_size: ImageSize
+    decoder: Decoder
 
     def __len__(self) -> int:
         return len(self.records)
@@ -72,7 +80,7 @@ class Tfds(Examples):
         with reading(self.rule):
             images, labels = [], []
             for example in self.records.__getitems__(rows):
-                image = example["image"]
+                image = self.decoder.convert(example["image"])
                 images.append(fit(image, self.image_size) if self.image_size else image)
                 labels.append(example.get("label", 0))
             return check_arrays(np.stack(images), np.array(labels))
@@ -90,7 +98,9 @@ class Tfds(Examples):
             return np.concatenate(images), np.concatenate(labels)
 
 
-def open_tfds(split: str, path: Source, image_size: int | None) -> Tfds:
+def open_tfds(
+    split: str, path: Source, image_size: ImageSize, *, decoder: Decoder | None = None
+) -> Tfds:
     """Opens a split of a data set that TFDS prepared as array_record.
 
     Builders that yield Pillow images prepare without TensorFlow; official ones need it
@@ -100,7 +110,9 @@ def open_tfds(split: str, path: Source, image_size: int | None) -> Tfds:
         split: a split of the data set, as "train[:10%]"; "all" is "train+test".
         path: its name in $TFDS_DATA_DIR, or else in ~/tensorflow_datasets, as cifar10
             or cifar10:3.0.2; or its folder, as /data/cifar10 or /data/cifar10/3.0.2.
-        image_size: side of the square images, in pixels; None leaves them as they are.
+        image_size: (h, w) of the images in pixels, or the side of square ones; None
+            leaves them as they are.
+        decoder: converts images of more than 8 bits, and those with alpha.
 
     Raises:
         ValueError: if TFDS is not installed, or the data or the split is not there.
@@ -112,7 +124,8 @@ def open_tfds(split: str, path: Source, image_size: int | None) -> Tfds:
     with reading(rule):
         parts = "train+test" if split == "all" else split
         builder: Any = tfds.builder_from_directory(folder)
-        return Tfds(builder.as_data_source(split=parts), rule, image_size)
+        source = builder.as_data_source(split=parts)
+        return Tfds(source, rule, image_size, decoder or Decoder())
 
 
 def _prepared(path: Source) -> Path:

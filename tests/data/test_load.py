@@ -14,8 +14,16 @@ from jax_diffusion import data
         ("digts", {}, r"'digits', 'folder'.*did you mean 'digits'\?$"),
         ("zzz", {}, r"^dataset must be one of.*got 'zzz'\.$"),
         ("digits", dict(image_size=16), r"digits must be 8 x 8, got 16\.$"),
-        ("synthetic", dict(image_size=0), r"image_size must be >= 1, got 0\.$"),
-        ("synthetic", dict(image_size=-1), r"image_size must be >= 1, got -1\.$"),
+        (
+            "synthetic",
+            dict(image_size=0),
+            r"image_size must be an integer >= 1, got 0\.$",
+        ),
+        (
+            "synthetic",
+            dict(image_size=-1),
+            r"image_size must be an integer >= 1, got -1\.$",
+        ),
         ("digits", dict(in_memory=False), "None or True for 'digits', got False.*tfds"),
     ],
 )

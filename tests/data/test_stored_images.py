@@ -1,6 +1,7 @@
 """Images of anybody as they are, `open_images`, against files that the tests write."""
 
 import hashlib
+import contextlib
 import re
 import shutil
 
@@ -83,7 +84,9 @@ def test_gray_files_have_one_channel(tmp_path, mode):
     image.save(tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as stored:
         assert stored.mode == mode
-    np.testing.assert_array_equal(everything(tmp_path), gray[None, ..., None])
+    warns = pytest.warns(UserWarning) if mode == "I;16" else contextlib.nullcontext()
+    with warns:
+        np.testing.assert_array_equal(everything(tmp_path), gray[None, ..., None])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
@@ -118,16 +121,13 @@ def test_a_photograph_stands_as_its_camera_was_held(tmp_path):
     assert image[:8].min() > 250 and image[8:].max() < 5
 
 
-def test_gray_among_colors_is_repeated_and_colors_among_gray_are_refused(tmp_path):
+def test_gray_among_colors_is_repeated_whatever_comes_first(tmp_path):
     gray = PIXELS[1, ..., :1]
     write(tmp_path / "color", [PIXELS[0], gray])
     expected = [PIXELS[0], np.repeat(gray, 3, axis=-1)]
     np.testing.assert_array_equal(everything(tmp_path / "color"), expected)
     write(tmp_path / "gray", [gray, PIXELS[0]])
-    found = data.open_images(tmp_path / "gray")
-    assert found.image_shape == (4, 5, 1)
-    with pytest.raises(ValueError, match=r"gray where the first .*0001\.png\)\.$"):
-        found.read(np.arange(2))
+    np.testing.assert_array_equal(everything(tmp_path / "gray"), expected[::-1])
 
 
 def test_a_file_is_decoded_when_it_is_asked_for_and_no_sooner(tmp_path):
@@ -200,10 +200,16 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, name):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"arr_0": PIXELS / 255}, r"must hold uint8 .* got float64 \(70, 4, 5, 3\)\.$"),
-        ({"arr_0": PIXELS[0, 0]}, r"must hold uint8 .* got uint8 \(5, 3\)\.$"),
-        ({"arr_0": PIXELS.transpose(0, 3, 1, 2)}, r"c 1 or 3, got uint8 \(70, 3, 4, 5"),
-        ({"arr_0": PIXELS[:0]}, r"an image at least, got uint8 \(0, 4, 5, 3\)\.$"),
+        (
+            {"arr_0": PIXELS / 255},
+            r"must be uint8 .* got float64 \(70, 4, 5, 3\); .*max_value",
+        ),
+        ({"arr_0": PIXELS[0, 0]}, r"must be uint8 .* got uint8 \(5, 3\)\.$"),
+        (
+            {"arr_0": PIXELS.transpose(0, 3, 1, 2)},
+            r"\[n h w c\], got uint8 \(70, 3, 4, 5\), .*transpose",
+        ),
+        ({"arr_0": PIXELS[:0]}, r"n >= 1, got uint8 \(0, 4, 5, 3\)\.$"),
         ({"pixels": PIXELS}, r"must have images or arr_0, got \['pixels'\]\.$"),
         ({"arr_0": np.array([{}])}, "of plain arrays, got "),
     ],
@@ -211,7 +217,7 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, name):
 )
 def test_arrays_that_are_no_images_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "x.npz", **arrays)
-    with pytest.raises(ValueError, match=r"x\.npz .*" + message):
+    with pytest.raises(ValueError, match="x[.]npz .*" + message):
         data.open_images(tmp_path / "x.npz")
 
 
