@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jax_diffusion.data import philox
-from jax_diffusion.data.decode import height_and_width, reading
+from jax_diffusion.data.decode import Decoder, height_and_width, reading
 from jax_diffusion.data.examples import (
     Arrays,
     ImageSize,
@@ -108,16 +108,20 @@ def _read_idx(folder: Path, stem: str, ndim: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8)[start:].reshape(shape)
 
 
-def load_npz(split: str, path: Source, image_size: ImageSize) -> Arrays:
+def load_npz(
+    split: str, path: Source, image_size: ImageSize, *, decoder: Decoder | None = None
+) -> Arrays:
     """Reads images and labels of a .npz file, or images of a .npy file.
 
     Every tenth image is for "test". See `read_image_file` for the names of the arrays.
+    `decoder` converts images of more than 8 bits, and those with alpha.
 
     Raises:
         ValueError: if the file or its arrays are not as described.
     """
     check_split(split)
-    images, labels = check_arrays(*read_image_file(path))
+    images, labels = read_image_file(path)
+    images, labels = check_arrays((decoder or Decoder()).convert(images), labels)
     rows = rows_of_split(split, every_tenth(len(images)))
     return images[rows], labels[rows]
 

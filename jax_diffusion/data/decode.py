@@ -135,9 +135,9 @@ class Decoder:
                     f"max_value must be the largest value there is, got {most} where "
                     f"{where} has values from {low} to {high}."
                 )
-            return np.floor(values.astype(np.float64) / most * 255 + 0.5).astype(
-                np.uint8
-            )
+            if values.dtype == np.uint16:  # a table takes a fourth of the memory
+                return _scale(np.arange(high + 1), most)[values]
+            return _scale(values, most)
         if values.dtype.kind not in "iu" or low < 0 or high > 65535:
             raise ValueError(
                 f"max_value must say which value is white, got none where {where} has "
@@ -169,6 +169,10 @@ class Decoder:
     def _warn(self, text: str) -> None:
         if self._warned.acquire(blocking=False):
             warnings.warn(text, stacklevel=4)
+
+
+def _scale(values: np.ndarray, most: int | float) -> np.ndarray:
+    return np.floor(values.astype(np.float64) / most * 255 + 0.5).astype(np.uint8)
 
 
 def _whole(file: str) -> contextlib.AbstractContextManager[None]:

@@ -1,7 +1,7 @@
 """Images of anybody as they are, `open_images`, against files that the tests write."""
 
-import hashlib
 import contextlib
+import hashlib
 import re
 import shutil
 
