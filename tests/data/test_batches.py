@@ -249,7 +249,7 @@ def test_lazy_batches_equal_those_in_memory(tmp_path, c, train):
 
 def test_what_is_known_of_a_lazy_folder_decodes_nothing(tmp_path, monkeypatch):
     write_files(tmp_path, square(10, 3))
-    monkeypatch.delattr(folder, "decode")
+    monkeypatch.delattr(folder.Decoder, "decode")
     batches = lazy(tmp_path)
     assert batches.image_shape == (4, 4, 3)
     assert (batches.num_examples, batches.num_classes) == (10, 3)
