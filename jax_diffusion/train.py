@@ -4,8 +4,10 @@
 
 The same command continues a run that was stopped, bit for bit on the same number of
 devices. Ctrl-C and SIGTERM stop it after saving. A workdir that holds a run with
-another config is refused, and the differences are shown. The command is the same on one
-device, on several, and on every host of a pod (see `jax_diffusion.runtime.sharding`).
+another config is refused, and the differences are shown, unless --allow-change names
+them. --init-from begins a new run with the weights of another one. The command is the
+same on one device, on several, and on every host of a pod (see
+`jax_diffusion.runtime.sharding`).
 
 A run is its workdir:
 
@@ -20,7 +22,7 @@ A run is its workdir:
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,10 @@ from jax_diffusion import cli
 from jax_diffusion import config as configs
 from jax_diffusion.config import Config
 from jax_diffusion.evaluation import during_training
-from jax_diffusion.runtime import checkpoint, cpu, logs, sharding
+from jax_diffusion.pipeline import Run
+from jax_diffusion.runtime import checkpoint, cpu, logs
 from jax_diffusion.runtime.preemption import PreemptionSignal
-from jax_diffusion.training import TrainState
+from jax_diffusion.training import TrainState, fine_tuning, resume
 from jax_diffusion.training.reporting import (
     Reporter,
     flops_and_peak,
@@ -47,7 +50,7 @@ from jax_diffusion.training.setup import (
     make_setup,
 )
 
-GIVEN = {"name": "given to train()"}  # config.optimizer of a run with its own optimizer
+GIVEN = "given to train()"  # what a config says of its own optimizer, or init_from
 
 
 def train(
@@ -55,6 +58,8 @@ def train(
     workdir: str | os.PathLike,
     *,
     optimizer: optax.GradientTransformation | None = None,
+    init_from: Run | str | os.PathLike | None = None,
+    allow_change: Sequence[str] = (),
 ) -> TrainState:
     """Trains until config.total_steps, or until a signal, and returns the state.
 
@@ -67,6 +72,11 @@ def train(
         optimizer: any optimizer of optax, learning rate and clipping included, used
             instead of the one that `config.optimizer` describes. A run that was begun
             with one must be continued with the same.
+        init_from: used instead of `config.init_from`: a workdir, "WORKDIR:EMA" or a
+            checkpoint file whose weights a new run begins with, or a run as
+            `load_run` and `load_checkpoint` return it. See `training.fine_tuning`.
+        allow_change: fields of the config, such as "optimizer.lr", or groups that may
+            differ from those of the run that is continued. See `training.resume`.
 
     Returns:
         The state after the last update.
@@ -86,11 +96,13 @@ def train(
         )
     config, workdir = configs.complete(config), Path(workdir)
     if optimizer is not None:
-        config.optimizer = GIVEN
+        config.optimizer = {"name": GIVEN}
+    if init_from is not None:
+        config.init_from = GIVEN if isinstance(init_from, Run) else str(init_from)
     configs.check_config(config)
     logs.check_writers(config.log_to)
     plain_config = json.loads(config.to_json())
-    fresh = is_fresh(plain_config, workdir)
+    saved = resume.find_run(plain_config, workdir, allow_change)
 
     # Compiled first: whatever does not fit is found before anything is written.
     setup = make_setup(config, optimizer)
@@ -98,15 +110,31 @@ def train(
         "config": plain_config,
         "format": configs.FORMAT,
         "image_shape": list(setup.batches.image_shape),
+        "data_digest": setup.batches.examples.digest,
         "window": [],  # metrics since the last line of the log
     }
+    weights = None
+    if saved is not None:
+        saved.check(workdir, record["data_digest"], setup.init)
+        config.init_from = plain_config["init_from"] = saved.origin
+        record |= resume.history(saved.record)
+    elif config.init_from:
+        source = init_from if isinstance(init_from, Run) else config.init_from
+        weights = fine_tuning.load_weights(source, config, setup)
+        record["init_from"] = weights.record
     described = (setup.model, setup.objective, setup.batches, setup.mesh)
     evaluate = during_training.make_watch(config, workdir, record, *described)
-    compiled = compile_step(setup, fresh=fresh)
+    compiled = compile_step(setup, fresh=saved is None and weights is None)
+    if weights is not None:
+        init = fine_tuning.make_init(weights.params, setup, compiled.shardings)
+        compiled = compiled._replace(init=init)
     cpu.release_memory()
     if jax.process_index() == 0:
         print(compiled.summary, flush=True)
-    return run_loop(config, workdir, setup, compiled, evaluate, record)
+        if weights is not None:
+            print(weights.report(), flush=True)
+    changes = saved.changes if saved else ()
+    return run_loop(config, workdir, setup, compiled, evaluate, record, changes)
 
 
 def run_loop(
@@ -116,6 +144,7 @@ def run_loop(
     compiled: CompiledStep,
     evaluate: Callable[[int, TrainState], dict[str, float]] | None,
     record: dict[str, Any],
+    changes: Sequence[str] = (),
 ) -> TrainState:
     """Restores or initializes the state, and updates it until the run ends or stops.
 
@@ -126,6 +155,7 @@ def run_loop(
         compiled: the train step.
         evaluate: evaluate(step, state) -> scores by name; None for none.
         record: what is saved with every checkpoint.
+        changes: what this start changes in the config, which is recorded.
 
     Raises:
         FloatingPointError: as `train`.
@@ -137,12 +167,14 @@ def run_loop(
         manager, compiled.init, compiled.shardings
     )
     first = step = int(state.step)
+    resume.record_changes(record, first, changes)
     dtype = config.model.get("dtype", "float32")
     reporter = Reporter(
         *(config, workdir, first),
         batches=setup.batches,
         lr_fn=setup.lr_fn,
         flops=flops_and_peak(compiled.step, setup.mesh.size, dtype),
+        about=resume.history(record),
     )
     reporter.window = saved["window"] if saved else []
     clock, problem = reporter.clock, ""
@@ -181,33 +213,6 @@ def run_loop(
     return state
 
 
-def is_fresh(config: Mapping[str, Any], workdir: Path) -> bool:
-    """Tells whether a workdir holds no checkpoint yet.
-
-    Args:
-        config: the config of this start, in plain JSON values.
-        workdir: the folder of the run.
-
-    Raises:
-        ValueError: if it holds a run with another config, or if the processes of this
-            job have different ones.
-    """
-    if not sharding.same_on_all_hosts(json.dumps(config, sort_keys=True)):
-        raise ValueError("all processes must be given one config, got several.")
-    if checkpoint.latest_step(workdir) is None:
-        return True
-    saved = configs.upgrade(checkpoint.load_record(workdir))["config"]
-    changed = configs.differences(saved, config)
-    if any(line.startswith("model.num_classes") for line in changed):
-        changed.append("num_classes does not count the class of hidden labels")
-    if changed:
-        raise ValueError(
-            f"workdir {str(workdir)!r} holds a run with another config, which must not "
-            f"change: {'; '.join(changed)}."
-        )
-    return False
-
-
 def main() -> None:
     """Parses the command line and trains."""
     parser = cli.make_parser("train", __doc__, allow_abbrev=False)
@@ -228,10 +233,29 @@ def main() -> None:
         help="The folder of the run, such as runs/digits. If it holds a run, that is "
         "continued.",
     )
+    parser.add_argument(
+        "--init-from",
+        metavar="SOURCE",
+        help="Begin a new run with the weights of another one, or fine-tune it: a "
+        "workdir (its first EMA), WORKDIR:EMA such as runs/pets:0.999, or a checkpoint "
+        "file of another code. When the run is continued, the flag may be left out.",
+    )
+    parser.add_argument(
+        "--allow-change",
+        metavar="FIELDS",
+        help="Fields of the config that may differ from those of the run that is "
+        "continued, such as optimizer.lr,data.path.",
+    )
     cli.add_host_flags(parser)
     args, overrides = parser.parse_known_args()
     cli.start_hosts(args)
-    train(configs.load_config(args.config, overrides), args.workdir)
+    with cli.fields_as_flags(args):
+        train(
+            configs.load_config(args.config, overrides),
+            args.workdir,
+            init_from=args.init_from,
+            allow_change=[*filter(None, (args.allow_change or "").split(","))],
+        )
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ FIELDS = {
     "timesteps": Field("name in timesteps.TIMESTEP_SAMPLERS, and its arguments"),
     "model": Field("name in models.MODELS, and its arguments but out_channels"),
     "optimizer": Field("arguments of training.make_optimizer but total_steps"),
+    "init_from": Field(
+        "whose weights training begins with: WORKDIR, WORKDIR:EMA or a checkpoint "
+        "file, see training.fine_tuning; empty for random ones",
+        "",
+    ),
     "ema_decays": Field("decay rates; one average of the parameters is kept for each"),
     "ema_warmup": Field("whether averages forget the random start faster"),
     "total_steps": Field("number of updates, in all", least=1, free=True),

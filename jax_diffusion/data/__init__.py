@@ -143,7 +143,9 @@ def load(
     if isinstance(found, Examples):
         if in_memory is None:
             in_memory = len(found) * math.prod(found.image_shape) <= MAX_IN_MEMORY
-        examples = InMemory(*check_arrays(*found.read_all())) if in_memory else found
+        examples = found
+        if in_memory:
+            examples = InMemory(*check_arrays(*found.read_all()), source=found)
     elif in_memory is False:
         raise ValueError(
             f"in_memory must be None or True for {name!r}, got False: its reader "

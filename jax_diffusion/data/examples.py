@@ -8,6 +8,8 @@ whose images are decoded only when they are asked for. A reader of files may tak
 
 import abc
 import dataclasses
+import functools
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +62,14 @@ class Examples(abc.ABC):
         """Number of classes: the largest label plus one, unless a reader knows."""
         return int(self.labels.max()) + 1
 
+    @property
+    def digest(self) -> str | None:
+        """What the images and labels are known by, wherever they lie; None if unknown.
+
+        A run is only continued with data of the same digest. It must be cheap.
+        """
+        return None
+
     def read_all(self) -> Arrays:
         """Returns all images uint8 [n h w c] and labels int32 [n]."""
         return self.read(np.arange(len(self)))
@@ -72,10 +82,12 @@ class InMemory(Examples):
     Attributes:
         images: uint8 [n h w c].
         labels: int32 [n].
+        source: what they were decoded from; None if they came as arrays.
     """
 
     images: np.ndarray
     labels: np.ndarray
+    source: Examples | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,6 +98,16 @@ class InMemory(Examples):
 
     def read(self, rows: np.ndarray) -> Arrays:
         return self.images.take(rows, axis=0), self.labels.take(rows)
+
+    @functools.cached_property
+    def digest(self) -> str | None:
+        """That of the source, or else of all images and labels."""
+        if self.source is not None:
+            return self.source.digest
+        found = hashlib.sha256(f"arrays {self.images.shape}".encode())
+        found.update(self.labels)
+        found.update(np.ascontiguousarray(self.images))
+        return found.hexdigest()
 
     def read_all(self) -> Arrays:
         """Returns all images and labels: the arrays themselves, no copies."""

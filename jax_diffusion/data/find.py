@@ -1,10 +1,17 @@
-"""Finds the image files below a folder, and counts what it leaves out and why."""
+"""Finds the image files below a folder, counts what it leaves out, and why; digests."""
 
 import collections
 import functools
+import hashlib
+import itertools
 import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+
+from jax_diffusion.data.decode import in_threads, reading
 
 # Of image files, in any case. Whether Pillow reads the last two depends on how it was
 # built, see `readable_suffixes`.
@@ -112,3 +119,24 @@ def _entries(folder: str, left_out: dict[str, int]) -> list[os.DirEntry[str]]:
         else:
             kept.append(entry)
     return kept
+
+
+def digest_of_files(paths: Sequence[str]) -> str:
+    """Returns a SHA-256 in hex of the names and sizes of files, in order.
+
+    Names are those below the folder that all of the files lie in: it may be moved.
+    """
+    folders = [os.path.dirname(path) + os.sep for path in paths]
+    root = os.path.commonpath([min(folders), max(folders)])
+    start = len(os.path.join(root, ""))
+
+    def lines(rows: list[int]) -> list[bytes]:
+        found = [paths[row] for row in rows]
+        return [os.fsencode(f"{p[start:]}\0{os.stat(p).st_size}\n") for p in found]
+
+    digest = hashlib.sha256(b"files\n")
+    with reading(f"files below {root} must be readable"):
+        parts = in_threads(lines, np.arange(len(paths)))
+    for line in itertools.chain.from_iterable(parts):
+        digest.update(line)
+    return digest.hexdigest()

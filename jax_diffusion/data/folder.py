@@ -36,7 +36,7 @@ from jax_diffusion.data.examples import (
     every_tenth,
     rows_of_split,
 )
-from jax_diffusion.data.find import find_images, readable_suffixes
+from jax_diffusion.data.find import digest_of_files, find_images, readable_suffixes
 from jax_diffusion.runtime import files
 
 HEADERS = 64  # files of a folder, at most, whose headers say whether all are gray
@@ -104,6 +104,11 @@ class Folder(Examples):
         else:
             h, w = height_and_width(self.image_size)
         return h, w, 1 if gray else 3
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of names and sizes of the files: nothing is read."""
+        return digest_of_files([self.paths[row] for row in range(len(self))])
 
     def read(self, rows: np.ndarray) -> Arrays:
         """Decodes the images of these rows, int [k].

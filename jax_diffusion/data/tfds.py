@@ -28,6 +28,7 @@ from jax_diffusion.data.examples import (
     Source,
     check_arrays,
 )
+from jax_diffusion.data.find import digest_of_files
 
 # Not `tfds build`: that wants Apache Beam and mlcroissant besides TensorFlow.
 PREPARE = (
@@ -60,6 +61,12 @@ class Tfds(Examples):
     def image_shape(self) -> tuple[int, ...]:
         """(h, w, c) of the first image, which all must have."""
         return self._decode([0])[0].shape[1:]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of names and sizes of the files of all splits."""
+        folder = Path(self.records.dataset_info.data_dir)
+        return digest_of_files(sorted(map(str, folder.glob("*array_record*"))))
 
     @property
     def num_classes(self) -> int:

@@ -110,6 +110,24 @@ def load_record(workdir: str | Path) -> dict[str, Any]:
     return _newest_good(workdir, lambda path: _read_record(path)["record"])[1]
 
 
+def load_shapes(workdir: str | Path) -> dict[str, tuple[int, ...]]:
+    """Reads the shapes of the arrays of the newest whole state, by name.
+
+    Names are those of `files.leaves_by_name`; no array is read.
+
+    Raises:
+        ValueError: if there is no such checkpoint.
+    """
+
+    def read(path):
+        _read_record(path)
+        with _reader() as reader:
+            tree = reader.metadata(path).item_metadata["state"].tree
+        return {name: tuple(a.shape) for name, a in leaves_by_name(tree).items()}
+
+    return _newest_good(workdir, read)[1]
+
+
 def restore_or_init(
     manager: ocp.CheckpointManager,
     init_fn: Callable[[], PyTree],
@@ -183,10 +201,7 @@ def load_step_params(workdir: str | Path, *, ema: str | None) -> tuple[int, PyTr
 
     def read(path):
         sealed = _read_record(path)
-        handler = ocp.CompositeCheckpointHandler(
-            state=ocp.PyTreeCheckpointHandler(), record=ocp.JsonCheckpointHandler()
-        )
-        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
+        with _reader() as reader:
             tree = reader.metadata(path).item_metadata["state"].tree
             if ema is not None and ema not in tree["ema_params"]:
                 raise _UnknownAverage(
@@ -291,6 +306,13 @@ def _newest_good(
     raise ValueError(
         f"workdir must hold a checkpoint, and {str(workdir)!r} holds none."
     )
+
+
+def _reader() -> ocp.Checkpointer:
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(), record=ocp.JsonCheckpointHandler()
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=_alone())
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

@@ -3,6 +3,8 @@
     step       TrainState, make_train_step, averages of the parameters (EMA)
     optimizer  make_optimizer, OPTIMIZERS: AdamW, or any optimizer of optax
     setup      a config -> data, network and compiled train step, for `train`
+    resume     what may change between two starts of one run
+    fine_tuning  training that begins with the weights of a run or a checkpoint file
     reporting  what `train` writes down: metrics, grids of samples, loss curve
 
 The loop itself is `jax_diffusion.train`. This package re-exports the first two, which
@@ -19,6 +21,7 @@ from jax_diffusion.training.step import (
     init_state,
     make_train_step,
     num_classes,
+    start_state,
 )
 
 __all__ = [
@@ -33,4 +36,5 @@ __all__ = [
     "make_optimizer",
     "make_train_step",
     "num_classes",
+    "start_state",
 ]

@@ -32,6 +32,7 @@ class Reporter:
         batches: the training images.
         lr_fn: the learning rate by the number of updates made; None if unknown.
         flops: of `flops_and_peak`.
+        about: what run.json shall say besides of this start, plain JSON values.
 
     Attributes:
         window: metrics of the updates since the last line of the log, most of them
@@ -48,6 +49,7 @@ class Reporter:
         batches: data.Batches,
         lr_fn: Callable[[int], Any] | None,
         flops: Mapping[str, float],
+        about: Mapping[str, Any],
     ):
         self.window: list[Any] = []
         self._config, self._workdir = config, workdir
@@ -57,6 +59,7 @@ class Reporter:
         self._writes = jax.process_index() == 0
         if self._writes:
             description = logs.describe(json.loads(config.to_json()))
+            description |= {"step": first, **about}
             self._writer = logs.MetricWriter(
                 workdir, first, writers=config.log_to, config=description
             )

@@ -43,6 +43,7 @@ class TrainingSetup(NamedTuple):
         rows: the row numbers of a batch that this host's devices hold, int [b_host].
         train_step: step(key, state, batch) -> (state, metrics).
         init: returns the state before the first update.
+        start: returns that state for given parameters.
         key: of all training steps, replicated.
         lr_fn: the learning rate by the number of updates made; None if `train` was
             given an optimizer of its own.
@@ -57,6 +58,7 @@ class TrainingSetup(NamedTuple):
     rows: np.ndarray
     train_step: Callable[..., Any]
     init: Callable[[], TrainState]
+    start: Callable[[PyTree], TrainState]
     key: jax.Array
     lr_fn: Callable[[int], Any] | None
     preview: Callable[[TrainState], np.ndarray] | None
@@ -120,8 +122,12 @@ def make_setup(
             key_init, model, tx, timestep_sampler, image_shape, config.ema_decays
         )
 
+    def start(params):
+        return training.start_state(params, tx, timestep_sampler, config.ema_decays)
+
     return TrainingSetup(
-        *(batches, mesh, rows, train_step, init, key, lr_fn, preview, model, objective)
+        *(batches, mesh, rows, train_step, init, start, key, lr_fn, preview, model),
+        objective,
     )
 
 

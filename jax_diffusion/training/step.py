@@ -77,6 +77,21 @@ def init_state(
     """
     init: Any = model.init
     params = init(key, **example_inputs(model, image_shape))["params"]
+    return start_state(params, tx, timestep_sampler, ema_decays)
+
+
+def start_state(
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    timestep_sampler: TimestepSampler,
+    ema_decays: Sequence[float],
+) -> TrainState:
+    """Builds the state before the first update that begins with given parameters.
+
+    Args:
+        params: the parameters.
+        tx, timestep_sampler, ema_decays: as for `init_state`.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -49,3 +49,27 @@ def write_images(path, size=SIZE, channels=3, labels=(2, 0, 1, 3, 2, 1, 0)):
     labels = np.repeat(labels, 10)  # a tenth is for tests
     images = rng.integers(0, 256, (len(labels), size, size, channels), np.uint8)
     np.savez(path, images, labels)
+
+
+def tiny_config(images, **changes):
+    """A whole config of a training that takes a moment, on images of `write_images`."""
+    config = dict(
+        seed=0,
+        data=dict(name="npz", path=str(images), batch_size=8),
+        schedule=COSINE,
+        objective=dict(mean_type="eps", var_type="fixed_small", loss="l2"),
+        timesteps=dict(name="uniform"),
+        model=dict(name="support.networks:Tiny"),
+        optimizer=dict(lr=1e-2),
+        ema_decays=(0.9,),
+        ema_warmup=True,
+        total_steps=2,
+        log_every=1,
+        save_every=1,
+        sample_every=100,
+        sampling=dict(sampler="ddim", steps=1, n=1),
+    )
+    for name, value in changes.items():
+        group = config.get(name)
+        config[name] = group | value if isinstance(group, dict) else value
+    return configs.complete(config)

@@ -1,0 +1,209 @@
+"""The rule by which a run is continued: the same config and data, or named changes.
+
+A workdir's run goes on with the config that its newest checkpoint records. Free fields
+(`config.FIELDS`) may differ. Any other may if it is named, as with
+`--allow-change optimizer.lr,data.path`, and if the saved state fits what it describes:
+then the new config is recorded, and run.json tells the step of the change. A data set
+is known by its digest (`data.Examples.digest`), not by its path, so that a folder may
+be moved.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+from jax_diffusion import config as configs
+from jax_diffusion.registry import hint
+from jax_diffusion.runtime import checkpoint, sharding
+from jax_diffusion.runtime.files import leaves_by_name
+
+# Fields of config.data that leave the images and labels as they are.
+SAME_IMAGES = ("batch_size", "flip", "in_memory", "on_error")
+
+
+class SavedRun(NamedTuple):
+    """The run that a workdir holds, as it is to be continued.
+
+    Attributes:
+        record: of its newest checkpoint, in the present format.
+        changes: what the config of this start changes, as "optimizer.lr: 0.1 -> 0.01";
+            free fields are not listed.
+        allowed: names of the fields that may change.
+    """
+
+    record: dict[str, Any]
+    changes: list[str]
+    allowed: tuple[str, ...]
+
+    @property
+    def origin(self) -> str:
+        """config.init_from of the run's first start."""
+        return _origin(self.record["config"])
+
+    def check(
+        self, workdir: Path, digest: str | None, init: Callable[[], PyTree]
+    ) -> None:
+        """Checks that the run can go on with the data and the state of this start.
+
+        Args:
+            workdir: the folder of the run.
+            digest: of the images of this start; None if nothing is known of them.
+            init: returns the state that the config describes; it is not computed.
+
+        Raises:
+            ValueError: if the images are others and no change of config.data that is
+                allowed makes them so; or if the arrays of the saved state are not those
+                of a config that was changed.
+        """
+        self._check_data(workdir, digest)
+        if self.changes:
+            self._check_state(workdir, jax.eval_shape(init))
+
+    def _check_data(self, workdir, digest):
+        before = self.record.get("data_digest")
+        moved = [line for line in self.changes if _name(line) == "data.path"]
+        if before == digest and digest is not None:
+            return
+        names = [_name(line) for line in self.changes if line.startswith("data.")]
+        names = [n for n in names if n.removeprefix("data.") not in SAME_IMAGES]
+        if any(_covers(self.allowed, name) for name in ["data.path", *names]):
+            return
+        if moved:
+            raise _refusal(workdir, [f"{moved[0]}, which holds other images"])
+        if before is not None and digest is not None:
+            raise _refusal(
+                workdir, ["data.path: other images than the run was trained with"]
+            )
+
+    def _check_state(self, workdir, state):
+        before = checkpoint.load_shapes(workdir)
+        after = {name: tuple(a.shape) for name, a in leaves_by_name(state).items()}
+        names = sorted(before.keys() | after.keys())
+        other = [n for n in names if before.get(n) != after.get(n)]
+        if other:
+            raise ValueError(
+                "allow_change must name fields that leave the arrays of the saved "
+                f"state as they are, got {'; '.join(self.changes)}, with which "
+                f"{len(other)} of {len(names)} differ, such as {other[0]}: "
+                f"{before.get(other[0], '(none)')} -> {after.get(other[0], '(none)')}."
+            )
+
+
+def find_run(
+    config: Mapping[str, Any], workdir: Path, allow_change: Sequence[str] = ()
+) -> SavedRun | None:
+    """Finds the run that a workdir holds, and checks that a config continues it.
+
+    A data.path that differs is for `SavedRun.check_data` to judge.
+
+    Args:
+        config: the config of this start, in plain JSON values.
+        workdir: the folder of the run.
+        allow_change: names of fields, or of whole groups, that may differ.
+
+    Returns:
+        The run; None if the workdir holds no checkpoint.
+
+    Raises:
+        ValueError: if it holds a run with another config, if an allowed name is that of
+            no field, or if the processes of this job have different configs.
+    """
+    if isinstance(allow_change, str):
+        raise ValueError(
+            f"allow_change must be a list of names of fields, got {allow_change!r}."
+        )
+    allowed = tuple(str(name).removeprefix("config.") for name in allow_change)
+    if not sharding.same_on_all_hosts(json.dumps([config, allowed], sort_keys=True)):
+        raise ValueError("all processes must be given one config, got several.")
+    fresh, record = checkpoint.latest_step(workdir) is None, {}
+    if not fresh:
+        record = configs.upgrade(checkpoint.load_record(workdir))
+    saved = record.get("config", {})
+    _check_names(allowed, saved, config)
+    if fresh:
+        return None
+    changes = configs.differences(saved, {**config, "init_from": _origin(saved)})
+    if config.get("init_from") not in ("", _origin(saved)):
+        raise ValueError(
+            f"init_from must be {_origin(saved)!r}, with which the run in "
+            f"{str(workdir)!r} began, or be left out, got {config['init_from']!r}."
+        )
+    known_data = record.get("data_digest") is not None
+    refused = [
+        line
+        for line in changes
+        if not _covers(allowed, _name(line))
+        and not (known_data and _name(line) == "data.path")
+    ]
+    if refused:
+        raise _refusal(workdir, refused)
+    return SavedRun(record, changes, allowed)
+
+
+def history(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a record says of the run's past: "init_from" and "changes"."""
+    return {name: record[name] for name in ("init_from", "changes") if name in record}
+
+
+def record_changes(record: dict[str, Any], step: int, changes: Sequence[str]) -> None:
+    """Adds the changes of this start to a record, and host 0 prints them.
+
+    Args:
+        record: with "changes", a list of {"step", "fields"}, if there were some before.
+        step: number of updates made.
+        changes: as of `SavedRun`.
+    """
+    if not changes:
+        return
+    before = record.get("changes", [])
+    record["changes"] = [*before, {"step": step, "fields": [*changes]}]
+    if jax.process_index() == 0:
+        print(f"from step {step} on: {'; '.join(changes)}", flush=True)
+
+
+def _origin(saved: Mapping[str, Any]) -> str:
+    return saved.get("init_from", "")
+
+
+def _name(line: str) -> str:
+    """The field of a line of `config.differences`."""
+    return line.partition(":")[0]
+
+
+def _covers(allowed: Sequence[str], name: str) -> bool:
+    """Whether a field, or the group that it is in, may change."""
+    return name in allowed or name.partition(".")[0] in allowed
+
+
+def _check_names(allowed: Sequence[str], *of: Mapping[str, Any]) -> None:
+    """Raises ValueError for a name that is no field of these configs."""
+    known = {*configs.FIELDS}
+    for config in of:
+        for group, value in config.items():
+            inside = value if isinstance(value, Mapping) else ()
+            known |= {f"{group}.{name}" for name in inside}
+    for name in allowed:
+        if name not in known:
+            raise ValueError(
+                f"allow_change must name fields of the config, got {name!r}"
+                f"{hint(name, known)}"
+            )
+        if name == "init_from":
+            raise ValueError(
+                "allow_change must not name init_from, which is only read when a run "
+                "begins."
+            )
+
+
+def _refusal(workdir: Path, lines: list[str]) -> ValueError:
+    names = ",".join(_name(line) for line in lines)
+    if any(line.startswith("model.num_classes") for line in lines):
+        lines = [*lines, "num_classes does not count the class of hidden labels"]
+    return ValueError(
+        f"workdir {str(workdir)!r} holds a run with another config, which goes on with "
+        f"this one if it is told --allow-change {names}: {'; '.join(lines)}."
+    )
