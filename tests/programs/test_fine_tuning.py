@@ -215,15 +215,19 @@ def test_a_file_of_another_code_is_read_by_the_names_of_its_tensors(tmp_path):
     [
         ("{source}x", {}, "source0x', which is not there."),
         ("{source}:0.3", {}, "ema must be one of ['0.5', '0.9'], got '0.3'"),
-        ("{source}/run.json", {}, "the name of a released checkpoint"),
+        ("{source}/run.json", {}, "run.json must be"),
         ("{source}/samples", {}, "must be a JSON file"),
         ("{source}:", {}, "ema must be"),
         (
             "{source}",
-            dict(model=dict(channels=8)),
-            "4 arrays of 7 that do not fit: inside/bias (4,) -> (8,); ",
+            dict(model=dict(channels=8, num_classes=4)),
+            "5 arrays of 7 that do not fit: inside/bias (4,) -> (8,); ",
         ),
-        ("{source}", dict(model=dict(channels=8)), "model.channels: (none) -> 8."),
+        (
+            "{source}",
+            dict(model=dict(channels=8, num_classes=4)),
+            "model.channels: (none) -> 8.",
+        ),
     ],
 )
 def test_a_source_that_cannot_be_used_is_refused_before_anything_is_written(

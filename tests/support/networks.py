@@ -21,3 +21,7 @@ class Tiny(nn.Module):
                 :, None, None
             ]
         return nn.Dense(self.out_channels, name="outside")(nn.silu(h))
+
+
+class TinyToo(Tiny):
+    """The same arrays under another name."""
