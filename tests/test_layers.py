@@ -29,7 +29,8 @@ ROWS = (
     {"pipeline"},
     {"interop"},
     {"evaluation"},
-    {"training.setup", "training.reporting", "training.resume", "training.fine_tuning"},
+    {"training.setup", "training.reporting", "training.resume"},
+    {"training.fine_tuning"},
     {"cli"},
     {"train", "sample", "evaluate", "convert", "__main__"},
 )

@@ -101,9 +101,9 @@ def load_weights(source: Run | str, config: Config, setup: TrainingSetup) -> Wei
     differs = [
         d for d in differs if d.startswith(("model.", "objective.", "schedule."))
     ]
-    _check_fit(given, shapes, ours, theirs, differs)
+    check_fit(given, shapes, ours, theirs, differs)
     rows, anew = match_rows(ours, theirs), []
-    params = _draw(setup, ours.axes)
+    params = draw_params(setup, ours.axes)
     kept = sum(a.size for a in params.values())
     for name, axis in ours.axes.items():
         array = np.moveaxis(params[name], axis, 0)  # a view
@@ -185,7 +185,7 @@ def classes_of(
     if not count:
         return Classes({}, [])
     before, after = (
-        _shapes(m, image_shape) for m in (model, model.clone(**{field: count + 1}))
+        shapes_of(m, image_shape) for m in (model, model.clone(**{field: count + 1}))
     )
     axes = {}
     for name, shape in before.items():
@@ -249,20 +249,30 @@ def _plain(config: Config) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def _shapes(model: Any, image_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: Any, image_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     inputs = example_inputs(model, image_shape)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
     return {name: a.shape for name, a in leaves_by_name(shapes).items()}
 
 
-def _check_fit(
+def check_fit(
     given: Mapping[str, Any],
     shapes: Mapping[str, Any],
     ours: Classes,
     theirs: Classes,
     differs: list[str],
 ) -> None:
-    """Raises ValueError unless all but the rows of classes are of the same shapes."""
+    """Checks that all parameters but the rows of classes have the same shapes.
+
+    Args:
+        given: arrays of the source by name.
+        shapes: those of the network.
+        ours, theirs: their classes.
+        differs: fields of the config that differ, for the error.
+
+    Raises:
+        ValueError: that tells how many do not fit, and the first of them.
+    """
 
     def shape_of(name, arrays, classes):
         if name not in arrays:
@@ -289,7 +299,9 @@ def _check_fit(
         )
 
 
-def _draw(setup: TrainingSetup, names: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def draw_params(
+    setup: TrainingSetup, names: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
     """Draws some of the random parameters, as a run without init_from begins with."""
     if not names:
         return {}

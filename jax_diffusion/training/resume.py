@@ -59,11 +59,12 @@ class SavedRun(NamedTuple):
                 allowed makes them so; or if the arrays of the saved state are not those
                 of a config that was changed.
         """
-        self._check_data(workdir, digest)
+        self.check_data(workdir, digest)
         if self.changes:
-            self._check_state(workdir, jax.eval_shape(init))
+            self.check_state(workdir, jax.eval_shape(init))
 
-    def _check_data(self, workdir, digest):
+    def check_data(self, workdir: Path, digest: str | None) -> None:
+        """Checks that the images are those that the run was trained with."""
         before = self.record.get("data_digest")
         moved = [line for line in self.changes if _name(line) == "data.path"]
         if before == digest and digest is not None:
@@ -79,7 +80,8 @@ class SavedRun(NamedTuple):
                 workdir, ["data.path: other images than the run was trained with"]
             )
 
-    def _check_state(self, workdir, state):
+    def check_state(self, workdir: Path, state: PyTree) -> None:
+        """Checks that the saved state has the arrays of this one."""
         before = checkpoint.load_shapes(workdir)
         after = {name: tuple(a.shape) for name, a in leaves_by_name(state).items()}
         names = sorted(before.keys() | after.keys())
@@ -123,7 +125,7 @@ def find_run(
     if not fresh:
         record = configs.upgrade(checkpoint.load_record(workdir))
     saved = record.get("config", {})
-    _check_names(allowed, saved, config)
+    check_names(allowed, saved, config)
     if fresh:
         return None
     changes = configs.differences(saved, {**config, "init_from": _origin(saved)})
@@ -179,7 +181,7 @@ def _covers(allowed: Sequence[str], name: str) -> bool:
     return name in allowed or name.partition(".")[0] in allowed
 
 
-def _check_names(allowed: Sequence[str], *of: Mapping[str, Any]) -> None:
+def check_names(allowed: Sequence[str], *of: Mapping[str, Any]) -> None:
     """Raises ValueError for a name that is no field of these configs."""
     known = {*configs.FIELDS}
     for config in of:

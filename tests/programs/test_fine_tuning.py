@@ -221,7 +221,7 @@ def test_a_file_of_another_code_is_read_by_the_names_of_its_tensors(tmp_path):
         (
             "{source}",
             dict(model=dict(channels=8, num_classes=4)),
-            "5 arrays of 7 that do not fit: inside/bias (4,) -> (8,); ",
+            "6 arrays of 7 that do not fit: inside/bias (4,) -> (8,); ",
         ),
         (
             "{source}",
