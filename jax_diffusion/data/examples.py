@@ -105,8 +105,8 @@ class InMemory(Examples):
         if self.source is not None:
             return self.source.digest
         found = hashlib.sha256(f"arrays {self.images.shape}".encode())
-        found.update(self.labels)
-        found.update(np.ascontiguousarray(self.images))
+        found.update(self.labels.data)
+        found.update(np.ascontiguousarray(self.images).data)
         return found.hexdigest()
 
     def read_all(self) -> Arrays:
