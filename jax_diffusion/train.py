@@ -94,11 +94,17 @@ def train(
         raise ValueError(
             f"optimizer must be an optax.GradientTransformation, got {optimizer!r}."
         )
+    if not isinstance(init_from, Run | str | os.PathLike | None):
+        raise ValueError(
+            "init_from must be a run, or the path of a workdir or a checkpoint, got "
+            f"{init_from!r}."
+        )
     config, workdir = configs.complete(config), Path(workdir)
     if optimizer is not None:
         config.optimizer = {"name": GIVEN}
     if init_from is not None:
-        config.init_from = GIVEN if isinstance(init_from, Run) else str(init_from)
+        given = isinstance(init_from, Run)
+        config.init_from = GIVEN if given else os.fspath(init_from)
     configs.check_config(config)
     logs.check_writers(config.log_to)
     plain_config = json.loads(config.to_json())
@@ -167,7 +173,8 @@ def run_loop(
         manager, compiled.init, compiled.shardings
     )
     first = step = int(state.step)
-    resume.record_changes(record, first, changes)
+    if first < config.total_steps:
+        resume.record_changes(record, first, changes)
     dtype = config.model.get("dtype", "float32")
     reporter = Reporter(
         *(config, workdir, first),

@@ -1,6 +1,7 @@
 """Fine-tuning: a run that begins with the weights of another run or of a file."""
 
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -208,6 +209,40 @@ def test_a_file_of_another_code_is_read_by_the_names_of_its_tensors(tmp_path):
     config.model = model
     run = fine_tuning.load_source(str(tmp_path / "mine.pt"), config)
     assert same(run.params, checkpoint.load_params(workdir, ema=None))
+
+
+def test_the_command_line_begins_goes_on_and_changes_in_words_of_its_flags(
+    images, source, tmp_path, monkeypatch, capsys
+):
+    file, workdir = tmp_path / "config.py", tmp_path / "run"
+    file.write_text(
+        "from support.tiny_runs import tiny_config\n"
+        "def get_config():\n"
+        f"    return tiny_config({str(images)!r}, model=dict(num_classes=4))\n"
+    )
+
+    def run(*args):
+        argv = ["train", "--config", file, "--workdir", workdir, *args]
+        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
+        train.main()
+
+    faster = "--config.optimizer.lr=0.5"
+    sentences = [
+        refuses(run, "--init-from", tmp_path / "none"),
+        refuses(run, "--init-from", source, "--allow-change", "optimizer.rl"),
+    ]
+    assert not workdir.exists()
+    run("--init-from", f"{source}:0.5")
+    assert f"init_from {source}:0.5: EMA 0.5, step 2" in capsys.readouterr().out
+    sentences.append(refuses(run, "--init-from", source))
+    longer = "--config.total_steps=3"
+    assert "--allow-change optimizer.lr: " in refuses(run, longer, faster)
+    run(longer, faster, "--config.log_every=3", "--allow-change", "optimizer.lr,seed")
+    assert "from step 2 on: optimizer.lr: 0.01 -> 0.5" in capsys.readouterr().out
+    sentences.append(refuses(run, "--allow-change", "init_from"))
+    heads = ("--init-from must", "--allow-change must")
+    assert all(sentence.startswith(heads) for sentence in sentences), sentences
+    assert checkpoint.load_record(workdir)["init_from"]["ema"] == "0.5"
 
 
 @pytest.mark.parametrize(

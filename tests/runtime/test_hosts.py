@@ -97,6 +97,24 @@ def test_processes_with_different_configs_stop_at_once(folder):
     assert not (folder / "quarrel").exists()
 
 
+def test_two_processes_fine_tune_and_change_as_one(four, folder):
+    """Split over all devices, with a row of labels that is drawn anew."""
+    alone, several = folder / "tuned_1", folder / "tuned_2"
+    options = ("--config.label_dropout=0.1", "--config.mesh.fsdp=4")
+    begin = (*options, "--init-from", str(four))
+    Job(alone, *begin).finish()
+    Job(several, *begin, processes=2).finish()
+    assert_same_losses(several, alone, rtol=1e-5)
+    change = ("--config.total_steps=14", "--config.optimizer.lr=1e-4")
+    change += ("--allow-change", "optimizer.lr")
+    Job(several, *options, *change, processes=2).finish()
+    records = [checkpoint.load_record(workdir) for workdir in (alone, several)]
+    for name in ("init_from", "data_digest"):
+        assert records[0][name] == records[1][name]
+    assert records[1]["init_from"]["anew"] == ["label/embedding of (hidden)"]
+    assert records[1]["changes"][0]["step"] == 12
+
+
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_what_two_processes_saved_another_number_of_devices_continues(
     two, four, folder, devices
