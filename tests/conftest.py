@@ -21,6 +21,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
+# Tests run for a moment, and so do the programs that they start: better code of LLVM's
+# does not pay for them. Set XLA_FLAGS, if only to nothing, to have it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 from jax_diffusion import diffusion, pipeline  # noqa: E402
 
 # jaxtyping's import hook checks the arguments of dataclasses before these can, and
@@ -37,13 +41,9 @@ def quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def pytest_configure(config):
-    """Fast tests run for a moment: better code of LLVM's does not pay for them.
-
-    Whoever sets XLA_FLAGS, if only to nothing, has them compiled as programs are.
-    """
-    if config.getoption("markexpr") == "not slow":
-        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+def pytest_collection_modifyitems(items):
+    """Jobs of several processes first: what takes longest must not be left for last."""
+    items.sort(key=lambda item: not item.path.stem.endswith("_hosts"))
 
 
 @pytest.fixture(scope="module")

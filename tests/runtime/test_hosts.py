@@ -2,22 +2,12 @@
 
 import json
 import shutil
-import signal
-import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from support.jobs import (
-    LONG,
-    Job,
-    assert_same_losses,
-    evaluations,
-    losses,
-    saved,
-    sealed,
-)
+from support.jobs import Job, assert_same_losses, evaluations
 
 from jax_diffusion.runtime import checkpoint, logs
 
@@ -125,32 +115,3 @@ def test_what_two_processes_saved_another_number_of_devices_continues(
         shutil.rmtree(workdir / "checkpoints" / str(step))
     Job(workdir, devices=devices).finish()
     assert_same_losses(workdir, four, rtol=1e-5)
-
-
-def test_sigterm_to_one_process_makes_both_save_one_step_and_exit(folder):
-    workdir = folder / "stopped"
-    job = Job(workdir, LONG, processes=2)
-    job.wait_for(lambda: saved(workdir) >= 4)
-    job.processes[1].send_signal(signal.SIGTERM)
-    assert job.wait() == [0, 0]
-    assert f"SIGTERM: saved step {saved(workdir)}" in job.logs[0].read_text()
-    before = saved(workdir)
-    job = Job(workdir, f"--config.total_steps={before + 2}", processes=2)
-    job.finish()
-    assert saved(workdir) == before + 2
-
-
-def test_a_lost_process_ends_the_others_and_changes_nothing(folder):
-    workdir = folder / "lost"
-    job = Job(workdir, LONG, processes=2)
-    job.wait_for(lambda: saved(workdir) >= 4)
-    job.processes[1].kill()
-    begun = time.monotonic()
-    assert job.wait()[0] != 0 and time.monotonic() - begun < 60
-    assert "another task died" in job.logs[0].read_text()
-    total = max(12, saved(workdir) + 4)
-    undisturbed = folder / "not_lost"
-    for run in (workdir, undisturbed):
-        Job(run, f"--config.total_steps={total}", processes=2).finish()
-    digests = [sealed(run, total)["digests"] for run in (workdir, undisturbed)]
-    assert digests[0] == digests[1] and losses(workdir) == losses(undisturbed)
