@@ -23,8 +23,9 @@ from jax_diffusion.models.inception import Inception, prepare
 BATCH = 16
 SET_SIZE = 2048  # images, as many as features
 # Distinct images in each set, a divisor of that. With 2048, both networks together need
-# six minutes on two cores; so by default each image counts 8 times.
-DISTINCT = int(os.environ.get("INCEPTION_TEST_IMAGES", "256"))
+# six minutes on two cores; so by default each image counts 32 times.
+DISTINCT = int(os.environ.get("INCEPTION_TEST_IMAGES", "64"))
+OPTIMIZED = {"xla_backend_optimization_level": 3}  # this network computes for minutes
 
 
 def images_of(seed, n, size, channels=3, *, sharp=False):
@@ -100,7 +101,10 @@ def both(tmp_path_factory):
         torch.save(random_weights(torch), path)
         official = Official(torch, module, torch.load(path, weights_only=True))
     params = jax.device_put(params_from_torch(torch_files.read_torch(path)))
-    apply = jax.jit(lambda params, x: Inception().apply({"params": params}, x))
+    apply = jax.jit(
+        lambda params, x: Inception().apply({"params": params}, x),
+        compiler_options=OPTIMIZED,
+    )
     return official, lambda images: jax.tree.map(np.asarray, apply(params, images))
 
 

@@ -432,8 +432,9 @@ def test_doubling_folded_into_the_kernel_is_doubling_and_then_convolving():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("resample", ["conv", "resblock"])
+@pytest.mark.parametrize(
+    ("dtype", "resample"), [("float32", "resblock"), ("bfloat16", "conv")]
+)
 def test_computing_blocks_again_changes_no_gradient(dtype, resample):
     def grads(remat):
         model = UNet(**SMALL, dtype=dtype, resample=resample, remat=remat, dropout=0.1)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from support import tiny
 from support.jobs import lines_of
 from support.oracles import F32
 from support.programs import sample, train
@@ -145,9 +146,9 @@ MUON = dict(name="optax.contrib:muon", learning_rate=1e-3, beta=0.9, grad_clip=1
 
 def muon_config(steps):
     """Muon, whose state is a tree of its own, on a mesh that splits it."""
-    config = config_of("--config.mesh.fsdp=4", f"--config.total_steps={steps}")
+    overrides = ["--config.mesh.fsdp=4", f"--config.total_steps={steps}"]
+    config = settings.load_config(tiny.CONFIG, overrides)
     config.optimizer = MUON
-    config.log_to = ()
     return config
 
 
@@ -242,8 +243,8 @@ def test_batches_that_are_never_finite_end_the_run_in_a_sentence(tmp_path, monke
 
 @pytest.mark.slow
 def test_a_few_steps_are_traced_for_perfetto(tmp_path):
-    overrides = ("--config.profile_steps=5", "--config.sample_every=1000")
-    train.train(config_of(*overrides), tmp_path)
+    overrides = ["--config.profile_steps=1", "--config.sample_every=1000"]
+    train.train(settings.load_config(tiny.CONFIG, overrides), tmp_path)
     assert list((tmp_path / "profile").rglob("perfetto_trace.json.gz"))
 
 

@@ -10,6 +10,7 @@ import time
 import numpy as np
 
 from jax_diffusion.runtime import checkpoint, logs
+from support import tiny
 
 # smoke.py, smaller still, with its loss-aware sampler; dropout too.
 SMALL = (
@@ -29,13 +30,14 @@ class Job:
         self, workdir, *options, processes=1, devices=4, program="train", last=()
     ):
         env = os.environ | {
+            "PYTHONPATH": "tests",  # of the network
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices // processes),
         }
         command = [sys.executable, "-m", f"jax_diffusion.{program}"]
         command += ["--workdir", str(workdir)]
         if program == "train":
-            command += ["--config", "configs/smoke.py", *SMALL]
+            command += ["--config", tiny.CONFIG]
         command += options
         self.workdir, self.processes = workdir, []
         self.logs = [
