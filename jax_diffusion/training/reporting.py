@@ -235,8 +235,9 @@ def trace_steps(
     """
     if not num_steps or jax.process_index() > 0:
         return
+    end = PROFILE_FROM + num_steps
     if made == PROFILE_FROM:
         jax.profiler.start_trace(workdir / "profile", create_perfetto_trace=True)
-    elif made == PROFILE_FROM + num_steps or (last and made > PROFILE_FROM):
+    elif made == end or (last and PROFILE_FROM < made < end):
         jax.block_until_ready(wait_for)
         jax.profiler.stop_trace()

@@ -242,8 +242,9 @@ def test_batches_that_are_never_finite_end_the_run_in_a_sentence(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_few_steps_are_traced_for_perfetto(tmp_path):
-    overrides = ["--config.profile_steps=1", "--config.sample_every=1000"]
+@pytest.mark.parametrize("steps", [1, 5], ids=["while it goes on", "until it ends"])
+def test_a_few_steps_are_traced_for_perfetto(tmp_path, steps):
+    overrides = [f"--config.profile_steps={steps}", "--config.sample_every=1000"]
     train.train(settings.load_config(tiny.CONFIG, overrides), tmp_path)
     assert list((tmp_path / "profile").rglob("perfetto_trace.json.gz"))
 
