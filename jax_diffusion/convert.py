@@ -13,14 +13,25 @@ From Python, `jax_diffusion.load_checkpoint` loads a checkpoint without a workdi
 `jax_diffusion.interop.exporting.export_run` writes a run.
 """
 
+import argparse
+
 import jax
 
 from jax_diffusion import cli
 from jax_diffusion import config as configs
 from jax_diffusion.interop import layouts
-from jax_diffusion.interop.exporting import WRITERS, export_run
+from jax_diffusion.interop.exporting import WRITERS, export_run, learns_variance
 from jax_diffusion.interop.importing import import_checkpoint
 from jax_diffusion.pipeline import load_run
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """The type of --image-size: "32" -> 32, "32x64" -> (32, 64)."""
+    sides = [cli.positive(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"must be a side or HxW, got {text}")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
 
 WORKDIR: cli.Flags = {
     "--workdir": dict(
@@ -39,9 +50,23 @@ READING: cli.Flags = {
         help="Config of a network of your own, the same as for training.",
     ),
     "--layout": dict(
-        default="openai",
         help="With --config, the code whose tensor names the file has: "
-        f"{', '.join(sorted(layouts.LAYOUTS))}.",
+        f"{', '.join(sorted(layouts.LAYOUTS))}. By default it is recognized; openai_new"
+        " has to be said.",
+    ),
+    "--image-size": dict(
+        type=parse_size,
+        metavar="SIZE",
+        help="With --config, the side of the images in pixels, or HxW, if config.data "
+        "has no image_size.",
+    ),
+    "--ignore-objects": dict(
+        action="store_true",
+        help="Read the tensors of a file that holds other objects too, such as the "
+        "flags of its trainer. Nothing of them is run.",
+    ),
+    "--allow-nonfinite": dict(
+        action="store_true", help="Accept weights that are NaN or infinite."
     ),
 }
 WRITING: cli.Flags = {
@@ -51,6 +76,11 @@ WRITING: cli.Flags = {
         metavar="DECAY",
         help="Which EMA of the parameters is written, such as 0.999, or none for the "
         "parameters themselves. By default the first of the config.",
+    ),
+    "--drop-variance": dict(
+        action="store_true",
+        help="Leave out a learned variance: samplers such as diffusers' DDIMPipeline "
+        "expect a network that predicts the mean only.",
     ),
 }
 
@@ -76,13 +106,18 @@ def main() -> None:
         given = "neither" if args.to is None else "both"
         raise ValueError(f"one of --checkpoint and --to must be given, got {given}.")
     if args.checkpoint is not None:
-        run = import_checkpoint(
-            args.checkpoint,
-            args.workdir,
-            name=args.name,
-            config=configs.load_config(args.config) if args.config else None,
-            layout=args.layout,
-        )
+        config = configs.load_config(args.config) if args.config else None
+        with cli.fields_as_flags(args):
+            run = import_checkpoint(
+                args.checkpoint,
+                args.workdir,
+                name=args.name,
+                config=config,
+                layout=args.layout,
+                image_size=args.image_size,
+                ignore_objects=args.ignore_objects,
+                allow_nonfinite=args.allow_nonfinite,
+            )
         count = sum(array.size for array in jax.tree.leaves(run.params))
         name = run.config.model.name
         print(f"{args.checkpoint}: {count:,} parameters of a {name} in {args.workdir}")
@@ -90,8 +125,14 @@ def main() -> None:
     if args.out is None:
         raise ValueError("--out must name a new file or folder, got None.")
     with cli.fields_as_flags(args):
-        export_run(load_run(args.workdir, args.ema), args.to, args.out)
+        run = load_run(args.workdir, args.ema)
+        export_run(run, args.to, args.out, drop_variance=args.drop_variance)
     print(f"{args.workdir} as {args.to}: {args.out}")
+    if args.to == "diffusers" and learns_variance(run) and not args.drop_variance:
+        print(
+            "The network predicts its variance: DDPMPipeline draws with it; others, "
+            "such as DDIMPipeline, cannot and need --drop-variance."
+        )
 
 
 if __name__ == "__main__":

@@ -9,8 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from jax_diffusion import checks
+
 Json = Mapping[str, Any]
 
+MAX_SIDE, MAX_LEVELS, MAX_CHANNELS, MAX_CLASSES = 2**14, 32, 2**20, 2**31
+MAX_STEPS = 10**5  # of a noise schedule
+LISTS = ("block_out_channels", "down_block_types", "up_block_types")
 BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"}
 NEEDED = ("sample_size", "in_channels", "out_channels", "block_out_channels")
 NEEDED += ("down_block_types", "up_block_types")
@@ -67,6 +72,10 @@ def unet_from_config(config: Json) -> dict[str, Any]:
     if missing:
         raise ValueError(f"a UNet2DModel must have the fields {missing}, got none.")
     config = FIXED_FIELDS | DEFAULTS | dict(config)
+    if (kind := config.get("_class_name", "UNet2DModel")) != "UNet2DModel":
+        raise ValueError(f"a network must be a UNet2DModel, got {kind!r:.80}.")
+    _check_types(config)
+    h, _ = sides_of(config)
     differing = []
     # With scale_shift, the attention of the middle has a norm only if this is given.
     groups = config.get("attn_norm_num_groups")
@@ -91,7 +100,7 @@ def unet_from_config(config: Json) -> dict[str, Any]:
         multipliers=tuple(w / first if w % first else w // first for w in widths),
         num_res_blocks=config["layers_per_block"],
         attention_resolutions=tuple(
-            side_of(config) >> i for i, attend in enumerate(attends) if attend
+            h >> i for i, attend in enumerate(attends) if attend
         ),
         head_channels=config["attention_head_dim"],
         num_classes=config["num_class_embeds"],
@@ -106,20 +115,50 @@ def unet_from_config(config: Json) -> dict[str, Any]:
     )
 
 
-def side_of(config: Json) -> int:
-    """Returns the height, which is also the width, of the images of a UNet2DModel.
+def sides_of(config: Json) -> tuple[int, int]:
+    """Returns height and width of the images of a UNet2DModel.
 
     Args:
         config: content of the config.json of the UNet2DModel.
 
     Raises:
-        ValueError: if height and width differ or are not given.
+        ValueError: if they are not given.
     """
     size = config["sample_size"]
-    sides = set(size) if isinstance(size, list | tuple) else {size}
-    if len(sides) != 1 or not isinstance(side := sides.pop(), int):
-        raise ValueError(f"sample_size must be one number, got {size!r}.")
-    return side
+    sides = size if isinstance(size, list | tuple) else [size, size]
+    if len(sides) != 2:
+        raise ValueError(f"sample_size must be a number or two, got {size!r:.80}.")
+    for side in sides:
+        checks.integer("sample_size", side, at_least=1, at_most=MAX_SIDE)
+    return sides[0], sides[1]
+
+
+def _check_types(config: Json) -> None:
+    """Checks that the fields of a UNet2DModel are of their types, and sizes possible.
+
+    Raises:
+        ValueError: that names the field.
+    """
+    lists = {name: config[name] for name in LISTS}
+    for name, values in lists.items():
+        if not isinstance(values, list | tuple) or not 1 <= len(values) <= MAX_LEVELS:
+            raise ValueError(
+                f"{name} must be a list of 1 to {MAX_LEVELS}, got {values!r:.80}."
+            )
+    if len({len(values) for values in lists.values()}) != 1:
+        raise ValueError(f"{' and '.join(LISTS)} must be of one length, got several.")
+    for name in LISTS[1:]:
+        if not all(isinstance(kind, str) for kind in config[name]):
+            raise ValueError(f"{name} must be names, got {config[name]!r:.80}.")
+    for width in config["block_out_channels"]:
+        checks.integer("block_out_channels", width, at_least=1, at_most=MAX_CHANNELS)
+    for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+        checks.integer(name, config[name], at_least=1, at_most=MAX_CHANNELS)
+    for name in ("attention_head_dim", "num_class_embeds"):
+        if config[name] is not None:
+            checks.integer(name, config[name], at_least=1, at_most=MAX_CLASSES)
+    checks.number("norm_eps", config["norm_eps"], above=0)
+    checks.number("dropout", config["dropout"], at_least=0, below=1)
 
 
 def check_fields(
@@ -143,7 +182,11 @@ def check_fields(
     Traceback (most recent call last):
     ValueError: x must be 1, got x = 2.
     """
-    wrong = [name for name, values in allowed.items() if found[name] not in values]
+    wrong = [
+        name
+        for name, values in allowed.items()
+        if not any(found[name] == value for value in values)  # may be unhashable
+    ]
     words = [*(f"{name} = {found[name]!r}" for name in wrong), *differing]
     if words:
         raise ValueError(f"{rule}, got {', '.join(words)}.")
@@ -159,7 +202,7 @@ def config_from_unet(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]
     Raises:
         ValueError: if UNet2DModel cannot compute what the network does.
     """
-    size, _, channels = image_shape
+    size, width, channels = image_shape
     widths = [round(m * model.channels) for m in model.multipliers]
     attends = [size >> i in model.attention_resolutions for i in range(len(widths))]
     differing = []
@@ -168,8 +211,6 @@ def config_from_unet(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]
     attending = {w for w, a in zip(widths, attends, strict=True) if a} | {widths[-1]}
     if model.head_channels is None and model.num_heads > 1 and len(attending) > 1:
         differing.append(f"num_heads = {model.num_heads} at several widths")
-    if image_shape[0] != image_shape[1]:
-        differing.append(f"images of {image_shape[0]} x {image_shape[1]}")
     check_fields(
         "the network must be one that diffusers' UNet2DModel can compute",
         vars(model),
@@ -183,7 +224,7 @@ def config_from_unet(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]
     return {
         "_class_name": "UNet2DModel",
         **FIXED_FIELDS,
-        "sample_size": size,
+        "sample_size": size if size == width else [size, width],
         "in_channels": channels,
         "out_channels": model.out_channels,
         "freq_shift": int(model.embedding_endpoint),
@@ -214,6 +255,9 @@ def process_from_scheduler(config: Json) -> tuple[dict[str, Any], dict[str, Any]
         ValueError: if we do not have its beta schedule, prediction type or variance.
     """
     num_steps = config.get("num_train_timesteps", 1000)
+    checks.integer("num_train_timesteps", num_steps, at_least=1, at_most=MAX_STEPS)
+    for name, default in (("beta_start", 1e-4), ("beta_end", 0.02)):
+        checks.number(name, config.get(name, default), above=0, below=1)
     ends = dict(
         num_steps=num_steps,
         start=config.get("beta_start", 1e-4),
@@ -227,14 +271,28 @@ def process_from_scheduler(config: Json) -> tuple[dict[str, Any], dict[str, Any]
         "squaredcos_cap_v2": dict(name="cosine", num_steps=num_steps),
     }
     if given is not None:
-        schedules[kind] = dict(name="given", num_steps=num_steps, betas=tuple(given))
+        if not isinstance(given, list | tuple) or len(given) != num_steps:
+            raise ValueError(
+                f"trained_betas must be {num_steps} numbers, got {given!r:.80}."
+            )
+        for beta in given:
+            checks.number("trained_betas", beta, above=0, at_most=1)
+        schedules[str(kind)] = dict(
+            name="given", num_steps=num_steps, betas=tuple(given)
+        )
     options = {}
     if config.get("rescale_betas_zero_snr"):
         options["zero_terminal_snr"] = True
     means = {theirs: ours for ours, theirs in PREDICTIONS.items()}
     mean = config.get("prediction_type", "epsilon")
     variance = config.get("variance_type", "fixed_small")
-    if kind not in schedules or mean not in means or variance not in VARIANCES:
+    names = all(isinstance(name, str) for name in (kind, mean, variance))
+    if (
+        not names
+        or kind not in schedules
+        or mean not in means
+        or (variance not in VARIANCES)
+    ):
         raise ValueError(
             f"a scheduler must have a beta_schedule of {sorted(schedules)}, a "
             f"prediction_type of {sorted(means)} and a variance_type of {VARIANCES}, "

@@ -8,18 +8,26 @@
 A network or a process that the other code cannot compute is refused.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jax_diffusion import config as configs
-from jax_diffusion.interop import diffusers_config, layouts, torch_files
-from jax_diffusion.interop.importing import DIFFUSERS_WEIGHTS, RECORD
+from jax_diffusion.interop import (
+    diffusers_config,
+    layouts,
+    safetensors_files,
+    torch_files,
+)
+from jax_diffusion.interop.hub_folders import WEIGHTS
+from jax_diffusion.interop.importing import RECORD
 from jax_diffusion.models.unet import UNet
 from jax_diffusion.pipeline import Run
 from jax_diffusion.registry import choose
@@ -39,22 +47,77 @@ OPENAI_FIELDS = dict(
 OPENAI_MEANS = {"eps": "EPSILON", "x_0": "START_X", "mu": "PREVIOUS_X"}
 
 
-def export_run(run: Run, to: str, out: str | os.PathLike) -> None:
+def export_run(
+    run: Run, to: str, out: str | os.PathLike, *, drop_variance: bool = False
+) -> None:
     """Writes a run in a format of another code.
+
+    A network that predicts its variance has twice the channels. DDPMPipeline of
+    diffusers draws with it; its DDIMPipeline and most others cannot.
 
     Args:
         run: a trained run.
         to: a key of `WRITERS`.
         out: file or folder to write; it must not exist.
+        drop_variance: whether to write the network without the variance that it
+            predicts, by `without_variance`.
 
     Raises:
-        ValueError: for an unknown format, if `out` exists or has the wrong suffix, or
-            if the other code cannot compute what this run does.
+        ValueError: for an unknown format, if `out` exists or has the wrong suffix, if
+            the other code cannot compute what this run does, or if there is no variance
+            to drop.
     """
+    if drop_variance:
+        run = without_variance(run)
     writer = choose("to", to, WRITERS)
     if Path(out).exists():
         raise ValueError(f"out must name a new file or folder, got {str(out)!r}.")
     writer(run, Path(out))
+
+
+def learns_variance(run: Run) -> bool:
+    """Whether the network of a run predicts its variance, in a second half of channels.
+
+    Args:
+        run: any run.
+    """
+    return run.objective is not None and run.objective.learns_variance
+
+
+def without_variance(run: Run) -> Run:
+    """Returns a run whose network predicts the mean as before, and no variance.
+
+    Its samplers take the posterior's variance ("fixed_small") where they need one.
+
+    Args:
+        run: a run whose network is a `UNet` and predicts its variance.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not learns_variance(run) or not isinstance(run.model, UNet):
+        raise ValueError(
+            "drop_variance is for a 'unet' that predicts its variance, got "
+            f"{type(run.model).__name__} that does not."
+        )
+
+    def first_half(array):  # of the channels of every pixel of a folded block
+        pixels = array.reshape(*array.shape[:-1], -1, run.model.out_channels)
+        kept = pixels[..., : run.model.out_channels // 2]
+        return kept.reshape(*array.shape[:-1], -1)
+
+    params = dict(run.params)
+    params["conv_out"] = jax.tree.map(first_half, run.params["conv_out"])
+    config = run.config.copy_and_resolve_references()
+    config.objective = dict(mean_type=run.objective.mean_type, var_type="fixed_small")
+    built = configs.build(config, run.image_shape[-1])
+    return dataclasses.replace(
+        run,
+        config=config,
+        model=built.model,
+        objective=built.objective,
+        params=params,
+    )
 
 
 def to_openai(run: Run, out: Path) -> None:
@@ -154,7 +217,7 @@ def to_diffusers(run: Run, out: Path) -> None:
     }
     tensors = state_dict(run, "diffusers")
     content: dict[str, files.Content] = {
-        f"unet/{DIFFUSERS_WEIGHTS}.safetensors": torch_files.safetensors_content(
+        f"unet/{WEIGHTS}.safetensors": safetensors_files.safetensors_content(
             tensors, {"format": "pt"}
         ),
         "unet/config.json": json.dumps(unet, indent=2) + "\n",
@@ -184,7 +247,7 @@ def to_safetensors(run: Run, out: Path) -> None:
         format=configs.FORMAT,
     )
     tensors: dict[str, Any] = flatten_dict(run.params, sep=".")
-    torch_files.write_safetensors(out, tensors, {RECORD: json.dumps(record)})
+    safetensors_files.write_safetensors(out, tensors, {RECORD: json.dumps(record)})
 
 
 WRITERS: dict[str, Callable[[Run, Path], None]] = {

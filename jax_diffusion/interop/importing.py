@@ -19,27 +19,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from jax_diffusion import config as configs
 from jax_diffusion import data
 from jax_diffusion.config import Config
-from jax_diffusion.interop import diffusers_config, layouts, torch_files
+from jax_diffusion.interop import foreign, hub_folders, layouts
+from jax_diffusion.interop.recognize import suggestions
 from jax_diffusion.interop.released import RELEASED, REPRODUCES
-from jax_diffusion.models import Network, example_inputs
+from jax_diffusion.interop.state_dicts import StateDict, read_state_dict
+from jax_diffusion.interop.tensors import Tensor, as_float32
 from jax_diffusion.pipeline import Run
-from jax_diffusion.registry import choose
 from jax_diffusion.runtime import checkpoint
+from jax_diffusion.runtime.untrusted import parse_json
 
-# File of the weights in a diffusers folder; the name ends in .safetensors or .bin.
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 # Key of the metadata of our own .safetensors: config and image shape, as JSON.
 RECORD = "jax_diffusion"
-# Keys under which a training checkpoint holds its network, the EMA first.
-STATE_DICTS = ("ema", "ema_model", "state_dict", "model")
 
 
 class Checkpoint(NamedTuple):
@@ -61,16 +57,25 @@ def load_checkpoint(
     *,
     name: str | None = None,
     config: Config | None = None,
-    layout: str = "openai",
+    layout: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    ignore_objects: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Run:
     """Loads a checkpoint of any kind, without making a workdir.
 
     Args:
         path: a file, or a folder of Hugging Face diffusers.
         name: name of a released checkpoint; by default the name of the file.
-        config: a config as for training, for a network that is not a released one.
+        config: a config as for training, for a network that is not a released one. Of
+            a folder without a noise schedule, it tells schedule and objective.
         layout: how the code that wrote the file names its tensors, one of
-            `layouts.LAYOUTS`; only used with a config.
+            `layouts.LAYOUTS`; only used with a config. By default it is recognized.
+        image_size: side of the images in pixels, or (h, w); only used with a config,
+            where config.data does not tell it.
+        ignore_objects: whether objects beside the tensors of a pickle are left out.
+            Nothing of them is run.
+        allow_nonfinite: whether weights may be NaN or infinite.
 
     Returns:
         The run, as `load_run` returns it for a workdir. Its `ema` is "none": the file
@@ -80,7 +85,13 @@ def load_checkpoint(
         ValueError: if the file is unknown or damaged, or is not of that network.
     """
     params, known, image_shape = read_checkpoint(
-        path, name=name, config=config, layout=layout
+        path,
+        name=name,
+        config=config,
+        layout=layout,
+        image_size=image_size,
+        ignore_objects=ignore_objects,
+        allow_nonfinite=allow_nonfinite,
     )
     # The file holds one set of parameters, so there are no EMAs to choose from.
     record = {"config": {**known, "ema_decays": ()}, "format": configs.FORMAT}
@@ -97,21 +108,14 @@ def load_checkpoint(
 
 
 def import_checkpoint(
-    path: str | os.PathLike,
-    workdir: str | os.PathLike,
-    *,
-    name: str | None = None,
-    config: Config | None = None,
-    layout: str = "openai",
+    path: str | os.PathLike, workdir: str | os.PathLike, **options: Any
 ) -> Run:
     """Makes a workdir of a checkpoint, for the programs `sample` and `evaluate`.
 
     Args:
         path: a file or a folder, as for `load_checkpoint`.
         workdir: folder to make; it must not hold a run.
-        name: as for `load_checkpoint`.
-        config: as for `load_checkpoint`.
-        layout: as for `load_checkpoint`.
+        options: keywords of `load_checkpoint`.
 
     Returns:
         The run that the workdir holds.
@@ -120,7 +124,9 @@ def import_checkpoint(
         ValueError: as `load_checkpoint` does, or if the workdir holds a run. Nothing is
             written then.
     """
-    run = load_checkpoint(path, name=name, config=config, layout=layout)
+    if checkpoint.latest_step(workdir) is not None:
+        raise ValueError(f"workdir must be new, and {str(workdir)!r} holds a run.")
+    run = load_checkpoint(path, **options)
     record = {
         "config": json.loads(run.config.to_json()),
         "image_shape": list(run.image_shape),
@@ -132,59 +138,21 @@ def import_checkpoint(
     return run
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads the state dict in a file, its EMA if the file holds several.
-
-    Args:
-        path: a .safetensors file or a file of PyTorch: a state dict, a dict with one
-            under a name of `STATE_DICTS`, or the list of the DDIM repository.
-
-    Returns:
-        Arrays by name, without the prefix "module." of data-parallel training.
-
-    Raises:
-        ValueError: if the file is damaged or holds no state dict.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return torch_files.read_safetensors(path)[0]
-    tree: Any = torch_files.read_torch(path)
-    if isinstance(tree, list):  # the DDIM repository: model, optimizer, ..., EMA
-        dicts = [item for item in tree if _is_state_dict(item)]
-        tree = dicts[-1] if dicts else tree
-    for name in STATE_DICTS:
-        if isinstance(tree, Mapping) and _is_state_dict(tree.get(name)):
-            tree = tree[name]
-    if not _is_state_dict(tree):
-        raise ValueError(
-            f"{path} must hold tensors by name, got a {type(tree).__name__} of others."
-        )
-    return {name.removeprefix("module."): array for name, array in tree.items()}
-
-
-def _is_state_dict(tree: Any) -> bool:
-    return (
-        isinstance(tree, Mapping)
-        and bool(tree)
-        and all(isinstance(name, str) for name in tree)
-        and all(isinstance(array, np.ndarray) for array in tree.values())
-    )
-
-
 def read_checkpoint(
     path: str | os.PathLike,
     *,
     name: str | None = None,
     config: Config | None = None,
-    layout: str = "openai",
+    layout: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    ignore_objects: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Checkpoint:
     """Reads parameters and config of a checkpoint of any kind, as `load_checkpoint`.
 
     Args:
         path: a file, or a folder of Hugging Face diffusers.
-        name: as for `load_checkpoint`.
-        config: as for `load_checkpoint`.
-        layout: as for `load_checkpoint`.
+        name: as for `load_checkpoint`, like all others.
 
     Returns:
         The checkpoint; its parameters are NumPy arrays. No network is built of it.
@@ -196,118 +164,99 @@ def read_checkpoint(
     if not path.exists():
         raise ValueError(f"a checkpoint must be a file or folder, got {str(path)!r}.")
     if path.is_dir():
-        return read_diffusers(path)
-    if path.suffix == ".safetensors":
-        tensors, metadata = torch_files.read_safetensors(path)
-        if RECORD in metadata:
-            record = configs.upgrade(json.loads(metadata[RECORD]))
-            known, image_shape = record["config"], tuple(record["image_shape"])
-            _, shapes = model_and_shapes(known, image_shape)
-            wanted: dict[str, Any] = flatten_dict(shapes, sep=".")
-            layouts.check_same(
-                {key: leaf.shape for key, leaf in wanted.items()},
-                {key: array.shape for key, array in tensors.items()},
-            )
-            return Checkpoint(unflatten_dict(tensors, sep="."), known, image_shape)
-    else:
-        tensors = read_state_dict(path)
+        given = dict(name=name, layout=layout, image_size=image_size)
+        for field, value in given.items():
+            if value is not None:
+                raise ValueError(f"{field} is for files, got {value!r} and a folder.")
+        folder = hub_folders.read_folder(path, config, ignore_objects=ignore_objects)
+        params = _params(*folder, "diffusers", allow_nonfinite)
+        return Checkpoint(params, folder.config, folder.image_shape)
+    found = read_state_dict(path, ignore_objects=ignore_objects)
+    if RECORD in found.metadata:
+        return _own_file(path, found, config, allow_nonfinite)
     if config is not None:
-        batches = configs.call(data.load, config["data"], "config.data")
-        image_shape = batches.image_shape
-        params = _params(tensors, config, image_shape, layout)
+        theirs = layout or found.layout or "openai"
+        image_shape = _image_shape(found, config, image_size)
+        params = _params(found.tensors, config, image_shape, theirs, allow_nonfinite)
         return Checkpoint(params, config, image_shape)
+    if image_size is not None:
+        raise ValueError(f"image_size is for files with a config, got {image_size}.")
     name = name or path.stem
-    found = choose("the name of a released checkpoint", name, RELEASED)
-    known = _config(found.model, found.schedule, found.objective, found.data)
+    if name not in RELEASED:
+        raise ValueError(
+            f"name must be that of a released checkpoint, got {name!r}"
+            f"{suggestions(found, RELEASED)}"
+        )
+    row = RELEASED[name]
+    known = foreign.config_of(row.model, row.schedule, row.objective, row.data)
     known["reproduces"] = REPRODUCES.get(name, "")
-    image_shape = (found.image_size, found.image_size, 3)
-    params = _params(tensors, known, image_shape, found.layout)
+    image_shape = (row.image_size, row.image_size, 3)
+    params = _params(found.tensors, known, image_shape, row.layout, allow_nonfinite)
     return Checkpoint(params, known, image_shape)
 
 
-def read_diffusers(path: Path) -> Checkpoint:
-    """Reads a folder of Hugging Face diffusers.
-
-    Args:
-        path: folder of a pipeline, with unet/ and scheduler/, or of one model, with
-            config.json, scheduler_config.json and the weights.
-
-    Returns:
-        The checkpoint. Its config trains on with images from the folder data/.
-
-    Raises:
-        ValueError: if a file is missing or damaged, or if we do not support the network
-            or the scheduler.
-    """
-    model = path / "unet" if (path / "unet").is_dir() else path
-    scheduler = path / "scheduler" if (path / "scheduler").is_dir() else path
-    unet = _read_json(model / "config.json")
-    arguments = dict(name="unet", **diffusers_config.unet_from_config(unet))
-    schedule, objective = diffusers_config.process_from_scheduler(
-        _read_json(scheduler / "scheduler_config.json")
-    )
-    size = diffusers_config.side_of(unet)
-    images = dict(name="folder", path="data", image_size=size, batch_size=64)
-    config = _config(arguments, schedule, objective, images)
-    found = [model / f"{DIFFUSERS_WEIGHTS}{end}" for end in (".safetensors", ".bin")]
-    found = [file for file in found if file.is_file()]
-    if not found:
-        raise ValueError(
-            f"{model} must hold {DIFFUSERS_WEIGHTS}.safetensors or .bin, got neither."
-        )
-    tensors = layouts.new_diffusers_names(read_state_dict(found[0]))
-    image_shape = (size, size, unet["in_channels"])
-    params = _params(tensors, config, image_shape, "diffusers")
-    return Checkpoint(params, config, image_shape)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _own_file(
+    path: Path, found: StateDict, config: Config | None, allow_nonfinite: bool
+) -> Checkpoint:
+    """Reads what `exporting.to_safetensors` has written, or somebody in its name."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} must be a JSON file, got {error}.") from None
-
-
-def _config(model, schedule, objective, data_set) -> Config:
-    """Completes what is known of a network to a config, with which it can train on."""
-    sampling = dict(sampler="ddim", steps=50, spacing="sections", eta=0.0, n=64)
-    return dict(
-        seed=0,
-        data=data_set,
-        schedule=schedule,
-        objective=objective,
-        timesteps=dict(name="uniform"),
-        model=model,
-        optimizer=dict(lr=1e-4),
-        ema_decays=(),
-        ema_warmup=True,
-        total_steps=1,
-        log_every=100,
-        save_every=10_000,
-        sample_every=10_000,
-        sampling=sampling if objective else None,
+        record = parse_json(found.metadata[RECORD])
+        known, image_shape = foreign.check_record(record)
+    except ValueError as error:
+        raise ValueError(f"{path} must hold a whole record, got {error}") from error
+    if config is None:
+        foreign.check_no_code(known, path)
+    else:
+        known = config
+    _, shapes = foreign.model_and_shapes(known, image_shape, found.tensors)
+    wanted: dict[str, Any] = flatten_dict(shapes, sep=".")
+    layouts.check_same(
+        {key: leaf.shape for key, leaf in wanted.items()},
+        {key: tensor.shape for key, tensor in found.tensors.items()},
     )
+    params = {
+        key: as_float32(key, tensor, allow_nonfinite=allow_nonfinite)
+        for key, tensor in found.tensors.items()
+    }
+    return Checkpoint(unflatten_dict(params, sep="."), known, image_shape)
 
 
-def model_and_shapes(
-    config: Config, image_shape: tuple[int, ...]
-) -> tuple[Network, PyTree]:
-    """Builds the network of a config, and the shapes of its parameters.
-
-    Args:
-        config: a config; groups schedule, objective and model are read.
-        image_shape: (h, w, c).
-
-    Returns:
-        The network, and a tree of `jax.ShapeDtypeStruct`; nothing is computed.
-    """
-    model: Any = configs.build(config, image_shape[-1]).model
-    inputs = example_inputs(model, image_shape)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs))
-    return model, shapes["params"]
+# Our parameter of the first convolution in the layouts -> its tensor.
+FIRST = {
+    "openai": "input_blocks.0.0.weight",
+    "ddpm": "conv_in.weight",
+    "diffusers": "conv_in.weight",
+}
 
 
-def _params(tensors, config, image_shape, layout) -> PyTree:
-    model, shapes = model_and_shapes(config, image_shape)
+def _image_shape(
+    found: StateDict, config: Config, image_size: int | tuple[int, int] | None
+) -> tuple[int, int, int]:
+    """Returns (h, w, c): c of the tensors, the rest of what is said, or of the data."""
+    group = config["data"]
+    size = image_size or group.get("image_size")
+    first = found.tensors.get(FIRST.get(found.layout or "", ""))
+    if size is None or first is None or first.ndim < 2:
+        try:
+            return configs.call(data.load, group, "config.data").image_shape
+        except ValueError as error:
+            raise ValueError(
+                "image_size must be given where config.data has none and its images "
+                f"cannot be read, got none: {error}"
+            ) from error
+    h, w = (size, size) if isinstance(size, int) else size
+    model = config["model"]
+    folded = (1 + bool(model.get("low_res"))) * model.get("block_size", 1) ** 2
+    return (h, w, first.shape[1] // folded)
+
+
+def _params(
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    image_shape: tuple[int, ...],
+    layout: str,
+    allow_nonfinite: bool,
+) -> PyTree:
+    model, shapes = foreign.model_and_shapes(config, image_shape, tensors)
     wanted = layouts.leaves(shapes, layout, layouts.heads_of(model))
-    return layouts.from_torch(tensors, wanted)
+    return layouts.from_torch(tensors, wanted, allow_nonfinite=allow_nonfinite)

@@ -21,6 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
+from jax_diffusion.interop.tensors import as_float32
 from jax_diffusion.models.noisy_classifier import NoisyClassifier
 from jax_diffusion.models.unet import UNet
 
@@ -147,25 +148,31 @@ def leaves(
     return found
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], wanted: list[Leaf]) -> PyTree:
+def from_torch(
+    tensors: Mapping[str, Any], wanted: list[Leaf], *, allow_nonfinite: bool = False
+) -> PyTree:
     """Makes our parameters of a state dict, in float32.
 
     Args:
-        tensors: arrays by PyTorch's names.
+        tensors: arrays, or tensors in a file, by PyTorch's names.
         wanted: the tensors that the network has, from `leaves`.
+        allow_nonfinite: whether weights may be NaN or infinite.
 
     Returns:
         A tree of NumPy arrays.
 
     Raises:
         ValueError: if tensors are missing, unexpected or of another shape; the error
-            names all of them.
+            names all of them. Or if they are not of floats, or not finite.
     """
     shapes = {name: leaf.their_shape for leaf in wanted for name in leaf.names}
     check_same(shapes, {name: np.shape(array) for name, array in tensors.items()})
     ours: dict[tuple[str, ...], np.ndarray] = {}
     for path, shape, names, _, heads in wanted:
-        array = np.concatenate([np.asarray(tensors[n], np.float32) for n in names])
+        parts = [
+            as_float32(n, tensors[n], allow_nonfinite=allow_nonfinite) for n in names
+        ]
+        array = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if heads is not None:
             array = _swap_leading(array, heads, 3)
         if path[-1] in TRANSPOSED:

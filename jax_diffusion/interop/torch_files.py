@@ -1,58 +1,34 @@
-"""Reads and writes .pt and .safetensors files, without PyTorch and without risk.
+"""Reads and writes PyTorch's files (.pt, .pth, .ckpt, .bin), without PyTorch.
 
-A .pt file contains a pickle, and a pickle can call any function. This reader accepts
-only the few instructions and names that tensors need, and refuses all others before
-anything is imported. In place of a tensor it makes a plain record, whose bounds are
-checked. The arrays that it returns are views of the file's bytes, whatever sizes and
-strides the file claims, so a file cannot ask for more memory than it takes itself.
-.safetensors files are read and written by the library of that name.
+A .pt file contains a pickle, and a pickle can call any function. `pickles` reads it
+without running anything of it. Tensors become a `Tensor`, whose bounds are checked and
+which is read when it is used, so a file cannot ask for more memory than it takes
+itself.
 """
 
-import collections
-import functools
 import io
 import math
-import pickle
-import pickletools
+import mmap
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
+from jax_diffusion.interop import file_kinds, pickles
+from jax_diffusion.interop.pickles import Global
+from jax_diffusion.interop.tensors import STORAGES, Region, Tensor
 from jax_diffusion.runtime.files import write_atomic
+from jax_diffusion.runtime.untrusted import check_zip
 
-Tensors = Mapping[str, np.ndarray]
+Tensors = Mapping[str, Any]
 
-# Name of PyTorch's storage -> name in .safetensors, and dtype.
-DTYPES = {
-    "DoubleStorage": ("F64", np.dtype(np.float64)),
-    "FloatStorage": ("F32", np.dtype(np.float32)),
-    "HalfStorage": ("F16", np.dtype(np.float16)),
-    "BFloat16Storage": ("BF16", np.dtype(jnp.bfloat16)),
-    "LongStorage": ("I64", np.dtype(np.int64)),
-    "IntStorage": ("I32", np.dtype(np.int32)),
-    "ShortStorage": ("I16", np.dtype(np.int16)),
-    "CharStorage": ("I8", np.dtype(np.int8)),
-    "ByteStorage": ("U8", np.dtype(np.uint8)),
-    "BoolStorage": ("BOOL", np.dtype(bool)),
-}
-STORAGES = {name: dtype for name, (_, dtype) in DTYPES.items()}
-SAFE_DTYPES = dict(DTYPES.values())
 # PyTorch before 1.6 wrote several pickles in a row, the first two of these numbers.
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
-# The instructions of pickles that hold plain containers and tensors only.
-OPCODES = set(
-    """
-    PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
-    BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE
-    SETITEM SETITEMS APPEND APPENDS TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT
-    MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID
-    """.split()
-)
+MAX_DEPTH = 100  # of dicts and lists inside each other
+LOCAL_HEADER = 30  # bytes before the name of an entry in a zip archive
 
 
 class _Storage(NamedTuple):
@@ -72,176 +48,193 @@ class _Tensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _RebuildTensor:
-    """Stands in for `torch._utils._rebuild_tensor_v2`; checks bounds."""
-
-    __slots__ = ()  # nothing that a pickle could change
-
-    def __call__(self, storage, offset, size, stride, *rest):
-        numbers = (offset, *size, *stride)
-        plain = all(type(n) is int and n >= 0 for n in numbers)
-        if not plain or not isinstance(storage, _Storage) or len(size) != len(stride):
-            raise ValueError(f"a tensor of size {size} and stride {stride}")
-        last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-        if math.prod(size) and last >= storage.count:
-            raise ValueError(f"{storage.count} numbers where {last + 1} should be")
-        return _Tensor(storage, offset, tuple(size), tuple(stride))
-
-
-class _RebuildParameter:
-    """Stands in for `torch._utils._rebuild_parameter`."""
-
-    __slots__ = ()
-
-    def __call__(self, tensor, *rest):
-        return tensor
+def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Tensor:
+    """Does what `torch._utils._rebuild_tensor_v2` does; checks bounds."""
+    plain = (
+        isinstance(storage, _Storage)
+        and isinstance(size, tuple | list)
+        and isinstance(stride, tuple | list)
+        and len(size) == len(stride) <= MAX_DEPTH
+        and all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride))
+    )
+    if not plain:
+        raise ValueError("it has a tensor of impossible size")
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if math.prod(size) and last >= storage.count:
+        raise ValueError(f"{storage.count} numbers where {last + 1} should be")
+    return _Tensor(storage, offset, tuple(size), tuple(stride))
 
 
-ALLOWED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor"): _RebuildTensor(),
-    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
-    ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
-    **{("torch", name): name for name in STORAGES},
+CALLS: dict[Global, Callable[..., Any]] = {
+    Global("torch", "Size"): lambda sizes: tuple(sizes),
+    Global("torch._utils", "_rebuild_tensor"): _rebuild,
+    Global("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+    Global("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    Global("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickles tensors as `_Tensor`, and refuses everything that is no tensor."""
+class _Contents(NamedTuple):
+    """What one pickle of a file describes: its object, storages and other objects."""
 
-    def __init__(self, data: bytes):
-        super().__init__(io.BytesIO(data))
-        self.storages: dict[str, _Storage] = {}
+    tree: Any
+    storages: dict[str, _Storage]
+    objects: list[str]
 
-    def find_class(self, module, name):
-        if (module, name) not in ALLOWED:
-            raise ValueError(f"it asks for {module}.{name}")
-        return ALLOWED[module, name]
 
-    def persistent_load(self, pid):
-        kind, name, key, _, count, *view = pid
-        if kind != "storage" or name not in STORAGES or any(view):
-            raise ValueError(f"it asks for a {kind!r} of {name!r}")
-        storage = _Storage(str(key), STORAGES[name], int(count))
-        if self.storages.setdefault(storage.key, storage) != storage:
-            raise ValueError(f"two kinds of numbers in {storage.key!r}")
+def _unpickle(file: Any) -> _Contents:
+    storages: dict[str, _Storage] = {}
+
+    def call(function, arguments):
+        known = CALLS.get(function)
+        return NotImplemented if known is None else known(*arguments)
+
+    def persistent(pid):
+        if len(pid) not in (5, 6) or pid[5:] not in ((), (None,)):
+            raise ValueError("it asks for an unknown kind of storage")
+        kind, name, key, _, count = pid[:5]
+        if kind != "storage":
+            found = kind[:20] if isinstance(kind, str) else type(kind).__name__
+            raise ValueError(f"it asks for a {found!r}")
+        known = isinstance(name, Global) and name.module == "torch"
+        if not known or name.name not in STORAGES:
+            raise ValueError("it has a storage of unknown numbers")
+        if not isinstance(key, str | int) or not isinstance(count, int):
+            raise ValueError("it has a storage without key and length")
+        storage = _Storage(str(key), STORAGES[name.name], count)
+        if storages.setdefault(storage.key, storage) != storage:
+            raise ValueError(f"two kinds of numbers in {storage.key[:40]!r}")
         return storage
 
-
-def _unpickle(file: Any) -> tuple[Any, dict[str, _Storage]]:
-    """Unpickles an object and its storages by key, after checking every instruction."""
-    start = file.tell()
-    argument: Any
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name not in OPCODES:
-            raise ValueError(f"its pickle has the instruction {opcode.name}")
-        if opcode.name == "LONG_BINPUT" and argument > file.tell():
-            raise ValueError(f"its pickle asks for {argument} places")
-    end = file.tell()
-    file.seek(start)
-    unpickler = _Unpickler(file.read(end - start))
-    return unpickler.load(), unpickler.storages
+    tree, objects = pickles.load(file, call, persistent)
+    return _Contents(tree, storages, objects)
 
 
-def read_torch(path: str | Path) -> Any:
+def read_torch(path: str | Path, *, ignore_objects: bool = False) -> Any:
     """Reads a .pt, .pth, .ckpt or .bin file of PyTorch.
 
     Args:
         path: a file in the zip format of PyTorch 1.6 and later, or in the older format.
+        ignore_objects: whether objects that are neither tensors nor plain containers
+            are left out, such as an `argparse.Namespace`. Nothing of them is run.
 
     Returns:
-        What was saved, mostly a dict from name to tensor. Tensors are read-only NumPy
-        arrays, tuples are lists.
+        What was saved, mostly a dict from name to tensor. Every tensor is a `Tensor`,
+        which `numpy.asarray` reads; tuples are lists, objects left out are None.
 
     Raises:
-        ValueError: if the file is cut off or corrupted, or if its pickle contains
-            anything but tensors and plain containers.
+        ValueError: if the file is cut off or corrupted, is of another kind, or holds
+            other objects that are not ignored.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"a checkpoint must be a file, got {str(path)!r}.")
     try:
         with path.open("rb") as file:
+            if not file_kinds.is_torch(path):
+                raise ValueError(file_kinds.describe(path))
             zipped = zipfile.is_zipfile(file)
-            file.seek(0)
-            return _read_zip(file) if zipped else _read_legacy(file)
+            tree, objects = (_read_zip if zipped else _read_legacy)(file, path)
     except Exception as error:  # damage shows as any kind of error
-        reason = str(error) or type(error).__name__
+        reason = str(error).split("\n")[0][:300].rstrip(".") or type(error).__name__
         raise ValueError(
-            f"{path} must be a whole PyTorch file of tensors only, got {reason!r}."
+            f"{path} must be a whole PyTorch file of tensors only, got {reason}."
         ) from error
+    if objects and not ignore_objects:
+        more = f" and {len(objects) - 3} others" if len(objects) > 3 else ""
+        raise ValueError(
+            f"ignore_objects must be set to read {path}, which holds objects beside "
+            f"its tensors, got {', '.join(objects[:3])}{more}; they are left out then, "
+            "and nothing of them is run."
+        )
+    return tree
 
 
-def _read_zip(file: Any) -> Any:
+def _read_zip(file: Any, path: Path) -> tuple[Any, list[str]]:
     """Reads the format of PyTorch 1.6 and later: a pickle, and a file per storage."""
     with zipfile.ZipFile(file) as archive:
+        check_zip(archive)
         names = archive.namelist()
-        pickles = [n for n in names if n.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError(f"{len(pickles)} times data.pkl in it")
+        found = [n for n in names if n.endswith("/data.pkl")]
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} times data.pkl in it")
         if any(info.compress_type for info in archive.infolist()):
             raise ValueError("it is compressed")
-        root = pickles[0].removesuffix("data.pkl")
+        root = found[0].removesuffix("data.pkl")
         order = f"{root}byteorder"
         if order in names and archive.read(order) != b"little":
             raise ValueError("it is big-endian")
-        tree, _ = _unpickle(io.BytesIO(archive.read(pickles[0])))
-        return _arrays(tree, lambda storage: archive.read(f"{root}data/{storage.key}"))
+        contents = _unpickle(io.BytesIO(archive.read(found[0])))
+        regions: dict[str, Region] = {}
+        for key in contents.storages:
+            info = archive.getinfo(f"{root}data/{key}")
+            file.seek(info.header_offset)
+            header = file.read(LOCAL_HEADER)
+            name, extra = struct.unpack("<HH", header[26:])
+            start = info.header_offset + LOCAL_HEADER + name + extra
+            if start + info.file_size > archive.start_dir:
+                raise ValueError("a file that is cut off")
+            regions[key] = Region(path, start, info.file_size, info.CRC)
+    return _tensors(contents, regions), contents.objects
 
 
-def _read_legacy(file: Any) -> Any:
+def _read_legacy(file: Any, path: Path) -> tuple[Any, list[str]]:
     """Reads the older format: five pickles in a row, then all storages."""
-    magic, version, system = (_unpickle(file)[0] for _ in range(3))
-    if magic != LEGACY_MAGIC or version != LEGACY_VERSION:
-        raise ValueError("no PyTorch file")
-    if not system["little_endian"]:
-        raise ValueError("it is big-endian")
-    (tree, storages), (keys, _) = _unpickle(file), _unpickle(file)
-    data = {}
-    for key in keys:  # in this order, each after its number of elements
-        (count,) = struct.unpack("<q", file.read(8))
-        if count != storages[key].count:
-            raise ValueError(f"{count} numbers in {key!r}")
-        data[key] = file.read(count * storages[key].dtype.itemsize)
-    return _arrays(tree, lambda storage: data[storage.key])
+    size = path.stat().st_size
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        magic, version, system = (_unpickle(mapped).tree for _ in range(3))
+        if (magic, version) != (LEGACY_MAGIC, LEGACY_VERSION):
+            raise ValueError("no PyTorch file")
+        if not isinstance(system, dict) or system.get("little_endian") is not True:
+            raise ValueError("it is big-endian")
+        contents, (keys, *_) = _unpickle(mapped), _unpickle(mapped)
+        regions: dict[str, Region] = {}
+        for key in keys:  # in this order, each after its number of elements
+            (count,) = struct.unpack("<q", mapped.read(8))
+            storage = contents.storages[key]
+            if count != storage.count:
+                raise ValueError(f"{count} numbers in {key!r}")
+            region = Region(path, mapped.tell(), count * storage.dtype.itemsize)
+            if region.start + region.size > size:
+                raise ValueError("a file that is cut off")
+            mapped.seek(region.size, 1)
+            regions[key] = region
+    return _tensors(contents, regions), contents.objects
 
 
-def _arrays(tree: Any, read: Callable[[_Storage], bytes]) -> Any:
-    """Replaces every `_Tensor` of a tree by an array.
+def _tensors(contents: _Contents, regions: Mapping[str, Region]) -> Any:
+    """Replaces every `_Tensor` of a tree by a `Tensor`.
 
     Args:
-        tree: dicts and lists.
-        read: returns the bytes of a storage.
+        contents: the tree, of dicts, lists and tuples, and its storages.
+        regions: the bytes of every storage by its key.
     """
+    for key, (_, dtype, count) in contents.storages.items():
+        if regions[key].size != count * dtype.itemsize:
+            found = regions[key].size // dtype.itemsize
+            raise ValueError(f"{found} numbers of {count}")
     done: dict[int, Any] = {}  # by id: an object can occur in a tree very often
 
-    @functools.cache
-    def numbers(storage):
-        flat = np.frombuffer(read(storage), storage.dtype)
-        if len(flat) != storage.count:
-            raise ValueError(f"{len(flat)} numbers of {storage.count}")
-        return flat
-
-    def convert(item):
+    def convert(item, depth):
+        if depth > MAX_DEPTH:
+            raise ValueError(f"a recursion deeper than {MAX_DEPTH}")
         if id(item) not in done:
-            done[id(item)] = inside(item)
+            done[id(item)] = inside(item, depth + 1)
         return done[id(item)]
 
-    def inside(item):
+    def inside(item, depth):
         if isinstance(item, _Tensor):
-            flat = numbers(item.storage)
-            strides = [stride * flat.itemsize for stride in item.stride]
-            return np.lib.stride_tricks.as_strided(
-                flat[item.offset :], item.size, strides, writeable=False
-            )
-        if isinstance(item, Mapping):
-            return {key: convert(value) for key, value in item.items()}
+            (key, dtype, _), offset, size, stride = item
+            return Tensor(regions[key], dtype, size, stride, offset)
+        if isinstance(item, dict):
+            return {key: convert(value, depth) for key, value in item.items()}
+        if isinstance(item, Global | _Storage) or item is pickles.OBJECT:
+            return None
         if isinstance(item, list | tuple):
-            return [convert(value) for value in item]
+            return [convert(value, depth) for value in item]
         return item
 
-    return convert(tree)
+    return convert(contents.tree, 0)
 
 
 def write_torch(path: str | Path, tensors: Tensors) -> None:
@@ -269,7 +262,7 @@ def torch_content(tensors: Tensors) -> Callable[[BinaryIO], None]:
         ValueError: if PyTorch has no dtype of one of the arrays.
     """
     names = {dtype: name for name, dtype in STORAGES.items()}
-    _check_dtypes(tensors, names)
+    check_dtypes(tensors, names)
     pickled = io.BytesIO()
     # Written instruction by instruction: `pickle` would have to import torch for its
     # types.
@@ -288,7 +281,7 @@ def torch_content(tensors: Tensors) -> Callable[[BinaryIO], None]:
             archive.writestr("archive/data.pkl", pickled.getvalue())
             archive.writestr("archive/byteorder", "little")
             for key, array in enumerate(tensors.values()):
-                archive.writestr(f"archive/data/{key}", array.tobytes())
+                archive.writestr(f"archive/data/{key}", np.asarray(array).tobytes())
             archive.writestr("archive/version", "3\n")
 
     return write
@@ -306,88 +299,16 @@ def _integers(values: tuple[int, ...]) -> bytes:
     return b"(" + b"".join(map(_integer, values)) + b"t"
 
 
-def _check_dtypes(tensors: Tensors, known: Mapping[np.dtype, str]) -> None:
+def check_dtypes(tensors: Tensors, known: Collection[np.dtype]) -> None:
+    """Raises a ValueError if an array has a dtype that a format does not know.
+
+    Args:
+        tensors: arrays by name.
+        known: the dtypes of the format.
+    """
     for name, array in tensors.items():
         if array.dtype not in known:
             raise ValueError(
                 f"tensors must be of {sorted(map(str, known))}, got {array.dtype} "
                 f"in {name!r}."
             )
-
-
-def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Reads a .safetensors file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Arrays by name, and the metadata, strings by name.
-
-    Raises:
-        ValueError: if the file is missing, cut off or corrupted, or if the library
-            safetensors is not installed.
-    """
-    library = _safetensors()
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"a checkpoint must be a file, got {str(path)!r}.")
-    try:
-        entries = library.deserialize(path.read_bytes())
-        arrays = {
-            name: np.frombuffer(e["data"], SAFE_DTYPES[e["dtype"]]).reshape(e["shape"])
-            for name, e in entries
-        }
-        with library.safe_open(path, framework="numpy") as file:
-            return arrays, file.metadata() or {}
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(
-            f"{path} must be a whole .safetensors file, got {reason!r}."
-        ) from error
-
-
-def write_safetensors(
-    path: str | Path, tensors: Tensors, metadata: Mapping[str, str]
-) -> None:
-    """Writes a .safetensors file.
-
-    Args:
-        path: the file to write or replace; folders are made.
-        tensors: arrays by name.
-        metadata: strings by name.
-
-    Raises:
-        ValueError: if the format has no dtype of one of the arrays, or if the library
-            safetensors is not installed.
-    """
-    content = safetensors_content(tensors, metadata)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content)
-
-
-def safetensors_content(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
-    """Returns the bytes of the file that `write_safetensors` writes.
-
-    Args:
-        tensors: arrays by name.
-        metadata: strings by name.
-
-    Raises:
-        ValueError: as `write_safetensors` does.
-    """
-    library = _safetensors()
-    _check_dtypes(tensors, {dtype: name for name, dtype in SAFE_DTYPES.items()})
-    dense = {k: np.asarray(array, order="C") for k, array in tensors.items()}
-    return library.numpy.save(dense, metadata=dict(metadata))
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.numpy
-    except ImportError:
-        raise ValueError(
-            "safetensors must be installed, `pip install 'jax_diffusion[convert]'`, "
-            "got none."
-        ) from None
-    return safetensors

@@ -21,6 +21,8 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from jax_diffusion.runtime.untrusted import check_npy, check_zip
+
 DATE = (1980, 1, 1, 0, 0, 0)  # of all archive entries: bytes must not tell the time
 
 Content = bytes | str | Callable[[BinaryIO], Any]
@@ -132,9 +134,15 @@ def read_npz(
         ValueError: if the file is missing or damaged, or holds pickled objects.
     """
     try:
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            wanted = arrays.files if names is None else names
-            return {name: arrays[name] for name in wanted if name in arrays.files}
+        with Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
+            check_zip(archive)
+            there = [name.removesuffix(".npy") for name in archive.namelist()]
+            wanted = there if names is None else [n for n in names if n in there]
+            for name in wanted:
+                check_npy(archive, f"{name}.npy")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in wanted}
     except Exception as error:  # damage shows as any kind of error
         raise ValueError(
             f"{path} must be a whole .npz file of plain arrays, got {error!r}."

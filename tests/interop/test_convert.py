@@ -21,7 +21,9 @@ from jax_diffusion import pipeline as runs
 from jax_diffusion.interop import (
     diffusers_config,
     exporting,
+    foreign,
     importing,
+    safetensors_files,
     torch_files,
 )
 from jax_diffusion.interop import layouts as weights
@@ -68,7 +70,7 @@ def config_of(model=None, schedule=None, objective=EPS, data=None):
 
 def random_params(config, image_shape):
     """Of an untrained network, but nowhere zero, so that all of it matters."""
-    model, shapes = importing.model_and_shapes(config, image_shape)
+    model, shapes = foreign.model_and_shapes(config, image_shape)
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)
     drawn = [rng.normal(scale=0.2, size=leaf.shape) for leaf in leaves]
@@ -484,7 +486,7 @@ def test_the_average_in_a_training_checkpoint_is_found(
 @pytest.mark.slow
 def test_other_safetensors_are_known_by_name(tmp_path, program, monkeypatch):
     tensors, file = openai_tensors(tmp_path), tmp_path / "tiny.safetensors"
-    torch_files.write_safetensors(file, tensors, {"format": "pt"})
+    safetensors_files.write_safetensors(file, tensors, {"format": "pt"})
     back_by_name(tmp_path, program, monkeypatch, file)
 
 
@@ -573,9 +575,9 @@ def test_safetensors_with_other_parameters_are_refused(tmp_path, program, fails)
     make_run(tmp_path / "run")
     out = tmp_path / "a.safetensors"
     program("--workdir", tmp_path / "run", "--to", "safetensors", "--out", out)
-    tensors, metadata = torch_files.read_safetensors(out)
+    tensors, metadata = safetensors_files.read_safetensors(out)
     tensors["new.kernel"] = tensors.pop("conv_in.bias")
-    torch_files.write_safetensors(out, tensors, metadata)
+    safetensors_files.write_safetensors(out, tensors, metadata)
     back = tmp_path / "back"
     error = fails(convert, "--checkpoint", out, "--workdir", back)
     assert "conv_in.bias (8,) is missing" in error and not back.exists()

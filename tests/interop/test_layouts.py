@@ -653,8 +653,8 @@ def test_old_names_of_diffusers_are_taken_for_the_new_ones():
             dict(up_block_types=["UpBlock2D"] * 4),
             "different sizes on the way down and up",
         ),
-        (dict(sample_size=None), "sample_size must be one number, got None"),
-        (dict(sample_size=[32, 64]), "sample_size must be one number"),
+        (dict(sample_size=None), "sample_size must be an integer in [1, 16384]"),
+        (dict(sample_size=[32, 64, 3]), "sample_size must be a number or two"),
     ],
 )
 def test_what_no_published_checkpoint_needs_is_named(change, words):

@@ -1,0 +1,175 @@
+"""Checks a config that comes with a file of somebody else, before it is used.
+
+Such a config could name code to run, or a network that does not fit into the memory.
+So it may name rows of our registries only, and its network may be no larger than the
+tensors beside it.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict
+from jaxtyping import PyTree
+
+from jax_diffusion import checks
+from jax_diffusion import config as configs
+from jax_diffusion.config import Config
+from jax_diffusion.models import Network, example_inputs
+
+MAX_SIDE = 2**14  # pixels of an image
+MAX_STEPS = 10**6  # of a noise schedule
+CODE = re.compile(r"[\w.]+:[\w.]+")  # a name "package.module:function"
+NO_NAMES = {"path"}  # fields that hold other strings
+
+
+def config_of(
+    model: dict[str, Any],
+    schedule: dict[str, Any],
+    objective: dict[str, Any] | None,
+    data: dict[str, Any],
+) -> dict[str, Any]:
+    """Completes what is known of a network to a config, with which it can train on.
+
+    Args:
+        model, schedule, objective, data: groups of the config.
+    """
+    sampling = dict(sampler="ddim", steps=50, spacing="sections", eta=0.0, n=64)
+    return dict(
+        seed=0,
+        data=data,
+        schedule=schedule,
+        objective=objective,
+        timesteps=dict(name="uniform"),
+        model=model,
+        optimizer=dict(lr=1e-4),
+        ema_decays=(),
+        ema_warmup=True,
+        total_steps=1,
+        log_every=100,
+        save_every=10_000,
+        sample_every=10_000,
+        sampling=sampling if objective else None,
+    )
+
+
+def check_record(record: Mapping[str, Any]) -> tuple[Config, tuple[int, int, int]]:
+    """Checks the record of a .safetensors file of ours.
+
+    Args:
+        record: a JSON object, with "config" and "image_shape".
+
+    Returns:
+        The config in today's format, and (h, w, c).
+
+    Raises:
+        ValueError: if a field is missing or of a wrong type.
+    """
+    config, shape = record.get("config"), record.get("image_shape")
+    if not isinstance(config, dict) or not isinstance(shape, list) or len(shape) != 3:
+        raise ValueError("a record must have a config and an image_shape, got neither.")
+    for side in shape:
+        checks.integer("image_shape", side, at_least=1, at_most=MAX_SIDE)
+    checks.integer("format", record.get("format", 1), at_least=1)
+    needed = [n for n, f in configs.FIELDS.items() if f.default is configs.NEEDED]
+    if missing := [name for name in needed if name not in config]:
+        raise ValueError(f"config must have the fields {missing}, got none.")
+    for name in ("data", "schedule", "model", "optimizer", "timesteps"):
+        if not isinstance(config[name], dict):
+            raise ValueError(
+                f"config.{name} must be a group, got {config[name]!r:.40}."
+            )
+    for name in ("objective", "sampling"):
+        if not isinstance(config[name], dict | None):
+            raise ValueError(
+                f"config.{name} must be a group, got {config[name]!r:.40}."
+            )
+    try:
+        upgraded = configs.upgrade(record)["config"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config must be of format 1 or 2, got {error!r}.") from error
+    h, w, c = shape
+    return upgraded, (h, w, c)
+
+
+def check_no_code(config: Config, path: Path) -> None:
+    """Checks that a config names nothing that would be imported and run.
+
+    Args:
+        config: a config from a file.
+        path: the file, for the error.
+
+    Raises:
+        ValueError: if it names a "package.module:function".
+    """
+    flat: dict[str, Any] = flatten_dict(dict(config), sep=".")
+    for name, value in flat.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        for text in values:
+            found = isinstance(text, str) and CODE.fullmatch(text)
+            if found and name.split(".")[-1] not in NO_NAMES:
+                raise ValueError(
+                    f"config must be given to read {path}, whose own config would run "
+                    f"code of its author's choice, got {name} = {text!r:.80}."
+                )
+
+
+def model_and_shapes(
+    config: Config,
+    image_shape: tuple[int, ...],
+    tensors: Mapping[str, Any] | None = None,
+) -> tuple[Network, PyTree]:
+    """Builds the network of a config, and the shapes of its parameters.
+
+    Args:
+        config: a config; groups schedule, objective and model are read.
+        image_shape: (h, w, c).
+        tensors: the tensors that the network shall have, by name: what the config
+            describes may not be larger. None: it may be of any size.
+
+    Returns:
+        The network, and a tree of `jax.ShapeDtypeStruct`; nothing is computed.
+
+    Raises:
+        ValueError: if the network cannot be built.
+    """
+    if tensors is not None:
+        _check_sizes(config, tensors)
+    try:
+        model: Any = configs.build(config, image_shape[-1]).model
+        shapes = jax.eval_shape(
+            lambda: model.init(jax.random.key(0), **example_inputs(model, image_shape))
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # a config of anybody fails in any way
+        reason = str(error).split("\n")[0][:200].rstrip(".")
+        raise ValueError(
+            f"a config must describe a network that can be built, got {reason}."
+        ) from error
+    return model, shapes["params"]
+
+
+def _check_sizes(config: Config, tensors: Mapping[str, Any]) -> None:
+    """Checks that building the network takes no more than its file."""
+    steps = config["schedule"].get("num_steps")
+    if steps is not None:
+        checks.integer("config.schedule.num_steps", steps, at_most=MAX_STEPS)
+    numbers = sum(tensor.size for tensor in tensors.values())
+    group: dict[str, Any] = flatten_dict(dict(config["model"]), sep=".")
+    for name, value in group.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= max(numbers, 512):
+                raise ValueError(
+                    f"config.model.{name} must be at most {numbers}, the size of all "
+                    f"tensors beside it, got {number!r:.40}."
+                )
+    depth, levels = group.get("num_res_blocks"), group.get("multipliers")
+    if isinstance(depth, int) and isinstance(levels, list | tuple):
+        if depth * len(levels) > max(len(tensors), 16):
+            raise ValueError(
+                f"config.model.num_res_blocks must fit {len(tensors)} tensors, got "
+                f"{depth} at {len(levels)} levels."
+            )
