@@ -73,7 +73,7 @@ def check_record(record: Mapping[str, Any]) -> tuple[Config, tuple[int, int, int
     for side in shape:
         checks.integer("image_shape", side, at_least=1, at_most=MAX_SIDE)
     checks.integer("format", record.get("format", 1), at_least=1)
-    needed = [n for n, f in configs.FIELDS.items() if f.default is configs.NEEDED]
+    needed = [name for name in configs.FIELDS if name not in configs.DEFAULTS]
     if missing := [name for name in needed if name not in config]:
         raise ValueError(f"config must have the fields {missing}, got none.")
     for name in ("data", "schedule", "model", "optimizer", "timesteps"):

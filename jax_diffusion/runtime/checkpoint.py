@@ -15,6 +15,7 @@ nothing starts afresh by itself. Without any checkpoint the state is initialized
 Any number of devices or hosts reads what any other number has saved.
 """
 
+import asyncio
 import json
 import shutil
 import warnings
@@ -60,7 +61,12 @@ def latest_step(workdir: str | Path) -> int | None:
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, state: PyTree, record: dict[str, Any]
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: PyTree,
+    record: dict[str, Any],
+    *,
+    as_item: Callable[[PyTree], Any] = ocp.args.StandardSave,
 ) -> None:
     """Saves a state in the background; `manager.close()` waits for the disk.
 
@@ -71,11 +77,12 @@ def save(
         step: number of updates made.
         state: a pytree of arrays.
         record: plain JSON values.
+        as_item: Orbax's argument that the manager takes for the state.
     """
     record = json.loads(json.dumps(record))  # as it will be read
     sealed = {"record": record, "digests": digests(state)}
     items = ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
+        state=as_item(state),
         record=ocp.args.JsonSave(sealed | {"checksum": _checksum(sealed)}),
     )
     manager.save(step, args=items, force=True)
@@ -88,7 +95,7 @@ def save_params(
 
     Args:
         workdir: a folder without checkpoints, made if need be.
-        params: the parameters.
+        params: the parameters, NumPy arrays.
         record: plain JSON values: "config", "image_shape", ...
         step: number of updates made.
 
@@ -97,8 +104,37 @@ def save_params(
     """
     if latest_step(workdir) is not None:
         raise ValueError(f"workdir must be new, and {str(workdir)!r} holds a run.")
-    with make_manager(workdir) as manager:
-        save(manager, step, {"params": params, "ema_params": {}}, record)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, _LeanNumpyHandler()),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+    )
+    state: Any = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    handlers = dict(state=state, record=ocp.JsonCheckpointHandler())
+    options = ocp.CheckpointManagerOptions(create=True)
+    with ocp.CheckpointManager(
+        _directory(workdir), options=options, item_handlers=handlers
+    ) as manager:
+        item = {"params": params, "ema_params": {}}
+        save(manager, step, item, record, as_item=ocp.args.PyTreeSave)
+
+
+class _LeanNumpyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes arrays without copying them all, 64 MiB or one at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self._deepcopy_host_arrays = False  # nobody changes them meanwhile
+        self._left, self._freed = 2**26, asyncio.Condition()
+
+    async def _open_and_write(self, value, *args, **options):
+        size = min(value.nbytes, 2**26)
+        async with self._freed:
+            await self._freed.wait_for(lambda: self._left >= size)
+            self._left -= size
+        await super()._open_and_write(value, *args, **options)
+        async with self._freed:
+            self._left += size
+            self._freed.notify_all()
 
 
 def load_record(workdir: str | Path) -> dict[str, Any]:
