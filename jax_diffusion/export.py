@@ -46,7 +46,8 @@ import jax.export
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jax_diffusion.runtime import files
+from jax_diffusion import checks
+from jax_diffusion.runtime import files, untrusted
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 MAX_INSIDE = 2**31 - 2**24  # bytes of weights: a flatbuffer holds less than 2 GiB
@@ -137,6 +138,8 @@ def load_sampler(
     """
     _check_flatbuffers()
     record = dict(record or {})
+    if record:
+        _check_record(record)
     if hashlib.sha256(data[:-DIGEST]).digest() != data[-DIGEST:]:
         raise ValueError(
             "a sampler must be whole and written by jax_diffusion.export, got "
@@ -223,23 +226,58 @@ def read(path: str | Path) -> Sampler:
         ValueError: as `load_sampler` does, or if a file is missing or belongs to
             another export.
     """
+    path = Path(path)
+    record = untrusted.read_json(f"{path}.json")
+    weights = None
     try:
-        data, text = Path(path).read_bytes(), Path(f"{path}.json").read_bytes()
-        record, weights = json.loads(text), None
+        _check_record(record)
+        data = path.read_bytes()
         if record["weights"]:
-            content = Path(f"{path}.npz").read_bytes()
-            if _sha256(content) != record["weights"]["sha256"]:
+            beside = Path(f"{path}.npz")
+            if files.sha256_of_file(beside) != record["weights"]["sha256"]:
                 raise ValueError("the weights are not those of the sampler")
-            weights = dict(np.load(io.BytesIO(content)))
+            weights = files.read_npz(beside)
     except OSError as error:
         raise ValueError(
             f"{error.filename} must be there: {error.strerror}."
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
+        reason = str(error).rstrip(".")
         raise ValueError(
-            f"{path} cannot be read with its side-car: {error}."
+            f"{path} cannot be read with its side-car: {reason}."
         ) from error
     return load_sampler(data, record=record, weights=weights)
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Checks the fields of a side-car that are used.
+
+    Raises:
+        ValueError: that names the field.
+    """
+    weights = record.get("weights", "")
+    wanted: list[tuple[str, Any, type]] = [
+        ("sha256", record.get("sha256"), str),
+        ("versions.jax", _inside(record, "versions", "jax"), str),
+    ]
+    if weights is not None:
+        wanted.append(("weights.sha256", _inside(record, "weights", "sha256"), str))
+    for name, value, kind in wanted:
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be a {kind.__name__}, got {value!r:.80}")
+    label = _inside(record, "inputs", "label")
+    if not isinstance(label, dict) or "num_labels" not in label:
+        raise ValueError(f"inputs.label must have num_labels, got {label!r:.80}")
+    if label["num_labels"] is not None:
+        checks.integer("num_labels", label["num_labels"], at_least=0)
+
+
+def _inside(record: Mapping[str, Any], *names: str) -> Any:
+    """Returns a field of a dict inside of dicts; None if there is none."""
+    found: Any = record
+    for name in names:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
 
 
 def _call(data, record, weights):

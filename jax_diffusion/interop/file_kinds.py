@@ -85,8 +85,8 @@ def describe(path: Path) -> str:
         return "a .safetensors file"
     if not any(head):
         return f"a file that begins with zeros, of {size} bytes"
-    printable = text[:40].decode("utf-8", "replace")
-    if printable.replace("\n", " ").replace("\r", " ").replace("\t", " ").isprintable():
-        if "\ufffd" not in printable[:-1]:
-            return f"a text file that begins with {printable!r}"
+    start = text[:40].decode("utf-8", "replace").rstrip("\ufffd")
+    if start and all(c.isprintable() or c in "\r\n\t" for c in start):
+        if "\ufffd" not in start:
+            return f"a text file that begins with {start!r}"
     return f"a file of {size} bytes of another kind, or a damaged one"

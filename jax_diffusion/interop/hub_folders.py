@@ -118,6 +118,9 @@ def _shards(index: Path, ignore_objects: bool) -> dict[str, Tensor]:
         raise ValueError(
             f"{index} must name 1 to {MAX_SHARDS} files, got {len(names)}."
         )
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index.parent / name} must be there, got no such file.")
     shards = {name: _read(index.parent / name, ignore_objects) for name in names}
     missing = [n for n, file in places.items() if n not in shards[file]]
     if missing:

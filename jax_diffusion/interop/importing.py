@@ -203,7 +203,8 @@ def _own_file(
         record = parse_json(found.metadata[RECORD])
         known, image_shape = foreign.check_record(record)
     except ValueError as error:
-        raise ValueError(f"{path} must hold a whole record, got {error}") from error
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{path} must hold a whole record, got {reason}.") from error
     if config is None:
         foreign.check_no_code(known, path)
     else:

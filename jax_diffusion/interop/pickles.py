@@ -68,11 +68,11 @@ def load(
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if count == MAX_INSTRUCTIONS:
-                raise ValueError(f"its pickle has over {count} instructions")
+                raise ValueError(f"a pickle of over {count} instructions")
             machine.step(opcode.name, argument)
         tree = machine.stack[-1]
     except (IndexError, KeyError, AttributeError, TypeError, UnicodeError) as error:
-        raise ValueError("its pickle is damaged") from error
+        raise ValueError("a damaged pickle") from error
     return Unpickled(tree, sorted(machine.objects))
 
 
@@ -130,7 +130,7 @@ class _Machine:
         elif name not in NOTHING:
             method = getattr(self, f"do_{name.lower()}", None)
             if method is None:
-                raise ValueError(f"its pickle has the instruction {name}")
+                raise ValueError(f"a pickle with the instruction {name}")
             method(argument)
 
     def pop_mark(self) -> list[Any]:

@@ -58,7 +58,7 @@ def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Ten
         and all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride))
     )
     if not plain:
-        raise ValueError("it has a tensor of impossible size")
+        raise ValueError("a tensor of impossible size")
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     if math.prod(size) and last >= storage.count:
         raise ValueError(f"{storage.count} numbers where {last + 1} should be")
@@ -91,16 +91,16 @@ def _unpickle(file: Any) -> _Contents:
 
     def persistent(pid):
         if len(pid) not in (5, 6) or pid[5:] not in ((), (None,)):
-            raise ValueError("it asks for an unknown kind of storage")
+            raise ValueError("a storage of an unknown kind")
         kind, name, key, _, count = pid[:5]
         if kind != "storage":
             found = kind[:20] if isinstance(kind, str) else type(kind).__name__
-            raise ValueError(f"it asks for a {found!r}")
+            raise ValueError(f"a {found!r} in place of a storage")
         known = isinstance(name, Global) and name.module == "torch"
         if not known or name.name not in STORAGES:
-            raise ValueError("it has a storage of unknown numbers")
+            raise ValueError("a storage of unknown numbers")
         if not isinstance(key, str | int) or not isinstance(count, int):
-            raise ValueError("it has a storage without key and length")
+            raise ValueError("a storage without key and length")
         storage = _Storage(str(key), STORAGES[name.name], count)
         if storages.setdefault(storage.key, storage) != storage:
             raise ValueError(f"two kinds of numbers in {storage.key[:40]!r}")
@@ -157,13 +157,13 @@ def _read_zip(file: Any, path: Path) -> tuple[Any, list[str]]:
         names = archive.namelist()
         found = [n for n in names if n.endswith("/data.pkl")]
         if len(found) != 1:
-            raise ValueError(f"{len(found)} times data.pkl in it")
+            raise ValueError(f"a zip archive with {len(found)} data.pkl")
         if any(info.compress_type for info in archive.infolist()):
-            raise ValueError("it is compressed")
+            raise ValueError("a compressed archive")
         root = found[0].removesuffix("data.pkl")
         order = f"{root}byteorder"
         if order in names and archive.read(order) != b"little":
-            raise ValueError("it is big-endian")
+            raise ValueError("big-endian numbers")
         contents = _unpickle(io.BytesIO(archive.read(found[0])))
         regions: dict[str, Region] = {}
         for key in contents.storages:
@@ -184,9 +184,9 @@ def _read_legacy(file: Any, path: Path) -> tuple[Any, list[str]]:
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         magic, version, system = (_unpickle(mapped).tree for _ in range(3))
         if (magic, version) != (LEGACY_MAGIC, LEGACY_VERSION):
-            raise ValueError("no PyTorch file")
+            raise ValueError("a pickle of something else")
         if not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise ValueError("it is big-endian")
+            raise ValueError("big-endian numbers")
         contents, (keys, *_) = _unpickle(mapped), _unpickle(mapped)
         regions: dict[str, Region] = {}
         for key in keys:  # in this order, each after its number of elements
@@ -217,7 +217,7 @@ def _tensors(contents: _Contents, regions: Mapping[str, Region]) -> Any:
 
     def convert(item, depth):
         if depth > MAX_DEPTH:
-            raise ValueError(f"a recursion deeper than {MAX_DEPTH}")
+            raise ValueError(f"a recursion over {MAX_DEPTH} deep")
         if id(item) not in done:
             done[id(item)] = inside(item, depth + 1)
         return done[id(item)]

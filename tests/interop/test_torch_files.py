@@ -238,12 +238,12 @@ def test_other_files_are_refused(content, tmp_path):
 def test_other_archives_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("readme", "hello")
-    refused(tmp_path / "a.pt", "0 times data.pkl")
+    refused(tmp_path / "a.pt", "0 data.pkl")
     data = pickled({"a": tensor()})
     write_zip(tmp_path / "b.pt", data, compression=zipfile.ZIP_DEFLATED)
-    refused(tmp_path / "b.pt", "it is compressed")
+    refused(tmp_path / "b.pt", "a compressed archive")
     write_legacy(tmp_path / "c.pt", data, little=False)
-    refused(tmp_path / "c.pt", "it is big-endian")
+    refused(tmp_path / "c.pt", "big-endian")
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ MALICE = {  # what a pickle holds, and the words that tell of it
     ),
     "in a persistent id": (
         lambda trap: tensor(numbers=Storage((evil("os", "system", trap), 1, 2, 3, 4))),
-        "it asks for a 'Object'",
+        "a 'Object' in place",
     ),
     "in hooks": (
         lambda trap: Call(
@@ -308,7 +308,7 @@ MALICE = {  # what a pickle holds, and the words that tell of it
     ),
     "a module": (
         lambda trap: Storage(("module", Named("torch", "FloatStorage"), "a", "b", 1)),
-        "it asks for a 'module'",
+        "a 'module' in place",
     ),
     "state of the rebuilder": (
         lambda trap: Call(
