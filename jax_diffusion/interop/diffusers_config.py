@@ -74,7 +74,7 @@ def unet_from_config(config: Json) -> dict[str, Any]:
     config = FIXED_FIELDS | DEFAULTS | dict(config)
     if (kind := config.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise ValueError(f"a network must be a UNet2DModel, got {kind!r:.80}.")
-    _check_types(config)
+    check_types(config)
     h, _ = sides_of(config)
     differing = []
     # With scale_shift, the attention of the middle has a norm only if this is given.
@@ -133,8 +133,11 @@ def sides_of(config: Json) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _check_types(config: Json) -> None:
+def check_types(config: Json) -> None:
     """Checks that the fields of a UNet2DModel are of their types, and sizes possible.
+
+    Args:
+        config: content of the config.json, with all fields of `DEFAULTS`.
 
     Raises:
         ValueError: that names the field.

@@ -95,6 +95,7 @@ def without_variance(run: Run) -> Run:
     Raises:
         ValueError: if it is not.
     """
+    objective: Any = run.objective
     if not learns_variance(run) or not isinstance(run.model, UNet):
         raise ValueError(
             "drop_variance is for a 'unet' that predicts its variance, got "
@@ -109,7 +110,7 @@ def without_variance(run: Run) -> Run:
     params = dict(run.params)
     params["conv_out"] = jax.tree.map(first_half, run.params["conv_out"])
     config = run.config.copy_and_resolve_references()
-    config.objective = dict(mean_type=run.objective.mean_type, var_type="fixed_small")
+    config.objective = dict(mean_type=objective.mean_type, var_type="fixed_small")
     built = configs.build(config, run.image_shape[-1])
     return dataclasses.replace(
         run,

@@ -136,7 +136,7 @@ def model_and_shapes(
         ValueError: if the network cannot be built.
     """
     if tensors is not None:
-        _check_sizes(config, tensors)
+        check_sizes(config, tensors)
     try:
         model: Any = configs.build(config, image_shape[-1]).model
         shapes = jax.eval_shape(
@@ -152,8 +152,16 @@ def model_and_shapes(
     return model, shapes["params"]
 
 
-def _check_sizes(config: Config, tensors: Mapping[str, Any]) -> None:
-    """Checks that building the network takes no more than its file."""
+def check_sizes(config: Config, tensors: Mapping[str, Any]) -> None:
+    """Checks that building a network takes no more than its file.
+
+    Args:
+        config: a config; groups schedule and model are read.
+        tensors: the tensors of the file, by name.
+
+    Raises:
+        ValueError: if the config describes a larger network, or a very long schedule.
+    """
     steps = config["schedule"].get("num_steps")
     if steps is not None:
         checks.integer("config.schedule.num_steps", steps, at_most=MAX_STEPS)

@@ -57,18 +57,26 @@ def read_folder(
     size = h if h == w else (h, w)
     if config is None:
         schedule, objective = diffusers_config.process_from_scheduler(
-            read_json(_scheduler(path, model))
+            read_json(find_scheduler(path, model))
         )
         images = dict(name="folder", path="data", image_size=size, batch_size=64)
         config = foreign.config_of(network, schedule, objective, images)
     else:
         config = {**config, "model": network}
-    tensors = layouts.new_diffusers_names(_tensors(model, ignore_objects))
+    tensors = layouts.new_diffusers_names(open_weights(model, ignore_objects))
     return Folder(tensors, config, (h, w, fields["in_channels"]))
 
 
-def _scheduler(path: Path, model: Path) -> Path:
-    """Finds the file of the scheduler in a folder, or in the pipeline around it."""
+def find_scheduler(path: Path, model: Path) -> Path:
+    """Finds the file of the scheduler in a folder, or in the pipeline around it.
+
+    Args:
+        path: the folder that is read.
+        model: the folder of its network, `path` itself or one inside.
+
+    Raises:
+        ValueError: if there is none.
+    """
     around = [path, model]
     for _ in range(2):
         if INNER.fullmatch(around[-1].absolute().name):
@@ -83,8 +91,16 @@ def _scheduler(path: Path, model: Path) -> Path:
     )
 
 
-def _tensors(model: Path, ignore_objects: bool) -> dict[str, Tensor]:
-    """Opens the weights of a network, in one file or in shards, whole or in fp16."""
+def open_weights(model: Path, ignore_objects: bool) -> dict[str, Tensor]:
+    """Opens the weights of a network, in one file or in shards, whole or in fp16.
+
+    Args:
+        model: the folder of the network.
+        ignore_objects: see `torch_files.read_torch`.
+
+    Raises:
+        ValueError: if there are none, or they are damaged.
+    """
     for variant in ("", ".fp16"):
         for end in ENDS:
             stem = f"{WEIGHTS}{variant}{end}"
@@ -95,7 +111,7 @@ def _tensors(model: Path, ignore_objects: bool) -> dict[str, Tensor]:
                 indices += [f"{WEIGHTS}{end}.index{variant}.json"]
             for index in indices:
                 if (model / index).is_file():
-                    return _shards(model / index, ignore_objects)
+                    return open_shards(model / index, ignore_objects)
     raise ValueError(f"{model} must hold {WEIGHTS}.safetensors or .bin, got neither.")
 
 
@@ -103,8 +119,17 @@ def _read(file: Path, ignore_objects: bool) -> dict[str, Tensor]:
     return read_state_dict(file, ignore_objects=ignore_objects).tensors
 
 
-def _shards(index: Path, ignore_objects: bool) -> dict[str, Tensor]:
-    """Opens the weights of a network that lie in several files."""
+def open_shards(index: Path, ignore_objects: bool) -> dict[str, Tensor]:
+    """Opens the weights of a network that lie in several files.
+
+    Args:
+        index: the file that tells which tensor is where.
+        ignore_objects: see `torch_files.read_torch`.
+
+    Raises:
+        ValueError: if the index names other files than those beside it, or a file lacks
+            a tensor.
+    """
     places: Any = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(
         isinstance(file, str) and re.fullmatch(r"[\w.-]+", file)

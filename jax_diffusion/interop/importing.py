@@ -124,7 +124,7 @@ def import_checkpoint(
         ValueError: as `load_checkpoint` does, or if the workdir holds a run. Nothing is
             written then.
     """
-    if checkpoint.latest_step(workdir) is not None:
+    if checkpoint.latest_step(Path(workdir)) is not None:
         raise ValueError(f"workdir must be new, and {str(workdir)!r} holds a run.")
     run = load_checkpoint(path, **options)
     record = {
@@ -173,10 +173,10 @@ def read_checkpoint(
         return Checkpoint(params, folder.config, folder.image_shape)
     found = read_state_dict(path, ignore_objects=ignore_objects)
     if RECORD in found.metadata:
-        return _own_file(path, found, config, allow_nonfinite)
+        return read_own_file(path, found, config, allow_nonfinite)
     if config is not None:
         theirs = layout or found.layout or "openai"
-        image_shape = _image_shape(found, config, image_size)
+        image_shape = image_shape_of(found, config, image_size)
         params = _params(found.tensors, config, image_shape, theirs, allow_nonfinite)
         return Checkpoint(params, config, image_shape)
     if image_size is not None:
@@ -195,10 +195,20 @@ def read_checkpoint(
     return Checkpoint(params, known, image_shape)
 
 
-def _own_file(
+def read_own_file(
     path: Path, found: StateDict, config: Config | None, allow_nonfinite: bool
 ) -> Checkpoint:
-    """Reads what `exporting.to_safetensors` has written, or somebody in its name."""
+    """Reads what `exporting.to_safetensors` has written, or somebody in its name.
+
+    Args:
+        path: the file, for errors.
+        found: its tensors and metadata.
+        config: in place of the file's own, which may name no code; None for that.
+        allow_nonfinite: whether weights may be NaN or infinite.
+
+    Raises:
+        ValueError: if the record is damaged, or the tensors are not of its network.
+    """
     try:
         record = parse_json(found.metadata[RECORD])
         known, image_shape = foreign.check_record(record)
@@ -230,10 +240,19 @@ FIRST = {
 }
 
 
-def _image_shape(
+def image_shape_of(
     found: StateDict, config: Config, image_size: int | tuple[int, int] | None
 ) -> tuple[int, int, int]:
-    """Returns (h, w, c): c of the tensors, the rest of what is said, or of the data."""
+    """Finds (h, w, c) of the images of a network that a config describes.
+
+    Args:
+        found: its tensors, which tell c.
+        config: its config, of which group data may tell h and w.
+        image_size: h and w, if the config does not. Without both, the data are read.
+
+    Raises:
+        ValueError: if the data have to be read and cannot be.
+    """
     group = config["data"]
     size = image_size or group.get("image_size")
     first = found.tensors.get(FIRST.get(found.layout or "", ""))

@@ -55,10 +55,12 @@ def read_safetensors(path: str | Path) -> Safetensors:
                 raise ValueError(file_kinds.describe(path))
             header = parse_json(file.read(length))
         metadata = header.pop(METADATA, {})
-        if not isinstance(metadata, dict) or not _are_strings(metadata.values()):
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
+        ):
             raise ValueError("metadata that are no strings")
-        entries = {name: _entry(name, header[name]) for name in header}
-        _check_cover(entries, size - 8 - length)
+        entries = {name: entry_of(name, header[name]) for name in header}
+        check_cover(entries, size - 8 - length)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} must be a whole .safetensors file, got {str(error).rstrip('.')}."
@@ -72,7 +74,7 @@ def read_safetensors(path: str | Path) -> Safetensors:
     )
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """One tensor of the header: dtype, shape, and its bytes [start, end)."""
 
     dtype: np.dtype
@@ -81,12 +83,16 @@ class _Entry(NamedTuple):
     end: int
 
 
-def _are_strings(values: Any) -> bool:
-    return all(isinstance(value, str) for value in values)
+def entry_of(name: str, fields: Any) -> Entry:
+    """Checks the entry of one tensor in the header.
 
+    Args:
+        name: of the tensor.
+        fields: what the header says of it.
 
-def _entry(name: str, fields: Any) -> _Entry:
-    """Checks the entry of one tensor in the header."""
+    Raises:
+        ValueError: if a field is missing or impossible.
+    """
     wanted = {"dtype", "shape", "data_offsets"}
     if not isinstance(fields, dict) or fields.keys() != wanted:
         raise ValueError(f"a header without dtype, shape and offsets of {name[:80]!r}")
@@ -104,11 +110,19 @@ def _entry(name: str, fields: Any) -> _Entry:
     start, end = offsets
     if end - start != math.prod(shape) * SAFE_DTYPES[kind].itemsize:
         raise ValueError(f"{end - start} bytes for a {kind} {shape}, {name[:80]!r}")
-    return _Entry(SAFE_DTYPES[kind], tuple(shape), start, end)
+    return Entry(SAFE_DTYPES[kind], tuple(shape), start, end)
 
 
-def _check_cover(entries: Mapping[str, _Entry], size: int) -> None:
-    """Checks that the tensors cover all bytes behind the header, and none twice."""
+def check_cover(entries: Mapping[str, Entry], size: int) -> None:
+    """Checks that the tensors cover all bytes behind the header, and none twice.
+
+    Args:
+        entries: of all tensors, by name.
+        size: number of bytes.
+
+    Raises:
+        ValueError: if there is a gap or an overlap.
+    """
     place = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         if entry.start != place:
@@ -147,18 +161,13 @@ def safetensors_content(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
     Raises:
         ValueError: as `write_safetensors` does.
     """
-    library = _safetensors()
-    check_dtypes(tensors, SAFE_DTYPES.values())
-    dense = {k: np.asarray(array, order="C") for k, array in tensors.items()}
-    return library.numpy.save(dense, metadata=dict(metadata))
-
-
-def _safetensors() -> Any:
     try:
-        import safetensors.numpy
+        from safetensors.numpy import save
     except ImportError:
         raise ValueError(
             "safetensors must be installed, `pip install 'jax_diffusion[convert]'`, "
             "got none."
         ) from None
-    return safetensors
+    check_dtypes(tensors, SAFE_DTYPES.values())
+    dense = {k: np.asarray(array, order="C") for k, array in tensors.items()}
+    return save(dense, metadata=dict(metadata))
