@@ -106,7 +106,8 @@ FIELDS = {
     ),
 }
 DEFAULTS = {k: f.default for k, f in FIELDS.items() if f.default is not NEEDED}
-FREE_IN_GROUPS = ("data.in_memory",)  # free fields of groups that are not
+# Free fields of groups that are not.
+FREE_IN_GROUPS = ("data.in_memory", "data.on_error")
 
 
 def complete(config: Config) -> Config:

@@ -9,6 +9,7 @@
 | `folder` | reader "folder"; `open_images`: anybody's images as they are |
 | `tfds` | reader "tfds": TensorFlow Datasets without TensorFlow |
 | `find` | `find_images`: the image files below a folder, and what is left out |
+| `damaged` | finding damaged images beforehand, and going on without them |
 | `decode` | decoding, resizing and cropping image files |
 | `philox` | random numbers that no release of NumPy may change |
 
@@ -37,6 +38,7 @@ import numpy as np
 from jax_diffusion import registry
 from jax_diffusion.data.arrays import load_digits, load_idx, load_npz, load_synthetic
 from jax_diffusion.data.batches import PREFETCH_BATCHES, Batch, Batches, from_arrays
+from jax_diffusion.data.damaged import WithoutDamaged, check_examples
 from jax_diffusion.data.decode import Color, Decoder, height_and_width
 from jax_diffusion.data.examples import (
     SPLITS,
@@ -67,6 +69,8 @@ __all__ = [
     "InMemory",
     "Source",
     "StoredImages",
+    "check",
+    "check_arrays",
     "from_arrays",
     "from_uint8",
     "load",
@@ -85,6 +89,7 @@ DATASETS: dict[str, Callable[..., Arrays | Examples]] = dict(
     tfds=open_tfds,
 )
 
+ON_ERROR = ("stop", "skip")  # what `load` does about a damaged image
 MAX_IN_MEMORY = 2 * 2**30  # bytes of images that `load` decodes unless told to
 
 
@@ -97,6 +102,7 @@ def load(
     background: Color | None = None,
     max_value: int | float | None = None,
     in_memory: bool | None = None,
+    on_error: str = "stop",
     batch_size: int,
     seed: int = 0,
     train: bool = True,
@@ -123,6 +129,9 @@ def load(
             needed, which only readers that return `Examples` can, such as "folder" and
             "tfds". The batches are the same. Default: True up to `MAX_IN_MEMORY` bytes
             (2 GiB).
+        on_error: "stop" raises at an image that cannot be decoded; "skip" takes the
+            next whole image in stored order for it, with that one's label, and counts
+            it in `Batches.examples.damaged`.
         batch_size, seed, train, flip, start_step: as in `from_arrays`.
 
     Raises:
@@ -131,6 +140,51 @@ def load(
     >>> batches = load("digits", batch_size=128, seed=1)
     >>> batches.num_examples, batches.num_classes, batches.image_shape
     (1618, 10, (8, 8, 1))
+    """
+    if on_error not in ON_ERROR:
+        raise ValueError(f"on_error must be one of {ON_ERROR}, got {on_error!r}.")
+    examples = open_examples(name, split, path, image_size, background, max_value)
+    if isinstance(examples, InMemory):
+        if in_memory is False:
+            raise ValueError(
+                f"in_memory must be None or True for {name!r}, got False: its reader "
+                "returns arrays; 'folder' and 'tfds' are decoded when asked for."
+            )
+    else:
+        if on_error == "skip":
+            examples = WithoutDamaged(examples)
+        if in_memory is None:
+            size = len(examples) * math.prod(examples.image_shape)
+            in_memory = size <= MAX_IN_MEMORY
+        if in_memory:
+            arrays = check_arrays(*examples.read_all())
+            examples = InMemory(*arrays, source=examples)
+    batches = Batches.checked(
+        examples,
+        batch_size=batch_size,
+        seed=seed,
+        train=train,
+        flip=flip,
+        start_step=start_step,
+    )
+    h, w, _ = batches.image_shape
+    if image_size is not None and (h, w) != height_and_width(image_size):
+        raise ValueError(f"image_size of {name} must be {h} x {w}, got {image_size}.")
+    return batches
+
+
+def open_examples(
+    name: str,
+    split: str = "train",
+    path: Source = None,
+    image_size: ImageSize = None,
+    background: Color | None = None,
+    max_value: int | float | None = None,
+) -> Examples:
+    """Opens one split of a data set; arguments and errors are those of `load`.
+
+    Returns:
+        `InMemory` of a reader that returns arrays; else what the reader returns.
     """
     reader = registry.lookup("dataset", name, DATASETS)
     size = None if image_size is None else height_and_width(image_size)
@@ -141,37 +195,41 @@ def load(
         **({"decoder": decoder} if "decoder" in takes else {}),
     )
     if isinstance(found, Examples):
-        if in_memory is None:
-            in_memory = len(found) * math.prod(found.image_shape) <= MAX_IN_MEMORY
-        examples = found
-        if in_memory:
-            examples = InMemory(*check_arrays(*found.read_all()), source=found)
-    elif in_memory is False:
-        raise ValueError(
-            f"in_memory must be None or True for {name!r}, got False: its reader "
-            "returns arrays; 'folder' and 'tfds' are decoded when asked for."
-        )
-    elif not isinstance(found, tuple) or len(found) != 2:
+        return found
+    if not isinstance(found, tuple) or len(found) != 2:
         raise ValueError(
             "a reader must return (images, labels) or data.Examples, got "
             f"{type(found).__name__} from {name!r}."
         )
-    else:
-        images, labels = found
-        images = decoder.convert(np.asarray(images))
-        examples = InMemory(*check_arrays(images, labels))
-    batches = Batches.checked(
-        examples,
-        batch_size=batch_size,
-        seed=seed,
-        train=train,
-        flip=flip,
-        start_step=start_step,
-    )
-    h, w, _ = batches.image_shape
-    if size is not None and (h, w) != size:
-        raise ValueError(f"image_size of {name} must be {h} x {w}, got {image_size}.")
-    return batches
+    images, labels = found
+    return InMemory(*check_arrays(decoder.convert(np.asarray(images)), labels))
+
+
+def check(
+    name: str,
+    split: str = "all",
+    *,
+    path: Source = None,
+    image_size: ImageSize = None,
+    background: Color | None = None,
+    max_value: int | float | None = None,
+) -> list[str]:
+    """Reads all images of a data set, with a progress bar, before a training does.
+
+    Args:
+        name, split, path, image_size, background, max_value: as `load` takes them.
+
+    Returns:
+        A sentence for each image that cannot be read, which names its file.
+
+    Raises:
+        ValueError: if the data set cannot be opened.
+
+    >>> check("digits")
+    []
+    """
+    options = (path, image_size, background, max_value)
+    return check_examples(open_examples(name, split, *options))
 
 
 def parse_source(text: str) -> tuple[str, str | None]:

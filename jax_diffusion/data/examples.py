@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,11 @@ class Examples(abc.ABC):
         """
         return None
 
+    @property
+    def damaged(self) -> Mapping[int, str]:
+        """What is wrong with each damaged image met and left out so far, by row."""
+        return {}
+
     def read_all(self) -> Arrays:
         """Returns all images uint8 [n h w c] and labels int32 [n]."""
         return self.read(np.arange(len(self)))
@@ -108,6 +113,11 @@ class InMemory(Examples):
         found.update(self.labels.data)
         found.update(np.ascontiguousarray(self.images).data)
         return found.hexdigest()
+
+    @property
+    def damaged(self) -> Mapping[int, str]:
+        """Those of the source."""
+        return {} if self.source is None else self.source.damaged
 
     def read_all(self) -> Arrays:
         """Returns all images and labels: the arrays themselves, no copies."""

@@ -1,0 +1,112 @@
+"""Images that cannot be decoded: finding them beforehand, and going on without them."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from jax_diffusion.data.decode import in_threads
+from jax_diffusion.data.examples import Arrays, DamagedImageError, Examples
+
+CHECKED_TOGETHER = 256  # images between two updates of the progress bar
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WithoutDamaged(Examples):
+    """Examples with the next whole image, in stored order, in place of a damaged one.
+
+    There are as many rows as before, the last of which is followed by the first, and
+    what a row holds depends on the files alone: batches stay a function of (seed,
+    step), in memory or not. The label is that of the image that is read.
+
+    Attributes:
+        inner: the examples.
+    """
+
+    inner: Examples
+    _damaged: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.inner.image_shape
+
+    @property
+    def labels(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """int32 [n], of the damaged images, too."""
+        return self.inner.labels
+
+    @property
+    def num_classes(self) -> int:
+        return self.inner.num_classes
+
+    @property
+    def digest(self) -> str | None:
+        return self.inner.digest
+
+    @property
+    def damaged(self) -> Mapping[int, str]:
+        return self._damaged
+
+    def read(self, rows: np.ndarray) -> Arrays:
+        """Returns images and labels of whole images only.
+
+        Raises:
+            ValueError: if no image is whole.
+        """
+        while True:
+            taken = np.asarray(rows)
+            if self.damaged:
+                taken = np.array([self._next_whole(int(row)) for row in rows], int)
+            try:
+                return self.inner.read(taken)
+            except DamagedImageError as error:
+                found = find_damaged(self.inner, taken, DamagedImageError)
+                if not found:  # neither whole nor damaged: a disk that fails at times
+                    raise ValueError(f"{error}") from error
+                self.damaged.update(found)
+
+    def _next_whole(self, row: int) -> int:
+        for i in range(len(self)):
+            if (row + i) % len(self) not in self.damaged:
+                return (row + i) % len(self)
+        example = next(iter(self.damaged.values()))
+        raise ValueError(f"the data must have a whole image, got none: {example}")
+
+
+def find_damaged(
+    examples: Examples, rows: np.ndarray, kind: type[ValueError] = ValueError
+) -> Mapping[int, str]:
+    """Reads each of some images by itself, and returns the errors by row.
+
+    Args:
+        examples: images that are read by row.
+        rows: int [k].
+        kind: which errors count; others are raised.
+    """
+
+    def read(some: list[int]) -> dict[int, str]:
+        found = {}
+        for row in some:
+            try:
+                examples.read(np.array([row]))
+            except kind as error:
+                found[row] = str(error)
+        return found
+
+    return {k: v for part in in_threads(read, rows) for k, v in part.items()}
+
+
+def check_examples(examples: Examples) -> list[str]:
+    """Reads all images, with a progress bar; returns a sentence for each that fails."""
+    from tqdm import tqdm
+
+    found: list[str] = []
+    with tqdm(total=len(examples), unit="image", disable=None) as bar:
+        for first in range(0, len(examples), CHECKED_TOGETHER):
+            rows = np.arange(first, min(first + CHECKED_TOGETHER, len(examples)))
+            found += find_damaged(examples, rows).values()
+            bar.update(len(rows))
+    return found
