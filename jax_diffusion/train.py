@@ -20,6 +20,7 @@ A run is its workdir:
 """
 
 import contextlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -29,9 +30,10 @@ from typing import Any
 import jax
 import optax
 
-from jax_diffusion import cli
+from jax_diffusion import cli, data
 from jax_diffusion import config as configs
 from jax_diffusion.config import Config
+from jax_diffusion.data import DamagedImageError
 from jax_diffusion.evaluation import during_training
 from jax_diffusion.pipeline import Run
 from jax_diffusion.runtime import checkpoint, cpu, logs
@@ -82,7 +84,8 @@ def train(
         The state after the last update.
 
     Raises:
-        ValueError: for bad input, before anything is written.
+        ValueError: for bad input, before anything is written; and for an image that
+            turns out to be damaged, after saving.
         FloatingPointError: if too many updates in a row were not finite, after saving.
     """
     if not hasattr(config, "items") or not isinstance(workdir, str | os.PathLike):
@@ -143,6 +146,43 @@ def train(
     return run_loop(config, workdir, setup, compiled, evaluate, record, changes)
 
 
+def begin(
+    config: Config,
+    workdir: Path,
+    setup: TrainingSetup,
+    compiled: CompiledStep,
+    record: dict[str, Any],
+    changes: Sequence[str],
+) -> tuple[Any, TrainState, Reporter]:
+    """Restores or initializes the state; opens the checkpoints and the log.
+
+    Args:
+        config, workdir, setup, compiled, record, changes: of `run_loop`.
+
+    Returns:
+        The manager of the checkpoints, the state and the reporter.
+    """
+    manager = checkpoint.make_manager(
+        workdir, keep=config.keep, keep_every=config.keep_every or None
+    )
+    state, saved = checkpoint.restore_or_init(
+        manager, compiled.init, compiled.shardings
+    )
+    first = int(state.step)
+    if first < config.total_steps:
+        resume.record_changes(record, first, changes)
+    dtype = config.model.get("dtype", "float32")
+    reporter = Reporter(
+        *(config, workdir, first),
+        batches=setup.batches,
+        lr_fn=setup.lr_fn,
+        flops=flops_and_peak(compiled.step, setup.mesh.size, dtype),
+        about=resume.history(record),
+    )
+    reporter.window = saved["window"] if saved else []
+    return manager, state, reporter
+
+
 def run_loop(
     config: Config,
     workdir: Path,
@@ -164,60 +204,98 @@ def run_loop(
         changes: what this start changes in the config, which is recorded.
 
     Raises:
-        FloatingPointError: as `train`.
+        ValueError, FloatingPointError: as `train`.
     """
-    manager = checkpoint.make_manager(
-        workdir, keep=config.keep, keep_every=config.keep_every or None
-    )
-    state, saved = checkpoint.restore_or_init(
-        manager, compiled.init, compiled.shardings
-    )
+    manager, state, reporter = begin(config, workdir, setup, compiled, record, changes)
     first = step = int(state.step)
-    if first < config.total_steps:
-        resume.record_changes(record, first, changes)
-    dtype = config.model.get("dtype", "float32")
-    reporter = Reporter(
-        *(config, workdir, first),
-        batches=setup.batches,
-        lr_fn=setup.lr_fn,
-        flops=flops_and_peak(compiled.step, setup.mesh.size, dtype),
-        about=resume.history(record),
-    )
-    reporter.window = saved["window"] if saved else []
     clock, problem = reporter.clock, ""
     batches = setup.batches.stream(first, setup.rows)
     with PreemptionSignal().listen() as stop, contextlib.closing(batches), reporter:
-        while step < config.total_steps and not problem and not stop.name:
-            with clock.measure("data"):
-                batch = setup.place(next(batches))
-            with clock.measure("dispatch"):
-                state, metrics = compiled.step(setup.key, state, batch)
-            reporter.add(metrics)
-            step += 1
-            last, extra = step == config.total_steps, {}
-            trace_steps(workdir, step - first, config.profile_steps, last, metrics)
-            if step == first + 2:  # the heap has found its shape
-                cpu.release_memory()
-            if setup.preview and (step % config.sample_every == 0 or last):
-                with clock.pause():
-                    extra = reporter.save_grid(step, setup.preview(state))
-            if evaluate and (step % config.eval_every == 0 or last):
-                with clock.pause():
-                    extra |= evaluate(step, state)
-            if step % config.log_every == 0 or last:
-                problem = reporter.log_line(step, extra)
-            elif extra:
-                reporter.write(step, extra)
-            stop.poll(step)
-            if step % config.save_every == 0 or last or problem or stop.name:
-                with clock.pause():
-                    record["window"] = plain(reporter.window)
-                    checkpoint.save(manager, step, state, record)
+        try:
+            while step < config.total_steps and not problem and not stop.name:
+                with clock.measure("data"):
+                    batch = setup.place(next(batches))
+                with clock.measure("dispatch"):
+                    state, metrics = compiled.step(setup.key, state, batch)
+                reporter.add(metrics)
+                step += 1
+                last, extra = step == config.total_steps, {}
+                trace_steps(workdir, step - first, config.profile_steps, last, metrics)
+                if step == first + 2:  # the heap has found its shape
+                    cpu.release_memory()
+                if setup.preview and (step % config.sample_every == 0 or last):
+                    with clock.pause():
+                        extra = reporter.save_grid(step, setup.preview(state))
+                if evaluate and (step % config.eval_every == 0 or last):
+                    with clock.pause():
+                        extra |= evaluate(step, state)
+                if step % config.log_every == 0 or last:
+                    problem = reporter.log_line(step, extra)
+                elif extra:
+                    reporter.write(step, extra)
+                stop.poll(step)
+                if step % config.save_every == 0 or last or problem or stop.name:
+                    with clock.pause():
+                        record["window"] = plain(reporter.window)
+                        checkpoint.save(manager, step, state, record)
+        except Exception as error:
+            record["window"] = plain(reporter.window)
+            saved = save_at_error(manager, step, state, record)
+            if not isinstance(error, DamagedImageError):
+                raise
+            raise DamagedImageError(
+                f"{str(error).rstrip('.')}; step {saved} is saved; mend or remove the "
+                "image, or give --config.data.on_error=skip."
+            ) from error
     manager.close()  # waits for the last checkpoint
     if problem:
         raise FloatingPointError(problem)
     reporter.finish(step, stop.name)
     return state
+
+
+def save_at_error(
+    manager: Any, step: int, state: TrainState, record: dict[str, Any]
+) -> int | None:
+    """Saves the updates made before something went wrong, such as a damaged picture.
+
+    Of several hosts, one alone cannot save; and after an error of the devices there is
+    no state any more.
+
+    Args:
+        manager: of the checkpoints.
+        step, state, record: what is to be saved.
+
+    Returns:
+        The newest step that is saved; None if there is none.
+    """
+    saved = manager.latest_step()
+    lost = any(a.is_deleted() for a in jax.tree.leaves(state))
+    if jax.process_count() == 1 and step > (saved or 0) and not lost:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            checkpoint.save(manager, step, state, record)
+            manager.wait_until_finished()
+            return step
+    return saved
+
+
+def check_data(config: Config) -> None:
+    """Reads all images of a config's data, of all splits, and prints the damaged ones.
+
+    Raises:
+        ValueError: if there are any, or if the data cannot be opened.
+    """
+    fields = dict(config.data)
+    if fields["name"] in data.DATASETS and fields["name"] != "tfds":
+        fields["split"] = "all"  # tfds and readers of users have splits of their own
+    known = inspect.signature(data.check).parameters
+    damaged = data.check(**{k: v for k, v in fields.items() if k in known})
+    print("\n".join(damaged), end="\n" if damaged else "")
+    if damaged:
+        raise ValueError(
+            f"config.data must be of whole images, got {len(damaged)} damaged."
+        )
+    print("All images can be read.")
 
 
 def main() -> None:
@@ -235,7 +313,6 @@ def main() -> None:
     )
     parser.add_argument(
         "--workdir",
-        required=True,
         metavar="FOLDER",
         help="The folder of the run, such as runs/digits. If it holds a run, that is "
         "continued.",
@@ -253,12 +330,24 @@ def main() -> None:
         help="Fields of the config that may differ from those of the run that is "
         "continued, such as optimizer.lr,data.path.",
     )
+    parser.add_argument(
+        "--check-data",
+        action="store_true",
+        help="Only read all images of config.data, and list those that are damaged.",
+    )
     cli.add_host_flags(parser)
     args, overrides = parser.parse_known_args()
+    if (args.workdir is None) != args.check_data:
+        raise ValueError(
+            f"--workdir must be given, except with --check-data, got {args.workdir}."
+        )
     cli.start_hosts(args)
     with cli.fields_as_flags(args):
+        config = configs.load_config(args.config, overrides)
+        if args.check_data:
+            return check_data(config)
         train(
-            configs.load_config(args.config, overrides),
+            config,
             args.workdir,
             init_from=args.init_from,
             allow_change=[*filter(None, (args.allow_change or "").split(","))],

@@ -56,24 +56,26 @@ class WithoutDamaged(Examples):
         Raises:
             ValueError: if no image is whole.
         """
+        n = len(self)
         while True:
-            taken = np.asarray(rows)
-            if self.damaged:
-                taken = np.array([self._next_whole(int(row)) for row in rows], int)
+            taken = np.array(rows)
+            for i, row in enumerate(rows if self.damaged else ()):
+                after = (
+                    k % n for k in range(row, row + n) if k % n not in self.damaged
+                )
+                if (found := next(after, None)) is None:
+                    example = next(iter(self.damaged.values()))
+                    raise ValueError(
+                        f"the data must have a whole image, got: {example}"
+                    )
+                taken[i] = found
             try:
                 return self.inner.read(taken)
             except DamagedImageError as error:
-                found = find_damaged(self.inner, taken, DamagedImageError)
-                if not found:  # neither whole nor damaged: a disk that fails at times
+                damaged = find_damaged(self.inner, taken, DamagedImageError)
+                if not damaged:  # neither whole nor not: a disk that fails at times
                     raise ValueError(f"{error}") from error
-                self.damaged.update(found)
-
-    def _next_whole(self, row: int) -> int:
-        for i in range(len(self)):
-            if (row + i) % len(self) not in self.damaged:
-                return (row + i) % len(self)
-        example = next(iter(self.damaged.values()))
-        raise ValueError(f"the data must have a whole image, got none: {example}")
+                self._damaged.update(damaged)
 
 
 def find_damaged(
@@ -96,7 +98,7 @@ def find_damaged(
                 found[row] = str(error)
         return found
 
-    return {k: v for part in in_threads(read, rows) for k, v in part.items()}
+    return {row: text for part in in_threads(read, rows) for row, text in part.items()}
 
 
 def check_examples(examples: Examples) -> list[str]:

@@ -92,8 +92,16 @@ class Decoder:
             pixels, alpha = _channels(ImageOps.exif_transpose(stored), deep=deep)
         if pixels.dtype != np.uint8:
             pixels = self._to_8_bits(pixels, file)
-        elif deep:
-            self._check_deep_color(file)
+        elif deep and self._max_value is None:
+            self._warn(
+                f"{file} has 16 bits a channel; the upper 8 bits are kept, which is "
+                "all that Pillow reads of colors. max_value=65535 says so, too."
+            )
+        elif deep and self._max_value != 65535:
+            raise ValueError(
+                "max_value must be 65535 for 16-bit colors, of which the upper 8 bits "
+                f"are read, got {self._max_value} for {file}."
+            )
         return pixels if alpha is None else self._composite(pixels, alpha)
 
     def convert(self, images: np.ndarray) -> np.ndarray:
@@ -152,19 +160,6 @@ class Decoder:
             f"the value that is white as max_value, such as {power}."
         )
         return kept.astype(np.uint8)
-
-    def _check_deep_color(self, file: str) -> None:
-        """Refuses or tells of 16-bit colors, of which Pillow reads 8 bits."""
-        if self._max_value not in (None, 65535):
-            raise ValueError(
-                "max_value must be 65535 for 16-bit colors, of which the upper 8 bits "
-                f"are read, got {self._max_value} for {file}."
-            )
-        if self._max_value is None:
-            self._warn(
-                f"{file} has 16 bits a channel; the upper 8 bits are kept, which is "
-                "all that Pillow reads of colors. max_value=65535 says so, too."
-            )
 
     def _warn(self, text: str) -> None:
         if self._warned.acquire(blocking=False):

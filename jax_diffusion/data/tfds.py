@@ -23,7 +23,6 @@ import numpy as np
 from jax_diffusion.data.decode import Decoder, fit, in_threads, reading
 from jax_diffusion.data.examples import (
     Arrays,
-    DamagedImageError,
     Examples,
     ImageSize,
     Source,

@@ -14,6 +14,8 @@ that are not finite are null. The fields:
     skipped                  updates that changed nothing, because the loss or a
                              gradient was not finite; config.max_skipped in a row end
                              the run
+    damaged_images           images replaced since this start because they could not be
+                             decoded; see on_error of `data.load`
     seconds_per_step,        wall-clock time, previews and checkpoints left out
     images_per_second
     data_share,              where that time went: the next batch, the call of the step,

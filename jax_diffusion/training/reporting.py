@@ -104,6 +104,8 @@ class Reporter:
             means["lr"] = float(self._lr_fn(step - 1))
         images = made * self._batches.batch_size
         means |= self.clock.line(steps=made, images=images, **self._flops)
+        if damaged := self._batches.examples.damaged:
+            means["damaged_images"] = len(damaged)
         self.write(step, means | dict(extra))
         self._bar.set_postfix(loss=f"{means['loss']:.4f}")
         if step % self._config.log_every == 0:
@@ -142,6 +144,8 @@ class Reporter:
         """
         if not self._writes:
             return
+        if damaged := [*self._batches.examples.damaged.values()]:
+            print(f"{len(damaged)} damaged images were skipped, such as: {damaged[0]}")
         if stopped_by:
             print(f"{stopped_by}: saved step {step}; the same command continues.")
         elif step > self._first:

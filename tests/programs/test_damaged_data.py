@@ -1,0 +1,101 @@
+"""A damaged picture that training meets: saved, named, skipped; found beforehand."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from support.programs import train as program
+
+from jax_diffusion import config as settings
+from jax_diffusion import data
+from jax_diffusion.runtime import checkpoint
+
+SMALL = [
+    "--config.model.channels=4",
+    "--config.model.multipliers=(1,)",
+    "--config.model.attention_resolutions=()",
+    "--config.model.num_groups=2",
+    "--config.schedule.num_steps=4",
+    "--config.timesteps.history=1",
+    "--config.total_steps=5",
+    "--config.log_every=100",
+    "--config.save_every=100",
+    "--config.sample_every=100",
+    "--config.sampling.n=1",
+    "--config.sampling.steps=1",
+]
+
+
+def write(root):
+    root.mkdir()
+    for i in range(24):
+        Image.fromarray(np.full((4, 4), 10 * i, np.uint8)).save(root / f"{i:02}.png")
+
+
+def config_of(root, **changes):
+    config = settings.load_config("configs/smoke.py", SMALL)
+    config.data = dict(name="folder", path=str(root), image_size=4, batch_size=4)
+    config.data.update(split="all", in_memory=False)
+    config.data.update(changes)
+    return config
+
+
+def file_of_step(root, step):
+    """The file of an image that this batch is the first one to show."""
+    batches = data.load(**config_of(root).data, seed=0)
+    return root / f"{batches.batch(step)['image'][0, 0, 0, 0] // 10:02}.png"
+
+
+@pytest.mark.slow
+def test_training_saves_before_a_damaged_image_stops_it_and_goes_on_without_it(
+    tmp_path,
+):
+    root = tmp_path / "data"
+    write(root)
+    file = file_of_step(root, 3)
+    file.write_bytes(b"damaged")
+    words = rf"{file} must be a whole image.*; step 3 is saved; .*on_error=skip"
+    for _ in range(2):  # the second time, nothing new is to be saved
+        with pytest.raises(data.DamagedImageError, match=words):
+            program.train(config_of(root), tmp_path / "run")
+        assert checkpoint.latest_step(tmp_path / "run") == 3
+    skips = config_of(root, on_error="skip")
+    resumed = jax.device_get(program.train(skips, tmp_path / "run"))
+    skips.data.in_memory = True
+    whole = jax.device_get(program.train(skips, tmp_path / "whole"))
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert '"damaged_images": 1' in last
+
+
+def run_program(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["train", *map(str, args)])
+    program.main()
+
+
+def test_check_data_lists_damaged_files_of_all_splits(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "data")
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from ml_collections import ConfigDict\n"
+        "import runpy\n"
+        "def get_config():\n"
+        "    config = runpy.run_path('configs/smoke.py')['get_config']()\n"
+        f"    config.data = dict(name='folder', path={str(tmp_path / 'data')!r},\n"
+        "        image_size=4, batch_size=4, split='train')\n"
+        "    return config\n"
+    )
+    run_program(monkeypatch, "--config", config, "--check-data")
+    assert "All images can be read" in capsys.readouterr().out
+    for i in (5, 9):  # of train and of test
+        (tmp_path / "data" / f"{i:02}.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="must be of whole images, got 2 damaged"):
+        run_program(monkeypatch, "--config", config, "--check-data")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" ")[0] for line in printed] == [
+        str(tmp_path / "data" / name) for name in ("05.png", "09.png")
+    ]
+    for args in ([], ["--check-data", "--workdir", tmp_path / "run"]):
+        with pytest.raises(ValueError, match="--workdir must be given, except with"):
+            run_program(monkeypatch, "--config", config, *args)
+    assert not (tmp_path / "run").exists()
