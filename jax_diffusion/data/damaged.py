@@ -66,7 +66,7 @@ class WithoutDamaged(Examples):
                 if (found := next(after, None)) is None:
                     example = next(iter(self.damaged.values()))
                     raise ValueError(
-                        f"the data must have a whole image, got: {example}"
+                        f"the data must have a whole image, got none: {example}"
                     )
                 taken[i] = found
             try:
