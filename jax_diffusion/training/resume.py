@@ -129,10 +129,11 @@ def find_run(
     if fresh:
         return None
     changes = configs.differences(saved, {**config, "init_from": _origin(saved)})
-    if config.get("init_from") not in ("", _origin(saved)):
+    if config.get("init_from", "") not in ("", _origin(saved)):
+        like = f" or {_origin(saved)!r}, as then" if _origin(saved) else ""
         raise ValueError(
-            f"init_from must be {_origin(saved)!r}, with which the run in "
-            f"{str(workdir)!r} began, or be left out, got {config['init_from']!r}."
+            f"init_from must be left out{like}, since {str(workdir)!r} holds a run, "
+            f"got {config['init_from']!r}."
         )
     known_data = record.get("data_digest") is not None
     refused = [

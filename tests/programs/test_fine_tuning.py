@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 from support.features import refuses
 from support.programs import train
-from support.tiny_runs import UNET, make_run, tiny_config, write_images
+from support.tiny_runs import (
+    COSINE,
+    ENCODER,
+    UNET,
+    make_run,
+    tiny_config,
+    write_images,
+)
 
 import jax_diffusion as jd
+from jax_diffusion import config as configs
 from jax_diffusion.interop.exporting import export_run
 from jax_diffusion.runtime import checkpoint, logs, sharding
 from jax_diffusion.training import fine_tuning
@@ -117,9 +125,10 @@ def test_a_fine_tuned_run_goes_on_without_its_source_and_says_where_it_came_from
     starts = logs.read_descriptions(workdir)
     assert [start["init_from"]["step"] for start in starts] == [2, 2, 2]
     config = tiny_config(images, total_steps=9, init_from=str(source), **LABELED)
-    assert refuses(train.train, config, workdir).startswith(
-        f"init_from must be {str(gone)!r}, with which the run in"
-    )
+    sentence = refuses(train.train, config, workdir)
+    assert sentence.startswith(f"init_from must be left out or {str(gone)!r}, as then")
+    sentence = refuses(train.train, config, source)
+    assert sentence.startswith("init_from must be left out, since")
     assert checkpoint.latest_step(workdir) == 3
 
 
@@ -189,6 +198,44 @@ def test_what_the_source_had_otherwise_is_told(images, source):
     _, weights = begin(config, str(source))
     assert weights.record["differs"] == ["objective.mean_type: eps -> v"]
     assert "differs from it: objective.mean_type: eps -> v" in weights.report()
+
+
+@pytest.mark.parametrize(
+    ("model", "axes"),
+    [
+        (UNET | dict(num_classes=5), {"label/embedding": 0}),
+        (UNET, {}),
+        (
+            ENCODER | dict(pool="adaptive"),
+            {"conv_logits/kernel": 1, "conv_logits/bias": 0},
+        ),
+        (
+            ENCODER | dict(pool="attention"),
+            {"pool/c_proj/kernel": 1, "pool/c_proj/bias": 0},
+        ),
+        (ENCODER | dict(pool="spatial_v2"), {"logits/kernel": 1, "logits/bias": 0}),
+    ],
+)
+def test_the_arrays_with_a_row_for_each_class_are_found(model, axes):
+    config = dict(schedule=COSINE, objective=None, model=model, label_dropout=0.0)
+    if "num_labels" not in model:
+        config["objective"] = dict(mean_type="eps")
+    network = configs.build(config, 1).model
+    found = fine_tuning.classes_of(network, (8, 8, 1), 0.0, ["a"])
+    assert found.axes == axes
+    count = model.get("num_labels", model.get("num_classes"))
+    assert found.keys == (["a", *range(1, count)] if count else [])
+
+
+def test_a_converted_run_is_a_source(tmp_path, images):
+    model = dict(name="support.networks:Tiny", num_classes=4)
+    eps = dict(mean_type="eps", var_type="fixed_small", loss="l2")
+    workdir = make_run(
+        tmp_path / "converted", shape=(8, 8, 1), model=model, objective=eps
+    )
+    state, weights = begin(tiny_config(images, **LABELED), str(workdir))
+    assert same(state.params, checkpoint.load_params(workdir, ema=None))
+    assert f"init_from {workdir}: step 0" in weights.report()
 
 
 def test_our_file_and_a_loaded_run_are_as_good_as_the_workdir(images, source, tmp_path):
