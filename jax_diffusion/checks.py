@@ -1,15 +1,31 @@
-"""Checks of numbers: one rule, one sentence, for every argument of every function.
+"""Checks of arguments: one rule, one sentence, for every argument of every function.
 
 Errors begin with the name of the argument, so that a config or a command line can say
 its own name for it. NaN and infinity are never numbers that somebody meant.
+
+What is static is always checked: types, shapes, dtypes. Values are checked where they
+can be read on the host (`known`), so that within `jax.jit` a check costs nothing: it
+adds no operation, and waits for no device.
 """
 
 import math
 import numbers
+import reprlib
+from collections.abc import Sequence
+from types import EllipsisType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+ARRAYS = {
+    "float": ("a float array", jnp.floating),
+    "int": ("an int array", jnp.signedinteger),
+    "uint8": ("a uint8 array", np.uint8),
+    "key": ("an array of typed keys", jax.dtypes.prng_key),
+}
+"""Kinds of arrays: in words, and the dtype that they have."""
 
 
 def number(
@@ -20,6 +36,7 @@ def number(
     above: int | float | None = None,
     at_most: int | float | None = None,
     below: int | float | None = None,
+    infinite: bool = False,
 ) -> None:
     """Checks that an argument is one finite number in a range.
 
@@ -29,6 +46,7 @@ def number(
             one, only shape and dtype can be checked.
         at_least, above: lower bound, included or not.
         at_most, below: upper bound, included or not.
+        infinite: whether it may be infinite, as the end of an interval.
 
     Raises:
         ValueError: if it is not; bool is no number.
@@ -39,24 +57,23 @@ def number(
     ValueError: eta must be a number in [0, 1], got 2.
     """
     rule = f"a number{_range(at_least, above, at_most, below)}"
-    if isinstance(value, jax.core.Tracer):
-        if value.shape != () or not np.issubdtype(value.dtype, np.number):
-            found = f"{value.dtype} {value.shape}"
-            raise ValueError(f"{name} must be {rule}, got {found}.")
+    if not known(value):
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.number):
+            raise ValueError(f"{name} must be {rule}, got {shown(value)}.")
         return
     found = value
     if isinstance(value, np.ndarray | jax.Array) and value.shape == ():
-        found = np.asarray(value).item()
+        found = np.asarray(jax.device_get(value)).item()
     is_number = isinstance(found, numbers.Real) and not isinstance(found, bool)
     if (
         not is_number
-        or not math.isfinite(found)
+        or not (math.isfinite(found) or (infinite and not math.isnan(found)))
         or (at_least is not None and found < at_least)
         or (above is not None and found <= above)
         or (at_most is not None and found > at_most)
         or (below is not None and found >= below)
     ):
-        raise ValueError(f"{name} must be {rule}, got {found!r}.")
+        raise ValueError(f"{name} must be {rule}, got {shown(found)}.")
 
 
 def integer(
@@ -87,7 +104,229 @@ def integer(
         or (at_least is not None and value < at_least)
         or (at_most is not None and value > at_most)
     ):
-        raise ValueError(f"{name} must be {rule}, got {value!r}.")
+        raise ValueError(f"{name} must be {rule}, got {shown(value)}.")
+
+
+def boolean(name: str, value: Any) -> None:
+    """Raises ValueError unless `value`, the argument `name`, is True or False.
+
+    >>> boolean("rescale", "no")
+    Traceback (most recent call last):
+    ValueError: rescale must be True or False, got 'no'.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {shown(value)}.")
+
+
+def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises ValueError unless `value`, the argument `name`, is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {shown(value)}.")
+
+
+def function(name: str, value: Any, arguments: str) -> None:
+    """Raises ValueError unless `value`, the argument `name`, can be called.
+
+    The sentence says which `arguments` it shall take, such as "(x_t, t)".
+    """
+    if not callable(value):
+        rule = f"{name} must be a function of {arguments}"
+        raise ValueError(f"{rule}, got {shown(value)}.")
+
+
+def array(
+    name: str,
+    value: Any,
+    kind: str,
+    shape: Sequence[int | str | EllipsisType] = (...,),
+) -> None:
+    """Checks the type, dtype and shape of an array, traced or not; reads no value.
+
+    Args:
+        name: of the argument.
+        value: an array of jax or NumPy. What turns itself into one of jax passes.
+        kind: a key of `ARRAYS`.
+        shape: for each axis its size, or a word for any size; `...` at the end stands
+            for any further axes.
+
+    Raises:
+        ValueError: if it is none, or has another dtype or shape.
+
+    >>> array("t", np.zeros((3, 1), int), "int", (3,))
+    Traceback (most recent call last):
+    ValueError: t must be an int array [3], got int64 [3, 1].
+    """
+    words, dtype = ARRAYS[kind]
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        if jnp.issubdtype(value.dtype, dtype) and _fits(value.shape, shape):
+            return
+    elif hasattr(value, "__jax_array__"):
+        return
+    axes = ", ".join("..." if n is ... else str(n) for n in shape)
+    raise ValueError(f"{name} must be {words} [{axes}], got {shown(value)}.")
+
+
+def data(name: str, value: Any, shape: Sequence[int | str | EllipsisType]) -> None:
+    """Checks that an argument is a float array; of integers it says how to make one.
+
+    Raises:
+        ValueError: as `array` does.
+
+    >>> data("x_0", np.zeros((2, 3), np.uint8), ("b", ...))
+    Traceback (most recent call last):
+    ValueError: x_0 must be a float array, such as uint8 / 127.5 - 1, got uint8 [2, 3].
+    """
+    is_array = isinstance(value, jax.Array | np.ndarray)
+    if is_array and jnp.issubdtype(value.dtype, jnp.integer):
+        rule = f"{name} must be a float array, such as uint8 / 127.5 - 1"
+        raise ValueError(f"{rule}, got {shown(value)}.")
+    array(name, value, "float", shape)
+
+
+def key(name: str, value: Any) -> None:
+    """Raises ValueError unless `value`, the argument `name`, is one typed key.
+
+    >>> key("key", np.zeros(2, np.uint32))
+    Traceback (most recent call last):
+    ValueError: key must be one typed key, as jax.random.key makes it, got uint32 [2].
+    """
+    is_key = isinstance(value, jax.Array) and value.shape == ()
+    if not is_key or not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        rule = f"{name} must be one typed key, as jax.random.key makes it"
+        raise ValueError(f"{rule}, got {shown(value)}.")
+
+
+def rows(name: str, value: Any, num_rows: int, at_least: int = 0) -> None:
+    """Raises ValueError unless integers are in [`at_least`, `num_rows`), where known.
+
+    >>> rows("t", np.array([3, 10]), 10)
+    Traceback (most recent call last):
+    ValueError: t must be in [0, 10), got 10.
+    """
+    if not known(value):
+        return
+    found = np.asarray(jax.device_get(value))
+    wrong = found[(found < at_least) | (found >= num_rows)]
+    if wrong.size:
+        rule = f"{name} must be in [{at_least}, {num_rows})"
+        raise ValueError(f"{rule}, got {wrong.flat[0]}.")
+
+
+def broadcasts(name: str, value: Any, shape: Sequence[int]) -> None:
+    """Raises ValueError unless an argument broadcasts to a shape, which it may have.
+
+    >>> broadcasts("log_var", np.zeros((2, 3)), (2, 4))
+    Traceback (most recent call last):
+    ValueError: log_var must broadcast to [2, 4], got float64 [2, 3].
+    """
+    if common_shape(name, value, shape) != tuple(shape):
+        rule = f"{name} must broadcast to [{', '.join(map(str, shape))}]"
+        raise ValueError(f"{rule}, got {shown(value)}.")
+
+
+def common_shape(name: str, value: Any, shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape that an argument and a `shape` broadcast to.
+
+    Raises:
+        ValueError: if there is none, or the argument `name` is not made of numbers.
+
+    >>> common_shape("log_var", np.zeros((3, 1)), (2,))
+    (3, 2)
+    """
+    try:
+        is_number = np.dtype(jnp.result_type(value)).kind not in "OUSV"
+        found = np.broadcast_shapes(np.shape(value), tuple(shape))
+    except (TypeError, ValueError):
+        is_number, found = False, ()
+    if not is_number:
+        rule = f"{name} must broadcast to [{', '.join(map(str, shape))}]"
+        raise ValueError(f"{rule}, got {shown(value)}.")
+    return found
+
+
+def vector(
+    name: str,
+    value: Any,
+    *,
+    at_least: int | float | None = None,
+    above: int | float | None = None,
+    at_most: int | float | None = None,
+    below: int | float | None = None,
+) -> np.ndarray:
+    """Checks that an argument is a sequence of finite numbers in a range.
+
+    Args:
+        name: of the argument.
+        value: a sequence or an array, known on the host.
+        at_least, above: lower bound of each, included or not.
+        at_most, below: upper bound of each, included or not.
+
+    Returns:
+        float64 [n].
+
+    Raises:
+        ValueError: if it is none, or a number is out of range.
+
+    >>> vector("betas", [0.5, 2], above=0, at_most=1)
+    Traceback (most recent call last):
+    ValueError: betas must be a vector of values in (0, 1], got 2.0.
+    """
+    rule = f"{name} must be a vector of values{_range(at_least, above, at_most, below)}"
+    if not known(value):
+        raise ValueError(f"{rule}, got {shown(value)}, whose values are not known.")
+    try:
+        found = np.asarray(value)
+        wrong_type = found.dtype.kind not in "fiu"
+        if not wrong_type or found.dtype == jnp.bfloat16:
+            found, wrong_type = found.astype(np.float64), False
+    except (TypeError, ValueError):  # ragged, or of objects
+        wrong_type = True
+    if wrong_type or found.ndim != 1:
+        raise ValueError(f"{rule}, got {shown(value)}.")
+    inside = np.isfinite(found)
+    for bound, holds in (
+        (at_least, np.greater_equal),
+        (above, np.greater),
+        (at_most, np.less_equal),
+        (below, np.less),
+    ):
+        inside &= True if bound is None else holds(found, bound)
+    if not inside.all():
+        raise ValueError(f"{rule}, got {found[~inside][0]}.")
+    return found
+
+
+def known(value: Any) -> bool:
+    """Tells whether values can be read on this host: not traced, not on others only."""
+    if isinstance(value, jax.core.Tracer):
+        return False
+    if not isinstance(value, jax.Array):
+        return True
+    return value.is_fully_addressable or value.is_fully_replicated
+
+
+def shown(value: Any) -> str:
+    """Returns a few words for what came: a number itself, an array's dtype and shape.
+
+    >>> shown(2.5), shown(np.zeros((2, 3))), shown(max)
+    ('2.5', 'float64 [2, 3]', 'a builtin_function_or_method')
+    """
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{value.dtype} [{', '.join(map(str, value.shape))}]"
+    if value is None or isinstance(value, numbers.Number | str | list | tuple | dict):
+        plain = type(value).__module__ in ("builtins", "numpy")
+        if plain:
+            return reprlib.repr(value)
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def _fits(found: Sequence[int], shape: Sequence[int | str | EllipsisType]) -> bool:
+    """Whether a shape is as `array` describes it."""
+    wanted = [n for n in shape if n is not ...]
+    if len(found) < len(wanted) or (len(found) > len(wanted) and ... not in shape):
+        return False
+    return all(isinstance(n, str) or n == m for n, m in zip(wanted, found, strict=False))
 
 
 def _range(at_least: Any, above: Any, at_most: Any, below: Any) -> str:

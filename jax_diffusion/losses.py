@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from jax_diffusion import diffusion
+from jax_diffusion import checks, diffusion
 from jax_diffusion.diffusion import Objective, Prediction
-from jax_diffusion.schedules import NoiseSchedule, take
+from jax_diffusion.schedules import NoiseSchedule, check_batch, check_rows, take
 
 
 class LossTerms(NamedTuple):
@@ -54,9 +54,13 @@ class ClassifierTerms(NamedTuple):
 def mean_flat(x: Float[Array, "b *d"]) -> Float[Array, "b"]:
     """Averages x [b, ...] over all axes but the first: [b].
 
+    Raises:
+        ValueError: unless x is a float array with an axis [b].
+
     >>> mean_flat(jnp.array([[1.0, 3.0], [5.0, 5.0]]))
     Array([2., 5.], dtype=float32)
     """
+    checks.data("x", x, ("b", ...))
     return jnp.mean(x, axis=tuple(range(1, x.ndim)))
 
 
@@ -68,10 +72,17 @@ def normal_kl(
     Takes the logarithms of the variances, log_var_1 and log_var_2. The four arrays
     broadcast against each other to the shape of the result.
 
+    Raises:
+        ValueError: if they do not.
+
     >>> one, zero = jnp.ones(()), jnp.zeros(())
     >>> normal_kl(one, zero, zero, zero).item()
     0.5
     """
+    shape: tuple[int, ...] = np.shape(mean_1)
+    given = dict(log_var_1=log_var_1, mean_2=mean_2, log_var_2=log_var_2)
+    for name, value in given.items():
+        shape = checks.common_shape(name, value, shape)
     return 0.5 * (
         -1.0
         + log_var_2
@@ -97,7 +108,13 @@ def discretized_gaussian_log_likelihood(
 
     Returns:
         Nats, of the shape of x.
+
+    Raises:
+        ValueError: if x or mean is no float array, or shapes do not fit.
     """
+    checks.data("x", x, (...,))
+    checks.data("mean", mean, x.shape)
+    checks.broadcasts("log_scale", log_scale, x.shape)
     centered, inv_std = x - mean, jnp.exp(-log_scale)
     cdf_high = _approx_normal_cdf(inv_std * (centered + 1 / 255))
     cdf_low = _approx_normal_cdf(inv_std * (centered - 1 / 255))
@@ -137,11 +154,16 @@ def loss_weight(
     Returns:
         Weights [b].
 
+    Raises:
+        ValueError: unless these are a schedule, an objective and rows of the schedule.
+
     >>> from jax_diffusion.schedules import cosine_betas, make_schedule
     >>> schedule = make_schedule(cosine_betas(10))
     >>> loss_weight(schedule, Objective("eps", weighting="snr"), jnp.array([0, 9]))
     Array([1., 1.], dtype=float32)
     """
+    diffusion.check_objective(objective)
+    check_rows(schedule, t)
     c = take(schedule, t, 1)
     snr = jnp.exp(c.now.log_snr)
     match objective.weighting:
@@ -187,7 +209,12 @@ def vlb_terms(
 
     Returns:
         Bits/dim [b].
+
+    Raises:
+        ValueError: unless schedule, prediction, data and t fit each other.
     """
+    check_batch(schedule, t, per_image=True, x_0=x_0, x_t=x_t)
+    diffusion.check_prediction(prediction, x_t)
     mean, _ = diffusion.q_posterior(schedule, prediction.x_0, x_t, t)
     true_mean, true_log_var = diffusion.q_posterior(schedule, x_0, x_t, t)
     kl = normal_kl(true_mean, true_log_var, mean, prediction.log_var)
@@ -221,9 +248,9 @@ def training_loss(
         LossTerms with arrays [b]; the caller takes the mean.
 
     Raises:
-        ValueError: if the output's channels do not fit the objective, if a learned
-            variance meets a loss that would not train it, or if eps is predicted on a
-            schedule that ends in zero signal.
+        ValueError: if the output's shape does not fit data and objective, if a learned
+            variance meets a loss that would not train it, if eps is predicted on a
+            schedule that ends in zero signal, or if data, t and eps do not fit.
 
     >>> from jax_diffusion.schedules import cosine_betas, make_schedule
     >>> terms = training_loss(
@@ -233,16 +260,16 @@ def training_loss(
     >>> terms.loss
     Array([4., 4.], dtype=float32)
     """
+    checks.function("model_fn", model_fn, "(x_t, timesteps)")
     diffusion.check_signal(schedule, objective)
     if objective.learns_variance and objective.loss not in ("hybrid", "vlb"):
         raise ValueError(
             "a learned variance is trained by loss 'hybrid' or 'vlb' only, "
             f"got {objective.loss!r}."
         )
-    if eps is None:
-        eps = jax.random.normal(key, x_0.shape)
-    x_t = diffusion.q_sample(schedule, x_0, t, eps)
+    x_t, eps = _noised(key, schedule, x_0, t, eps)
     output = model_fn(x_t, schedule.timesteps[t])
+    diffusion.check_output(output, x_0)
     value, _ = diffusion.split_output(objective, output, x_0.shape[-1])
     error = value - diffusion.target(schedule, objective, x_0, x_t, t, eps)
     mse, vlb = mean_flat(error**2), jnp.zeros(x_0.shape[:1])
@@ -275,22 +302,38 @@ def classifier_loss(
         schedule: the noise levels.
         x_0: data [b, ...] in [-1, 1].
         t: int32 [b].
-        label: int [b], in [0, labels); a larger one makes the loss NaN.
+        label: int [b], in [0, labels); within `jax.jit`, where its values are not
+            known, a larger one makes the loss NaN.
         eps: the noise [b, ...]; drawn from `key` if not given.
 
     Returns:
         ClassifierTerms with arrays [b].
+
+    Raises:
+        ValueError: if data, t, label, eps and logits do not fit each other.
     """
-    if eps is None:
-        eps = jax.random.normal(key, x_0.shape)
-    x_t = diffusion.q_sample(schedule, x_0, t, eps)
-    logits = logits_fn(x_t, schedule.timesteps[t]).astype(jnp.float32)
+    checks.function("logits_fn", logits_fn, "(x_t, timesteps)")
+    x_t, eps = _noised(key, schedule, x_0, t, eps)
+    checks.array("label", label, "int", x_0.shape[:1])
+    logits = logits_fn(x_t, schedule.timesteps[t])
+    checks.array("logits_fn's output", logits, "float", (*label.shape, "labels"))
+    checks.rows("label", label, logits.shape[-1])
+    logits = logits.astype(jnp.float32)
     log_probs = jax.nn.log_softmax(logits)
     loss = -jnp.take_along_axis(log_probs, label[:, None], axis=-1)[:, 0]
     # Equal logits rank by index, so that a constant classifier is right by chance only.
     _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
     right = (best == label[:, None]).astype(jnp.float32)
     return ClassifierTerms(loss, right[:, 0], right.sum(axis=-1))
+
+
+def _noised(key, schedule, x_0, t, eps):
+    """x_t and its noise, which is drawn if not given, once all fit each other."""
+    check_batch(schedule, t, per_image=True, x_0=x_0)
+    if eps is None:
+        checks.key("key", key)
+        eps = jax.random.normal(key, x_0.shape)
+    return diffusion.q_sample(schedule, x_0, t, eps), eps
 
 
 def _combine(schedule, objective, t, error, vlb):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jax_diffusion import checks
+
 
 def spaced_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarray:
     """Chooses evenly spaced steps, by the section rule of improved-diffusion.
@@ -33,6 +35,7 @@ def spaced_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarray:
     >>> spaced_steps(100, "3,2")
     array([ 0, 24, 49, 50, 99])
     """
+    checks.integer("num_steps", num_steps, at_least=1)
     if isinstance(spec, str):
         try:
             numbers = [int(part) for part in spec.removeprefix("ddim").split(",")]
@@ -53,7 +56,9 @@ def spaced_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarray:
                 )
             return np.arange(0, num_steps, strides[numbers[0]])
         spec = numbers
-    counts = [spec] if isinstance(spec, int | np.integer) else list(spec)
+    counts = list(spec) if isinstance(spec, Sequence | np.ndarray) else [spec]
+    for count in counts:
+        checks.integer("steps", count)
     if not counts or sum(counts) < 1:
         raise ValueError(f"the sections must keep at least one step, got {spec!r}.")
 
@@ -150,14 +155,16 @@ def karras_steps(betas: np.ndarray, n: int, *, rho: float = 7.0) -> np.ndarray:
     Args:
         betas: float64 [T].
         n: how many steps, in [1, T].
-        rho: a larger one takes more steps where there is little noise.
+        rho: > 0; a larger one takes more steps where there is little noise.
 
     Returns:
         Increasing int [n].
 
     Raises:
-        ValueError: if n is out of range.
+        ValueError: if n, rho or a variance is out of range.
     """
+    checks.number("rho", rho, above=0)
+    betas = _variances(betas)
     return _nearest(np.exp(_log_ratio(betas) / rho), len(betas), n)
 
 
@@ -174,8 +181,9 @@ def log_snr_steps(betas: np.ndarray, n: int) -> np.ndarray:
         Increasing int [n], step 0 and T - 1 among them.
 
     Raises:
-        ValueError: if n is out of range.
+        ValueError: if n or a variance is out of range.
     """
+    betas = _variances(betas)
     return _nearest(_log_ratio(betas), len(betas), n)
 
 
@@ -195,10 +203,11 @@ def angle_steps(betas: np.ndarray, n: int) -> np.ndarray:
         Increasing int [n], step 0 and T - 1 among them.
 
     Raises:
-        ValueError: if n is out of range.
+        ValueError: if n or a variance is out of range.
     """
+    betas = _variances(betas)
     with np.errstate(divide="ignore"):  # a last step may have no signal
-        alpha_bar = np.exp(np.cumsum(np.log1p(-np.asarray(betas, np.float64))))
+        alpha_bar = np.exp(np.cumsum(np.log1p(-betas)))
     scale = np.log(np.sqrt(1 - alpha_bar) / (1 + np.sqrt(alpha_bar)))
     return _nearest(scale, len(betas), n)
 
@@ -220,9 +229,13 @@ SPACINGS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 """Rules by name: f(betas, n) -> increasing steps, int [n], for betas float64 [T]."""
 
 
+def _variances(betas: np.ndarray) -> np.ndarray:
+    """Returns betas as float64 [T], once they are known to be in (0, 1]."""
+    return checks.vector("betas", betas, above=0, at_most=1)
+
+
 def _log_ratio(betas: np.ndarray) -> np.ndarray:
     """log(noise / signal) of every step, without a last one that has no signal."""
-    betas = np.asarray(betas, np.float64)
     log_alpha_bar = np.cumsum(np.log1p(-betas[betas < 1]))
     return (np.log(-np.expm1(log_alpha_bar)) - log_alpha_bar) / 2
 
@@ -238,7 +251,7 @@ def _nearest(scale: np.ndarray, num_steps: int, n: int) -> np.ndarray:
 
 
 def _count(num_steps: int, n: int) -> int:
-    """Returns n, once it is known to be in [1, T]."""
-    if not 1 <= n <= num_steps:
-        raise ValueError(f"steps must be between 1 and T = {num_steps}, got {n}.")
+    """Returns n, once it is known to be an integer in [1, T]."""
+    checks.integer("num_steps", num_steps, at_least=1)
+    checks.integer("steps", n, at_least=1, at_most=num_steps)
     return n

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jax_diffusion import checks
+
 
 class TimestepSampler(NamedTuple):
     """A distribution over training timesteps: three pure functions, as in Optax.
@@ -45,11 +47,13 @@ class LossHistory(NamedTuple):
     counts: Array
 
 
-def _stateless(draw: Callable[..., Array]) -> TimestepSampler:
+def _stateless(num_steps: int, draw: Callable[..., Array]) -> TimestepSampler:
     """A sampler without memory; `draw` must give each t a uniform distribution."""
+    checks.integer("num_steps", num_steps, at_least=1)
 
     def sample(key, state, batch_size):
         del state
+        _check_draw(key, batch_size)
         return draw(key, batch_size).astype(jnp.int32), jnp.ones(batch_size)
 
     return TimestepSampler(lambda: (), sample, lambda state, t, loss: state)
@@ -58,22 +62,33 @@ def _stateless(draw: Callable[..., Array]) -> TimestepSampler:
 def uniform(num_steps: int) -> TimestepSampler:
     """Draws t independently and uniformly from [0, num_steps) (DDPM algorithm 1).
 
+    Raises:
+        ValueError: unless num_steps is an integer >= 1.
+
     >>> sampler = uniform(1000)
     >>> t, weight = sampler.sample(jax.random.key(0), sampler.init(), 4)
     >>> t.shape, weight.tolist()
     ((4,), [1.0, 1.0, 1.0, 1.0])
     """
-    return _stateless(lambda key, b: jax.random.randint(key, (b,), 0, num_steps))
+
+    def draw(key, b):
+        return jax.random.randint(key, (b,), 0, num_steps)
+
+    return _stateless(num_steps, draw)
 
 
 def antithetic(num_steps: int) -> TimestepSampler:
-    """Draws pairs t and T - 1 - t, T being `num_steps` (the DDIM repository)."""
+    """Draws pairs t and T - 1 - t, T being `num_steps` (the DDIM repository).
+
+    Raises:
+        ValueError: unless num_steps is an integer >= 1.
+    """
 
     def draw(key, b):
         t = jax.random.randint(key, (b // 2 + 1,), 0, num_steps)
         return jnp.concatenate([t, num_steps - 1 - t])[:b]
 
-    return _stateless(draw)
+    return _stateless(num_steps, draw)
 
 
 def stratified(num_steps: int) -> TimestepSampler:
@@ -81,13 +96,16 @@ def stratified(num_steps: int) -> TimestepSampler:
 
     One random shift moves all of them (Kingma et al. 2021). As every batch covers all
     noise levels, the mean loss of a batch has a lower variance.
+
+    Raises:
+        ValueError: unless num_steps is an integer >= 1.
     """
 
     def draw(key, b):
         shift = jax.random.randint(key, (), 0, num_steps)
         return (shift + np.arange(b) * num_steps // b) % num_steps
 
-    return _stateless(draw)
+    return _stateless(num_steps, draw)
 
 
 def loss_second_moment(
@@ -100,9 +118,15 @@ def loss_second_moment(
 
     Args:
         num_steps: T.
-        history: how many losses of each timestep are remembered.
+        history: how many losses of each timestep are remembered, >= 1.
         uniform_prob: the share of draws that stay uniform, in [0, 1].
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
+    checks.integer("num_steps", num_steps, at_least=1)
+    checks.integer("history", history, at_least=1)
+    checks.number("uniform_prob", uniform_prob, at_least=0, at_most=1)
 
     def probs(state):
         p = jnp.sqrt(jnp.mean(state.losses**2, axis=-1))
@@ -115,11 +139,16 @@ def loss_second_moment(
         return LossHistory(jnp.zeros((num_steps, history)), counts)
 
     def sample(key, state, batch_size):
+        _check_draw(key, batch_size)
         p = probs(state)
         t = jax.random.choice(key, num_steps, (batch_size,), p=p).astype(jnp.int32)
         return t, 1 / (num_steps * p[t])
 
     def update(state, t, loss):
+        checks.array("t", t, "int", ("b",))
+        checks.array("loss", loss, "float", t.shape)
+        checks.rows("t", t, num_steps)
+
         def push(state, item):  # one by one: a timestep may occur twice in a batch
             t, loss = item
             n = state.counts[t]
@@ -132,6 +161,11 @@ def loss_second_moment(
         return jax.lax.scan(push, state, (t, loss))[0]
 
     return TimestepSampler(init, sample, update)
+
+
+def _check_draw(key: Array, batch_size: int) -> None:
+    checks.key("key", key)
+    checks.integer("batch_size", batch_size, at_least=1)
 
 
 TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {

@@ -22,11 +22,16 @@ Conventions, relied on everywhere in the package:
    denoise_fn(x_t, t, **conditioning) is the network read as a `Prediction`.
 7. How many steps, which ones, eta and guidance scales are data: with schedules of one
    length (`schedules.pad`), other values of them do not compile again.
+8. Types, shapes and dtypes are checked always, and so are values that are known when a
+   function is called or traced, such as t outside of `jax.jit`: ValueError.
 """
 
 from jax_diffusion.diffusion.denoisers import (
     DenoiseFn,
     Prediction,
+    check_objective,
+    check_output,
+    check_prediction,
     check_signal,
     clip_x_0,
     denoiser,
@@ -66,6 +71,9 @@ __all__ = [
     "Reduction",
     "VarType",
     "Weighting",
+    "check_objective",
+    "check_output",
+    "check_prediction",
     "check_signal",
     "clip_x_0",
     "denoiser",

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from jax_diffusion import checks
 from jax_diffusion.diffusion.objective import Objective
 from jax_diffusion.diffusion.process import (
     q_posterior,
@@ -15,7 +15,12 @@ from jax_diffusion.diffusion.process import (
     x_0_from_mu,
     x_0_from_v,
 )
-from jax_diffusion.schedules import NoiseSchedule, take
+from jax_diffusion.schedules import (
+    NoiseSchedule,
+    check_batch,
+    check_schedule,
+    take,
+)
 
 
 class Prediction(NamedTuple):
@@ -61,7 +66,12 @@ def guided_x_0(
 
     Returns:
         x_0 [b, ...].
+
+    Raises:
+        ValueError: unless schedule, prediction and t fit each other.
     """
+    check_prediction(prediction)
+    check_batch(schedule, t, x_0=prediction.x_0)
     if prediction.grad is None:
         return prediction.x_0
     level = take(schedule, t, prediction.x_0.ndim).now
@@ -89,7 +99,12 @@ def guided_mean(
 
     Returns:
         The mean [b, ...].
+
+    Raises:
+        ValueError: unless schedule, prediction, x_t and t fit each other.
     """
+    check_batch(schedule, t, x_t=x_t)
+    check_prediction(prediction, x_t)
     mean, _ = q_posterior(schedule, prediction.x_0, x_t, t)
     if prediction.grad is None:
         return mean
@@ -115,7 +130,12 @@ def target(
 
     Returns:
         [b, ...], for the mean's channels only.
+
+    Raises:
+        ValueError: unless schedule, data and t fit each other.
     """
+    check_objective(objective)
+    check_batch(schedule, t, x_0=x_0, x_t=x_t, eps=eps)
     level = take(schedule, t, x_t.ndim).now
     match objective.mean_type:
         case "eps":
@@ -143,12 +163,15 @@ def split_output(
         Both parts, [b, ..., num_channels]; the second is None if not learned.
 
     Raises:
-        ValueError: if the last axis of output has another size.
+        ValueError: if the output is no float array, or its last axis has another size.
 
     >>> mean, var = split_output(Objective(), jnp.zeros((2, 8, 8, 3)), 3)
     >>> mean.shape, var
     ((2, 8, 8, 3), None)
     """
+    check_objective(objective)
+    checks.array("model_fn's output", output, "float")
+    checks.integer("num_channels", num_channels, at_least=1)
     expected = num_channels * (2 if objective.learns_variance else 1)
     if output.shape[-1] != expected:
         raise ValueError(
@@ -184,8 +207,11 @@ def predict(
         Prediction without guidance.
 
     Raises:
-        ValueError: if output has another number of channels.
+        ValueError: if output has another shape, or schedule, x_t and t do not fit each
+            other.
     """
+    check_batch(schedule, t, x_t=x_t)
+    check_output(output, x_t)
     value, var_value = split_output(objective, output, x_t.shape[-1])
     match objective.mean_type:
         case "eps":
@@ -229,7 +255,8 @@ def denoiser(
         denoise_fn(x_t, t, **conditioning) -> Prediction.
 
     Raises:
-        ValueError: if the network predicts eps and the schedule ends in zero signal.
+        ValueError: if the network predicts eps and the schedule ends in zero signal;
+            in a call, if x_t, t and the network's output do not fit each other.
 
     >>> from jax_diffusion.schedules import cosine_betas, make_schedule
     >>> objective = Objective(mean_type="x_0")
@@ -237,9 +264,11 @@ def denoiser(
     >>> denoise_fn(jnp.ones((2, 3)), jnp.array([0, 8])).x_0.shape
     (2, 3)
     """
+    checks.function("model_fn", model_fn, "(x_t, timesteps)")
     check_signal(schedule, objective)
 
     def denoise(x_t, t, **conditioning):
+        check_batch(schedule, t, x_t=x_t)
         output = model_fn(x_t, schedule.timesteps[t], **conditioning)
         return predict(schedule, objective, output, x_t, t)
 
@@ -248,12 +277,14 @@ def denoiser(
 
 def check_signal(schedule: NoiseSchedule, objective: Objective) -> None:
     """Raises ValueError if the `objective` predicts eps and the `schedule` ends in zero
-    signal, where eps does not determine x_0.
+    signal, where eps does not determine x_0; and unless they are such objects.
 
     A traced schedule has no values to check, and passes.
     """
+    check_schedule(schedule)
+    check_objective(objective)
     signal = schedule.now.signal
-    if objective.mean_type != "eps" or isinstance(signal, Tracer):
+    if objective.mean_type != "eps" or not checks.known(signal):
         return
     if not np.asarray(signal)[-1] > 0:  # NumPy: jnp would be traced within a jit
         raise ValueError(
@@ -262,24 +293,68 @@ def check_signal(schedule: NoiseSchedule, objective: Objective) -> None:
         )
 
 
+def check_objective(objective: Any) -> None:
+    """Raises ValueError unless `objective` is an Objective."""
+    if not isinstance(objective, Objective):
+        rule = "objective must be an Objective"
+        raise ValueError(f"{rule}, got {checks.shown(objective)}.")
+
+
+def check_output(output: Any, x_t: Array) -> None:
+    """Raises ValueError unless a network's `output` fits its input `x_t`.
+
+    It must be a float array of the same shape, but for the number of channels.
+    """
+    shape = (*x_t.shape[:-1], "channels") if x_t.ndim else ()
+    checks.array("model_fn's output", output, "float", shape)
+
+
+def check_prediction(prediction: Any, x_t: Array | None = None) -> None:
+    """Raises ValueError unless `prediction` is one, of the shape of `x_t` if given.
+
+    What a denoise_fn returns is checked by this wherever one is called: a raw network,
+    passed in the place of one, returns an array.
+    """
+    if not all(hasattr(prediction, name) for name in Prediction._fields):
+        raise ValueError(
+            "denoise_fn must return a Prediction, as diffusion.denoiser makes it of a "
+            f"network's output, got {checks.shown(prediction)}."
+        )
+    shape = (...,) if x_t is None else x_t.shape
+    checks.array("denoise_fn's x_0", prediction.x_0, "float", shape)
+    checks.broadcasts("denoise_fn's log_var", prediction.log_var, prediction.x_0.shape)
+    if prediction.grad is not None:
+        checks.array("denoise_fn's grad", prediction.grad, "float", shape)
+
+
 def clip_x_0(denoise_fn: DenoiseFn, low: float = -1.0, high: float = 1.0) -> DenoiseFn:
     """Wraps a denoiser: clips the predicted x_0, as original samplers do by default.
 
     Args:
         denoise_fn: the denoiser to wrap.
-        low, high: bounds of x_0, those of the data.
+        low, high: bounds of x_0, those of the data; low < high.
 
     Returns:
         A denoiser.
+
+    Raises:
+        ValueError: if low is not below high; in a call, if denoise_fn is no denoiser.
 
     >>> def denoise_fn(x_t, t):
     ...     return Prediction(2 * x_t, jnp.zeros(()))
     >>> clip_x_0(denoise_fn)(jnp.array([[0.3, 0.9]]), jnp.array([5])).x_0
     Array([[0.6, 1. ]], dtype=float32)
     """
+    checks.function("denoise_fn", denoise_fn, "(x_t, t)")
+    for name, bound in (("low", low), ("high", high)):
+        if np.ndim(bound) == 0:  # it may be one for each channel
+            checks.number(name, bound, infinite=True)
+    if checks.known(low) and checks.known(high) and not np.all(np.less(low, high)):
+        raise ValueError(f"low must be below high = {high}, got {low}.")
 
     def clipped(x_t, t, **conditioning):
         prediction = denoise_fn(x_t, t, **conditioning)
+        check_prediction(prediction, x_t)
         return prediction._replace(x_0=jnp.clip(prediction.x_0, low, high))
 
     return clipped
@@ -297,10 +372,17 @@ def threshold_x_0(denoise_fn: DenoiseFn, quantile: float = 0.995) -> DenoiseFn:
 
     Returns:
         A denoiser.
+
+    Raises:
+        ValueError: if quantile is out of range; in a call, if denoise_fn is no
+            denoiser.
     """
+    checks.function("denoise_fn", denoise_fn, "(x_t, t)")
+    checks.number("quantile", quantile, at_least=0, at_most=1)
 
     def thresholded(x_t, t, **conditioning):
         prediction = denoise_fn(x_t, t, **conditioning)
+        check_prediction(prediction, x_t)
         x_0 = prediction.x_0
         flat = jnp.abs(x_0).reshape(x_0.shape[0], -1)
         bound = jnp.maximum(jnp.quantile(flat, quantile, axis=-1), 1.0)

@@ -1,7 +1,9 @@
 """What a network predicts and how it is scored: `Objective`."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
+
+from jax_diffusion import checks
 
 MeanType = Literal["eps", "x_0", "v", "mu"]
 VarType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
@@ -29,16 +31,17 @@ class Objective:
         vlb_scale: the bound counts vlb_scale * T times its term at the sampled t, which
             is vlb_scale times L_vlb on average. Default 1e-3 in "hybrid" (Improved
             DDPM; OpenAI's RESCALED_MSE) and 1 in "vlb" (RESCALED_KL); 1 / T gives their
-            MSE and KL.
-        min_snr_gamma: gamma of the weighting "min_snr".
-        p2_gamma: gamma of the weighting "p2".
-        p2_k: k of the weighting "p2".
+            MSE and KL. At least 0.
+        min_snr_gamma: gamma of the weighting "min_snr", > 0.
+        p2_gamma: gamma of the weighting "p2", at least 0.
+        p2_k: k of the weighting "p2", > 0.
         reduction: of the l2, l1 or huber term over an image: mean, or sum (the DDIM
             repository), which is larger by the number of values in an image. Adam's
             step hardly depends on that factor; gradient clipping and Adam's epsilon do.
 
     Raises:
-        ValueError: for an unknown name, or "hybrid" without a learned variance.
+        ValueError: for an unknown name, a number out of range, or "hybrid" without a
+            learned variance.
 
     >>> Objective(mean_type="v", var_type="learned_range", loss="hybrid").mean_type
     'v'
@@ -55,11 +58,16 @@ class Objective:
     reduction: Reduction = "mean"
 
     def __post_init__(self):  # not a pytree, so checking here is safe
-        _check_choice("mean_type", self.mean_type, MeanType)
-        _check_choice("var_type", self.var_type, VarType)
-        _check_choice("loss", self.loss, LossType)
-        _check_choice("weighting", self.weighting, Weighting)
-        _check_choice("reduction", self.reduction, Reduction)
+        checks.choice("mean_type", self.mean_type, get_args(MeanType))
+        checks.choice("var_type", self.var_type, get_args(VarType))
+        checks.choice("loss", self.loss, get_args(LossType))
+        checks.choice("weighting", self.weighting, get_args(Weighting))
+        checks.choice("reduction", self.reduction, get_args(Reduction))
+        if self.vlb_scale is not None:
+            checks.number("vlb_scale", self.vlb_scale, at_least=0)
+        checks.number("min_snr_gamma", self.min_snr_gamma, above=0)
+        checks.number("p2_gamma", self.p2_gamma, at_least=0)
+        checks.number("p2_k", self.p2_k, above=0)
         if self.loss == "hybrid" and not self.learns_variance:
             raise ValueError(
                 f"loss 'hybrid' needs a learned variance, got {self.var_type!r}."
@@ -72,7 +80,3 @@ class Objective:
         """
         return self.var_type.startswith("learned")
 
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}.")

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_diffusion.schedules import NoiseSchedule, take
+from jax_diffusion.schedules import NoiseSchedule, check_batch, take
 
 
 def q_sample(
@@ -23,11 +23,15 @@ def q_sample(
     Returns:
         x_t [b, ...], a draw from q(x_t | x_0).
 
+    Raises:
+        ValueError: unless schedule, data and t fit each other.
+
     >>> from jax_diffusion.schedules import cosine_betas, make_schedule
     >>> schedule, x_0 = make_schedule(cosine_betas(10)), jnp.ones((2, 3))
     >>> q_sample(schedule, x_0, jnp.array([0, 9]), eps=jnp.zeros((2, 3))).shape
     (2, 3)
     """
+    check_batch(schedule, t, x_0=x_0, eps=eps)
     level = take(schedule, t, x_0.ndim).now
     return level.signal * x_0 + level.noise * eps
 
@@ -39,7 +43,11 @@ def q_mean_log_var(
 
     Returns:
         The mean [b, ...] and the log variance [b, 1, ...] at rows t of the schedule.
+
+    Raises:
+        ValueError: unless schedule, data and t fit each other.
     """
+    check_batch(schedule, t, x_0=x_0)
     level = take(schedule, t, x_0.ndim).now
     return level.signal * x_0, 2 * jnp.log(level.noise)
 
@@ -62,7 +70,11 @@ def q_posterior(
 
     Returns:
         The mean [b, ...] and the log variance [b, 1, ...].
+
+    Raises:
+        ValueError: unless schedule, data and t fit each other.
     """
+    check_batch(schedule, t, x_0=x_0, x_t=x_t)
     c = take(schedule, t, x_t.ndim)
     return c.posterior_x_0 * x_0 + c.posterior_x_t * x_t, c.posterior_log_var
 
@@ -76,7 +88,11 @@ def x_0_from_eps(
     """x_0 = (x_t - noise eps) / signal, [b, ...], at rows t of the schedule.
 
     Not finite where the signal is zero.
+
+    Raises:
+        ValueError: unless schedule, data and t fit each other.
     """
+    check_batch(schedule, t, x_t=x_t, eps=eps)
     level = take(schedule, t, x_t.ndim).now
     return (x_t - level.noise * eps) / level.signal
 
@@ -90,7 +106,11 @@ def x_0_from_v(
     """x_0 = signal x_t - noise v, [b, ...], at rows t of the schedule.
 
     v is that of Salimans & Ho 2022, app. D.
+
+    Raises:
+        ValueError: unless schedule, data and t fit each other.
     """
+    check_batch(schedule, t, x_t=x_t, v=v)
     level = take(schedule, t, x_t.ndim).now
     return level.signal * x_t - level.noise * v
 
@@ -104,7 +124,11 @@ def x_0_from_mu(
     """The x_0 [b, ...] for which q(x_{t-1} | x_t, x_0) has mean mu (DDPM eq. 7).
 
     The coefficients are those of rows t of the schedule.
+
+    Raises:
+        ValueError: unless schedule, data and t fit each other.
     """
+    check_batch(schedule, t, x_t=x_t, mu=mu)
     c = take(schedule, t, x_t.ndim)
     return (mu - c.posterior_x_t * x_t) / c.posterior_x_0
 
@@ -115,7 +139,12 @@ def eps_from_x_0(
     t: Int[Array, "b"],
     x_0: Float[Array, "b *d"],
 ) -> Float[Array, "b *d"]:
-    """eps = (x_t - signal x_0) / noise, [b, ...], at rows t of the schedule."""
+    """eps = (x_t - signal x_0) / noise, [b, ...], at rows t of the schedule.
+
+    Raises:
+        ValueError: unless schedule, data and t fit each other.
+    """
+    check_batch(schedule, t, x_t=x_t, x_0=x_0)
     level = take(schedule, t, x_t.ndim).now
     return (x_t - level.signal * x_0) / level.noise
 
@@ -129,7 +158,11 @@ def v_from_x_0(
     """v = signal eps - noise x_0, [b, ...], at rows t of the schedule.
 
     eps is the one that x_t and x_0 imply (Salimans & Ho 2022, app. D).
+
+    Raises:
+        ValueError: unless schedule, data and t fit each other.
     """
+    check_batch(schedule, t, x_t=x_t, x_0=x_0)
     level = take(schedule, t, x_t.ndim).now
     return (level.signal * x_t - x_0) / level.noise
 
@@ -143,6 +176,10 @@ def score_from_x_0(
     """The score, grad_x log q(x_t | x_0) = -eps / noise, [b, ...].
 
     eps is the one that x_t and x_0 imply at rows t of the schedule.
+
+    Raises:
+        ValueError: unless schedule, data and t fit each other.
     """
+    check_batch(schedule, t, x_t=x_t, x_0=x_0)
     level = take(schedule, t, x_t.ndim).now
     return -eps_from_x_0(schedule, x_t, t, x_0) / level.noise

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_diffusion import checks
+
 
 def linear_betas(
     num_steps: int, *, start: float = 1e-4, end: float = 0.02, rescale: bool = True
@@ -21,13 +23,14 @@ def linear_betas(
             is (improved-diffusion). Ho et al. and DDIM do not.
 
     Raises:
-        ValueError: if num_steps < 2, or if rescaling takes a variance above 1, which
-            happens below T = 20.
+        ValueError: if num_steps < 2, or a variance is not in (0, 1], which rescaling
+            leads to below T = 20.
 
     >>> linear_betas(4, start=0.1, end=0.4, rescale=False)
     array([0.1, 0.2, 0.3, 0.4])
     """
-    check_length(num_steps)
+    _check(num_steps, start=start, end=end)
+    checks.boolean("rescale", rescale)
     scale = 1000 / num_steps if rescale else 1.0
     if scale * max(start, end) > 1:
         raise ValueError(
@@ -43,12 +46,16 @@ def quadratic_betas(
     """Variances whose square roots grow linearly ("quad" of Ho et al. and DDIM).
 
     Args:
-        num_steps: T.
-        start, end: first and last variance.
+        num_steps: T, at least 2.
+        start, end: first and last variance, in (0, 1].
 
     Returns:
         float64 [T].
+
+    Raises:
+        ValueError: if num_steps < 2, or an argument is out of range.
     """
+    _check(num_steps, start=start, end=end)
     return np.linspace(start**0.5, end**0.5, num_steps, dtype=np.float64) ** 2
 
 
@@ -65,19 +72,22 @@ def cosine_betas(
 
     Args:
         num_steps: T, at least 2.
-        offset: keeps the first betas from vanishing.
-        min_beta: lower bound; 1e-4 in the annotated DDPM, none in the paper.
-        max_beta: upper bound, reached only near u = 1, where alpha_bar goes to zero.
+        offset: keeps the first betas from vanishing; >= 0.
+        min_beta: lower bound, in [0, 1]; 1e-4 in the annotated DDPM, none in the paper.
+        max_beta: upper bound, in (0, 1], reached only near u = 1, where alpha_bar goes
+            to zero.
 
     Returns:
         float64 [T].
 
     Raises:
-        ValueError: if num_steps < 2.
+        ValueError: if num_steps < 2, or an argument is out of range.
 
     >>> cosine_betas(4).round(3)
     array([0.153, 0.417, 0.708, 0.999])
     """
+    checks.number("offset", offset, at_least=0)
+    checks.number("min_beta", min_beta, at_least=0, at_most=1)
 
     def alpha_bar(u):
         return np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2
@@ -93,12 +103,16 @@ def sigmoid_betas(
 
     Args:
         num_steps: T.
-        start, end: the variances at minus and plus infinity; the first and last of
-            the T are close to them.
+        start, end: the variances at minus and plus infinity, in (0, 1]; the first and
+            last of the T are close to them.
 
     Returns:
         float64 [T].
+
+    Raises:
+        ValueError: if num_steps < 2, or an argument is out of range.
     """
+    _check(num_steps, start=start, end=end)
     return start + (end - start) * _sigmoid(np.linspace(-6, 6, num_steps))
 
 
@@ -117,16 +131,21 @@ def sigmoid_alpha_bar_betas(
 
     Args:
         num_steps: T, at least 2.
-        start, end: the part of the sigmoid to use.
-        tau: temperature; large values make alpha_bar a straight line.
-        max_beta: upper bound of a variance.
+        start, end: the part of the sigmoid to use; not the same.
+        tau: temperature, > 0; large values make alpha_bar a straight line.
+        max_beta: upper bound of a variance, in (0, 1].
 
     Returns:
         float64 [T].
 
     Raises:
-        ValueError: if num_steps < 2.
+        ValueError: if num_steps < 2, or an argument is out of range.
     """
+    checks.number("start", start)
+    checks.number("end", end)
+    checks.number("tau", tau, above=0)
+    if start == end:
+        raise ValueError(f"end must differ from start = {start}, got {end}.")
     first, last = _sigmoid(start / tau), _sigmoid(end / tau)
 
     def alpha_bar(u):
@@ -139,7 +158,12 @@ def constant_betas(num_steps: int, *, value: float = 0.02) -> np.ndarray:
     """The same variance at all `num_steps` steps ("const" of Ho et al.): float64 [T].
 
     `value` is that variance, in (0, 1).
+
+    Raises:
+        ValueError: if num_steps < 2, or value is out of range.
     """
+    _check(num_steps)
+    checks.number("value", value, above=0, below=1)
     return np.full(num_steps, value, np.float64)
 
 
@@ -150,13 +174,18 @@ def warmup_betas(
 
     Args:
         num_steps: T.
-        fraction: the part of the steps over which variances grow; 0.1 and 0.5 are
-            "warmup10" and "warmup50" of Ho et al.
-        start, end: first and last variance.
+        fraction: the part of the steps over which variances grow, in [0, 1]; 0.1 and
+            0.5 are "warmup10" and "warmup50" of Ho et al.
+        start, end: first and last variance, in (0, 1].
 
     Returns:
         float64 [T].
+
+    Raises:
+        ValueError: if num_steps < 2, or an argument is out of range.
     """
+    _check(num_steps, start=start, end=end)
+    checks.number("fraction", fraction, at_least=0, at_most=1)
     betas = np.full(num_steps, end, np.float64)
     num_warmup = int(num_steps * fraction)
     betas[:num_warmup] = np.linspace(start, end, num_warmup, dtype=np.float64)
@@ -167,7 +196,11 @@ def jsd_betas(num_steps: int) -> np.ndarray:
     """Variances 1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015): float64 [T].
 
     The last of the `num_steps` leaves no signal, so the network must predict v or x_0.
+
+    Raises:
+        ValueError: if num_steps < 2.
     """
+    _check(num_steps)
     return 1.0 / np.linspace(num_steps, 1, num_steps, dtype=np.float64)
 
 
@@ -176,17 +209,19 @@ def given_betas(num_steps: int, *, betas: Any) -> np.ndarray:
 
     Args:
         num_steps: T.
-        betas: T numbers.
+        betas: T numbers in (0, 1].
 
     Returns:
         float64 [T].
 
     Raises:
-        ValueError: unless there are num_steps of them.
+        ValueError: unless there are num_steps of them, in that range.
     """
+    _check(num_steps)
+    betas = checks.vector("betas", betas, above=0, at_most=1)
     if len(betas) != num_steps:
-        raise ValueError(f"there must be {num_steps} betas, got {len(betas)}.")
-    return np.asarray(betas, np.float64)
+        raise ValueError(f"betas must be {num_steps} values, got {len(betas)}.")
+    return betas
 
 
 def betas_from_alpha_bar(
@@ -201,19 +236,28 @@ def betas_from_alpha_bar(
         alpha_bar_fn: takes u = t / T, float64 [T + 1] from 0 to 1, and returns
             alpha_bar there, up to a factor: it need not be 1 at u = 0.
         num_steps: T, at least 2.
-        max_beta: upper bound of a variance.
+        max_beta: upper bound of a variance, in (0, 1].
 
     Returns:
         float64 [T].
 
     Raises:
-        ValueError: if num_steps < 2.
+        ValueError: if num_steps < 2, max_beta is out of range, or alpha_bar does not
+            fall from one positive number to the next, the last of which may be 0.
 
     >>> betas_from_alpha_bar(lambda u: 1 - u / 2, 2).round(3)
     array([0.25 , 0.333])
     """
-    check_length(num_steps)
-    alpha_bar = alpha_bar_fn(np.arange(num_steps + 1) / num_steps)
+    _check(num_steps)
+    checks.number("max_beta", max_beta, above=0, at_most=1)
+    checks.function("alpha_bar_fn", alpha_bar_fn, "(u,)")
+    alpha_bar = np.asarray(alpha_bar_fn(np.arange(num_steps + 1) / num_steps))
+    is_real = alpha_bar.dtype.kind == "f" and alpha_bar.shape == (num_steps + 1,)
+    if not is_real or not (alpha_bar[:-1] > 0).all() or not np.isfinite(alpha_bar[-1]):
+        raise ValueError(
+            f"alpha_bar_fn must return {num_steps + 1} finite positive numbers, the "
+            f"last of which may be 0, got {checks.shown(alpha_bar)}."
+        )
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
 
 
@@ -224,19 +268,21 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     or x_0, not eps.
 
     Args:
-        betas: float64 [T], T >= 2.
+        betas: float64 [T], T >= 2, in (0, 1].
 
     Returns:
         float64 [T].
 
     Raises:
-        ValueError: if there are fewer than two variances.
+        ValueError: if there are fewer than two variances, or one is out of range.
 
     >>> zero_terminal_snr(np.array([0.1, 0.2, 0.3])).round(3)
     array([0.1  , 0.663, 1.   ])
     """
-    check_length(len(betas))
-    signal = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
+    betas = checks.vector("betas", betas, above=0, at_most=1)
+    if len(betas) < 2:
+        raise ValueError(f"betas must be at least 2 values, got {len(betas)}.")
+    signal = np.sqrt(np.cumprod(1 - betas))
     signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
     alpha_bar = signal**2
     return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
@@ -256,10 +302,11 @@ BETAS: dict[str, Callable[..., np.ndarray]] = {
 """Variances by name: f(num_steps, **arguments) -> float64 [T]."""
 
 
-def check_length(num_steps: int) -> None:
-    """Raises ValueError unless `num_steps`, T, is at least 2."""
-    if num_steps < 2:
-        raise ValueError(f"a diffusion needs at least 2 steps, got {num_steps}.")
+def _check(num_steps: int, **variances: float) -> None:
+    """Raises ValueError unless T is at least 2 and variances are in (0, 1]."""
+    checks.integer("num_steps", num_steps, at_least=2)
+    for name, value in variances.items():
+        checks.number(name, value, above=0, at_most=1)
 
 
 def _sigmoid(x):

@@ -1,5 +1,6 @@
 """The table of a diffusion's coefficients: NoiseSchedule, make_schedule, pad, take."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -8,10 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from jax_diffusion.schedules.betas import check_length
+from jax_diffusion import checks
 
 Table = Any
 """One coefficient of every row: a jax.Array, or np.ndarray from `tabulate`."""
@@ -104,7 +104,8 @@ def make_schedule(
         NoiseSchedule of float32 arrays, [T] or [len(keep)].
 
     Raises:
-        ValueError: if a beta or an index is out of range.
+        ValueError: if a beta or an index is out of range, or a coefficient is not
+            finite in float32.
 
     >>> from jax_diffusion.schedules import linear_betas
     >>> schedule = make_schedule(linear_betas(1000), keep=[0, 500, 999])
@@ -128,23 +129,15 @@ def tabulate(
     Raises:
         ValueError: if a beta or an index is out of range.
     """
-    betas = np.asarray(betas, np.float64)
-    wrong = betas[~((betas > 0) & (betas <= 1))]
-    if betas.ndim != 1 or wrong.size:
-        got = f"shape {betas.shape}" if betas.ndim != 1 else f"{wrong[0]}"
-        raise ValueError(f"betas must be a vector of values in (0, 1], got {got}.")
-    check_length(len(betas))
+    betas = checks.vector("betas", betas, above=0, at_most=1)
+    if len(betas) < 2:
+        raise ValueError(f"betas must be at least 2 values, got {len(betas)}.")
     if np.any(betas[:-1] == 1):
         first = np.argmax(betas)
         raise ValueError(f"no beta but the last may be 1, got it at t = {first}.")
+    checks.boolean("rescale_timesteps", rescale_timesteps)
     scale = 1000 / len(betas) if rescale_timesteps else 1.0
-    every = np.arange(len(betas))
-    timesteps = every if keep is None else np.asarray(keep)
-    if timesteps.ndim != 1 or not len(timesteps) or not np.isin(timesteps, every).all():
-        raise ValueError(f"keep must be steps within [0, {len(betas)}), got {keep}.")
-    if not np.all(np.diff(timesteps) > 0):
-        raise ValueError(f"keep must increase, got {keep}.")
-    timesteps = timesteps.astype(int)
+    timesteps = np.arange(len(betas)) if keep is None else _kept(keep, len(betas))
     if keep is not None:
         alpha_bar = np.cumprod(1 - betas)[timesteps]
         betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
@@ -156,11 +149,12 @@ def tabulate(
         log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
         return Level(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), log_snr)
 
-    posterior_var = betas * (1 - prev) / (1 - now)
-    # Row 0 is zero, its log -inf; a chain of one step has only beta to put there.
-    posterior_var[0] = posterior_var[1] if len(betas) > 1 else betas[0]
-    with np.errstate(divide="ignore"):  # the infinities at both ends are meant
-        return NoiseSchedule(
+    # The infinities at both ends are meant; others are told by `_check_finite`.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        posterior_var = betas * (1 - prev) / (1 - now)
+        # Row 0 is zero, its log -inf; a chain of one step has only beta to put there.
+        posterior_var[0] = posterior_var[1] if len(betas) > 1 else betas[0]
+        table = NoiseSchedule(
             betas=betas,
             now=level(now),
             prev=level(prev),
@@ -170,6 +164,47 @@ def tabulate(
             posterior_log_var=np.log(posterior_var),
             timesteps=timesteps * scale,
         )
+    _check_finite(table)
+    return table
+
+
+def _kept(keep: Any, num_steps: int) -> np.ndarray:
+    """The steps to keep, increasing int [n], once they are known to be some of T."""
+    found, got = np.zeros((0, 0)), checks.shown(keep)
+    if checks.known(keep) and not isinstance(keep, str):
+        with contextlib.suppress(TypeError, ValueError):  # if ragged
+            found = np.asarray(keep)
+            got = checks.shown(found.tolist())
+    within = found.ndim == 1 and len(found) and found.dtype.kind in "iuf"
+    if not within or not np.isin(found, np.arange(num_steps)).all():
+        raise ValueError(f"keep must be steps within [0, {num_steps}), got {got}.")
+    if not np.all(np.diff(found) > 0):
+        raise ValueError(f"keep must increase, got {got}.")
+    return found.astype(int)
+
+
+def _check_finite(table: NoiseSchedule) -> None:
+    """Raises ValueError unless float32 holds every coefficient of every row.
+
+    Meant are the infinite log-SNRs of clean data, before row 0, and of pure noise,
+    after the last row or in it.
+    """
+    meant = {"prev": ([0], np.inf), "now": ([-1], -np.inf), "next": ([-2, -1], -np.inf)}
+    for field in dataclasses.fields(table):
+        columns = getattr(table, field.name)
+        for column in columns if isinstance(columns, Level) else [columns]:
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(column.astype(np.float32))
+            if isinstance(columns, Level) and column is columns.log_snr:
+                rows, infinity = meant[field.name]
+                rows = rows[-len(column) :]  # a chain of one step has one row
+                finite[rows] |= column[rows] == infinity
+            if not finite.all():
+                row = int(np.argmin(finite))
+                raise ValueError(
+                    "betas must give finite coefficients in every row, got "
+                    f"{table.betas[row]:.4g} in row {row}."
+                )
 
 
 def pad(schedule: NoiseSchedule, length: int) -> NoiseSchedule:
@@ -192,9 +227,9 @@ def pad(schedule: NoiseSchedule, length: int) -> NoiseSchedule:
     >>> pad(make_schedule(cosine_betas(2)), 4).timesteps.tolist()
     [0.0, 1.0, -1.0, -1.0]
     """
+    check_schedule(schedule)
+    checks.integer("length", length, at_least=schedule.num_steps)
     extra = length - schedule.num_steps
-    if extra < 0:
-        raise ValueError(f"length must be >= {schedule.num_steps} steps, got {length}.")
     padded = jax.tree.map(lambda a: jnp.pad(a, (0, extra), mode="edge"), schedule)
     unvisited = jnp.arange(length) >= schedule.num_steps
     return dataclasses.replace(
@@ -213,25 +248,84 @@ def take(schedule: NoiseSchedule, t: Int[Array, "b"], ndim: int) -> NoiseSchedul
     Returns:
         NoiseSchedule with arrays [b, 1, ..., 1] of rank `ndim`.
 
+    Raises:
+        ValueError: if the schedule or t is none, or t is known to be out of range.
+
     >>> from jax_diffusion.schedules import cosine_betas
     >>> schedule = make_schedule(cosine_betas(10))
     >>> take(schedule, jnp.array([3, 7]), 4).now.signal.shape
     (2, 1, 1, 1)
     """
+    check_rows(schedule, t)
+    checks.integer("ndim", ndim, at_least=0)
     shape = t.shape + (1,) * (ndim - 1)
     take_rows = functools.partial(jnp.take, indices=t, axis=0, mode="clip")
     return jax.tree.map(lambda a: take_rows(a).reshape(shape), schedule)
 
 
+def check_schedule(schedule: Any) -> None:
+    """Raises ValueError unless `schedule` is a NoiseSchedule with arrays [T]."""
+    if not isinstance(schedule, NoiseSchedule):
+        rule = "schedule must be a NoiseSchedule, as make_schedule returns one"
+        raise ValueError(f"{rule}, got {checks.shown(schedule)}.")
+    if np.ndim(schedule.betas) != 1:
+        got = checks.shown(schedule.betas)
+        raise ValueError(f"schedule must have arrays [T], got {got}.")
+
+
+def check_rows(schedule: NoiseSchedule, t: Any, name: str = "t") -> None:
+    """Raises ValueError unless `t` are numbers of rows of the `schedule`.
+
+    That is an int array [b], or of no axis within `jax.vmap`, whose values, where they
+    are known, are steps of the diffusion. In the sentence t is called `name`.
+    """
+    check_schedule(schedule)
+    axes = getattr(t, "ndim", 1)
+    checks.array(name, t, "int", ("b",) if axes else ())
+    checks.rows(name, t, _num_visited(schedule))
+
+
+def check_batch(
+    schedule: NoiseSchedule, t: Any, *, per_image: bool = False, **data: Any
+) -> None:
+    """Checks that a schedule, data and timesteps fit each other, before they are used.
+
+    Args:
+        schedule: a NoiseSchedule with arrays [T].
+        t: int32 [b], within [0, T) where known. A t without an axis, for all images, is
+            what a function sees within `jax.vmap`, and passes where values are traced.
+        per_image: whether results have an axis [b], so that no such t passes.
+        data: float arrays [b, ...] by name, all of the shape of the first one.
+
+    Raises:
+        ValueError: if they do not, by the name of the one that does not.
+    """
+    check_schedule(schedule)
+    (first, x), *others = data.items()
+    checks.data(first, x, ("b", ...) if per_image else (...,))
+    for name, other in others:
+        checks.data(name, other, np.shape(x))
+    one_image = getattr(t, "shape", None) == () and not per_image
+    one_image = one_image and not all(map(checks.known, (t, *data.values())))
+    checks.array("t", t, "int", () if one_image else np.shape(x)[:1])
+    checks.rows("t", t, _num_visited(schedule))
+
+
 def check_step(schedule: NoiseSchedule, t: int | Int[Array, ""]) -> None:
     """Raises ValueError unless `t` is a step of the `schedule`, added rows not counted.
 
-    A traced t has no value to check, and passes.
+    A traced t has no value to check, and passes if it is one integer.
     """
-    if isinstance(t, Tracer):
-        return
-    num_steps = schedule.num_steps
-    if not isinstance(schedule.timesteps, Tracer):  # else nothing tells added rows
-        num_steps = int(np.sum(np.asarray(schedule.visited)))
-    if not 0 <= t < num_steps:
-        raise ValueError(f"t must be in [0, {num_steps}), got {t}.")
+    check_schedule(schedule)
+    if isinstance(t, jax.Array | np.ndarray):
+        checks.array("t", t, "int", ())
+    else:
+        checks.integer("t", t)
+    checks.rows("t", t, _num_visited(schedule))
+
+
+def _num_visited(schedule: NoiseSchedule) -> int:
+    """The number of rows that `pad` has not added, if known, or else of all."""
+    if not checks.known(schedule.timesteps):
+        return schedule.num_steps
+    return int(np.sum(np.asarray(jax.device_get(schedule.timesteps)) >= 0))

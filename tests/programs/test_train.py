@@ -276,7 +276,7 @@ def bad(*overrides):
         (["--config.sampling.sampler=euler"], "sampler must be one of"),
         (["--config.sampling.steps=11"], "steps must be in"),
         (["--config.sampling.spacing=leading"], "spacing must be one of"),
-        (["--config.schedule.num_steps=1"], "at least 2 steps"),
+        (["--config.schedule.num_steps=1"], "num_steps must be an integer >= 2"),
         (["--config.objective.loss=l3"], "loss must be one of"),
         (["--config.objective.loss=l2"], "'hybrid' or 'vlb' only"),
         (["--config.timesteps.name=importance"], "config.timesteps.name must be"),
