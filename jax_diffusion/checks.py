@@ -22,6 +22,7 @@ import numpy as np
 ARRAYS = {
     "float": ("a float array", jnp.floating),
     "int": ("an int array", jnp.signedinteger),
+    "integer": ("an integer array", jnp.integer),
     "uint8": ("a uint8 array", np.uint8),
     "key": ("an array of typed keys", jax.dtypes.prng_key),
 }
@@ -196,8 +197,20 @@ def key(name: str, value: Any) -> None:
         raise ValueError(f"{rule}, got {shown(value)}.")
 
 
-def rows(name: str, value: Any, num_rows: int, at_least: int = 0) -> None:
-    """Raises ValueError unless integers are in [`at_least`, `num_rows`), where known.
+def keys(name: str, value: Any, count: int | str = "b") -> None:
+    """Raises ValueError unless `value`, the argument `name`, is `count` typed keys.
+
+    >>> keys("keys", jax.random.key(0), 3)
+    Traceback (most recent call last):
+    ValueError: keys must be an array of typed keys [3], got key<fry> [].
+    """
+    array(name, value, "key", (count,))
+
+
+def rows(name: str, value: Any, num_rows: int, *, negative: bool = False) -> None:
+    """Raises ValueError unless integers are in [0, `num_rows`), where known.
+
+    With `negative`, they may be below 0, too.
 
     >>> rows("t", np.array([3, 10]), 10)
     Traceback (most recent call last):
@@ -206,10 +219,10 @@ def rows(name: str, value: Any, num_rows: int, at_least: int = 0) -> None:
     if not known(value):
         return
     found = np.asarray(jax.device_get(value))
-    wrong = found[(found < at_least) | (found >= num_rows)]
+    wrong = found[(found >= num_rows) | ((found < 0) & (not negative))]
     if wrong.size:
-        rule = f"{name} must be in [{at_least}, {num_rows})"
-        raise ValueError(f"{rule}, got {wrong.flat[0]}.")
+        rule = f"below {num_rows}" if negative else f"in [0, {num_rows})"
+        raise ValueError(f"{name} must be {rule}, got {wrong.flat[0]}.")
 
 
 def broadcasts(name: str, value: Any, shape: Sequence[int]) -> None:
@@ -234,7 +247,7 @@ def common_shape(name: str, value: Any, shape: Sequence[int]) -> tuple[int, ...]
     (3, 2)
     """
     try:
-        is_number = np.dtype(jnp.result_type(value)).kind not in "OUSV"
+        is_number = value is not None and jnp.result_type(value) is not None
         found = np.broadcast_shapes(np.shape(value), tuple(shape))
     except (TypeError, ValueError):
         is_number, found = False, ()
@@ -313,10 +326,12 @@ def shown(value: Any) -> str:
     """
     if isinstance(value, jax.Array | np.ndarray):
         return f"{value.dtype} [{', '.join(map(str, value.shape))}]"
-    if value is None or isinstance(value, numbers.Number | str | list | tuple | dict):
-        plain = type(value).__module__ in ("builtins", "numpy")
-        if plain:
-            return reprlib.repr(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, complex, str):
+        return reprlib.repr(value)
+    if type(value) in (list, tuple, dict):
+        return reprlib.repr(value)
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
@@ -326,7 +341,9 @@ def _fits(found: Sequence[int], shape: Sequence[int | str | EllipsisType]) -> bo
     wanted = [n for n in shape if n is not ...]
     if len(found) < len(wanted) or (len(found) > len(wanted) and ... not in shape):
         return False
-    return all(isinstance(n, str) or n == m for n, m in zip(wanted, found, strict=False))
+    return all(
+        isinstance(n, str) or n == m for n, m in zip(wanted, found, strict=False)
+    )
 
 
 def _range(at_least: Any, above: Any, at_most: Any, below: Any) -> str:

@@ -9,12 +9,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from jax_diffusion import diffusion, samplers
+from jax_diffusion import checks, diffusion, samplers
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.samplers import StepFn
-from jax_diffusion.schedules import NoiseSchedule, check_step, take
+from jax_diffusion.schedules import (
+    NoiseSchedule,
+    check_batch,
+    check_rows,
+    check_schedule,
+    check_step,
+    take,
+)
 
 
 def gray(x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
@@ -22,9 +30,15 @@ def gray(x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
 
     Takes images x [b, ..., c] and returns images of the same shape.
 
+    Raises:
+        ValueError: unless x is a float array with an axis of channels.
+
     >>> gray(jnp.array([[[[0.0, 0.5, 1.0]]]])).ravel().tolist()
     [0.5, 0.5, 0.5]
     """
+    checks.data("x", x, ("b", ...))
+    if x.ndim < 2:
+        raise ValueError(f"x must have an axis of channels, got {checks.shown(x)}.")
     return jnp.broadcast_to(jnp.mean(x, axis=-1, keepdims=True), x.shape)
 
 
@@ -45,7 +59,7 @@ def block_mean(x: Float[Array, "b h w c"], *, size: int) -> Float[Array, "b h w 
         Images [b, h, w, c].
 
     Raises:
-        ValueError: unless size divides h and w.
+        ValueError: unless x is such a float array, and size divides h and w.
     """
     small = shrink(x, size=size)
     return jnp.repeat(jnp.repeat(small, size, axis=1), size, axis=2)
@@ -62,14 +76,16 @@ def shrink(x: Float[Array, "b h w c"], *, size: int) -> Float[Array, "b h2 w2 c"
         Images [b, h / size, w / size, c].
 
     Raises:
-        ValueError: unless size divides h and w.
+        ValueError: unless x is such a float array, and size divides h and w.
 
     >>> shrink(jnp.arange(4.0).reshape(1, 2, 2, 1), size=2).ravel().tolist()
     [1.5]
     """
+    checks.data("x", x, ("b", "h", "w", "c"))
     b, h, w, c = x.shape
-    if size < 1 or h % size or w % size:
-        raise ValueError(f"blocks of pixels must divide {h} x {w}, got {size}.")
+    checks.integer("size", size, at_least=1)
+    if h % size or w % size:
+        raise ValueError(f"size must divide {h} x {w} pixels, got {size}.")
     return x.reshape(b, h // size, size, w // size, size, c).mean(axis=(2, 4))
 
 
@@ -93,7 +109,18 @@ def renoise(
 
     Returns:
         x at the level of `to`, [b, ...].
+
+    Raises:
+        ValueError: unless schedule, keys, x, t and `to` fit each other, and, where they
+            are known, t <= to.
     """
+    check_batch(schedule, t, x=x)
+    check_rows(schedule, to, "to")
+    checks.keys("keys", keys, x.shape[0])
+    if np.shape(to) != t.shape:
+        raise ValueError(f"to must have the shape of t, got {checks.shown(to)}.")
+    if checks.known(t) and checks.known(to) and np.any(np.asarray(to) < np.asarray(t)):
+        raise ValueError(f"to must be at least t = {t}, got {to}.")
     low = take(schedule, t, x.ndim).prev
     high = take(schedule, to, x.ndim).now
     ratio = high.signal / low.signal
@@ -135,12 +162,15 @@ def repaint(
         Images [b, ...].
 
     Raises:
-        ValueError: if jump or resamples is less than 1, or the mask does not fit.
+        ValueError: if jump or resamples is no integer >= 1, or arguments do not fit
+            each other.
     """
-    if jump < 1 or resamples < 1:
-        raise ValueError(
-            f"jump and resamples must be positive, got {jump} and {resamples}."
-        )
+    checks.integer("jump", jump, at_least=1)
+    checks.integer("resamples", resamples, at_least=1)
+    check_schedule(schedule)
+    checks.data("x_T", x_T, ("b", ...))
+    checks.data("x_known", x_known, x_T.shape)
+    checks.keys("keys", keys, x_T.shape[0])
     step_fn = samplers.inpaint(step_fn, x_known, mask)
     ts = schedule.steps[::-1]
     ts = jnp.pad(ts, (-len(ts) % jump, 0), constant_values=-1).reshape(-1, jump)
@@ -190,9 +220,12 @@ def edit(
         Images [b, ...].
 
     Raises:
-        ValueError: if t is no step of the schedule; not checked where one is traced.
+        ValueError: if t is no step of the schedule, where it is known, or arguments do
+            not fit each other.
     """
     check_step(schedule, t)
+    checks.data("x", x, ("b", ...))
+    checks.keys("keys", keys, x.shape[0])
     level = jnp.full(x.shape[:1], t, jnp.int32)
     eps = samplers.normal(samplers.fold_in(keys, 0), x.shape[1:])
     x_t = diffusion.q_sample(schedule, x, level, eps)
@@ -225,7 +258,8 @@ def descend(
         Images [b, ...].
 
     Raises:
-        ValueError: if t is no step of the schedule; not checked where one is traced.
+        ValueError: if t is no step of the schedule, where it is known, or arguments do
+            not fit each other.
     """
     check_step(schedule, t)
     ts = jnp.where(schedule.steps <= t, schedule.steps, -1)[::-1]
@@ -255,8 +289,10 @@ def reconstruct(
         The noise x_t and the reconstructions, [b, ...] each.
 
     Raises:
-        ValueError: if t is no step of the schedule; not checked where one is traced.
+        ValueError: if t is no step of the schedule, where it is known, or arguments do
+            not fit each other.
     """
+    check_schedule(schedule)
     if t is None:
         t = jnp.sum(schedule.visited) - 1
     x_t = samplers.invert(denoise_fn, schedule, x, t=t)
@@ -284,7 +320,13 @@ def between_noises(
 
     Returns:
         [n, b, ...]: a row of images for each weight.
+
+    Raises:
+        ValueError: unless arguments fit each other.
     """
+    checks.data("x_T", x_T, ("b", ...))
+    checks.data("y_T", y_T, x_T.shape)
+    checks.array("weights", weights, "float", ("n",))
 
     def at(weight):
         z_T = samplers.slerp(x_T, y_T, jnp.full(x_T.shape[:1], weight))

@@ -19,11 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from jax_diffusion import diffusion
+from jax_diffusion import checks, diffusion
 from jax_diffusion.diffusion import DenoiseFn
-from jax_diffusion.schedules import NoiseSchedule, take
+from jax_diffusion.schedules import NoiseSchedule, check_rows, check_schedule, take
 
 Scale = float | Array | Callable[[Array], Array]
 """A guidance scale: one for all images, one for each image [b], or a function of t [b]
@@ -58,6 +59,10 @@ def classifier_free(
     Returns:
         A denoiser that takes no label.
 
+    Raises:
+        ValueError: if an argument has another type or shape, or is out of range; in a
+            call, if label, scale and x_t do not fit each other.
+
     >>> def denoise_fn(x_t, t, *, label):
     ...     return diffusion.Prediction(0 * x_t + label[:, None], jnp.zeros(()))
     >>> label, null_label = jnp.array([1, 2]), 0
@@ -65,13 +70,24 @@ def classifier_free(
     >>> guided(jnp.zeros((2, 1)), jnp.array([5, 5])).x_0.tolist()
     [[3.0], [6.0]]
     """
+    checks.function("denoise_fn", denoise_fn, "(x_t, t, label=)")
+    checks.array("label", label, "int", ("b",))
+    if np.ndim(null_label):
+        checks.array("null_label", null_label, "int", label.shape)
+    elif checks.known(null_label):
+        checks.integer("null_label", np.asarray(null_label).item())
+    _check_scale(scale)
+    checks.number("rescale", rescale, at_least=0, at_most=1)
 
     def guided(x_t, t, **conditioning):
+        checks.array("label", label, "int", x_t.shape[:1])
         null = jnp.broadcast_to(jnp.asarray(null_label, label.dtype), label.shape)
         rows = {"x_t": x_t, "t": t, **conditioning}
         twice = {name: jnp.repeat(a, 2, axis=0) for name, a in rows.items()}
         labels = jnp.stack([label, null], axis=1).reshape(-1)
-        prediction = denoise_fn(twice.pop("x_t"), twice.pop("t"), label=labels, **twice)
+        x_t_twice, t_twice = twice.pop("x_t"), twice.pop("t")
+        prediction = denoise_fn(x_t_twice, t_twice, label=labels, **twice)
+        diffusion.check_prediction(prediction, x_t_twice)
         log_var = jnp.broadcast_to(
             prediction.log_var, (2 * len(t), *prediction.log_var.shape[1:])
         )
@@ -111,6 +127,10 @@ def classifier(
     Returns:
         A denoiser.
 
+    Raises:
+        ValueError: if an argument has another type; in a call, if log_prob_fn or
+            denoise_fn returns something else, or x_t and t do not fit.
+
     >>> from jax_diffusion.schedules import cosine_betas, make_schedule
     >>> def denoise_fn(x_t, t):
     ...     return diffusion.Prediction(x_t, jnp.zeros(()))
@@ -119,11 +139,23 @@ def classifier(
     >>> guided(jnp.array([[1.0]]), jnp.array([5])).grad.tolist()
     [[-4.0]]
     """
+    checks.function("denoise_fn", denoise_fn, "(x_t, t)")
+    checks.function("log_prob_fn", log_prob_fn, "(x_t, timesteps)")
+    check_schedule(schedule)
+    _check_scale(scale)
 
     def guided(x_t, t, **conditioning):
+        check_rows(schedule, t)
         prediction = denoise_fn(x_t, t, **conditioning)
+        diffusion.check_prediction(prediction, x_t)
         timesteps = schedule.timesteps[t]
-        grad = jax.grad(lambda x: jnp.sum(log_prob_fn(x, timesteps)))(x_t)
+
+        def total(x):
+            log_prob = log_prob_fn(x, timesteps)
+            checks.array("log_prob_fn's output", log_prob, "float", t.shape)
+            return jnp.sum(log_prob)
+
+        grad = jax.grad(total)(x_t)
         grad = _column(scale, t, x_t.ndim) * grad
         if prediction.grad is not None:
             grad = prediction.grad + grad
@@ -145,10 +177,17 @@ def shift_x_0(denoise_fn: DenoiseFn, schedule: NoiseSchedule) -> DenoiseFn:
 
     Returns:
         A denoiser whose predictions have grad None.
+
+    Raises:
+        ValueError: if an argument has another type; in a call, if denoise_fn returns
+            something else.
     """
+    checks.function("denoise_fn", denoise_fn, "(x_t, t)")
+    check_schedule(schedule)
 
     def shifted(x_t, t, **conditioning):
         prediction = denoise_fn(x_t, t, **conditioning)
+        diffusion.check_prediction(prediction, x_t)
         x_0 = diffusion.guided_x_0(schedule, prediction, t)
         return prediction._replace(x_0=x_0, grad=None)
 
@@ -166,10 +205,19 @@ def label_log_prob(
 
     Returns:
         log_prob_fn(x_t, timesteps) -> nats [b].
+
+    Raises:
+        ValueError: unless label is int [b]; in a call, unless logits are [b, k] and
+            label, where known, is in [0, k).
     """
+    checks.function("logits_fn", logits_fn, "(x_t, timesteps)")
+    checks.array("label", label, "int", ("b",))
 
     def log_prob(x_t, timesteps):
-        log_probs = jax.nn.log_softmax(logits_fn(x_t, timesteps))
+        logits = logits_fn(x_t, timesteps)
+        checks.array("logits_fn's output", logits, "float", (*label.shape, "k"))
+        checks.rows("label", label, logits.shape[-1])
+        log_probs = jax.nn.log_softmax(logits)
         return jnp.take_along_axis(log_probs, label[:, None], axis=-1)[:, 0]
 
     return log_prob
@@ -189,18 +237,26 @@ def within(
         schedule: the steps to take.
         scale: inside the interval; a number, or one for each image [b].
         low, high: the interval, in units of noise / signal, the paper's sigma; both
-            ends are inside.
+            ends are inside. It is empty if low is above high.
         outside: the scale elsewhere. 1 is the prediction with the label for
             `classifier_free`; give 0 for `classifier`.
 
     Returns:
         scale_fn(t) -> scales [b].
 
+    Raises:
+        ValueError: if an argument is out of range.
+
     >>> from jax_diffusion.schedules import cosine_betas, make_schedule
     >>> scale_fn = within(make_schedule(cosine_betas(10)), 3.0, low=0.3, high=2.0)
     >>> scale_fn(jnp.array([0, 5, 9])).tolist()
     [1.0, 3.0, 1.0]
     """
+    check_schedule(schedule)
+    _check_scale(scale)
+    checks.number("low", low, at_least=0, infinite=True)
+    checks.number("high", high, at_least=0, infinite=True)
+    _check_scale(outside, "outside")
 
     def scale_fn(t):
         level = take(schedule, t, 1).now
@@ -228,15 +284,39 @@ def drop_labels(
     Returns:
         Labels [b].
 
+    Raises:
+        ValueError: unless label is int [b], and share in [0, 1].
+
     >>> drop_labels(jax.random.key(0), jnp.array([3, 5, 2]), null_label=10, share=1.0)
     Array([10, 10, 10], dtype=int32)
     """
+    checks.key("key", key)
+    checks.array("label", label, "int", ("b",))
+    if not isinstance(null_label, jax.Array):
+        checks.integer("null_label", null_label)
+    checks.number("share", share, at_least=0, at_most=1)
     return jnp.where(
         jax.random.bernoulli(key, share, label.shape), null_label, label
     ).astype(label.dtype)
 
 
+def _check_scale(scale: Any, name: str = "scale") -> None:
+    """Raises ValueError unless a scale is one number, numbers [b], or a function."""
+    if callable(scale):
+        return
+    if np.ndim(scale) == 0:
+        checks.number(name, scale)
+    elif not isinstance(scale, jax.Array | np.ndarray) or scale.ndim != 1:
+        rule = f"{name} must be one number, or one for each image, [b]"
+        raise ValueError(f"{rule}, got {checks.shown(scale)}.")
+    elif checks.known(scale):
+        checks.vector(name, scale)
+
+
 def _column(scale: Any, t: Array, ndim: int) -> Array:
     """A scale at t, reshaped to [b or 1, 1, ...], to multiply rank-`ndim` data."""
     value = jnp.asarray(scale(t) if callable(scale) else scale, jnp.float32)
+    if value.shape not in ((), (1,), t.shape):
+        rule = f"scale must be one number, or one for each image, {list(t.shape)}"
+        raise ValueError(f"{rule}, got {checks.shown(value)}.")
     return value.reshape((-1,) + (1,) * (ndim - 1))

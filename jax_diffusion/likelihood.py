@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from jax_diffusion import diffusion, losses, samplers
+from jax_diffusion import checks, diffusion, losses, samplers
 from jax_diffusion.diffusion import DenoiseFn
-from jax_diffusion.schedules import NoiseSchedule
+from jax_diffusion.schedules import NoiseSchedule, check_schedule
 
 BINS = 127.5  # how many values of 8-bit data fall into an interval of length 1
 
@@ -75,11 +75,16 @@ def prior_bpd(schedule: NoiseSchedule, x_0: Float[Array, "b *d"]) -> Float[Array
     Returns:
         Bits/dim [b].
 
+    Raises:
+        ValueError: unless schedule and x_0 are such.
+
     >>> from jax_diffusion import schedules
     >>> schedule = schedules.make_schedule(schedules.cosine_betas(10))
     >>> bool(prior_bpd(schedule, jnp.ones((1, 3)))[0] < 0.01)
     True
     """
+    check_schedule(schedule)
+    checks.data("x_0", x_0, ("b", ...))
     last = jnp.sum(schedule.visited, dtype=jnp.int32) - 1
     last = jnp.broadcast_to(last, x_0.shape[:1])
     mean, log_var = diffusion.q_mean_log_var(schedule, x_0, last)
@@ -108,9 +113,17 @@ def bits_per_dim(
 
     Returns:
         BitsPerDim with arrays [b] and [b, T].
+
+    Raises:
+        ValueError: unless arguments fit each other, and x_0, where its values are
+            known, is in [-1, 1]: the bins at both ends would count what lies beyond.
     """
+    keys = _keys_of(key, denoise_fn, schedule, x_0)
+    if checks.known(x_0) and x_0.size:
+        largest = float(np.max(np.abs(np.asarray(jax.device_get(x_0), np.float64))))
+        if not largest <= 1 + 1e-6:
+            raise ValueError(f"x_0 must be in [-1, 1], got a value of {largest:.4g}.")
     num_images = x_0.shape[0]
-    keys = key if key.ndim else samplers.image_keys(key, jnp.arange(num_images))
 
     def terms_at(step):
         t = jnp.full((num_images,), step, jnp.int32)
@@ -118,6 +131,7 @@ def bits_per_dim(
         eps = samplers.normal(step_keys, x_0.shape[1:])
         x_t = diffusion.q_sample(schedule, x_0, t, eps)
         prediction = denoise_fn(x_t, t)
+        diffusion.check_prediction(prediction, x_t)
         vlb = losses.vlb_terms(schedule, prediction, x_0, x_t, t)
         eps_hat = diffusion.eps_from_x_0(schedule, x_t, t, prediction.x_0)
         x_0_mse = losses.mean_flat((prediction.x_0 - x_0) ** 2)
@@ -149,7 +163,15 @@ def progressive_coding(
         rate [b, T] in bits/dim and distortion [b, T], the root mean squared error on
         the scale of 0 to 255. t ascends: column T - 1 has the lowest rate, column 0
         the lowest distortion.
+
+    Raises:
+        ValueError: unless bpd has such arrays.
     """
+    if not isinstance(bpd, BitsPerDim):
+        raise ValueError(f"bpd must be a BitsPerDim, got {checks.shown(bpd)}.")
+    checks.array("bpd.vlb", bpd.vlb, "float", ("b", "T"))
+    checks.array("bpd.prior", bpd.prior, "float", bpd.vlb.shape[:1])
+    checks.array("bpd.x_0_mse", bpd.x_0_mse, "float", bpd.vlb.shape)
     above = jnp.cumsum(bpd.vlb[:, ::-1], axis=1)[:, ::-1] - bpd.vlb
     return bpd.prior[:, None] + above, 127.5 * jnp.sqrt(bpd.x_0_mse)
 
@@ -168,7 +190,12 @@ def dequantize(
 
     Returns:
         [b, ...], within half a bin, 1 / 255, of x_0.
+
+    Raises:
+        ValueError: unless x_0 is a float array with one key for each image.
     """
+    checks.data("x_0", x_0, ("b", ...))
+    checks.keys("keys", keys, x_0.shape[0])
     draw = functools.partial(jax.random.uniform, minval=-0.5, maxval=0.5)
     return x_0 + jax.vmap(lambda key: draw(key, x_0.shape[1:]))(keys) / BINS
 
@@ -213,11 +240,10 @@ def ode_bits_per_dim(
         OdeBits with arrays [b].
 
     Raises:
-        ValueError: if probes is less than 1.
+        ValueError: if probes is no integer >= 1, or arguments do not fit each other.
     """
-    if probes < 1:
-        raise ValueError(f"probes must be at least 1, got {probes}.")
-    keys = key if key.ndim else samplers.image_keys(key, jnp.arange(x_0.shape[0]))
+    checks.integer("probes", probes, at_least=1)
+    keys = _keys_of(key, denoise_fn, schedule, x_0)
     signal = schedule.now.signal[0]
     x = signal * dequantize(keys, x_0)  # with these keys, and probes with others
     shape, dtype = x_0.shape[1:], jnp.float32
@@ -240,6 +266,17 @@ def ode_bits_per_dim(
     return OdeBits(fine, prior[0], step_error, probe_error)
 
 
+def _keys_of(key, denoise_fn, schedule, x_0):
+    """One key for each image, once the arguments of a likelihood fit each other."""
+    checks.function("denoise_fn", denoise_fn, "(x_t, t)")
+    check_schedule(schedule)
+    checks.data("x_0", x_0, ("b", ...))
+    if np.ndim(key):
+        checks.keys("key", key, x_0.shape[0])
+        return key
+    return samplers.image_keys(key, jnp.arange(x_0.shape[0]))
+
+
 def _flow(denoise_fn, schedule, x, signs, stride):
     """Integrates the flow from the first row to the last, over every `stride`-th row.
 
@@ -253,7 +290,9 @@ def _flow(denoise_fn, schedule, x, signs, stride):
         t = jnp.full(x.shape[:1], row, jnp.int32)
 
         def v(x):
-            x_0 = diffusion.guided_x_0(schedule, denoise_fn(x, t), t)
+            prediction = denoise_fn(x, t)
+            diffusion.check_prediction(prediction, x)
+            x_0 = diffusion.guided_x_0(schedule, prediction, t)
             return diffusion.v_from_x_0(schedule, x, t, x_0)
 
         # The value is the same for all probes, and computed once.

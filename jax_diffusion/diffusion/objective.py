@@ -79,4 +79,3 @@ class Objective:
         the variance.
         """
         return self.var_type.startswith("learned")
-

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jax_diffusion import checks
+
 
 class ChannelStats(NamedTuple):
     """Mean and standard deviation of each channel over images and pixels.
@@ -29,10 +31,11 @@ def channel_stats(images: np.ndarray) -> ChannelStats:
     >>> channel_stats(np.array([0, 255, 255, 0], np.uint8).reshape(1, 2, 2, 1))
     ChannelStats(mean=array([0.]), std=array([1.]))
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
+    is_array = hasattr(images, "dtype") and hasattr(images, "shape")
+    if not is_array or images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         raise ValueError(
             "images must be uint8 [n, h, w, c] with n >= 1, got "
-            f"{images.dtype} of shape {images.shape}."
+            f"{checks.shown(images)}."
         )
     pixels = images.reshape(-1, images.shape[-1])
     totals = pixels.sum(axis=0, dtype=np.int64).tolist()
@@ -53,8 +56,12 @@ def color_metrics(samples: ChannelStats, data: ChannelStats) -> dict[str, float]
         each channel.
 
     Raises:
-        ValueError: if the channels differ in number.
+        ValueError: if the channels differ in number, or these are no statistics.
     """
+    for name, stats in (("samples", samples), ("data", data)):
+        if not isinstance(stats, ChannelStats):
+            rule = f"{name} must be ChannelStats"
+            raise ValueError(f"{rule}, got {checks.shown(stats)}.")
     if samples.mean.shape != data.mean.shape:
         raise ValueError(
             "samples and data must have equally many channels, got "

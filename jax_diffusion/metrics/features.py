@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+
+from jax_diffusion import checks
 
 
 class Estimate(NamedTuple):
@@ -21,9 +24,16 @@ def check_features(features: np.ndarray, least: int) -> np.ndarray:
     """Returns features [n, d] as an array.
 
     Raises:
-        ValueError: unless they are [n, d] with n >= `least` and d >= 1, and finite.
+        ValueError: unless they are numbers [n, d] with n >= `least` and d >= 1, and
+            finite.
     """
-    features = np.asarray(features)
+    try:
+        found = np.asarray(features)
+    except (TypeError, ValueError):  # ragged, or traced
+        found = np.zeros(0, object)
+    if found.dtype.kind not in "iuf" and found.dtype != jnp.bfloat16:
+        raise ValueError(f"features must be numbers, got {checks.shown(features)}.")
+    features = found
     if features.ndim != 2 or len(features) < least or not features.size:
         raise ValueError(
             f"features must be [n, d] with n >= {least}, got shape {features.shape}."

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jax_diffusion import checks
 from jax_diffusion.metrics.features import check_dimensions, check_features
 from jax_diffusion.runtime import files
 
@@ -74,8 +75,11 @@ def merge(a: Moments, b: Moments) -> Moments:
     """Returns the moments of two disjoint sets together, exactly (Chan et al. 1979).
 
     Raises:
-        ValueError: if the features differ in dimension, or a count is unknown.
+        ValueError: if the features differ in dimension, a count is unknown, or these
+            are no moments.
     """
+    _check_moments("a", a)
+    _check_moments("b", b)
     check_dimensions(len(a.mean), len(b.mean))
     if min(a.count, b.count) < 1:
         raise ValueError(f"merging needs known counts, got {a.count} and {b.count}.")
@@ -83,6 +87,20 @@ def merge(a: Moments, b: Moments) -> Moments:
     between = np.outer(apart, apart) * (a.count * b.count / n)
     scatter = (a.count - 1) * a.cov + (b.count - 1) * b.cov + between
     return Moments(n, a.mean + apart * (b.count / n), scatter / (n - 1))
+
+
+def _check_moments(name: str, moments: Moments) -> None:
+    """Raises ValueError unless these are finite moments of features."""
+    if not isinstance(moments, Moments):
+        got = checks.shown(moments)
+        raise ValueError(f"{name} must be Moments, as moments() returns, got {got}.")
+    mean, cov = np.asarray(moments.mean), np.asarray(moments.cov)
+    shaped = mean.ndim == 1 and mean.size and cov.shape == 2 * mean.shape
+    if not shaped or not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise ValueError(
+            f"{name} must have a finite mean [d] and covariance [d, d], got "
+            f"{checks.shown(mean)} and {checks.shown(cov)}."
+        )
 
 
 def _moments(features: np.ndarray) -> Moments:
@@ -111,14 +129,16 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         The distance, >= 0 up to rounding, in squared units of the features.
 
     Raises:
-        ValueError: if the features differ in dimension, or a matrix has negative
-            eigenvalues and so is no covariance.
+        ValueError: if the features differ in dimension, a matrix has negative
+            eigenvalues and so is no covariance, or these are no moments.
 
     >>> a = Moments(100, np.zeros(2), np.diag([1.0, 4.0]))
     >>> b = Moments(100, np.ones(2), np.diag([4.0, 9.0]))
     >>> frechet_distance(a, b)  # |(1, 1)|^2 + (2 - 1)^2 + (3 - 2)^2
     4.0
     """
+    _check_moments("a", a)
+    _check_moments("b", b)
     d = len(a.mean)
     check_dimensions(d, len(b.mean))
     count = min(a.count or np.inf, b.count or np.inf)
@@ -153,8 +173,11 @@ def save_moments(path: str | Path, moments: Mapping[str, Moments]) -> None:
         moments: by kind of feature: "pool", and perhaps "spatial" of as many images.
 
     Raises:
-        ValueError: without "pool", for other names, and for counts that differ.
+        ValueError: without "pool", for other names, for what is no moments, and for
+            counts that differ.
     """
+    for name, value in moments.items():
+        _check_moments(name, value)
     counts = {m.count for m in moments.values()}
     if "pool" not in moments or set(moments) - set(KEYS) or len(counts) > 1:
         raise ValueError(

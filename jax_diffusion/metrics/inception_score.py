@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jax_diffusion import checks
 from jax_diffusion.metrics.features import Estimate, check_features
 
 
@@ -25,6 +26,7 @@ def inception_score(logits: np.ndarray, *, splits: int = 10) -> Estimate:
     """
     logits = np.asarray(check_features(logits, least=1), np.float64)
     n = len(logits)
+    checks.integer("splits", splits)
     if not 1 <= splits <= n:
         raise ValueError(f"splits must be 1 to {n}, as many as images, got {splits}.")
     scores, log_p = [], logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jax_diffusion import checks
 from jax_diffusion.metrics.features import Estimate, check_dimensions, check_features
 
 
@@ -41,10 +42,9 @@ def kernel_distance(
     check_dimensions(a.shape[1], b.shape[1])
     most = min(len(a), len(b))
     size = min(1000, max(most // 2, 2)) if subset_size is None else subset_size
-    if not 2 <= size <= most or subsets < 1:
-        raise ValueError(
-            f"there must be subsets, each of 2 to {most} rows, got {subsets} of {size}."
-        )
+    checks.integer("subsets", subsets, at_least=1)
+    checks.integer("subset_size", size, at_least=2, at_most=most)
+    checks.integer("seed", seed, at_least=0)
     rng, found = np.random.default_rng(seed), []
     for _ in range(subsets):
         rows = (f[rng.choice(len(f), size, replace=False)] for f in (a, b))

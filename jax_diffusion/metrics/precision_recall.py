@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jax_diffusion import checks
 from jax_diffusion.metrics.features import check_dimensions, check_features
 
 
@@ -55,10 +56,12 @@ def precision_recall(
     reference = check_features(reference, least=1)
     check_dimensions(features.shape[1], reference.shape[1])
     least = min(len(features), len(reference))
-    if not 1 <= neighbours < least or block < 1:
+    checks.integer("block", block, at_least=1)
+    checks.integer("neighbours", neighbours, at_least=1)
+    if neighbours >= least:
         raise ValueError(
-            f"neighbours must be >= 1 and below {least}, the points of the smaller "
-            f"set, and block >= 1, got {neighbours} and {block}."
+            f"neighbours must be below {least}, the points of the smaller set, got "
+            f"{neighbours}."
         )
     # Far from the origin, the difference of squares would have no digits left.
     center = reference.mean(axis=0, dtype=np.float64)

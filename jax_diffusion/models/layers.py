@@ -192,11 +192,17 @@ def check_halvings(x: Float[Array, "b *d c"], halvings: int) -> None:
         x: images [b, *spatial, c].
         halvings: number of times that the resampled axes are halved.
     """
+    if x.ndim < 3:
+        raise ValueError(
+            "x must have an axis of length, or of height and width, between batch and "
+            f"channels, got shape {x.shape}."
+        )
     resampled = x.shape[-3:-1] if x.ndim > 3 else x.shape[1:2]
     if any(size % 2**halvings for size in resampled):
         raise ValueError(
-            f"height and width must be divisible by {2**halvings} to be halved "
-            f"{halvings} times, got {' x '.join(map(str, resampled))}."
+            f"{'height and width' if x.ndim > 3 else 'length'} must be divisible by "
+            f"{2**halvings} to be halved {halvings} times, got "
+            f"{' x '.join(map(str, resampled))}."
         )
 
 

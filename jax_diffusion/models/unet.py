@@ -369,10 +369,12 @@ def fold(x: Float[Array, "b *d c"], size: int) -> Float[Array, "b *d_out c_out"]
         [b, h / size, w / size, size^2 c].
 
     Raises:
-        ValueError: if height or width is not divisible by `size`.
+        ValueError: if height or width is not divisible by `size`, or x has no such axes.
     """
     if size == 1:
         return x
+    if x.ndim != 4:
+        raise ValueError(f"x must be images [b, h, w, c], got shape {x.shape}.")
     b, h, w, c = x.shape
     if h % size or w % size:
         raise ValueError(f"images must divide into blocks of {size}, got {h} x {w}.")

@@ -1,14 +1,15 @@
 """The state of a sampler, keys for images, and the one scan over sampling steps."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from jax_diffusion import checks
 from jax_diffusion.diffusion import DenoiseFn
-from jax_diffusion.schedules import NoiseSchedule
+from jax_diffusion.schedules import NoiseSchedule, check_batch, check_schedule
 
 
 class SampleState(NamedTuple):
@@ -46,9 +47,14 @@ def image_keys(key: Key[Array, ""], ids: Int[Array, "b"]) -> Key[Array, "b"]:
     Returns:
         Typed keys [b].
 
+    Raises:
+        ValueError: unless key is one typed key, and ids are integers [b].
+
     >>> image_keys(jax.random.key(0), jnp.arange(3)).shape
     (3,)
     """
+    checks.key("key", key)
+    checks.array("ids", ids, "integer", ("b",))
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)
 
 
@@ -58,7 +64,15 @@ def fold_in(keys: Key[Array, "b"], number: int | Int[Array, ""]) -> Key[Array, "
     Args:
         keys: one for each image.
         number: says what the new keys are for: a step, or a second purpose.
+
+    Raises:
+        ValueError: unless keys are typed keys [b], and number is one integer.
     """
+    checks.keys("keys", keys)
+    if isinstance(number, jax.Array):
+        checks.array("number", number, "integer", ())
+    else:
+        checks.integer("number", number)
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
 
 
@@ -69,14 +83,27 @@ def normal(keys: Key[Array, "b"], shape: tuple[int, ...]) -> Float[Array, "b *d"
         keys: one for each image.
         shape: of one image.
 
+    Raises:
+        ValueError: unless keys are typed keys [b], and shape is one.
+
     >>> normal(image_keys(jax.random.key(0), jnp.arange(2)), (8, 8, 3)).shape
     (2, 8, 8, 3)
     """
+    checks.keys("keys", keys)
+    if not isinstance(shape, tuple | list):
+        raise ValueError(f"shape must be that of an image, got {checks.shown(shape)}.")
+    for axis in shape:
+        checks.integer("shape's axes", axis, at_least=0)
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def start(x_T: Float[Array, "b *d"]) -> SampleState:
-    """The state before the first step: x = x_T [b, ...], and no prediction yet."""
+    """The state before the first step: x = x_T [b, ...], and no prediction yet.
+
+    Raises:
+        ValueError: unless x_T is a float array with an axis [b].
+    """
+    checks.data("x_T", x_T, ("b", ...))
     no_level = jnp.full(x_T.shape[:1] + (1,) * (x_T.ndim - 1), -jnp.inf)
     return SampleState(x_T, jnp.zeros_like(x_T), no_level)
 
@@ -110,11 +137,22 @@ def sample_frames(
         SampleState with a leading axis [num_frames] on every field.
 
     Raises:
-        ValueError: if num_frames does not divide the number of steps.
+        ValueError: if num_frames does not divide the number of steps, arguments do not
+            fit each other, or denoise_fn or step_fn returns something else.
     """
+    checks.function("denoise_fn", denoise_fn, "(x_t, t)")
+    arguments = "(keys, denoise_fn, schedule, state, t)"
+    checks.function("step_fn", step_fn, arguments)
+    check_schedule(schedule)
+    checks.data("x_T", x_T, ("b", ...))
+    checks.keys("keys", keys, x_T.shape[0])
     if ts is None:
         ts = schedule.steps[::-1]
+    else:
+        checks.array("ts", ts, "int", ("n",))
+        checks.rows("ts", ts, schedule.num_steps, negative=True)
     num_steps = ts.shape[0]
+    checks.integer("num_frames", num_frames)
     if num_frames < 1 or num_steps % num_frames:
         raise ValueError(f"num_frames must divide {num_steps} steps, got {num_frames}.")
 
@@ -122,7 +160,9 @@ def sample_frames(
         to_go, t = to_go_and_t
         step_keys = fold_in(keys, to_go)
         t = jnp.full(x_T.shape[:1], t, jnp.int32)
-        return step_fn(step_keys, denoise_fn, schedule, state, t)
+        new = step_fn(step_keys, denoise_fn, schedule, state, t)
+        _check_state(new, state)
+        return new
 
     visit = jax.checkpoint(visit, prevent_cse=False)  # a scan cannot merge steps anyway
 
@@ -154,7 +194,7 @@ def sample(
     """Runs `step_fn` over `ts` and returns the last x, [b, ...] as x_T.
 
     `keys`, `denoise_fn`, `step_fn`, `schedule`, `x_T` and `ts` are those of
-    `sample_frames`.
+    `sample_frames`, which says what raises ValueError.
 
     >>> from jax_diffusion import diffusion, samplers, schedules
     >>> schedule = schedules.make_schedule(schedules.cosine_betas(4))
@@ -169,3 +209,37 @@ def sample(
         keys, denoise_fn, step_fn, schedule, x_T, num_frames=1, ts=ts
     )
     return frames.x[-1]
+
+
+def check_step_arguments(
+    keys: Any, denoise_fn: Any, schedule: Any, state: Any, t: Any
+) -> None:
+    """Raises ValueError unless the arguments of a sampler's step fit each other.
+
+    `keys`, `denoise_fn`, `schedule`, `state` and `t` are those of a step, see
+    `jax_diffusion.samplers`. t may be an integer of no axis within `jax.vmap`.
+    """
+    checks.function("denoise_fn", denoise_fn, "(x_t, t)")
+    if not all(hasattr(state, name) for name in SampleState._fields):
+        rule = "state must be a SampleState, such as samplers.start makes"
+        raise ValueError(f"{rule}, got {checks.shown(state)}.")
+    check_batch(schedule, t, **{"state.x": state.x})
+    checks.data("state.x", state.x, ("b", ...))
+    checks.keys("keys", keys, state.x.shape[0])
+
+
+def _check_state(new: Any, old: SampleState) -> None:
+    """Raises ValueError unless a step has returned a state like the one it was given.
+
+    Otherwise the scan would say so, in words that name neither.
+    """
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        rule = "step_fn must return a state like the one that it is given"
+        raise ValueError(f"{rule}, got {checks.shown(new)}.")
+    pairs = zip(old._fields, jax.tree.leaves(new), jax.tree.leaves(old), strict=False)
+    for name, a, b in pairs:
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            raise ValueError(
+                f"step_fn must return a state like the one that it is given, with "
+                f"{name} {checks.shown(b)}, got {checks.shown(a)}."
+            )

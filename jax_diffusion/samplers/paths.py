@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jax_diffusion import diffusion
+from jax_diffusion import checks, diffusion
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.samplers.loop import StepFn, fold_in, image_keys, normal, sample
 from jax_diffusion.samplers.steps import ddim_inversion_step
-from jax_diffusion.schedules import NoiseSchedule, check_step
+from jax_diffusion.schedules import NoiseSchedule, check_schedule, check_step
 
 
 def invert(
@@ -31,7 +31,15 @@ def invert(
 
     Returns:
         x_t, [b, ...].
+
+    Raises:
+        ValueError: if t is no step of the schedule, where it is known, or arguments do
+            not fit each other.
     """
+    check_schedule(schedule)
+    checks.data("x_0", x_0, ("b", ...))
+    if t is not None:
+        check_step(schedule, t)
     rows = jnp.arange(schedule.num_steps, dtype=jnp.int32)
     above = jnp.append(schedule.visited[1:], False)  # the last row goes nowhere
     ts = jnp.where(above if t is None else above & (rows < t), rows, -1)
@@ -54,10 +62,16 @@ def slerp(
     Returns:
         [b, ...], between x and y.
 
+    Raises:
+        ValueError: unless x, y and weight are float arrays of such shapes.
+
     >>> x, y = jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 2.0]])
     >>> slerp(x, y, jnp.array([0.5])).round(3)
     Array([[1.414, 1.414]], dtype=float32)
     """
+    checks.data("x", x, ("b", ...))
+    checks.data("y", y, x.shape)
+    checks.array("weight", weight, "float", x.shape[:1])
     shape = (-1,) + (1,) * (x.ndim - 1)
     flat_x, flat_y = (a.reshape(a.shape[0], -1) for a in (x, y))
     squares = jnp.sum(flat_x**2, axis=-1) * jnp.sum(flat_y**2, axis=-1)
@@ -102,9 +116,14 @@ def interpolate(
         of x_b.
 
     Raises:
-        ValueError: unless 0 <= t < T, rows added by `schedules.pad` not counted.
+        ValueError: unless 0 <= t < T, rows added by `schedules.pad` not counted, and
+            arguments fit each other.
     """
     check_step(schedule, t)
+    checks.data("x_a", x_a, ("b", ...))
+    checks.data("x_b", x_b, x_a.shape)
+    checks.keys("keys", keys, x_a.shape[0])
+    checks.array("weights", weights, "float", ("n",))
     keys_a, keys_b, keys_steps = (fold_in(keys, i) for i in range(3))
     level = jnp.full(x_a.shape[:1], t, jnp.int32)
     noised_a, noised_b = (

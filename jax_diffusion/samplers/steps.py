@@ -11,9 +11,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jax_diffusion import diffusion
+from jax_diffusion import checks, diffusion
 from jax_diffusion.diffusion import DenoiseFn
-from jax_diffusion.samplers.loop import SampleState, StepFn, normal
+from jax_diffusion.samplers.loop import (
+    SampleState,
+    StepFn,
+    check_step_arguments,
+    normal,
+)
 from jax_diffusion.schedules import NoiseSchedule, take
 
 
@@ -34,8 +39,13 @@ def ddpm_step(
 
     Returns:
         SampleState at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
     """
+    check_step_arguments(keys, denoise_fn, schedule, state, t)
     prediction = denoise_fn(state.x, t)
+    diffusion.check_prediction(prediction, state.x)
     mean = diffusion.guided_mean(schedule, prediction, state.x, t)
     level = take(schedule, t, state.x.ndim).now
     std = jnp.where(t.reshape(level.noise.shape) == 0, 0.0, 1.0)
@@ -66,6 +76,9 @@ def ddim_step(
     Returns:
         SampleState at the level of t - 1.
 
+    Raises:
+        ValueError: unless these fit each other, or eta is out of range.
+
     >>> import jax
     >>> from jax_diffusion import samplers, schedules
     >>> schedule = schedules.make_schedule(schedules.cosine_betas(10))
@@ -77,6 +90,8 @@ def ddim_step(
     >>> ddim_step(keys, denoise_fn, schedule, state, t).x.tolist()
     [[0.5], [0.5]]
     """
+    check_step_arguments(keys, denoise_fn, schedule, state, t)
+    checks.number("eta", eta, at_least=0, at_most=1)
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
     eps = (state.x - c.now.signal * x_0) / c.now.noise
@@ -108,7 +123,11 @@ def ddim_inversion_step(
 
     Returns:
         SampleState at the level of t + 1.
+
+    Raises:
+        ValueError: unless these fit each other.
     """
+    check_step_arguments(keys, denoise_fn, schedule, state, t)
     del keys
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
@@ -134,7 +153,11 @@ def dpmpp_2m_step(
 
     Returns:
         SampleState at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
     """
+    check_step_arguments(keys, denoise_fn, schedule, state, t)
     del keys
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
@@ -166,7 +189,11 @@ def heun_step(
 
     Returns:
         SampleState at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
     """
+    check_step_arguments(keys, denoise_fn, schedule, state, t)
     del keys
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
@@ -178,7 +205,9 @@ def heun_step(
 
 def _x_0(denoise_fn, schedule, x, t):
     """The predicted x_0 with guidance, for steps that follow the score."""
-    return diffusion.guided_x_0(schedule, denoise_fn(x, t), t)
+    prediction = denoise_fn(x, t)
+    diffusion.check_prediction(prediction, x)
+    return diffusion.guided_x_0(schedule, prediction, t)
 
 
 def _carry(x, x_0, now, to):

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jax_diffusion import checks
 from jax_diffusion.samplers.loop import StepFn, fold_in, normal
 from jax_diffusion.schedules import take
+
+STEP = "(keys, denoise_fn, schedule, state, t)"  # the arguments of a step, in words
 
 
 def inpaint(
@@ -33,8 +36,13 @@ def inpaint(
         A step that draws with its own keys, besides those of `step_fn`.
 
     Raises:
-        ValueError: if the shape of the mask does not fit the data.
+        ValueError: if the shape of the mask does not fit the data, or x_known is no
+            float array.
     """
+    checks.function("step_fn", step_fn, STEP)
+    checks.data("x_known", x_known, ("b", ...))
+    if not callable(mask):
+        checks.broadcasts("mask", mask, x_known.shape)
     project = mask if callable(mask) else functools.partial(_masked, mask, x_known)
 
     def step(keys, denoise_fn, schedule, state, t):
@@ -62,7 +70,14 @@ def share_noise(
 
     Returns:
         A step that gives `step_fn` other keys at t >= until.
+
+    Raises:
+        ValueError: unless step_fn is a function, until an integer, and key typed.
     """
+    checks.function("step_fn", step_fn, STEP)
+    checks.array("key", key, "key", ("b",) if np.ndim(key) else ())
+    if not isinstance(until, jax.Array):
+        checks.integer("until", until)
 
     def step(keys, denoise_fn, schedule, state, t):
         shared = jax.vmap(jax.random.fold_in)(jnp.broadcast_to(key, t.shape), t)
@@ -84,7 +99,12 @@ def on_step(step_fn: StepFn, on_step: Callable[[Array], None]) -> StepFn:
 
     Returns:
         A step with the results of `step_fn`.
+
+    Raises:
+        ValueError: unless both are functions.
     """
+    checks.function("step_fn", step_fn, STEP)
+    checks.function("on_step", on_step, "(t,)")
 
     def step(keys, denoise_fn, schedule, state, t):
         jax.debug.callback(on_step, t[0])
@@ -97,11 +117,6 @@ watch = on_step  # its old name
 
 
 def _masked(mask, x_known, x):
-    """x where the mask is 1 and 0 elsewhere, once the mask is known to fit."""
-    known = x_known.shape
-    shape = (1,) * (len(known) - np.ndim(mask)) + np.shape(mask)
-    if len(shape) > len(known) or any(
-        n not in (1, m) for n, m in zip(shape, known, strict=True)
-    ):
-        raise ValueError(f"the mask must fit data {known}, got shape {np.shape(mask)}.")
+    """x where the mask is 1 and 0 elsewhere."""
+    shape = (1,) * (x_known.ndim - np.ndim(mask)) + np.shape(mask)
     return jnp.reshape(mask, shape) * x

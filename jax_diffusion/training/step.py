@@ -15,10 +15,10 @@ import optax
 from jaxtyping import Array, Int, Key, PyTree
 from optax import microbatching
 
-from jax_diffusion import data, editing, guidance, losses
-from jax_diffusion.diffusion import Objective
+from jax_diffusion import checks, data, editing, guidance, losses
+from jax_diffusion.diffusion import Objective, check_objective
 from jax_diffusion.models import bind, example_inputs, num_classes
-from jax_diffusion.schedules import NoiseSchedule
+from jax_diffusion.schedules import NoiseSchedule, check_schedule
 from jax_diffusion.timesteps import TimestepSampler
 
 
@@ -74,7 +74,14 @@ def init_state(
         image_shape: (h, w, c).
         ema_decays: decay rates, in [0, 1); every average begins as a copy of the
             parameters.
+
+    Raises:
+        ValueError: if an argument has another type or is out of range.
     """
+    checks.key("key", key)
+    for axis in image_shape:
+        checks.integer("image_shape's axes", axis, at_least=1)
+    _check_decays(ema_decays)
     init: Any = model.init
     params = init(key, **example_inputs(model, image_shape))["params"]
     return start_state(params, tx, timestep_sampler, ema_decays)
@@ -113,9 +120,13 @@ def ema_decay_at(decay: float, step: Array, warmup: bool = True) -> Array | floa
         step: n, the number of updates made.
         warmup: whether it warms up.
 
+    Raises:
+        ValueError: if decay is out of range.
+
     >>> [round(float(ema_decay_at(0.9999, jnp.asarray(n))), 3) for n in (0, 90, 10**6)]
     [0.1, 0.91, 1.0]
     """
+    checks.number("decay", decay, at_least=0, below=1)
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step)) if warmup else decay
 
 
@@ -169,9 +180,19 @@ def make_train_step(
             enlarges: block means of the batch's images. 0 for any other network.
 
     Raises:
-        ValueError: if labels shall be dropped and the network takes none; when the step
-            is traced, unless the batch divides by `microbatches`.
+        ValueError: if an argument has another type or is out of range, or labels shall
+            be dropped and the network takes none; when the step is traced, unless the
+            batch is as above and divides by `microbatches`, and its height by
+            `low_res_size`.
     """
+    check_schedule(schedule)
+    if objective is not None:
+        check_objective(objective)
+    _check_decays(ema_decays)
+    checks.boolean("ema_warmup", ema_warmup)
+    checks.integer("microbatches", microbatches, at_least=1)
+    checks.number("label_dropout", label_dropout, at_least=0, at_most=1)
+    checks.integer("low_res_size", low_res_size, at_least=0)
     if label_dropout and num_classes(model) is None:
         raise ValueError(
             "label_dropout must be 0 for a network without labels, got "
@@ -221,6 +242,18 @@ def make_train_step(
     return train_step
 
 
+def _check_decays(ema_decays: Sequence[float]) -> None:
+    """Raises ValueError unless decay rates are in [0, 1), each with its own name."""
+    if isinstance(ema_decays, str) or not isinstance(ema_decays, Sequence):
+        got = checks.shown(ema_decays)
+        raise ValueError(f"ema_decays must be a sequence of numbers, got {got}.")
+    for decay in ema_decays:
+        checks.number("ema_decays", decay, at_least=0, below=1)
+    names = [ema_name(decay) for decay in ema_decays]
+    if len({*names}) < len(names):
+        raise ValueError(f"ema_decays must differ from each other, got {ema_decays}.")
+
+
 def draw_examples(
     key: Key[Array, ""],
     batch: Mapping[str, Array],
@@ -243,7 +276,15 @@ def draw_examples(
     Returns:
         A key for dropout; and x_0 [b, h, w, c], label, t and weight [b], eps
         [b, h, w, c]: all that the loss of an example depends on.
+
+    Raises:
+        ValueError: unless the batch has such arrays.
     """
+    if not isinstance(batch, Mapping) or not {"image", "label"} <= batch.keys():
+        got = sorted(batch) if isinstance(batch, Mapping) else checks.shown(batch)
+        raise ValueError(f"batch must have 'image' and 'label', got {got}.")
+    checks.array("batch's image", batch["image"], "uint8", ("b", "h", "w", "c"))
+    checks.array("batch's label", batch["label"], "int", batch["image"].shape[:1])
     label = batch["label"]
     if label_dropout:
         # The split below takes what fold_in of 0, 1 and 2 would give.
@@ -275,7 +316,10 @@ def make_loss_fn(
             params = jax.lax.with_sharding_constraint(params, param_sharding)
         options: dict[str, Any] = dict(train=True, rngs={"dropout": key})
         if low_res_size:
-            blocks = x_0.shape[1] // low_res_size
+            blocks, rest = divmod(x_0.shape[1], low_res_size)
+            if rest:
+                rule = f"low_res_size must divide images of height {x_0.shape[1]}"
+                raise ValueError(f"{rule}, got {low_res_size}.")
             options["low_res"] = editing.shrink(x_0, size=blocks)
         model_fn = bind(model, params, label, **options)
         if objective is None:
@@ -316,6 +360,7 @@ def average_gradient(
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     b = len(examples[0])
+    checks.integer("microbatches", microbatches)
     if microbatches < 1 or b % microbatches:
         raise ValueError(
             f"microbatches must divide the batch of {b} images, got {microbatches}."
@@ -354,7 +399,15 @@ def sums_by_quartile(
 
     Returns:
         For each term its sums, float32 [4], and their "count".
+
+    Raises:
+        ValueError: unless t and terms are arrays [b], and num_steps an integer >= 1.
     """
+    checks.integer("num_steps", num_steps, at_least=1)
+    checks.array("t", t, "int", ("b",))
+    checks.rows("t", t, num_steps)
+    for name, value in terms.items():
+        checks.array(name, value, "float", t.shape)
     member = (4 * t // num_steps)[:, None] == jnp.arange(4)[None, :]
     member = member.astype(jnp.float32)
     sums = {name: value @ member for name, value in terms.items()}

@@ -143,7 +143,7 @@ def test_a_completed_image_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize("shape", [(3, 3), (4, 6, 3), (2, 4, 6, 1), (1, 3, 4, 6, 2)])
 def test_a_mask_of_another_shape_is_an_error(shape):
-    said = r"^the mask must fit data \(3, 4, 6, 2\), got shape \([\d, ]+\)\.(\n|$)"
+    said = r"^mask must broadcast to \[3, 4, 6, 2\], got float32 \[[\d, ]+\]\.(\n|$)"
     with pytest.raises(ValueError, match=said):
         complete(KEYS[:3], normal(0, *SHAPE), KNOWN, jnp.ones(shape))
 
@@ -331,7 +331,7 @@ def test_padding_does_not_change_what_is_repainted(length):
 @pytest.mark.parametrize("jump, resamples", [(0, 1), (1, 0), (-2, 3)])
 def test_repainting_needs_positive_numbers(jump, resamples):
     x = jnp.zeros((2, 6))
-    said = f"^jump and resamples must be positive, got {jump} and {resamples}\\.$"
+    said = r"^(jump|resamples) must be an integer >= 1, got (0|-2)\.$"
     with pytest.raises(ValueError, match=said):
         editing.repaint(
             KEYS[:2],
@@ -611,7 +611,7 @@ def test_blocks_of_one_pixel_are_the_image():
 @pytest.mark.parametrize("size", [0, -2, 3, 4, 8])
 @pytest.mark.parametrize("name", ["shrink", "block_mean"])
 def test_blocks_must_divide_both_sides(name, size):  # 4 x 6: each but one
-    said = rf"^blocks of pixels must divide 4 x 6, got {size}\.$"
+    said = rf"^size must (divide 4 x 6 pixels|be an integer >= 1), got {size}\.$"
     with pytest.raises(ValueError, match=said):
         getattr(editing, name)(KNOWN, size=size)
 

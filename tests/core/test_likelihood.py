@@ -383,6 +383,6 @@ def test_errors_that_cannot_be_told_are_nan():
 
 
 def test_there_must_be_a_probe():
-    with pytest.raises(ValueError, match=r"probes must be at least 1, got 0\."):
+    with pytest.raises(ValueError, match=r"probes must be an integer >= 1, got 0\."):
         denoise_fn = oracles.gaussian_denoiser(SHORT, MEAN, STD)
         likelihood.ode_bits_per_dim(KEYS[:4], denoise_fn, SHORT, RAMP, probes=0)

@@ -74,7 +74,10 @@ def test_a_config_file_without_a_field_is_told_which(tmp_path):
         (dict(name="cosine"), "must have the fields"),
         (dict(num_steps=10), "got None"),
         (dict(name="cosine", num_steps=1), "num_steps must be an integer >= 2, got 1"),
-        (dict(name="constant", num_steps=10, value=1.5), r"value must be a number in \(0, 1\), got 1.5"),
+        (
+            dict(name="constant", num_steps=10, value=1.5),
+            r"value must be a number in \(0, 1\), got 1.5",
+        ),
     ],
 )
 def test_bad_schedules_are_named(group, words):
