@@ -18,7 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+REAL: Any = numbers.Real  # a type checker knows no comparison of them
+INTEGRAL: Any = numbers.Integral
 ARRAYS = {
     "float": ("a float array", jnp.floating),
     "int": ("an int array", jnp.signedinteger),
@@ -62,12 +65,12 @@ def number(
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.number):
             raise ValueError(f"{name} must be {rule}, got {shown(value)}.")
         return
-    found = value
+    found: Any = value
     if isinstance(value, np.ndarray | jax.Array) and value.shape == ():
         found = np.asarray(jax.device_get(value)).item()
-    is_number = isinstance(found, numbers.Real) and not isinstance(found, bool)
     if (
-        not is_number
+        not isinstance(found, REAL)
+        or isinstance(found, bool)
         or not (math.isfinite(found) or (infinite and not math.isnan(found)))
         or (at_least is not None and found < at_least)
         or (above is not None and found <= above)
@@ -99,9 +102,9 @@ def integer(
     ValueError: steps must be an integer >= 1, got 2.5.
     """
     rule = f"an integer{_range(at_least, None, at_most, None)}"
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if (
-        not is_integer
+        not isinstance(value, INTEGRAL)
+        or isinstance(value, bool)
         or (at_least is not None and value < at_least)
         or (at_most is not None and value > at_most)
     ):
@@ -159,7 +162,13 @@ def array(
     """
     words, dtype = ARRAYS[kind]
     if isinstance(value, jax.Array | np.ndarray | np.generic):
-        if jnp.issubdtype(value.dtype, dtype) and _fits(value.shape, shape):
+        wanted = [n for n in shape if n is not ...]
+        pairs = zip(wanted, value.shape, strict=False)
+        enough = len(value.shape) == len(wanted) or (
+            ... in shape and len(value.shape) > len(wanted)
+        )
+        fits = enough and all(isinstance(n, str) or n == m for n, m in pairs)
+        if fits and jnp.issubdtype(value.dtype, dtype):
             return
     elif hasattr(value, "__jax_array__"):
         return
@@ -247,11 +256,15 @@ def common_shape(name: str, value: Any, shape: Sequence[int]) -> tuple[int, ...]
     (3, 2)
     """
     try:
-        is_number = value is not None and jnp.result_type(value) is not None
-        found = np.broadcast_shapes(np.shape(value), tuple(shape))
+        jnp.result_type(value)  # refuses what is made of no numbers, None excepted
+        found = (
+            None
+            if value is None
+            else np.broadcast_shapes(np.shape(value), tuple(shape))
+        )
     except (TypeError, ValueError):
-        is_number, found = False, ()
-    if not is_number:
+        found = None
+    if found is None:
         rule = f"{name} must broadcast to [{', '.join(map(str, shape))}]"
         raise ValueError(f"{rule}, got {shown(value)}.")
     return found
@@ -311,7 +324,7 @@ def vector(
 
 def known(value: Any) -> bool:
     """Tells whether values can be read on this host: not traced, not on others only."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return False
     if not isinstance(value, jax.Array):
         return True
@@ -334,16 +347,6 @@ def shown(value: Any) -> str:
         return reprlib.repr(value)
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
-
-
-def _fits(found: Sequence[int], shape: Sequence[int | str | EllipsisType]) -> bool:
-    """Whether a shape is as `array` describes it."""
-    wanted = [n for n in shape if n is not ...]
-    if len(found) < len(wanted) or (len(found) > len(wanted) and ... not in shape):
-        return False
-    return all(
-        isinstance(n, str) or n == m for n, m in zip(wanted, found, strict=False)
-    )
 
 
 def _range(at_least: Any, above: Any, at_most: Any, below: Any) -> str:

@@ -369,7 +369,7 @@ def fold(x: Float[Array, "b *d c"], size: int) -> Float[Array, "b *d_out c_out"]
         [b, h / size, w / size, size^2 c].
 
     Raises:
-        ValueError: if height or width is not divisible by `size`, or x has no such axes.
+        ValueError: if height or width is not divisible by `size`, or x has neither.
     """
     if size == 1:
         return x

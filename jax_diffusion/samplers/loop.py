@@ -161,7 +161,7 @@ def sample_frames(
         step_keys = fold_in(keys, to_go)
         t = jnp.full(x_T.shape[:1], t, jnp.int32)
         new = step_fn(step_keys, denoise_fn, schedule, state, t)
-        _check_state(new, state)
+        check_state(new, state)
         return new
 
     visit = jax.checkpoint(visit, prevent_cse=False)  # a scan cannot merge steps anyway
@@ -228,8 +228,8 @@ def check_step_arguments(
     checks.keys("keys", keys, state.x.shape[0])
 
 
-def _check_state(new: Any, old: SampleState) -> None:
-    """Raises ValueError unless a step has returned a state like the one it was given.
+def check_state(new: Any, old: SampleState) -> None:
+    """Raises ValueError unless a step returns a state, `new`, like its `old` one.
 
     Otherwise the scan would say so, in words that name neither.
     """

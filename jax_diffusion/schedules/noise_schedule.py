@@ -137,7 +137,9 @@ def tabulate(
         raise ValueError(f"no beta but the last may be 1, got it at t = {first}.")
     checks.boolean("rescale_timesteps", rescale_timesteps)
     scale = 1000 / len(betas) if rescale_timesteps else 1.0
-    timesteps = np.arange(len(betas)) if keep is None else _kept(keep, len(betas))
+    timesteps = (
+        np.arange(len(betas)) if keep is None else steps_to_keep(keep, len(betas))
+    )
     if keep is not None:
         alpha_bar = np.cumprod(1 - betas)[timesteps]
         betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
@@ -149,7 +151,7 @@ def tabulate(
         log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
         return Level(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), log_snr)
 
-    # The infinities at both ends are meant; others are told by `_check_finite`.
+    # The infinities at both ends are meant; others are told by `check_finite`.
     with np.errstate(divide="ignore", invalid="ignore"):
         posterior_var = betas * (1 - prev) / (1 - now)
         # Row 0 is zero, its log -inf; a chain of one step has only beta to put there.
@@ -164,12 +166,16 @@ def tabulate(
             posterior_log_var=np.log(posterior_var),
             timesteps=timesteps * scale,
         )
-    _check_finite(table)
+    check_finite(table)
     return table
 
 
-def _kept(keep: Any, num_steps: int) -> np.ndarray:
-    """The steps to keep, increasing int [n], once they are known to be some of T."""
+def steps_to_keep(keep: Any, num_steps: int) -> np.ndarray:
+    """Returns `keep` as increasing int [n].
+
+    Raises:
+        ValueError: unless these are some of the steps 0 to `num_steps` - 1, in order.
+    """
     found, got = np.zeros((0, 0)), checks.shown(keep)
     if checks.known(keep) and not isinstance(keep, str):
         with contextlib.suppress(TypeError, ValueError):  # if ragged
@@ -183,8 +189,8 @@ def _kept(keep: Any, num_steps: int) -> np.ndarray:
     return found.astype(int)
 
 
-def _check_finite(table: NoiseSchedule) -> None:
-    """Raises ValueError unless float32 holds every coefficient of every row.
+def check_finite(table: NoiseSchedule) -> None:
+    """Raises ValueError unless float32 holds every coefficient of a `table`.
 
     Meant are the infinite log-SNRs of clean data, before row 0, and of pure noise,
     after the last row or in it.

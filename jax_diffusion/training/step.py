@@ -185,19 +185,13 @@ def make_train_step(
             batch is as above and divides by `microbatches`, and its height by
             `low_res_size`.
     """
-    check_schedule(schedule)
-    if objective is not None:
-        check_objective(objective)
     _check_decays(ema_decays)
     checks.boolean("ema_warmup", ema_warmup)
     checks.integer("microbatches", microbatches, at_least=1)
     checks.number("label_dropout", label_dropout, at_least=0, at_most=1)
-    checks.integer("low_res_size", low_res_size, at_least=0)
     if label_dropout and num_classes(model) is None:
-        raise ValueError(
-            "label_dropout must be 0 for a network without labels, got "
-            f"{label_dropout}."
-        )
+        rule = "label_dropout must be 0 for a network without labels"
+        raise ValueError(f"{rule}, got {label_dropout}.")
     loss_fn = make_loss_fn(model, schedule, objective, param_sharding, low_res_size)
 
     def train_step(key, state, batch):
@@ -244,9 +238,9 @@ def make_train_step(
 
 def _check_decays(ema_decays: Sequence[float]) -> None:
     """Raises ValueError unless decay rates are in [0, 1), each with its own name."""
-    if isinstance(ema_decays, str) or not isinstance(ema_decays, Sequence):
+    if not isinstance(ema_decays, list | tuple):
         got = checks.shown(ema_decays)
-        raise ValueError(f"ema_decays must be a sequence of numbers, got {got}.")
+        raise ValueError(f"ema_decays must be a list of numbers, got {got}.")
     for decay in ema_decays:
         checks.number("ema_decays", decay, at_least=0, below=1)
     names = [ema_name(decay) for decay in ema_decays]
@@ -309,7 +303,14 @@ def make_loss_fn(
     The loss is the weighted mean that is minimized, `terms` those of each example, [b].
     The arguments of the loss are those of `draw_examples`, the others those of
     `make_train_step`.
+
+    Raises:
+        ValueError: if an argument has another type or is out of range.
     """
+    check_schedule(schedule)
+    if objective is not None:
+        check_objective(objective)
+    checks.integer("low_res_size", low_res_size, at_least=0)
 
     def loss_fn(params, key, x_0, label, t, weight, eps):
         if param_sharding is not None:
@@ -318,7 +319,7 @@ def make_loss_fn(
         if low_res_size:
             blocks, rest = divmod(x_0.shape[1], low_res_size)
             if rest:
-                rule = f"low_res_size must divide images of height {x_0.shape[1]}"
+                rule = f"low_res_size must divide the height {x_0.shape[1]}"
                 raise ValueError(f"{rule}, got {low_res_size}.")
             options["low_res"] = editing.shrink(x_0, size=blocks)
         model_fn = bind(model, params, label, **options)
@@ -360,7 +361,6 @@ def average_gradient(
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     b = len(examples[0])
-    checks.integer("microbatches", microbatches)
     if microbatches < 1 or b % microbatches:
         raise ValueError(
             f"microbatches must divide the batch of {b} images, got {microbatches}."

@@ -41,14 +41,32 @@ GAUSSIAN = {d: Moments(100, np.zeros(d), np.eye(d)) for d in (1, 2, 3)}
         # KID
         (lambda: metrics.kernel_distance(FIVE, FIVE[:1]), SHAPE(2, "1, 3")),
         (lambda: metrics.kernel_distance(FIVE, FOUR), "equally many .* 3 and 4"),
-        (lambda: metrics.kernel_distance(FIVE, FIVE, subset_size=6), "2 to 5 .* of 6"),
-        (lambda: metrics.kernel_distance(FIVE, FIVE, subset_size=1), "2 to 5 .* of 1"),
-        (lambda: metrics.kernel_distance(FIVE, FIVE, subsets=0), "got 0 of 2"),
+        (
+            lambda: metrics.kernel_distance(FIVE, FIVE, subset_size=6),
+            r"subset_size must be an integer in \[2, 5\], got 6",
+        ),
+        (
+            lambda: metrics.kernel_distance(FIVE, FIVE, subset_size=1),
+            r"subset_size must be an integer in \[2, 5\], got 1",
+        ),
+        (
+            lambda: metrics.kernel_distance(FIVE, FIVE, subsets=0),
+            "subsets must be an integer >= 1, got 0",
+        ),
         # precision and recall
-        (lambda: metrics.precision_recall(FIVE, FIVE[:3]), "below 3, .* got 3 and"),
+        (
+            lambda: metrics.precision_recall(FIVE, FIVE[:3]),
+            "neighbours must be below 3, .* got 3",
+        ),
         (lambda: metrics.precision_recall(FIVE, FOUR), "equally many .* 3 and 4"),
-        (lambda: metrics.precision_recall(FIVE, FIVE, neighbours=0), "got 0 and 1024"),
-        (lambda: metrics.precision_recall(FIVE, FIVE, block=0), "got 3 and 0"),
+        (
+            lambda: metrics.precision_recall(FIVE, FIVE, neighbours=0),
+            "neighbours must be an integer >= 1, got 0",
+        ),
+        (
+            lambda: metrics.precision_recall(FIVE, FIVE, block=0),
+            "block must be an integer >= 1, got 0",
+        ),
     ],
 )
 def test_metrics_refuse_sets_and_numbers_of_which_they_have_no_value(call, words):
