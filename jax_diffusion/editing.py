@@ -24,6 +24,8 @@ from jax_diffusion.schedules import (
     take,
 )
 
+JUMP = 10  # steps in a stretch of RePaint, unless told otherwise
+
 
 def gray(x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
     """Replaces every channel by the mean of the channels: the projection to colorize.
@@ -138,7 +140,7 @@ def repaint(
     x_known: Float[Array, "b *d"],
     mask: Array | Callable[[Array], Array],
     *,
-    jump: int = 10,
+    jump: int = JUMP,
     resamples: int = 10,
 ) -> Float[Array, "b *d"]:
     """RePaint: inpainting with resampling (Lugmayr et al. 2022, algorithm 1).
@@ -155,19 +157,20 @@ def repaint(
         schedule: the steps to take.
         x_T: noise [b, ...].
         x_known, mask: the known pixels and where they are, see `samplers.inpaint`.
-        jump: steps in a stretch, >= 1.
+        jump: steps in a stretch, in [1, T].
         resamples: how often each stretch is made, >= 1; 1 is `samplers.inpaint`.
 
     Returns:
         Images [b, ...].
 
     Raises:
-        ValueError: if jump or resamples is no integer >= 1, or arguments do not fit
-            each other.
+        ValueError: if jump or resamples is no integer in its range, or arguments do
+            not fit each other.
     """
-    checks.integer("jump", jump, at_least=1)
-    checks.integer("resamples", resamples, at_least=1)
     check_schedule(schedule)
+    most = max(schedule.num_steps, JUMP)  # the default fits short schedules, too
+    checks.integer("jump", jump, at_least=1, at_most=most)
+    checks.integer("resamples", resamples, at_least=1)
     checks.data("x_T", x_T, ("b", ...))
     checks.data("x_known", x_known, x_T.shape)
     checks.keys("keys", keys, x_T.shape[0])

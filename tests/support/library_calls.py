@@ -357,8 +357,8 @@ def number_cases():
         ),
         (
             "jump",
-            [0, 2.5],
-            "an integer >= 1",
+            [0, 2.5, 2_000_000_000],
+            "an integer in [1, 10]",
             lambda v: editing.repaint(KEYS, DENOISE, STEP, S, X, X, X, jump=v),
         ),
         (
