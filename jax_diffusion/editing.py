@@ -87,7 +87,7 @@ def shrink(x: Float[Array, "b h w c"], *, size: int) -> Float[Array, "b h2 w2 c"
     b, h, w, c = x.shape
     checks.integer("size", size, at_least=1)
     if h % size or w % size:
-        raise ValueError(f"size must divide {h} x {w} pixels, got {size}.")
+        raise ValueError(f"size must divide {h} x {w}, got {size}.")
     return x.reshape(b, h // size, size, w // size, size, c).mean(axis=(2, 4))
 
 

@@ -14,7 +14,7 @@ from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.models import traits
 from jax_diffusion.runtime import checkpoint
-from jax_diffusion.training.step import ema_name
+from jax_diffusion.training.averages import ema_name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -220,6 +220,10 @@ def colorize(context: SamplingContext, options: TaskOptions) -> Array:
 
 def enlarge(context: SamplingContext, options: TaskOptions) -> Array:
     """Gives blocks of pixels details. Frames: the image, its blocks, the result."""
+    height, width = context.image_shape[:2]
+    if height % options.block or width % options.block:
+        sides = f"{height} x {width}"
+        raise ValueError(f"block must divide {sides}, got {options.block}.")
     blocks = functools.partial(editing.block_mean, size=options.block)
     return _repaint(context, options, blocks, blocks)
 

@@ -1,22 +1,22 @@
 """Training: the train step and its optimizer; from a config to a compiled step.
 
-    step       TrainState, make_train_step, averages of the parameters (EMA)
+    step       TrainState, make_train_step
+    averages   names and decay rates of averages of the parameters (EMA)
     optimizer  make_optimizer, OPTIMIZERS: AdamW, or any optimizer of optax
     setup      a config -> data, network and compiled train step, for `train`
     resume     what may change between two starts of one run
     fine_tuning  training that begins with the weights of a run or a checkpoint file
     reporting  what `train` writes down: metrics, grids of samples, loss curve
 
-The loop itself is `jax_diffusion.train`. This package re-exports the first two, which
+The loop itself is `jax_diffusion.train`. This package re-exports the first three, which
 need no config.
 """
 
+from jax_diffusion.training.averages import ema_decay_at, ema_name
 from jax_diffusion.training.optimizer import DECAYS, OPTIMIZERS, make_optimizer
 from jax_diffusion.training.step import (
     TrainState,
     bind,
-    ema_decay_at,
-    ema_name,
     example_inputs,
     init_state,
     make_train_step,

@@ -20,6 +20,7 @@ from jax_diffusion.diffusion import Objective, check_objective
 from jax_diffusion.models import bind, example_inputs, num_classes
 from jax_diffusion.schedules import NoiseSchedule, check_schedule
 from jax_diffusion.timesteps import TimestepSampler
+from jax_diffusion.training.averages import check_decays, ema_decay_at, ema_name
 
 
 @jax.tree_util.register_dataclass
@@ -47,15 +48,6 @@ class TrainState:
     skipped: Any
 
 
-def ema_name(decay: float) -> str:
-    """Returns the key of an average in `TrainState.ema_params`.
-
-    >>> ema_name(0.9999)
-    '0.9999'
-    """
-    return f"{decay:g}"
-
-
 def init_state(
     key: Key[Array, ""],
     model: nn.Module,
@@ -81,7 +73,7 @@ def init_state(
     checks.key("key", key)
     for axis in image_shape:
         checks.integer("image_shape's axes", axis, at_least=1)
-    _check_decays(ema_decays)
+    check_decays(ema_decays)
     init: Any = model.init
     params = init(key, **example_inputs(model, image_shape))["params"]
     return start_state(params, tx, timestep_sampler, ema_decays)
@@ -107,27 +99,6 @@ def start_state(
         timestep_state=timestep_sampler.init(),
         skipped=jnp.zeros((), jnp.int32),
     )
-
-
-def ema_decay_at(decay: float, step: Array, warmup: bool = True) -> Array | float:
-    """Returns the decay rate of an average at an update.
-
-    While the average warms up that is min(decay, (1 + n) / (10 + n)); without warm-up
-    it would remember the random start for about 1 / (1 - decay) updates.
-
-    Args:
-        decay: the final decay rate, in [0, 1).
-        step: n, the number of updates made.
-        warmup: whether it warms up.
-
-    Raises:
-        ValueError: if decay is out of range.
-
-    >>> [round(float(ema_decay_at(0.9999, jnp.asarray(n))), 3) for n in (0, 90, 10**6)]
-    [0.1, 0.91, 1.0]
-    """
-    checks.number("decay", decay, at_least=0, below=1)
-    return jnp.minimum(decay, (1.0 + step) / (10.0 + step)) if warmup else decay
 
 
 def make_train_step(
@@ -185,7 +156,7 @@ def make_train_step(
             batch is as above and divides by `microbatches`, and its height by
             `low_res_size`.
     """
-    _check_decays(ema_decays)
+    check_decays(ema_decays)
     checks.boolean("ema_warmup", ema_warmup)
     checks.integer("microbatches", microbatches, at_least=1)
     checks.number("label_dropout", label_dropout, at_least=0, at_most=1)
@@ -234,18 +205,6 @@ def make_train_step(
         return state, metrics
 
     return train_step
-
-
-def _check_decays(ema_decays: Sequence[float]) -> None:
-    """Raises ValueError unless decay rates are in [0, 1), each with its own name."""
-    if not isinstance(ema_decays, list | tuple):
-        got = checks.shown(ema_decays)
-        raise ValueError(f"ema_decays must be a list of numbers, got {got}.")
-    for decay in ema_decays:
-        checks.number("ema_decays", decay, at_least=0, below=1)
-    names = [ema_name(decay) for decay in ema_decays]
-    if len({*names}) < len(names):
-        raise ValueError(f"ema_decays must differ from each other, got {ema_decays}.")
 
 
 def draw_examples(

@@ -638,7 +638,11 @@ def test_a_task_that_does_not_fit_is_refused(labelled, plain, tmp_path, refuses)
         (plain, ("--task", "colorize", *images["grey"]), "3 channels, got 1"),
         (labelled, ("--task", "complete"), "'complete' needs noise"),
         (labelled, ("--task", "complete", "--sampler", "heun"), "needs noise"),
-        (labelled, ("--task", "enlarge", "--block", 3), "must divide 8 x 8, got 3"),
+        (
+            labelled,
+            ("--task", "enlarge", "--block", 3),
+            "--block must divide 8 x 8, got 3",
+        ),
         (labelled, ("--task", "paint"), "--task must be one of"),
         *(
             (labelled, ("--task", task), f"--out of {task} must be a folder")

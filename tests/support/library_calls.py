@@ -832,7 +832,7 @@ OTHERS = [
         "x must be a float array [b, h, w, c], got float32 [3]",
         lambda: editing.shrink(jnp.ones(3), size=1),
     ),
-    ("size must divide 4 x 4 pixels, got 3", lambda: editing.block_mean(X, size=3)),
+    ("size must divide 4 x 4, got 3", lambda: editing.block_mean(X, size=3)),
     (
         "to must be at least t = ",
         lambda: editing.renoise(KEYS, S, X, T, jnp.zeros(3, jnp.int32)),
