@@ -88,28 +88,8 @@ def train(
             turns out to be damaged, after saving.
         FloatingPointError: if too many updates in a row were not finite, after saving.
     """
-    if not hasattr(config, "items") or not isinstance(workdir, str | os.PathLike):
-        raise ValueError(
-            "train needs a config, as load_config returns it, and a folder, got "
-            f"{type(config).__name__} and {workdir!r}."
-        )
-    if not isinstance(optimizer, optax.GradientTransformation | None):
-        raise ValueError(
-            f"optimizer must be an optax.GradientTransformation, got {optimizer!r}."
-        )
-    if not isinstance(init_from, Run | str | os.PathLike | None):
-        raise ValueError(
-            "init_from must be a run, or the path of a workdir or a checkpoint, got "
-            f"{init_from!r}."
-        )
-    config, workdir = configs.complete(config), Path(workdir)
-    if optimizer is not None:
-        config.optimizer = {"name": GIVEN}
-    if init_from is not None:
-        given = isinstance(init_from, Run)
-        config.init_from = GIVEN if given else os.fspath(init_from)
-    configs.check_config(config)
-    logs.check_writers(config.log_to)
+    config = given_config(config, workdir, optimizer, init_from)
+    workdir = Path(workdir)
     plain_config = json.loads(config.to_json())
     saved = resume.find_run(plain_config, workdir, allow_change)
 
@@ -144,6 +124,39 @@ def train(
             print(weights.report(), flush=True)
     changes = saved.changes if saved else ()
     return run_loop(config, workdir, setup, compiled, evaluate, record, changes)
+
+
+def given_config(
+    config: Any, workdir: Any, optimizer: Any = None, init_from: Any = None
+) -> Config:
+    """Checks arguments of `train`; returns the whole config that they come to.
+
+    Raises:
+        ValueError: for one of another type, or a wrong config.
+    """
+    if not hasattr(config, "items") or not isinstance(workdir, str | os.PathLike):
+        raise ValueError(
+            "train needs a config, as load_config returns it, and a folder, got "
+            f"{type(config).__name__} and {workdir!r}."
+        )
+    if not isinstance(optimizer, optax.GradientTransformation | None):
+        raise ValueError(
+            f"optimizer must be an optax.GradientTransformation, got {optimizer!r}."
+        )
+    if not isinstance(init_from, Run | str | os.PathLike | None):
+        raise ValueError(
+            "init_from must be a run, or the path of a workdir or a checkpoint, got "
+            f"{init_from!r}."
+        )
+    config = configs.complete(config)
+    if optimizer is not None:
+        config.optimizer = {"name": GIVEN}
+    if init_from is not None:
+        given = isinstance(init_from, Run)
+        config.init_from = GIVEN if given else os.fspath(init_from)
+    configs.check_config(config)
+    logs.check_writers(config.log_to)
+    return config
 
 
 def begin(
