@@ -5,7 +5,7 @@
     runs/pets          a run, trained or converted: the first EMA of its config
     runs/pets:0.999    another of its EMAs; runs/pets:none for the last parameters
     cifar10.pt         a file or folder that `interop.importing.load_checkpoint` reads;
-                       one with a name of its own has the layout "openai"
+                       if it does not tell its network, that is the config's
 
 Optimizer, averages, timestep sampler and step begin anew, the averages as copies of the
 weights. The network must be that of the config, but for its classes: rows of labels are
@@ -149,8 +149,12 @@ def load_source(source: str, config: Config) -> Run:
     try:
         if ema is not None or checkpoint.latest_step(place) is not None:
             return load_run(place, ema)
-        own = place.is_dir() or place.suffix == ".safetensors" or place.stem in RELEASED
-        return load_checkpoint(place, config=None if own else config)
+        try:  # its name, or the file itself, may tell what network it is of
+            return load_checkpoint(place)
+        except ValueError:
+            if place.stem in RELEASED:
+                raise
+            return load_checkpoint(place, config=config)
     except ValueError as error:
         raise ValueError(f"{rule}, got {source!r}: {error}") from error
 

@@ -298,7 +298,7 @@ def test_the_command_line_begins_goes_on_and_changes_in_words_of_its_flags(
         ("{source}x", {}, "source0x', which is not there."),
         ("{source}:0.3", {}, "ema must be one of ['0.5', '0.9'], got '0.3'"),
         ("{source}/run.json", {}, "run.json must be"),
-        ("{source}/samples", {}, "must be a JSON file"),
+        ("{source}/samples", {}, "config.json must be"),
         ("{source}:", {}, "ema must be"),
         (
             "{source}",
