@@ -1,6 +1,6 @@
 """Writes PNGs of images in a grid, GIFs of denoising, and PNGs of curves.
 
-Images are uint8 [n, h, w, c] with one or three channels. Pillow and matplotlib are
+Images are uint8 [n, h, w, c]. Pillow and matplotlib are
 imported when they are needed.
 """
 
@@ -15,16 +15,20 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 1) -> np.nda
     """Lays images out row by row on gray, with gaps around and between them.
 
     Args:
-        images: uint8 [n, h, w, c].
+        images: uint8 [n, h, w, c]; channels of other numbers than 1 and 3 stand side by
+            side, as gray images.
         columns: images in a row; by default, the grid is as square as can be.
         gap: width of the gaps in pixels.
 
     Returns:
-        One image, uint8 [rows * (h + gap) + gap, columns * (w + gap) + gap, c].
+        One image, uint8 [rows * (h + gap) + gap, columns * (w + gap) + gap, c], with c
+        1 or 3.
 
     >>> grid(np.zeros((6, 8, 8, 3), np.uint8), columns=3).shape
     (19, 28, 3)
     """
+    if images.shape[-1] not in (1, 3):
+        images = np.concatenate(np.moveaxis(images, -1, 0), axis=2)[..., None]
     n, h, w, c = images.shape
     columns = columns or int(np.ceil(n**0.5))
     rows = -(-n // columns)
@@ -42,7 +46,7 @@ def save_png(path: str | Path, image: np.ndarray, *, min_size: int = 0) -> None:
 
     Args:
         path: the file to write.
-        image: uint8 [h, w, c].
+        image: uint8 [h, w, c] with c 1 or 3.
         min_size: an image whose longer side is below this many pixels is enlarged by
             the least whole number that makes it so long.
     """

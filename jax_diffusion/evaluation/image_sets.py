@@ -75,7 +75,12 @@ def from_reader(
 
 
 def as_image_set(
-    images: Images, n: int | None = None, *, split: str = "all", batch_size: int
+    images: Images,
+    n: int | None = None,
+    *,
+    split: str = "all",
+    batch_size: int,
+    like: Run | None = None,
 ) -> ImageSet:
     """Returns the first n of some images as they are, neither resized nor cropped.
 
@@ -85,20 +90,25 @@ def as_image_set(
         n: how many; default all.
         split: which split of a data set that has a NAME: "train", "test" or "all".
         batch_size: number of images in a batch.
+        like: a run whose background and max_value of pictures apply, see `data.load`.
 
     Raises:
         ValueError: if these are no images, or fewer than n.
     """
     about: dict[str, Any] = {"by": "array"}
+    group = {} if like is None else dict(like.config.data)
+    how = {k: group[k] for k in ("background", "max_value") if group.get(k) is not None}
+    about |= how
     if isinstance(images, str | os.PathLike):
         about["by"] = os.fspath(images)
         name, path = data.parse_source(about["by"])
         if name in AS_THEY_ARE:
-            found = data.open_images(path or "")
+            found = data.open_images(path or "", decoder=data.Decoder(**how))
             about["sha256"] = found.sha256
         else:
             about |= {"split": split, "flip": False}
-            found = data.load(name, split, path=path, batch_size=1, train=False)
+            of_split: Any = dict(path=path, batch_size=1, train=False, **how)
+            found = data.load(name, split, **of_split)
             found = found.examples
         read, count, shape = found.read, len(found), found.image_shape
     else:

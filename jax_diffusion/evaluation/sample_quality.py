@@ -209,7 +209,8 @@ def open_reference(
         moments = GivenMoments(str(path), metrics.load_moments(path))
         if not any(row.needs_reference_features for row in rows.values()):
             return None, moments
-    return as_image_set(reference, split=split, batch_size=batch_size), moments
+    of_set: dict[str, Any] = dict(split=split, batch_size=batch_size, like=run)
+    return as_image_set(reference, **of_set), moments
 
 
 def check_enough(n: int, rows: Mapping[str, Metric]) -> None:

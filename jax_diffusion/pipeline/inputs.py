@@ -114,8 +114,10 @@ def read_rows(
         if isinstance(task.images, np.ndarray):
             images, _ = data.check_arrays(task.images, None)
         else:
-            batches = open_images(run, task.images, task.split, batch_size=1)
+            batches = open_images(run, task.images, task.split, batch_size=1, gray=True)
             images, labels = batches.images, batches.labels
+        if images.shape[-1] == 1 and run.image_shape[-1] == 3:  # gray is a color, too
+            images = np.repeat(images, 3, axis=-1)
         if images.shape[1:] != run.image_shape:
             raise ValueError(
                 f"images must be {run.image_shape}, as the run's, got "

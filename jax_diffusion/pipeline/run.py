@@ -107,7 +107,12 @@ def open_split(config: Config, split: str, **changes: Any) -> data.Batches:
 
 
 def open_images(
-    run: Run, source: str | os.PathLike | None, split: str, *, batch_size: int
+    run: Run,
+    source: str | os.PathLike | None,
+    split: str,
+    *,
+    batch_size: int,
+    gray: bool = False,
 ) -> data.Batches:
     """Opens one split of the run's data or of others, in order and unflipped.
 
@@ -116,6 +121,7 @@ def open_images(
         source: PATH or NAME:PATH of a data set; None for the run's own.
         split: "train", "test" or "all".
         batch_size: number of images of a batch.
+        gray: whether images with one channel are fine, whatever the run's have.
 
     Raises:
         ValueError: if it cannot be read, or its images differ in size from the run's.
@@ -123,10 +129,11 @@ def open_images(
     changes: dict[str, Any] = dict(batch_size=batch_size)
     if source is not None:
         name, path = data.parse_source(os.fspath(source))
-        changes |= dict(name=name, path=path, image_size=run.image_shape[0])
+        changes |= dict(name=name, path=path, image_size=run.image_shape[:2])
         changes["in_memory"] = None  # that was said of the run's own
     batches = open_split(run.config, split, **changes)
-    if batches.image_shape != run.image_shape:
+    fits = [run.image_shape, (*run.image_shape[:2], 1)]
+    if batches.image_shape not in fits[: 2 if gray else 1]:
         raise ValueError(
             f"images must be {run.image_shape}, as the run's, got "
             f"{batches.image_shape}."

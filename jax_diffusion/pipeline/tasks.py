@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jax_diffusion import editing, samplers
+from jax_diffusion import data, editing, samplers
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.registry import lookup
 from jax_diffusion.samplers import StepFn
@@ -297,32 +297,38 @@ def read_mask(mask: Any, image_shape: tuple[int, ...]) -> np.ndarray:
     """Returns a mask as float32 [h, w, 1], 1 where pixels are known.
 
     Args:
-        mask: "left", "right", "top", "bottom", a picture file or an array [h, w].
+        mask: "left", "right", "top", "bottom", an array [h, w], or a picture file:
+            known is what is white and not transparent.
         image_shape: (h, w, c).
 
     Raises:
-        ValueError: if the mask cannot be read, or is not as large as the images.
+        ValueError: if the mask cannot be read, is not as large as the images, hides
+            nothing or shows nothing.
     """
     h, w, _ = image_shape
     known = np.zeros((h, w, 1), np.float32)
     if isinstance(mask, str) and mask in HALVES:
         known[HALVES[mask](h, w)] = 1
-        return known
-    if isinstance(mask, np.ndarray):
+        white = known[..., 0] > 0
+    elif isinstance(mask, np.ndarray):
         white = mask[..., 0] > 0 if mask.shape == (h, w, 1) else mask > 0
     else:
         if not isinstance(mask, str | os.PathLike) or not Path(mask).is_file():
             raise ValueError(
                 f"mask must be of {sorted(HALVES)} or a file, got {str(mask)!r}."
             )
-        from PIL import Image
-
-        try:
-            with Image.open(mask) as stored:
-                white = np.asarray(stored.convert("L")) > 127
-        except Exception as error:
-            raise ValueError(f"mask must be a whole image, got {error!r}.") from error
+        try:  # half of white, of a deep one as of 65535, is gray
+            decoder = data.Decoder(background="black", max_value=65535)
+            pixels = decoder.decode(os.fspath(mask))
+        except ValueError as error:
+            raise ValueError(f"mask must be a whole image, got: {error}") from error
+        gray = [299, 587, 114] if pixels.shape[-1] == 3 else [1000]  # ITU-R 601
+        white = pixels @ gray > 127_499
     if white.shape != (h, w):
         raise ValueError(f"mask must be {h} x {w}, as the images, got {white.shape}.")
+    if white.all() or not white.any():
+        found = "all are known" if white.all() else "none is known"
+        name = f" in {mask}" if isinstance(mask, str | os.PathLike) else ""
+        raise ValueError(f"mask must have known and unknown pixels, {found}{name}.")
     known[white] = 1
     return known
