@@ -144,7 +144,7 @@ class Decoder:
                     f"{where} has values from {low} to {high}."
                 )
             if values.dtype == np.uint16:  # a table takes a fourth of the memory
-                return _scale(np.arange(high + 1), most)[values]
+                return _scale(np.arange(int(high) + 1), most)[values]
             return _scale(values, most)
         if values.dtype.kind not in "iu" or low < 0 or high > 65535:
             raise ValueError(
