@@ -58,8 +58,8 @@ def read_state_dict(path: Path, *, ignore_objects: bool = False) -> StateDict:
         ValueError: if the file is damaged or holds no state dict.
     """
     metadata: dict[str, str] = {}
-    safe = path.suffix == ".safetensors" or file_kinds.is_safetensors(path)
-    if safe and not file_kinds.is_torch(path):
+    named = path.suffix == ".safetensors" and not file_kinds.is_torch(path)
+    if named or file_kinds.is_safetensors(path):
         tree, metadata = read_safetensors(path)
     else:
         tree = read_torch(path, ignore_objects=ignore_objects)

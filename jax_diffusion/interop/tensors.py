@@ -65,7 +65,7 @@ class Region:
                 raise ValueError(f"{self.path} must not change, got a shorter file.")
             if self.crc is None:
                 return found
-            crc = zlib.crc32(memoryview(found))
+            crc = zlib.crc32(found.data)
             if (start, size) != (0, self.size):
                 file.seek(self.start)
                 crc, left = 0, self.size
