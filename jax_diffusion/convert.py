@@ -19,7 +19,7 @@ import jax
 
 from jax_diffusion import cli
 from jax_diffusion import config as configs
-from jax_diffusion.interop import layouts
+from jax_diffusion.interop import layouts, lucidrains_layout
 from jax_diffusion.interop.exporting import WRITERS, export_run, learns_variance
 from jax_diffusion.interop.importing import import_checkpoint
 from jax_diffusion.pipeline import load_run
@@ -51,8 +51,8 @@ READING: cli.Flags = {
     ),
     "--layout": dict(
         help="With --config, the code whose tensor names the file has: "
-        f"{', '.join(sorted(layouts.LAYOUTS))}. By default it is recognized; openai_new"
-        " has to be said.",
+        f"{', '.join(sorted({*layouts.LAYOUTS, lucidrains_layout.NAME}))}. By default "
+        "it is recognized; openai_new has to be said.",
     ),
     "--image-size": dict(
         type=parse_size,

@@ -25,7 +25,12 @@ from jaxtyping import PyTree
 from jax_diffusion import config as configs
 from jax_diffusion import data
 from jax_diffusion.config import Config
-from jax_diffusion.interop import foreign, hub_folders, layouts
+from jax_diffusion.interop import (
+    foreign,
+    hub_folders,
+    layouts,
+    lucidrains_layout,
+)
 from jax_diffusion.interop.recognize import suggestions
 from jax_diffusion.interop.released import RELEASED, REPRODUCES
 from jax_diffusion.interop.state_dicts import StateDict, read_state_dict
@@ -70,7 +75,8 @@ def load_checkpoint(
         config: a config as for training, for a network that is not a released one. Of
             a folder without a noise schedule, it tells schedule and objective.
         layout: how the code that wrote the file names its tensors, one of
-            `layouts.LAYOUTS`; only used with a config. By default it is recognized.
+            `layouts.LAYOUTS` or "lucidrains"; only used with a config. By default it is
+            recognized.
         image_size: side of the images in pixels, or (h, w); only used with a config,
             where config.data does not tell it.
         ignore_objects: whether objects beside the tensors of a pickle are left out.
@@ -237,6 +243,7 @@ FIRST = {
     "openai": "input_blocks.0.0.weight",
     "ddpm": "conv_in.weight",
     "diffusers": "conv_in.weight",
+    "lucidrains": "init_conv.weight",
 }
 
 
@@ -278,5 +285,9 @@ def _params(
     allow_nonfinite: bool,
 ) -> PyTree:
     model, shapes = foreign.model_and_shapes(config, image_shape, tensors)
+    if layout == lucidrains_layout.NAME:
+        return lucidrains_layout.from_lucidrains(
+            tensors, model, shapes, allow_nonfinite=allow_nonfinite
+        )
     wanted = layouts.leaves(shapes, layout, layouts.heads_of(model))
     return layouts.from_torch(tensors, wanted, allow_nonfinite=allow_nonfinite)

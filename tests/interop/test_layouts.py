@@ -17,7 +17,7 @@ from support.peers import peer
 
 from jax_diffusion import config as settings
 from jax_diffusion import training
-from jax_diffusion.interop import diffusers_config
+from jax_diffusion.interop import diffusers_config, recognize
 from jax_diffusion.interop import layouts as weights
 from jax_diffusion.interop.released import RELEASED
 from jax_diffusion.models.noisy_classifier import NoisyClassifier
@@ -332,6 +332,7 @@ def test_released_networks_have_the_official_names_shapes_and_counts(name):
     assert shapes_by_name(built(name), image_shape, found.layout) == official
     count = sum(int(np.prod(shape)) for shape in official.values())
     assert count == COUNTS.get(name, count)
+    assert recognize.COUNTS[name] == (len(official), count)
 
 
 def heads(name, channels):

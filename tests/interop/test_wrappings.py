@@ -109,6 +109,99 @@ def test_a_file_is_what_it_holds_not_what_it_is_called(run, state, tmp_path):
     same(jd.load_checkpoint(tmp_path / "a.bin", config=config), run)
 
 
+# lucidrains
+
+
+def lucidrains_tensors(dim, multipliers, heads, head, channels=3):
+    """Names and shapes as denoising-diffusion-pytorch 2.3.4 has them."""
+    found = {}
+
+    def conv(name, c_in, c_out, size, bias=True):
+        found[f"{name}.weight"] = (c_out, c_in, size, size)
+        if bias:
+            found[f"{name}.bias"] = (c_out,)
+
+    def linear(name, c_in, c_out):
+        found[f"{name}.weight"], found[f"{name}.bias"] = (c_out, c_in), (c_out,)
+
+    def block(name, c_in, c_out):
+        linear(f"{name}.mlp.1", 4 * dim, 2 * c_out)
+        for i, c in (("1", c_in), ("2", c_out)):
+            conv(f"{name}.block{i}.proj", c, c_out, 3)
+            found[f"{name}.block{i}.norm.g"] = (1, c_out, 1, 1)
+        if c_in != c_out:
+            conv(f"{name}.res_conv", c_in, c_out, 1)
+
+    def attention(name, c, full):
+        found[f"{name}.norm.g"] = (1, c, 1, 1)
+        found[f"{name}.mem_kv"] = (2, heads, 4, head) if full else (2, heads, head, 4)
+        conv(f"{name}.to_qkv", c, 3 * heads * head, 1, bias=False)
+        conv(f"{name}.to_out" if full else f"{name}.to_out.0", heads * head, c, 1)
+        if not full:
+            found[f"{name}.to_out.1.g"] = (1, c, 1, 1)
+
+    inner = [dim * m for m in multipliers]
+    outer, last = [dim, *inner[:-1]], len(inner) - 1
+    conv("init_conv", channels, dim, 7)
+    linear("time_mlp.1", dim, 4 * dim)
+    linear("time_mlp.3", 4 * dim, 4 * dim)
+    for i, (a, b) in enumerate(zip(outer, inner, strict=True)):
+        for part in "01":
+            block(f"downs.{i}.{part}", a, a)
+        attention(f"downs.{i}.2", a, full=i == last)
+        conv(
+            f"downs.{i}.3" if i == last else f"downs.{i}.3.1",
+            *((a, b, 3) if i == last else (4 * a, b, 1)),
+        )
+    block("mid_block1", inner[-1], inner[-1])
+    attention("mid_attn", inner[-1], full=True)
+    block("mid_block2", inner[-1], inner[-1])
+    for i, (a, b) in enumerate(reversed(list(zip(outer, inner, strict=True)))):
+        for part in "01":
+            block(f"ups.{i}.{part}", a + b, b)
+        attention(f"ups.{i}.2", b, full=i == 0)
+        conv(f"ups.{i}.3" if i == last else f"ups.{i}.3.1", b, a, 3)
+    block("final_res_block", 2 * dim, dim)
+    conv("final_conv", dim, channels, 1)
+    return found
+
+
+LUCIDRAINS = dict(name="lucidrains", channels=8, multipliers=(1, 2))
+LUCIDRAINS |= dict(num_heads=2, head_dim=4)
+
+
+def test_a_checkpoint_of_lucidrains_is_read(run, tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = lucidrains_tensors(8, (1, 2), 2, 4)
+    state = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+    tree = WRAPPINGS["lucidrains"][0](state)
+    path = save_like_torch(tmp_path / "model-3.pt", tree)
+    config = config_of(run, image_size=8) | {"model": LUCIDRAINS}
+    with pytest.warns(UserWarning, match="others are left out"):
+        params = jd.load_checkpoint(path, config=config).params
+    ours = np.sort(np.concatenate([a.ravel() for a in jax.tree.leaves(params)]))
+    theirs = np.sort(np.concatenate([a.ravel() for a in state.values()]))
+    np.testing.assert_array_equal(ours, theirs)
+    pairs = [  # ours, and theirs with the axes of ours
+        (params["time_0"]["kernel"], state["time_mlp.1.weight"].T),
+        (params["up_1_double"]["kernel"][0, 2], state["ups.0.3.1.weight"][..., 0, 2].T),
+        (
+            params["down_0_attention"]["memory"][1, 3],
+            state["downs.0.2.mem_kv"][1, ..., 3],
+        ),
+        (params["mid_attention"]["memory"][1, 3], state["mid_attn.mem_kv"][1, :, 3]),
+        (
+            params["mid_0"]["norm_out"]["scale"],
+            state["mid_block1.block2.norm.g"].ravel(),
+        ),
+    ]
+    for mine, yours in pairs:
+        np.testing.assert_array_equal(mine, yours)
+    with pytest.raises(ValueError, match=r"^config\.model\.name must be 'lucidrains'"):
+        with pytest.warns(UserWarning):
+            jd.load_checkpoint(path, config=config_of(run, image_size=8))
+
+
 # Folders
 
 
