@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -21,8 +21,29 @@ from jax_diffusion.spacing import SPACINGS
 FLAGS = {"clip": "--no-clip", "reclip": "--no-reclip"}
 
 
+class IncompleteError(Exception):
+    """Something that was asked for is missing, and the rest is there: status 1."""
+
+
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError for a wrong command line: `run_program` makes it a sentence."""
+    """Raises ValueError for a wrong command line: `run_program` makes it a sentence.
+
+    What it parses has one name more, `given`: a set of the names that stood on the
+    command line, as a flag without effect is refused even with its default.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """Parses arguments, as `argparse` does."""
+        absent = object()
+        hidden = argparse.SUPPRESS  # such as the default of --help
+        names = {a.dest for a in self._actions if hidden not in (a.dest, a.default)}
+        space = argparse.Namespace(**dict.fromkeys(names, absent))
+        found, rest = super().parse_known_args(args, namespace or space)
+        values = vars(found)
+        given = {name for name in names if values.get(name) is not absent}
+        values |= {name: self.get_default(name) for name in names - given}
+        found.given = given
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         text = re.sub(r"^argument ([^ :]+): must ", r"\1 must ", message)
@@ -54,9 +75,24 @@ def make_parser(
 
 def positive(text: str) -> int:
     """The type of flags that are integers >= 1."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text}")
+    if not text.strip().isdecimal() or len(text) > 99 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text[:99]}")
+    if int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be below 2^31, got {text}")
     return int(text)
+
+
+def refuse_useless(given: Iterable[str], useless: Iterable[str], why: str) -> None:
+    """Raises ValueError for a flag that has no effect in this call.
+
+    Args:
+        given: names of the flags on the command line, `given` of the parsed arguments.
+        useless: names of flags without effect.
+        why: what they are for instead and what came: "is for X, got Y".
+    """
+    for name in useless:
+        if name in given:
+            raise ValueError(f"{name} {why}.")
 
 
 Flags = Mapping[str, Mapping[str, Any]]  # arguments of add_argument by flag
@@ -212,8 +248,9 @@ def start_hosts(args: argparse.Namespace) -> None:
 def run_program(main: Callable[[], Any], *, long: bool = False) -> None:
     """Runs a command line; bad input becomes one sentence and exit status 2.
 
-    A run that has to stop ends with status 1. Of several processes, one that fails
-    ends at once: the others would wait for it.
+    A run that has to stop ends with status 1, also where a disk is full or a file
+    cannot be written. Of several processes, one that fails ends at once: the others
+    would wait for it.
 
     Args:
         main: the command line.
@@ -227,8 +264,17 @@ def run_program(main: Callable[[], Any], *, long: bool = False) -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
-    except FloatingPointError as error:
+    except (FloatingPointError, IncompleteError) as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except OSError as error:
+        reason = " ".join(f"{error.strerror or error}".split())
+        if error.strerror and error.filename is not None:
+            reason = f"{error.filename}: {reason}"
+        print(
+            f"error: a file could not be read or written: {reason.rstrip('.')}.",
+            file=sys.stderr,
+        )
         status = 1
     except Exception:
         if jax.process_count() == 1:

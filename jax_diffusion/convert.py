@@ -105,6 +105,10 @@ def main() -> None:
     if (args.checkpoint is None) == (args.to is None):
         given = "neither" if args.to is None else "both"
         raise ValueError(f"one of --checkpoint and --to must be given, got {given}.")
+    side, useless = ("--checkpoint", READING) if args.to else ("--to", WRITING)
+    with cli.fields_as_flags(args):
+        names = [flag.removeprefix("--") for flag in useless]
+        cli.refuse_useless(args.given, names, f"is for {side}, got {args.workdir}")
     if args.checkpoint is not None:
         config = configs.load_config(args.config) if args.config else None
         with cli.fields_as_flags(args):

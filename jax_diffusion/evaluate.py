@@ -7,7 +7,9 @@
 Samples are drawn from the run, or read (--images). They are compared with the run's
 training images, or with images or moments that are read (--reference). Scores, files
 and the record of how they were made go to WORKDIR/evaluation; a command that was killed
-continues when it is given again. See jax_diffusion/evaluation for what each metric is.
+continues when it is given again. Where a metric cannot be computed, such as precision
+of 3 images, the others are, and the exit status is 1. See jax_diffusion/evaluation for
+what each metric is.
 
 From Python: `jax_diffusion.evaluate(run, metrics=["fid", "bpd"])`.
 """
@@ -153,11 +155,13 @@ def main() -> Scores:
         fields = {k: v for k, v in vars(args).items() if k in keywords}
         fields["options"] = cli.sampling_options(args)
         if args.workdir is None:
+            cli.refuse_useless(args.given, ["ema"], "needs a run, got images")
             what, reproduces = fields.pop("images"), ""
         else:
             what = load_run(args.workdir, args.ema)
             reproduces = what.config.get("reproduces")
-            fields["out"] = args.out or Path(args.workdir) / "evaluation"
+            if args.out is None:
+                fields["out"] = Path(args.workdir) / "evaluation"
         if args.compare and not reproduces:
             raise ValueError(
                 "--compare needs a run whose config names what it reproduces, got none."
@@ -176,6 +180,9 @@ def main() -> Scores:
         print(scores)
     if args.compare:
         print(published.comparison(reproduces, scores.record["scores"]))
+    if scores.failures:
+        told = (f"{k} is missing: {why}" for k, why in scores.failures.items())
+        raise cli.IncompleteError(" ".join(told))
     return scores
 
 

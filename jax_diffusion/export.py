@@ -35,7 +35,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -207,7 +206,7 @@ def write(
         content[file] = weights
         record["weights"] = {"file": file.name, "sha256": _sha256(weights)}
     record |= {**_describe(data, num_labels), "about": dict(about or {})}
-    content[Path(f"{path}.json")] = json.dumps(record, indent=1)
+    content[Path(f"{path}.json")] = files.json_text(record, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_all_atomic(content)
     return record

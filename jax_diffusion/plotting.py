@@ -4,11 +4,14 @@ Images are uint8 [n, h, w, c]. Pillow and matplotlib are
 imported when they are needed.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+
+from jax_diffusion.runtime import files
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 1) -> np.ndarray:
@@ -42,7 +45,7 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 1) -> np.nda
 
 
 def save_png(path: str | Path, image: np.ndarray, *, min_size: int = 0) -> None:
-    """Writes one image as a PNG; its folder is made.
+    """Writes one image as a PNG, whole or not at all; its folder is made.
 
     Args:
         path: the file to write.
@@ -50,8 +53,8 @@ def save_png(path: str | Path, image: np.ndarray, *, min_size: int = 0) -> None:
         min_size: an image whose longer side is below this many pixels is enlarged by
             the least whole number that makes it so long.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    _to_pillow(image, min_size).save(path)
+    picture = _to_pillow(image, min_size)
+    _write(path, functools.partial(picture.save, format="PNG"))
 
 
 def save_gif(
@@ -64,10 +67,17 @@ def save_gif(
         frames: images uint8 [h, w, c], at least one.
         min_size: as in `save_png`.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     first, *rest = [_to_pillow(frame, min_size) for frame in frames]
     durations = [120] * len(rest) + [1500]  # milliseconds
-    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+    options: dict[str, Any] = dict(save_all=True, append_images=rest, loop=0)
+    options |= dict(format="GIF", duration=durations)
+    _write(path, functools.partial(first.save, **options))
+
+
+def _write(path: str | Path, content: Callable[[BinaryIO], Any]) -> None:
+    """Writes a picture under another name first: a kill leaves no half of one."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, content, sync=False)
 
 
 def _to_pillow(image: np.ndarray, min_size: int) -> Any:
@@ -119,7 +129,7 @@ def save_rate_distortion(
             scale 0 to 255.
     """
     steps = np.arange(len(rate))[::-1]  # reverse steps from x_T to x_t
-    figure = _figure(path, (12, 4))
+    figure = _figure((12, 4))
     for axes, x, y, xlabel, ylabel in zip(
         figure.subplots(1, 3),
         (rate, steps, steps),
@@ -131,25 +141,24 @@ def save_rate_distortion(
         axes.plot(x, np.asarray(y, float), linewidth=1)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    _write(path, functools.partial(figure.savefig, dpi=120, format="png"))
 
 
 def _save_curves(
     path: str | Path, curves: Mapping[str, tuple[Any, Any]], *, xlabel: str, ylabel: str
 ) -> None:
     """Draws curves (x, y) by name in one plot, y on a logarithmic scale."""
-    figure = _figure(path, (7, 4))
+    figure = _figure((7, 4))
     axes = figure.subplots()
     for name, (x, y) in curves.items():
         axes.plot(x, np.asarray(y, float), label=name, linewidth=1)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    _write(path, functools.partial(figure.savefig, dpi=120, format="png"))
 
 
-def _figure(path: str | Path, size: tuple[int, int]) -> Any:
+def _figure(size: tuple[int, int]) -> Any:
     from matplotlib.figure import Figure  # no pyplot: no state, no display
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     return Figure(figsize=size, layout="constrained")

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jax_diffusion import cli, plotting
+from jax_diffusion import checks, cli, plotting
 from jax_diffusion.pipeline import (
     BoundSampler,
     SamplingOptions,
@@ -40,8 +40,8 @@ from jax_diffusion.pipeline import (
     make_options,
 )
 from jax_diffusion.pipeline.tasks import HALVES, TASKS
-from jax_diffusion.runtime import checkpoint, sharding
-from jax_diffusion.runtime.files import ResumableNpz
+from jax_diffusion.runtime import checkpoint, files, locks, sharding
+from jax_diffusion.runtime.resumable_npz import ResumableNpz
 
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # frames [k b h w c], labels [b]
 
@@ -53,13 +53,23 @@ STRIP_IMAGES = 10  # whose frames are shown one below the other
 def sample(args: argparse.Namespace) -> None:
     """Runs the program; everything is checked before the first image is drawn."""
     options, task = check(args)
-    run = load_run(args.workdir, args.ema)
     if args.export is not None:
+        run = load_run(args.workdir, args.ema)
         about = {"workdir": args.workdir, "seed": args.seed} | _plain(options, task)
         beside = dict(weights_beside=args.weights_beside)
         bound = export_sampler(args.export, run, options, about=about, **beside)
         _say_drawn(args.sampler, bound, args.export)
         return
+    kind = "file" if Path(args.out).suffix == ".npz" else "folder"
+    with locks.hold("out", args.out, kind):
+        draw_images(args, options, task)
+
+
+def draw_images(
+    args: argparse.Namespace, options: SamplingOptions, task: TaskOptions
+) -> None:
+    """Draws what the flags ask for and writes it to --out, whose lock is held."""
+    run = load_run(args.workdir, args.ema)
     upsample = None if args.upsample is None else load_other("upsample", args.upsample)
     bound = bind_sampler(run, options, task, upsample=upsample, show_steps=True)
     # All that decides the bytes of the images.
@@ -102,6 +112,7 @@ def check(args: argparse.Namespace) -> tuple[SamplingOptions, TaskOptions]:
     options = cli.sampling_options(args)
     names = [field.name for field in dataclasses.fields(TaskOptions)]
     fields = {name: getattr(args, name) for name in names}
+    checks.integer("seed", args.seed, at_least=0, at_most=2**32 - 1)
     in_folder = args.out is not None and Path(args.out).suffix != ".npz"
     if args.task == "generate" and in_folder and args.upsample is None:
         fields["frames"] = args.frames or GIF_FRAMES
@@ -111,15 +122,34 @@ def check(args: argparse.Namespace) -> tuple[SamplingOptions, TaskOptions]:
             "one of --out and --export must be given, got "
             f"{args.out!r} and {args.export!r}."
         )
+    options.check_useful(args.given)
+    if args.task == "generate" and not (in_folder and args.upsample is None):
+        why = "is for strips, and for a folder with denoising.gif"
+        cli.refuse_useless(args.given, ["frames"], f"{why}, got --out {args.out}")
+    task.check_read(name for name in names if name in args.given)
     if args.export is not None:
+        files.check_output("export", args.export)
+        files.check_output("export", f"{args.export}.json")
+        if args.weights_beside:
+            files.check_output("export", f"{args.export}.npz")
+        useless = ("n", "batch_size")
+        cli.refuse_useless(args.given, useless, "is for --out, got --export")
         for name in ("label", "low_res", "upsample"):
             if getattr(args, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"--export takes no labels or images, got {flag}.")
         if args.task != "generate":
             raise ValueError(f"--export is of the task generate, got {args.task!r}.")
-    elif task.row.is_strip and not in_folder:
-        raise ValueError(f"--out of {args.task} must be a folder, got {args.out!r}.")
+    else:
+        files.check_output("out", args.out, "folder" if in_folder else "file")
+        if args.out is not None and not in_folder:
+            files.check_output("out", Path(args.out).with_suffix(".parts"), "folder")
+        why = "needs --export, got --out"
+        cli.refuse_useless(args.given, ["weights_beside"], why)
+        if task.row.is_strip and not in_folder:
+            raise ValueError(
+                f"--out of {args.task} must be a folder, got {args.out!r}."
+            )
     return options, task
 
 

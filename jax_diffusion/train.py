@@ -3,11 +3,11 @@
     python -m jax_diffusion.train --config configs/digits.py --workdir runs/digits
 
 The same command continues a run that was stopped, bit for bit on the same number of
-devices. Ctrl-C and SIGTERM stop it after saving. A workdir that holds a run with
-another config is refused, and the differences are shown, unless --allow-change names
-them. --init-from begins a new run with the weights of another one. The command is the
-same on one device, on several, and on every host of a pod (see
-`jax_diffusion.runtime.sharding`).
+devices. Ctrl-C and SIGTERM stop it after saving. A workdir in which another process
+trains is refused, and so is one that holds a run with another config; the differences
+are shown, unless --allow-change names them. --init-from begins a new run with the
+weights of another one. The command is the same on one device, on several, and on every
+host of a pod (see `jax_diffusion.runtime.sharding`).
 
 A run is its workdir:
 
@@ -36,12 +36,13 @@ from jax_diffusion.config import Config
 from jax_diffusion.data import DamagedImageError
 from jax_diffusion.evaluation import during_training
 from jax_diffusion.pipeline import Run
-from jax_diffusion.runtime import checkpoint, cpu, logs
+from jax_diffusion.runtime import checkpoint, cpu, locks, logs
 from jax_diffusion.runtime.preemption import PreemptionSignal
 from jax_diffusion.training import TrainState, fine_tuning, resume
 from jax_diffusion.training.reporting import (
     Reporter,
     flops_and_peak,
+    from_plain,
     plain,
     trace_steps,
 )
@@ -55,6 +56,7 @@ from jax_diffusion.training.setup import (
 GIVEN = "given to train()"  # what a config says of its own optimizer, or init_from
 
 
+@locks.holding("workdir")
 def train(
     config: Config,
     workdir: str | os.PathLike,
@@ -84,9 +86,12 @@ def train(
         The state after the last update.
 
     Raises:
-        ValueError: for bad input, before anything is written; and for an image that
-            turns out to be damaged, after saving.
+        ValueError: for bad input, before anything is written; for a workdir that
+            another process trains in; and for an image that turns out to be damaged,
+            after saving.
         FloatingPointError: if too many updates in a row were not finite, after saving.
+        OSError: if the disk is full, or if the workdir was removed meanwhile. The
+            newest whole checkpoint stays.
     """
     config = given_config(config, workdir, optimizer, init_from)
     workdir = Path(workdir)
@@ -175,11 +180,10 @@ def begin(
     Returns:
         The manager of the checkpoints, the state and the reporter.
     """
-    manager = checkpoint.make_manager(
-        workdir, keep=config.keep, keep_every=config.keep_every or None
-    )
+    kept = dict(keep=config.keep, keep_every=config.keep_every or None)
+    manager = checkpoint.make_manager(workdir, **kept)
     state, saved = checkpoint.restore_or_init(
-        manager, compiled.init, compiled.shardings
+        manager, compiled.init, compiled.shardings, **kept
     )
     first = int(state.step)
     if first < config.total_steps:
@@ -192,7 +196,7 @@ def begin(
         flops=flops_and_peak(compiled.step, setup.mesh.size, dtype),
         about=resume.history(record),
     )
-    reporter.window = saved["window"] if saved else []
+    reporter.window = from_plain(saved["window"]) if saved else []
     return manager, state, reporter
 
 
@@ -217,13 +221,18 @@ def run_loop(
         changes: what this start changes in the config, which is recorded.
 
     Raises:
-        ValueError, FloatingPointError: as `train`.
+        ValueError, FloatingPointError, OSError: as `train`.
     """
     manager, state, reporter = begin(config, workdir, setup, compiled, record, changes)
     first = step = int(state.step)
     clock, problem = reporter.clock, ""
     batches = setup.batches.stream(first, setup.rows)
-    with PreemptionSignal().listen() as stop, contextlib.closing(batches), reporter:
+    with (
+        PreemptionSignal().listen() as stop,
+        contextlib.closing(batches),
+        checkpoint.closing(manager),
+        reporter,
+    ):
         try:
             while step < config.total_steps and not problem and not stop.name:
                 with clock.measure("data"):
@@ -260,7 +269,6 @@ def run_loop(
                 f"{str(error).rstrip('.')}; step {saved} is saved; mend or remove the "
                 "image, or give --config.data.on_error=skip."
             ) from error
-    manager.close()  # waits for the last checkpoint
     if problem:
         raise FloatingPointError(problem)
     reporter.finish(step, stop.name)

@@ -60,6 +60,7 @@ images, hash), hashes of the extractors, versions, commit, hardware, command, an
 seconds of every stage.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -81,11 +82,12 @@ from jax_diffusion.evaluation.sample_quality import (
 )
 from jax_diffusion.interop.inception_weights import SHA256, URL
 from jax_diffusion.pipeline import Run, SamplingOptions
-from jax_diffusion.runtime import logs
+from jax_diffusion.runtime import locks, logs
 
 __all__ = ["METRICS", "NETWORK_METRICS", "Metric", "Score", "Scores", "evaluate"]
 
 
+@locks.holding("out")
 def evaluate(
     run_or_images: Run | Images,
     *,
@@ -153,12 +155,16 @@ def evaluate(
 
     Returns:
         The scores, and how they were made as `.record`. On several hosts all of them
-        call this; with `out`, the others than the first one get no scores.
+        call this; with `out`, the others than the first one get no scores. What cannot
+        be computed, such as precision of 3 images, is left out, and `.failures` says
+        why; a score that is not finite is null in scores.json, and is a failure too.
 
     Raises:
         ValueError: if an argument is out of range, does not fit the others, or is
-            used by none of the metrics.
+            used by none of the metrics; if none of them can be computed; if another
+            process is evaluating into `out`.
     """
+    as_called = locals()
     ode: dict[str, Any] = dict(ode_steps=ode_steps, ode_probes=ode_probes)
     counts: dict[str, Any] = dict(n=n, bpd_images=bpd_images, bpd_steps=bpd_steps)
     arguments.check_counts(seed, counts, batch_size=batch_size, **ode)
@@ -166,7 +172,7 @@ def evaluate(
         *(run_or_images, images, reference, data, metrics, options, sampling),
         trains=train_feature_classifier,
         save_moments=save_moments,
-        given=counts | dict(split=split, reference_split=reference_split),
+        given={name: as_called[name] for name in arguments.NOT_FOR_ALL},
     )
     folder = None if out is None else Path(out)
     if folder is not None:  # must be readable when the scores are there
@@ -177,7 +183,7 @@ def evaluate(
     found: list[Result] = []
     if rows:  # opened now, so that nothing is written if they are wrong
         drawn: Any = dict(n=n, options=how, seed=seed, split=reference_split, **of_data)
-        both = open_both(run, images, reference, rows, **drawn)
+        both = open_both(run, images, reference, rows, names, **drawn)
     some = partial(from_split, n=bpd_images, split=split, **of_data)
     sets = {name: some(cast(Any, run)) for name in names}
     if train_feature_classifier and run is not None:
@@ -187,12 +193,34 @@ def evaluate(
         both |= dict(loaders=make_loaders(file, inception, **weights), rows=rows)
         both |= dict(out=folder, keep_images=images is None)
         found.append(score_images(**both, save_moments=save_moments))
-    own = {"bpd": {"steps": bpd_steps}}
+    own: dict[str, Any] = {"bpd": {"steps": bpd_steps}}
     own |= {"nll_ode": {"steps": ode_steps, "probes": ode_probes}}
-    for name, of_split in sets.items():
-        more: Any = dict(seed=seed, out=folder, **own.get(name, {}))
-        found.append(NETWORK_METRICS[name](run, of_split, **more))
+    found += score_networks(run, sets, own, seed=seed, out=folder)
     return _join(found, run, seed, folder)
+
+
+def score_networks(
+    run: Run | None,
+    sets: Mapping[str, image_sets.ImageSet],
+    own: Mapping[str, Mapping[str, Any]],
+    **more: Any,
+) -> list[Result]:
+    """Computes metrics of a network; one that fails does not stop the others.
+
+    Args:
+        run: whose network it is.
+        sets: the images by name of the metric.
+        own: arguments of single metrics.
+        more: arguments of all of them.
+    """
+    found = []
+    for name, images in sets.items():
+        try:
+            compute = NETWORK_METRICS[name]
+            found.append(compute(cast(Any, run), images, **more, **own.get(name, {})))
+        except ValueError as error:  # what others have found is not lost
+            found.append(Result([], {}, {}, failures={name: str(error)}))
+    return found
 
 
 def open_both(
@@ -200,6 +228,7 @@ def open_both(
     images: Images | None,
     reference: Images | None,
     rows: Mapping[str, Metric],
+    names: Sequence[str],
     *,
     n: int | None,
     options: SamplingOptions,
@@ -213,6 +242,7 @@ def open_both(
         images: images to score.
         reference: see `open_reference`.
         rows: the metrics.
+        names: other metrics, which need no samples.
         n: how many images to score, see `image_sets.open_samples`.
         options: how samples are drawn.
         seed: of the samples.
@@ -222,7 +252,7 @@ def open_both(
         samples, reference and moments, as `score_images` takes them.
 
     Raises:
-        ValueError: if they are wrong, or too few for a metric.
+        ValueError: if they are wrong, or too few for every metric.
     """
     source: Any = run if images is None else images
     try:
@@ -232,7 +262,8 @@ def open_both(
         if str(error).startswith("split "):
             raise ValueError(f"reference_{error}") from error
         raise
-    check_enough(samples.n, rows)
+    if not names:
+        check_enough(samples.n, rows)
     return {"samples": samples, "reference": known, "moments": moments}
 
 
@@ -241,6 +272,13 @@ def _join(
 ) -> Scores:
     """The scores of all parts and their record, which is added to scores.json."""
     scores = [score for result in found for score in result.scores]
+    failures: dict[str, str] = {}
+    for result in found:
+        failures |= result.failures
+        odd = {s.metric: s.value for s in result.scores if not math.isfinite(s.value)}
+        failures |= {k: f"{k} must be finite, got {v}." for k, v in odd.items()}
+    if failures and not scores:
+        raise ValueError(" ".join(failures.values()))
     about: dict[str, Any] = {"seed": seed}
     if run is not None:
         about["network"] = image_sets.network_of(run)
@@ -249,9 +287,16 @@ def _join(
         about |= result.about
         seconds |= result.seconds
     record = {
-        "scores": {s.metric: s.value for s in scores},
-        "errors": {s.metric: s.error for s in scores if s.error is not None},
+        "scores": {
+            s.metric: s.value if math.isfinite(s.value) else None for s in scores
+        },
+        "errors": {
+            s.metric: s.error
+            for s in scores
+            if s.error is not None and math.isfinite(s.error)
+        },
         "images": {s.metric: s.images for s in scores},
+        **({"failures": failures} if failures else {}),
         **about,
         "seconds": seconds,
         **logs.describe(run.config.to_dict() if run else {}),

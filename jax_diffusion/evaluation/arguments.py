@@ -6,13 +6,13 @@ metric uses is refused, rather than ignored.
 
 import inspect
 import math
-import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jax_diffusion import checks
 from jax_diffusion.config import make_betas
 from jax_diffusion.data import parse_source
 from jax_diffusion.evaluation import (
@@ -24,9 +24,11 @@ from jax_diffusion.evaluation import (
 from jax_diffusion.evaluation.image_sets import AS_THEY_ARE, Images, changed_options
 from jax_diffusion.evaluation.results import Score
 from jax_diffusion.evaluation.sample_quality import METRICS, Metric
+from jax_diffusion.interop.inception_weights import SHA256, URL
 from jax_diffusion.models import traits
 from jax_diffusion.pipeline import Run, SamplingOptions, make_options
 from jax_diffusion.registry import lookup
+from jax_diffusion.runtime import files
 
 # Metrics of the network of a run, which need no samples.
 NETWORK_METRICS = {
@@ -39,8 +41,23 @@ NETWORK_ARGUMENTS = {
     "split": ["bpd", "nll_ode", "accuracy"],
     "bpd_images": ["bpd", "nll_ode"],
     "bpd_steps": ["bpd"],
+    "ode_steps": ["nll_ode"],
+    "ode_probes": ["nll_ode"],
 }
-DEFAULTS = {"split": "test", "reference_split": "train"}  # None of the others
+# Which extractor of features uses an argument.
+EXTRACTOR_ARGUMENTS = {
+    "inception": "inception",
+    "inception_url": "inception",
+    "inception_sha256": "inception",
+    "feature_classifier": "classifier",
+}
+# The arguments that not every metric uses, and their defaults but None.
+NOT_FOR_ALL = ("n", "reference_split", *NETWORK_ARGUMENTS, *EXTRACTOR_ARGUMENTS)
+DEFAULTS = {
+    **{"split": "test", "reference_split": "train"},
+    **{"ode_steps": 200, "ode_probes": 2},
+    **{"inception_url": URL, "inception_sha256": SHA256},
+}
 
 
 class Chosen(NamedTuple):
@@ -82,7 +99,7 @@ def choose(
         sampling: fields of the options to change.
         trains: whether the feature classifier is to be trained.
         save_moments: whether moments of Inception's features are wanted.
-        given: n, bpd_images, bpd_steps, split and reference_split, by name.
+        given: the arguments of `NOT_FOR_ALL`, by name.
 
     Raises:
         ValueError: if an argument is wrong, contradicts another, or is of no use.
@@ -99,24 +116,28 @@ def choose(
     changed |= {k: v for k, v in arrays.items() if v is not None}
     check_sources(run, source, data, trains, how, [*sampled], reference is not None)
     rows, names = choose_metrics(metrics, run, source, trains, save_moments)
-    check_used(changed, rows, names, run)
+    check_used(changed, rows, names, run, trains)
+    if data is not None and not (source is None or reference is None or names):
+        if not trains:
+            raise ValueError(
+                "data is for samples, a reference or a metric of the network, got "
+                f"{data!r} beside images and reference."
+            )
     return Chosen(run, source, how, rows, names)
 
 
 def check_counts(seed: Any, optional: Mapping[str, Any], **counts: Any) -> None:
-    """Raises ValueError unless the seed is an integer and all counts are, >= 1.
+    """Raises ValueError unless the seed and all counts are integers in their ranges.
 
     Args:
-        seed: of any sign.
+        seed: in [0, 2^32).
         optional: counts by name that may be None.
         counts: the others.
     """
     counts |= {name: count for name, count in optional.items() if count is not None}
-    for name, count in {**counts, "seed": seed}.items():
-        is_integer = isinstance(count, numbers.Integral) and not isinstance(count, bool)
-        rule = "an integer" if name == "seed" else "an integer >= 1"
-        if not is_integer or (name != "seed" and count < 1):
-            raise ValueError(f"{name} must be {rule}, got {count!r}.")
+    for name, count in counts.items():
+        checks.integer(name, count, at_least=1)
+    checks.integer("seed", seed, at_least=0, at_most=2**32 - 1)
 
 
 def check_sources(
@@ -206,6 +227,8 @@ def choose_metrics(
         for name in names
         if name not in NETWORK_METRICS
     }
+    if save_moments is not None:
+        files.check_output("save_moments", save_moments)
     if save_moments and "inception" not in {r.extractor_name for r in rows.values()}:
         raise ValueError(
             f"save_moments is for metrics of Inception's features, got {names}."
@@ -218,6 +241,7 @@ def check_used(
     rows: Mapping[str, Metric],
     names: Sequence[str],
     run: Run | None,
+    trains: bool,
 ) -> None:
     """Raises ValueError for an argument that no metric uses, or that one cannot use.
 
@@ -226,15 +250,26 @@ def check_used(
         rows: the metrics of images.
         names: the metrics of networks.
         run: the run to score, if any.
+        trains: whether the feature classifier is to be trained.
     """
     chosen = [*rows, *names]
+    extractors = {row.extractor_name for row in rows.values()}
+    extractors |= {"classifier"} if trains else set()
     for name in given:
+        extractor = EXTRACTOR_ARGUMENTS.get(name)
+        if extractor is not None:
+            if extractor not in extractors:
+                raise ValueError(
+                    f"{name} is for metrics of the features of {extractor}, got "
+                    f"{chosen}."
+                )
+            continue
         users = NETWORK_ARGUMENTS.get(name)
         if users is None and not rows:
             raise ValueError(f"{name} is for metrics of images, got metrics {chosen}.")
         if users is not None and not {*users} & {*names}:
             raise ValueError(f"{name} is for the metrics {users}, got {chosen}.")
-    if "n" in given:
+    if "n" in given and not names:
         sample_quality.check_enough(given["n"], rows)
     if "bpd_steps" in given and run is not None:
         total, steps = len(make_betas(run.config.schedule)), given["bpd_steps"]

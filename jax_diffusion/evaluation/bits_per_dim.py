@@ -6,6 +6,7 @@ integrates the probability-flow ODE (Song et al. 2021). The formulas are in
 """
 
 import functools
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from jax_diffusion.evaluation.per_image import (
 from jax_diffusion.evaluation.results import Clock, Result, Score
 from jax_diffusion.models import bind
 from jax_diffusion.pipeline import Run
+from jax_diffusion.runtime import files
 from jax_diffusion.schedules import NoiseSchedule
 
 
@@ -71,12 +73,15 @@ def bound(
     rates, distortions = likelihood.progressive_coding(bits)
     if out is not None:
         rate, distortion = (np.asarray(a).mean(axis=0) for a in (rates, distortions))
-        np.savez(out / "rate_distortion.npz", rate=rate, distortion=distortion)
+        save = functools.partial(np.savez, rate=rate, distortion=distortion)
+        files.write_atomic(out / "rate_distortion.npz", save)
         plotting.save_rate_distortion(out / "rate_distortion.png", rate, distortion)
         means = {"vb": bits.vlb, "mse": bits.eps_mse, "xstart_mse": bits.x_0_mse}
         means = {name: np.mean(a, axis=0) for name, a in means.items()}
         for name, mean in means.items():  # in these files the last timestep comes first
-            np.savez(out / f"{name}_terms.npz", mean[::-1])
+            content = io.BytesIO()
+            np.savez(content, mean[::-1])
+            files.write_atomic(out / f"{name}_terms.npz", content.getvalue())
         plotting.save_vlb_curve(out / "bpd_terms.png", {"vlb": means["vb"]})
     values = {
         "bits_per_dim": bits.total,

@@ -71,7 +71,8 @@ def accuracy(
         return Result([], about, clock.seconds, [finish])
     right, quartile = answers["accuracy"], answers["quartile"]
     shares = {"accuracy": right}
-    shares |= {f"accuracy_q{q}": right[quartile == q] for q in range(4)}
+    parts = {q: right[quartile == q] for q in range(4)}  # of few steps one has none
+    shares |= {f"accuracy_q{q}": part for q, part in parts.items() if part.size}
     shares |= {"top_5": answers["top_5"], "cross_entropy": answers["loss"]}
     scores = [Score(k, float(v.mean()), images.n) for k, v in shares.items()]
     return Result(scores, about, clock.seconds, [finish])

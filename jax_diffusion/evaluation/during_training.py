@@ -7,7 +7,9 @@ and then the same scores.
 """
 
 import functools
+import math
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +44,7 @@ from jax_diffusion.pipeline import (
     make_options,
     open_split,
 )
-from jax_diffusion.runtime import checkpoint, sharding
+from jax_diffusion.runtime import checkpoint, locks, sharding
 from jax_diffusion.training import TrainState
 
 BEST = "best"  # a folder in the workdir, itself one for `sample` and `evaluate`
@@ -151,8 +153,12 @@ class PeriodicEvaluation:
             where: Any = dict(mesh=self._mesh, params=params, **options)
             samples = image_sets.drawn(self._sampler, self._n, seed=seed, **where)
             found = self._features(samples)
-            first, *_ = self._row.compute(self._metric, found, self._reference)
-            distances[ema] = first.value
+            try:
+                first, *_ = self._row.compute(self._metric, found, self._reference)
+                distances[ema] = first.value
+            except ValueError as error:  # images that are not finite; training goes on
+                warnings.warn(f"{self._metric} of {ema}: {error}", stacklevel=2)
+                distances[ema] = math.nan
         for ema, params in ema_params.items() if self._bpd_images else ():
             n = min(self._bpd_images, self._test.num_examples)
             images = image_sets.from_reader(self._test.examples.read, n, **options)
@@ -163,9 +169,9 @@ class PeriodicEvaluation:
 
     def _features(self, images: ImageSet) -> Arrays:
         assert self._extractor is not None
-        compute = sample_quality.features_of(images, [self._extractor])
+        compute = features.map_features(images, [self._extractor])
         arrays = collect(compute, images.n).arrays
-        return sample_quality.of_extractor(arrays, self._extractor.name)
+        return features.of_extractor(arrays, self._extractor.name)
 
     @functools.cached_property
     def _test(self) -> data.Batches:
@@ -273,10 +279,19 @@ class BestCheckpoint:
             record: what is saved with parameters.
         """
         self._folder, self._record = workdir / BEST, record
+        self._removed = workdir / f"{BEST}.removed"
         self._best: dict[str, Any] = {}
+        if jax.process_index() == 0:  # what a kill has left
+            shutil.rmtree(self._removed, ignore_errors=True)
         self._old = checkpoint.latest_step(self._folder) is not None
         if self._old:
-            kept = checkpoint.load_record(self._folder)
+            try:
+                kept = checkpoint.load_record(self._folder)
+            except ValueError as error:
+                warnings.warn(f"{self._folder} begins anew: {error}", stacklevel=2)
+                return
+            # A kill between saving and removing leaves two.
+            checkpoint.keep_only(self._folder, [kept["best"]["step"]])
             before, now = (r["config"]["evaluation"] for r in (kept, record))
             if current_fields(before) == current_fields(now):
                 self._best, self._old = kept["best"], False
@@ -294,8 +309,11 @@ class BestCheckpoint:
         i = sharding.broadcast_from_first(i if better else -1)
         if i < 0:
             return
+        locks.check(self._folder.parent)
         if self._old and jax.process_index() == 0:
-            shutil.rmtree(self._folder)  # by other scores, perhaps of a later step
+            # By other scores, perhaps of a later step. A kill leaves no half.
+            self._folder.rename(self._removed)
+            shutil.rmtree(self._removed)
         sharding.barrier("old best network removed")
         self._old = False
         ema, metric = emas[i], scores.distance_name
@@ -303,5 +321,6 @@ class BestCheckpoint:
         config = dict(self._record["config"], ema_decays=[float(ema)])
         record = {**self._record, "config": config, "window": [], "best": self._best}
         tree = {"params": {}, "ema_params": {ema: state.ema_params[ema]}}
-        with checkpoint.make_manager(self._folder, keep=1) as manager:
+        manager = checkpoint.make_manager(self._folder, keep=1)
+        with checkpoint.closing(manager):
             checkpoint.save(manager, step, tree, record)

@@ -142,6 +142,7 @@ def train_on_run(
     """
     if path is None:
         raise ValueError("feature_classifier must be a file to write, got None.")
+    files.check_output("feature_classifier", path)
     clock = Clock()
     train, test = (
         open_images(run, source, split, batch_size=batch_size)

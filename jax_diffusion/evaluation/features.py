@@ -3,13 +3,13 @@
 `inception` is the network of published FIDs, with the weights of pytorch-fid; `pixels`
 is no network at all; `feature_classifier` trains a small one on the data themselves,
 for images that Inception was not made for. `compiled` makes a function of any of them,
-and `extract` runs it over batches.
+`extract` runs it over batches and `map_features` over a set of images.
 """
 
 import os
 import shutil
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ import pooch
 from jaxtyping import Array, PyTree
 
 from jax_diffusion import data
+from jax_diffusion.evaluation.image_sets import Arrays, ImageSet
+from jax_diffusion.evaluation.per_image import SAMPLES
 from jax_diffusion.interop import inception_weights
 from jax_diffusion.interop.torch_files import read_torch
 from jax_diffusion.models.inception import Inception
@@ -184,3 +186,41 @@ def _copy(url: str, path: str, _: Any) -> None:
     """Downloads from a file: address, which pooch does not know."""
     with urllib.request.urlopen(url) as source, open(path, "wb") as file:
         shutil.copyfileobj(source, file)
+
+
+def map_features(
+    images: ImageSet,
+    extractors: Sequence[FeatureExtractor],
+    *,
+    keep_images: bool = False,
+) -> Callable[[int], Iterator[Arrays]]:
+    """Builds compute(start), for `collect`, of "inception_pool" and so on.
+
+    Args:
+        keep_images: whether images and labels are yielded too, as `SAMPLES`.
+    """
+    functions = [(extractor.name, compiled(extractor)) for extractor in extractors]
+
+    def compute(start):
+        for batch in images.batches(start):
+            arrays: Arrays = {}
+            if keep_images:
+                given = (batch["image"], batch["label"])
+                arrays = dict(zip(SAMPLES, given, strict=True))
+            for name, extract in functions:
+                found = extract(batch["image"])
+                arrays |= {array_name(name, k): found[k] for k in KINDS if k in found}
+            yield arrays
+
+    return compute
+
+
+def array_name(extractor: str, kind: str) -> str:
+    """Returns the name of an array of features in files: "inception_pool"."""
+    return f"{extractor}_{kind}"
+
+
+def of_extractor(arrays: Arrays, extractor: str) -> Arrays:
+    """Returns the features of one extractor, by kind."""
+    names = {kind: array_name(extractor, kind) for kind in KINDS}
+    return {kind: arrays[name] for kind, name in names.items() if name in arrays}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from jax_diffusion.evaluation.image_sets import Arrays, ImageSet
 from jax_diffusion.runtime import sharding
-from jax_diffusion.runtime.files import ResumableNpz
+from jax_diffusion.runtime.resumable_npz import ResumableNpz
 
 SAMPLES = ("arr_0", "arr_1")  # images and labels, as improved-diffusion names them
 

@@ -148,7 +148,7 @@ PAPERS: dict[str, tuple[Row, ...]] = {
 }
 
 
-def comparison(name: str, ours: Mapping[str, float]) -> str:
+def comparison(name: str, ours: Mapping[str, float | None]) -> str:
     """Formats a table of our scores beside the paper's, with the paper's settings.
 
     A score of few samples, such as "fid_n2000", keeps its name: it is another quantity
@@ -157,7 +157,7 @@ def comparison(name: str, ours: Mapping[str, float]) -> str:
 
     Args:
         name: a key of `PAPERS`.
-        ours: scores by metric.
+        ours: scores by metric; None for one that is not finite.
 
     Returns:
         The table, in plain text.
@@ -174,7 +174,7 @@ def comparison(name: str, ours: Mapping[str, float]) -> str:
         for metric, value in row.values.items():
             found = [k for k in ours if re.fullmatch(rf"{metric}(_n\d+)?", k)]
             for k in found or [metric]:
-                own = f"{ours[k]:.4g}" if k in ours else "-"
+                own = "-" if ours.get(k) is None else f"{ours[k]:.4g}"
                 cells = (k, own, f"{value:g}", samples, row.setting)
                 table.append((row.source, cells))
     columns = zip(head, *(line for _, line in table), strict=True)

@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jax_diffusion.runtime import files
@@ -51,7 +52,8 @@ class Scores(list[Score]):
     Attributes:
         record: everything that is known about how the scores were made, as it is
             written to scores.json: scores, errors and numbers of images by metric,
-            seed, network, samples, reference, versions, hardware, command, seconds.
+            seed, network, samples, reference, versions, hardware, command, seconds; as
+            "failures", why a metric that was asked for could not be computed.
 
     >>> Scores([Score("fid", 3.17, 50_000), Score("bits_per_dim", 3.7, 64, 0.05)])
     metric        value      +-  images
@@ -65,6 +67,11 @@ class Scores(list[Score]):
         super().__init__(scores)
         self.record = {} if record is None else record
 
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why metrics that were asked for could not be computed, by name."""
+        return self.record.get("failures", {})
+
     def __repr__(self) -> str:
         rows = [("metric", "value", "+-", "images")]
         for score in self:
@@ -75,6 +82,7 @@ class Scores(list[Score]):
             "  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)])
             for row in rows
         ]
+        lines += [f"{name}: {reason}" for name, reason in self.failures.items()]
         seconds = self.record.get("seconds")
         if seconds:
             spent = ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items())
@@ -91,12 +99,14 @@ class Result(NamedTuple):
         seconds: time that each stage took.
         finish: functions to call once scores.json has been written, which turn parts
             of files into whole files, or remove them.
+        failures: why a metric could not be computed, by name.
     """
 
     scores: list[Score]
     about: dict[str, Any]
     seconds: dict[str, float]
     finish: Sequence[Callable[[], None]] = ()
+    failures: Mapping[str, str] = MappingProxyType({})
 
 
 class Clock:
@@ -152,7 +162,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
     Raises:
         ValueError: if a file is there that is not what this function writes.
     """
-    text = json.dumps({"evaluations": [*_read(path), record]}, indent=2)
+    text = files.json_text({"evaluations": [*_read(path), record]}, indent=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, text)
 
@@ -161,7 +171,9 @@ def _read(path: Path) -> list[Any]:
     if not path.exists():
         return []
     try:
-        return [*json.loads(path.read_text())["evaluations"]]
+        # Until version 0.2 there was NaN in it, which is not JSON.
+        content = json.loads(path.read_text(), parse_constant=lambda word: None)
+        return [*content["evaluations"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} must be an object with a list `evaluations`, got {error!r}."

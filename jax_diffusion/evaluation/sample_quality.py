@@ -9,7 +9,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 from jax_diffusion import metrics
 from jax_diffusion.evaluation import features
 from jax_diffusion.evaluation.feature_classifier import load_feature_classifier
-from jax_diffusion.evaluation.features import KINDS, FeatureExtractor, compiled
+from jax_diffusion.evaluation.features import FeatureExtractor
 from jax_diffusion.evaluation.image_sets import (
     Arrays,
     Images,
@@ -135,14 +135,20 @@ def _precision_recall(prefix: str = "") -> Callable[..., list[Score]]:
 METRICS = {
     "fid": Metric("inception", _frechet("pool", fid=True), min_images=2),
     "sfid": Metric("inception", _frechet("spatial", fid=True), min_images=2),
-    "inception_score": Metric("inception", _inception_score, lower_is_better=False),
-    "kid": Metric("inception", _kid, needs_reference_features=True),
-    "precision_recall": Metric("inception", _precision_recall(), True, False),
+    "inception_score": Metric(
+        "inception", _inception_score, lower_is_better=False, min_images=10
+    ),
+    "kid": Metric("inception", _kid, needs_reference_features=True, min_images=2),
+    "precision_recall": Metric(
+        "inception", _precision_recall(), True, False, min_images=4
+    ),
     "cnn_fd": Metric("classifier", _frechet("pool"), min_images=2),
-    "cnn_is": Metric("classifier", _inception_score, lower_is_better=False),
-    "cnn_kid": Metric("classifier", _kid, needs_reference_features=True),
+    "cnn_is": Metric(
+        "classifier", _inception_score, lower_is_better=False, min_images=10
+    ),
+    "cnn_kid": Metric("classifier", _kid, needs_reference_features=True, min_images=2),
     "cnn_precision_recall": Metric(
-        "classifier", _precision_recall("cnn_"), True, False
+        "classifier", _precision_recall("cnn_"), True, False, min_images=4
     ),
     # An image of 4096 numbers has a covariance of 4096 x 4096, which takes a minute.
     "pixel_distance": Metric(
@@ -214,48 +220,12 @@ def open_reference(
 
 
 def check_enough(n: int, rows: Mapping[str, Metric]) -> None:
-    """Raises ValueError unless n images are enough for the metrics."""
-    for name, row in rows.items():
-        if n < row.min_images:
-            raise ValueError(f"n must be >= {row.min_images} for {name}, got {n}.")
-
-
-def features_of(
-    images: ImageSet,
-    extractors: Sequence[FeatureExtractor],
-    *,
-    keep_images: bool = False,
-) -> Callable[[int], Iterator[Arrays]]:
-    """Builds compute(start), for `collect`, of "inception_pool" and so on.
-
-    Args:
-        keep_images: whether images and labels are yielded too, as `SAMPLES`.
-    """
-    functions = [(extractor.name, compiled(extractor)) for extractor in extractors]
-
-    def compute(start):
-        for batch in images.batches(start):
-            arrays: Arrays = {}
-            if keep_images:
-                given = (batch["image"], batch["label"])
-                arrays = dict(zip(SAMPLES, given, strict=True))
-            for name, extract in functions:
-                found = extract(batch["image"])
-                arrays |= {array_name(name, k): found[k] for k in KINDS if k in found}
-            yield arrays
-
-    return compute
-
-
-def array_name(extractor: str, kind: str) -> str:
-    """Returns the name of an array of features in files: "inception_pool"."""
-    return f"{extractor}_{kind}"
-
-
-def of_extractor(arrays: Arrays, extractor: str) -> Arrays:
-    """Returns the features of one extractor, by kind."""
-    names = {kind: array_name(extractor, kind) for kind in KINDS}
-    return {kind: arrays[name] for kind, name in names.items() if name in arrays}
+    """Raises ValueError unless n images are enough for one of the metrics at least."""
+    if rows and all(n < row.min_images for row in rows.values()):
+        name, least = min(
+            ((k, row.min_images) for k, row in rows.items()), key=lambda pair: pair[1]
+        )
+        raise ValueError(f"n must be >= {least} for {name}, got {n}.")
 
 
 def score_images(
@@ -270,6 +240,9 @@ def score_images(
     save_moments: str | os.PathLike | None = None,
 ) -> Result:
     """Computes all scores of samples beside a reference.
+
+    A metric that cannot be computed, such as of too few images, becomes a failure of
+    the result; the others are computed.
 
     Args:
         samples: the images to score.
@@ -293,7 +266,7 @@ def score_images(
     check_shapes(samples, reference, rows, extractors)
     used = {e.name: e.sha256 for e in extractors}
     found = collect(
-        features_of(samples, extractors, keep_images=keep_images),
+        features.map_features(samples, extractors, keep_images=keep_images),
         samples.n,
         path=out and out / "samples.npz",
         keep=SAMPLES if keep_images else (),
@@ -303,7 +276,10 @@ def score_images(
     finish, known = [found.finish], {}
     if reference is not None:
         path, record = out and out / "reference.npz", {**reference.about}
-        record["extractors"], compute = used, features_of(reference, extractors)
+        record["extractors"], compute = (
+            used,
+            features.map_features(reference, extractors),
+        )
         known, end = collect(compute, reference.n, path=path, keep=(), record=record)
         finish.append(end)
         clock.end("reference")
@@ -312,7 +288,7 @@ def score_images(
         return Result([], about, clock.seconds, finish)
     compared = {}
     for extractor in extractors:
-        arrays = of_extractor(known, extractor.name)
+        arrays = features.of_extractor(known, extractor.name)
         if moments is not None and extractor.name == "inception":
             kinds = moments.moments
         else:
@@ -326,12 +302,40 @@ def score_images(
         "sha256": {k: sha256_of_moments(r.moments) for k, r in compared.items()},
     }
     clock.end("moments")
-    scores = []
+    scores, failures = compute_scores(rows, samples.n, found.arrays, compared, clock)
+    return Result(scores, about, clock.seconds, finish, failures)
+
+
+def compute_scores(
+    rows: Mapping[str, Metric],
+    n: int,
+    arrays: Arrays,
+    compared: Mapping[str, Reference],
+    clock: Clock,
+) -> tuple[list[Score], dict[str, str]]:
+    """Computes the scores of all metrics, and says which could not be computed.
+
+    Args:
+        rows: the metrics by name.
+        n: the number of samples.
+        arrays: features of the samples, by `array_name`.
+        compared: the reference by extractor.
+        clock: is told how long each metric took.
+
+    Returns:
+        Scores, and by name of the metric why it could not be computed.
+    """
+    scores: list[Score] = []
+    failures = {}
     for name, row in rows.items():
-        arrays = of_extractor(found.arrays, row.extractor_name)
-        scores += row.compute(name, arrays, compared[row.extractor_name])
+        some = features.of_extractor(arrays, row.extractor_name)
+        try:
+            check_enough(n, {name: row})
+            scores += row.compute(name, some, compared[row.extractor_name])
+        except ValueError as error:
+            failures[name] = str(error)
         clock.end(name)
-    return Result(scores, about, clock.seconds, finish)
+    return scores, failures
 
 
 def moments_of(features: Mapping[str, np.ndarray]) -> dict[str, Moments]:

@@ -70,6 +70,7 @@ def export_run(
     if drop_variance:
         run = without_variance(run)
     writer = choose("to", to, WRITERS)
+    files.check_output("out", out, "folder" if to == "diffusers" else "file")
     if Path(out).exists():
         raise ValueError(f"out must name a new file or folder, got {str(out)!r}.")
     writer(run, Path(out))

@@ -36,7 +36,7 @@ from jax_diffusion.interop.released import RELEASED, REPRODUCES
 from jax_diffusion.interop.state_dicts import StateDict, read_state_dict
 from jax_diffusion.interop.tensors import Tensor, as_float32
 from jax_diffusion.pipeline import Run
-from jax_diffusion.runtime import checkpoint
+from jax_diffusion.runtime import checkpoint, files
 from jax_diffusion.runtime.untrusted import parse_json
 
 # Key of the metadata of our own .safetensors: config and image shape, as JSON.
@@ -130,6 +130,7 @@ def import_checkpoint(
         ValueError: as `load_checkpoint` does, or if the workdir holds a run. Nothing is
             written then.
     """
+    files.check_output("workdir", workdir, "folder")
     if checkpoint.latest_step(Path(workdir)) is not None:
         raise ValueError(f"workdir must be new, and {str(workdir)!r} holds a run.")
     run = load_checkpoint(path, **options)

@@ -187,6 +187,7 @@ def save_moments(path: str | Path, moments: Mapping[str, Moments]) -> None:
     arrays: Any = {"count": np.int64(counts.pop())}
     for name, (_, mean, cov) in moments.items():
         arrays |= dict(zip(KEYS[name], (mean, cov), strict=True))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(Path(path), lambda file: np.savez(file, **arrays))
 
 

@@ -113,6 +113,8 @@ def sample_images(
     if options is not None:
         fields = vars(options) | fields
     options, task = make_options(fields, SamplingOptions, TaskOptions)
+    if task.task == "generate" and task.frames is not None:
+        raise ValueError(f"frames is for tasks that return them, got {task.frames}.")
     if upsample is not None and not isinstance(upsample, Run):
         upsample = load_other("upsample", upsample)
     bound = bind_sampler(run, options, task, upsample=upsample)
@@ -173,15 +175,15 @@ class BoundSampler:
             params: parameters of the network, instead of those that are bound.
             on_compiled: is told the seconds that compilation took.
         """
-        ids = np.arange(first, first + n) if ids is None else np.asarray(ids)
+        numbers = range(first, first + n) if ids is None else np.asarray(ids)
         mesh = mesh or sharding.make_mesh()
         bound = {**self.params} if params is None else {**self.params, "model": params}
         weights = sharding.replicate(mesh, bound)
         if self.second is not None:  # once, not each time
             second_weights = sharding.replicate(mesh, self.second.params)
         draw = self.draw
-        for start in range(0, len(ids), batch_size):
-            some = ids[start : start + batch_size]
+        for start in range(0, len(numbers), batch_size):
+            some = np.asarray(numbers[start : start + batch_size])
             rows = {name: a[some % len(a)] for name, a in self.rows.items()}
             inputs = self._inputs(mesh, weights, some, rows, seed, batch_size)
             if on_compiled is not None:
@@ -275,6 +277,10 @@ def _bind(
     """`bind_sampler` once all files are read."""
     schedule, spacing = options.make_schedule(run.config.schedule)
     num_steps = schedule.num_steps
+    if task.jump > max(num_steps, TaskOptions.jump):  # which is also the default
+        raise ValueError(
+            f"jump must be at most the number of steps, {num_steps}, got {task.jump}."
+        )
     mask = read_mask(task.mask, run.image_shape) if task.row.takes_mask else None
     if task.num_frames == 1 and one_program:
         total = len(configs.make_betas(run.config.schedule))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,6 +15,12 @@ from jax_diffusion.config import Config
 from jax_diffusion.registry import hint, lookup
 from jax_diffusion.samplers import SAMPLERS, Sampler, as_sampler
 from jax_diffusion.schedules import NoiseSchedule
+
+NEEDS = {  # the fields that have no effect without another one, and which
+    "guidance_rescale": "guidance",
+    "classifier_scale": "classifier",
+    "reclip": "classifier",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,8 +93,15 @@ class SamplingOptions:
             scale = getattr(self, name)
             if scale is not None and not math.isfinite(scale):
                 raise ValueError(f"{name} must be finite, got {scale}.")
-        if self.guidance_rescale and self.guidance is None:
-            raise ValueError("guidance_rescale needs guidance, got none.")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        self.check_useful(k for k in NEEDS if getattr(self, k) != defaults[k])
+
+    def check_useful(self, names: Iterable[str]) -> None:
+        """Raises ValueError for a field that has no effect without another one."""
+        for name in names:
+            other = NEEDS.get(name)
+            if other is not None and getattr(self, other) is None:
+                raise ValueError(f"{name} needs {other}, got none.")
 
     def _check_types(self) -> None:
         optional = ("threshold", "guidance")
@@ -124,7 +137,7 @@ class SamplingOptions:
         steps = self.steps
         if steps is None:
             steps = min(row.steps or total, total)
-        spacing = self.spacing or row.spacing
+        spacing = row.spacing if self.spacing is None else self.spacing
         return configs.make_schedule(config, steps=steps, spacing=spacing), spacing
 
     def numbers(self, null_label: int | None) -> dict[str, float]:

@@ -64,7 +64,7 @@ def load_run(workdir: str | os.PathLike, ema: str | float | None = None) -> Run:
     Raises:
         ValueError: if there is no checkpoint, or no such average.
     """
-    if not isinstance(workdir, str | os.PathLike):
+    if not isinstance(workdir, str | os.PathLike) or not os.fspath(workdir).strip():
         raise ValueError(f"workdir must be the path of a folder, got {workdir!r}.")
     if isinstance(ema, float):
         ema = ema_name(ema)

@@ -8,7 +8,7 @@ its row says that all frames together are the result (`is_strip`).
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jax_diffusion import data, editing, samplers
+from jax_diffusion import checks, data, editing, samplers
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.registry import lookup
 from jax_diffusion.samplers import StepFn
@@ -30,6 +30,10 @@ HALVES: dict[str, Callable[[int, int], Any]] = {  # names of masks: the known ha
     "top": lambda h, w: np.s_[: h // 2, :],
     "bottom": lambda h, w: np.s_[h // 2 :, :],
 }
+
+
+# Above these, memory or time would have no bound.
+MOST = {"frames": 10_000, "resamples": 10_000, "group": 2**31 - 1}
 
 
 class Task(NamedTuple):
@@ -46,6 +50,7 @@ class Task(NamedTuple):
         takes_next: whether it also reads the image after each one, as row "next".
         takes_mask: whether it reads `TaskOptions.mask`.
         channels: the number of channels that images must have; None for any.
+        reads: the fields of `TaskOptions` that have an effect; None for all.
     """
 
     draw: Callable[["SamplingContext", "TaskOptions"], jax.Array]
@@ -57,6 +62,7 @@ class Task(NamedTuple):
     takes_next: bool = False
     takes_mask: bool = False
     channels: int | None = None
+    reads: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +89,8 @@ class TaskOptions:
             labels arr_1.
 
     Raises:
-        ValueError: for a value that is out of range; it begins with the field's name.
+        ValueError: for a value that is out of range, and for a field that the task does
+            not read; it begins with the field's name.
     """
 
     task: str = "generate"
@@ -101,14 +108,33 @@ class TaskOptions:
     def __post_init__(self):
         for name in ("group", "block", "resamples", "jump", "frames"):
             value = getattr(self, name)
-            integer = isinstance(value, int) and not isinstance(value, bool)
-            if not (integer and value >= 1) and (value is not None or name != "frames"):
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+            if value is not None or name != "frames":
+                checks.integer(name, value, at_least=1, at_most=MOST.get(name))
         if not isinstance(self.level, Real) or not 0 <= self.level <= 1:
             raise ValueError(f"level must be in [0, 1], got {self.level!r}.")
         if self.images is not None and not self.row.from_images:
             names = [name for name, row in TASKS.items() if row.from_images]
             raise ValueError(f"images must be for {names}, got task {self.task!r}.")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        values = {name: getattr(self, name) for name in defaults}
+        plain = str | Real | None  # unlike arrays and paths, these may be the default
+        self.check_read(
+            name
+            for name, value in values.items()
+            if not isinstance(value, plain) or value != defaults[name]
+        )
+
+    def check_read(self, names: Iterable[str]) -> None:
+        """Raises ValueError for a field that the task does not read."""
+        reads = self.row.reads
+        for name in names:
+            if reads is not None and name not in ("task", "low_res", *reads):
+                users = [k for k, row in TASKS.items() if name in (row.reads or ())]
+                raise ValueError(
+                    f"{name} is for the tasks {users}, got task {self.task!r}."
+                )
+            if name == "jump" and self.resamples == 1:
+                raise ValueError("jump needs resamples >= 2, got 1.")
 
     @property
     def row(self) -> Task:
@@ -277,18 +303,32 @@ def slerp(context: SamplingContext, options: TaskOptions) -> Array:
     return editing.between_noises(*context.arguments, x_T, y_T, weights)
 
 
+_IMAGES = ("images", "split")
+_REPAINT = (*_IMAGES, "resamples", "jump")
 TASKS: dict[str, Task] = {
-    "generate": Task(generate),
-    "sequence": Task(generate, is_strip=True),
-    "progress": Task(progress, is_strip=True),
-    "complete": Task(complete, in_groups=True, needs_noise=True),
-    "inpaint": Task(inpaint, from_images=True, takes_mask=True),
-    "colorize": Task(colorize, from_images=True, channels=3),
-    "enlarge": Task(enlarge, from_images=True),
-    "edit": Task(edit, from_images=True),
-    "reconstruct": Task(reconstruct, from_images=True, clips=False),
-    "interpolate": Task(interpolate, from_images=True, is_strip=True, takes_next=True),
-    "slerp": Task(slerp, is_strip=True),
+    "generate": Task(generate, reads=("frames",)),
+    "sequence": Task(generate, is_strip=True, reads=("frames",)),
+    "progress": Task(progress, is_strip=True, reads=("frames",)),
+    "complete": Task(
+        complete, in_groups=True, needs_noise=True, reads=("level", "group")
+    ),
+    "inpaint": Task(
+        inpaint, from_images=True, takes_mask=True, reads=(*_REPAINT, "mask")
+    ),
+    "colorize": Task(colorize, from_images=True, channels=3, reads=_REPAINT),
+    "enlarge": Task(enlarge, from_images=True, reads=(*_REPAINT, "block")),
+    "edit": Task(edit, from_images=True, reads=(*_IMAGES, "level")),
+    "reconstruct": Task(
+        reconstruct, from_images=True, clips=False, reads=(*_IMAGES, "level")
+    ),
+    "interpolate": Task(
+        interpolate,
+        from_images=True,
+        is_strip=True,
+        takes_next=True,
+        reads=(*_IMAGES, "level", "frames"),
+    ),
+    "slerp": Task(slerp, is_strip=True, reads=("frames",)),
 }
 OLD_TASKS = {"colourise": "colorize"}  # names until version 0.1
 

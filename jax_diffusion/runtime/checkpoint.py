@@ -15,23 +15,25 @@ nothing starts afresh by itself. Without any checkpoint the state is initialized
 Any number of devices or hosts reads what any other number has saved.
 """
 
-import asyncio
+import contextlib
 import json
+import logging
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from jax_diffusion.runtime import sharding
-from jax_diffusion.runtime.files import leaves_by_name
+from jax_diffusion.runtime import locks, sharding
+from jax_diffusion.runtime.digests import digests
+from jax_diffusion.runtime.files import json_text, leaves_by_name, reason_of_disk
+from jax_diffusion.runtime.orbax import LeanNumpyHandler, is_news
 
 BAD = "bad_checkpoints"  # folder in the workdir, for damaged ones
 
@@ -46,6 +48,7 @@ def make_manager(
         keep: number of newest checkpoints that stay; None for all.
         keep_every: checkpoints at multiples of this step stay too.
     """
+    logging.getLogger("absl").addFilter(is_news)  # the same one is added once
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         keep_period=keep_every,
@@ -68,7 +71,7 @@ def save(
     *,
     as_item: Callable[[PyTree], Any] = ocp.args.StandardSave,
 ) -> None:
-    """Saves a state in the background; `manager.close()` waits for the disk.
+    """Saves a state in the background; `closing` waits for the disk.
 
     On several hosts, all of them call it.
 
@@ -76,16 +79,55 @@ def save(
         manager: of `make_manager`.
         step: number of updates made.
         state: a pytree of arrays.
-        record: plain JSON values.
+        record: plain JSON values; of a window of metrics, numbers that are not finite
+            come back as `float` reads them.
         as_item: Orbax's argument that the manager takes for the state.
+
+    Raises:
+        OSError: if this one or the one before cannot be written, such as to a full
+            disk, or if the workdir was lost, see `locks`; those before stay.
     """
-    record = json.loads(json.dumps(record))  # as it will be read
+    locks.check(Path(manager.directory).parent)
+    record = json.loads(json_text(record))  # as it will be read
     sealed = {"record": record, "digests": digests(state)}
     items = ocp.args.Composite(
         state=as_item(state),
         record=ocp.args.JsonSave(sealed | {"checksum": _checksum(sealed)}),
     )
-    manager.save(step, args=items, force=True)
+    with _writing(manager):
+        manager.save(step, args=items, force=True)
+
+
+@contextlib.contextmanager
+def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Closes a manager in the end, also after an error: what it saves gets to the disk.
+
+    Raises:
+        OSError: if the last state cannot be written; those before stay.
+    """
+    try:
+        yield
+    finally:
+        with _writing(manager):
+            manager.close()
+
+
+@contextlib.contextmanager
+def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Makes OSError of what the many layers below raise if a disk does not take it."""
+    try:
+        yield
+    except Exception as error:
+        reason = reason_of_disk(error)
+        if not reason:
+            raise
+        newest = latest_step(Path(manager.directory).parent)
+        kept = (
+            "none is there" if newest is None else f"the newest whole one is {newest}"
+        )
+        raise OSError(
+            f"{manager.directory}: {reason}; a checkpoint is not complete, {kept}"
+        ) from error
 
 
 def save_params(
@@ -105,36 +147,18 @@ def save_params(
     if latest_step(workdir) is not None:
         raise ValueError(f"workdir must be new, and {str(workdir)!r} holds a run.")
     registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, _LeanNumpyHandler()),
+        (np.ndarray, LeanNumpyHandler()),
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
     state: Any = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     handlers = dict(state=state, record=ocp.JsonCheckpointHandler())
     options = ocp.CheckpointManagerOptions(create=True)
-    with ocp.CheckpointManager(
+    manager = ocp.CheckpointManager(
         _directory(workdir), options=options, item_handlers=handlers
-    ) as manager:
+    )
+    with closing(manager):
         item = {"params": params, "ema_params": {}}
         save(manager, step, item, record, as_item=ocp.args.PyTreeSave)
-
-
-class _LeanNumpyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes arrays without copying them all, 64 MiB or one at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self._deepcopy_host_arrays = False  # nobody changes them meanwhile
-        self._left, self._freed = 2**26, asyncio.Condition()
-
-    async def _open_and_write(self, value, *args, **options):
-        size = min(value.nbytes, 2**26)
-        async with self._freed:
-            await self._freed.wait_for(lambda: self._left >= size)
-            self._left -= size
-        await super()._open_and_write(value, *args, **options)
-        async with self._freed:
-            self._left += size
-            self._freed.notify_all()
 
 
 def load_record(workdir: str | Path) -> dict[str, Any]:
@@ -168,6 +192,9 @@ def restore_or_init(
     manager: ocp.CheckpointManager,
     init_fn: Callable[[], PyTree],
     shardings: PyTree,
+    *,
+    keep: int | None = None,
+    keep_every: int | None = None,
 ) -> tuple[PyTree, dict[str, Any] | None]:
     """Restores the newest whole state, or initializes one if there is no checkpoint.
 
@@ -177,6 +204,8 @@ def restore_or_init(
         manager: of `make_manager`.
         init_fn: returns the state before the first update.
         shardings: the sharding of each leaf of the state, whatever it was when saved.
+        keep, keep_every: as for `make_manager`. A run that was killed between a save
+            and the removal of older checkpoints has too many, which are removed now.
 
     Returns:
         The state and its record; the record is None if the state was initialized.
@@ -210,8 +239,24 @@ def restore_or_init(
             aside.parent.mkdir(exist_ok=True)
             shutil.move(_directory(workdir) / str(later), aside)
     sharding.barrier("damaged checkpoints moved")
+    steps = [*_steps(workdir)]
+    periodic = [s for s in steps if keep_every and s % keep_every == 0]
+    keep_only(workdir, [*steps[:keep], *periodic])
     manager.reload()
     return result
+
+
+def keep_only(workdir: str | Path, steps: Sequence[int]) -> None:
+    """Removes all checkpoints but some; on several hosts, all of them call it.
+
+    Args:
+        workdir: the folder of a run, which no manager is writing to.
+        steps: those that stay.
+    """
+    if jax.process_index() == 0:
+        for step in [s for s in _steps(workdir) if s not in steps]:
+            shutil.rmtree(_directory(workdir) / str(step))
+    sharding.barrier("superfluous checkpoints removed")
 
 
 def load_params(workdir: str | Path, *, ema: str | None) -> PyTree:
@@ -239,10 +284,10 @@ def load_step_params(workdir: str | Path, *, ema: str | None) -> tuple[int, PyTr
         sealed = _read_record(path)
         with _reader() as reader:
             tree = reader.metadata(path).item_metadata["state"].tree
-            if ema is not None and ema not in tree["ema_params"]:
-                raise _UnknownAverage(
-                    f"ema must be one of {sorted(tree['ema_params'])}, got {ema!r}."
-                )
+            averages = tree.get("ema_params") or {}
+            if ema is not None and ema not in averages:
+                known = [*sorted(averages), "none"]
+                raise _UnknownAverage(f"ema must be one of {known}, got {ema!r}.")
             wanted = (
                 {"params": tree["params"]}
                 if ema is None
@@ -257,44 +302,6 @@ def load_step_params(workdir: str | Path, *, ema: str | None) -> tuple[int, PyTr
         return state["params"] if ema is None else state["ema_params"][ema]
 
     return _newest_good(workdir, read)
-
-
-def digests(tree: PyTree) -> dict[str, int]:
-    """Computes 32 bits for each leaf, by its path, to find changed bits.
-
-    Each word of the leaf is mixed with its place, and all are added mod 2^32. So the
-    digest is the same however the leaf is sharded, and in NumPy and JAX, while a change
-    of any one bit changes it.
-    """
-    named = leaves_by_name(tree)
-    in_memory = jax.default_backend() == "cpu" and jax.process_count() == 1
-    if in_memory or not any(isinstance(a, jax.Array) for a in named.values()):
-        with np.errstate(over="ignore"):  # wrapping around is meant
-            return {name: int(_digest(np.asarray(a), np)) for name, a in named.items()}
-    return {name: int(d) for name, d in jax.device_get(_digests(named)).items()}
-
-
-@jax.jit
-def _digests(named):
-    return {name: _digest(a, jnp) for name, a in named.items()}
-
-
-def _digest(a, xp):
-    words = a.reshape(-1) if a.ndim == 0 else a
-    if words.dtype.itemsize != 4 or words.dtype == bool:
-        words = words.astype(xp.float32)  # of two bytes or one: exact
-    words = words.view(xp.uint32)
-    place = xp.zeros((), xp.uint32)
-    for axis, size in enumerate(words.shape):
-        shape = [1] * words.ndim
-        shape[axis] = size
-        place = place * xp.uint32(size) + xp.arange(size, dtype=xp.uint32).reshape(
-            shape
-        )
-    words = words ^ (place * xp.uint32(0x9E3779B1) + xp.uint32(0x7F4A7C15))
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # murmur3's finish
-        words = (words ^ (words >> xp.uint32(shift))) * xp.uint32(factor)
-    return xp.sum(words ^ (words >> xp.uint32(16)), dtype=xp.uint32)
 
 
 class _UnknownAverage(ValueError):

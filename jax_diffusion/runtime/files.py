@@ -1,19 +1,14 @@
-"""Files that are whole or not there: atomic writes, .npz archives, SHA-256 hashes.
-
-`ResumableNpz` writes one .npz of many images over hours: `FILE.parts/` collects the
-parts and a record of the settings that decide their bytes; once all parts are there
-they are joined into `FILE.npz`. Its bytes are the same however often the job was
-killed on the way.
-"""
+"""Files that are whole or not there: atomic writes, .npz archives, hashes, JSON."""
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
+import math
 import os
-import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,18 +23,22 @@ DATE = (1980, 1, 1, 0, 0, 0)  # of all archive entries: bytes must not tell the 
 Content = bytes | str | Callable[[BinaryIO], Any]
 
 
-def write_atomic(path: str | os.PathLike, content: Content) -> None:
+def write_atomic(
+    path: str | os.PathLike, content: Content, *, sync: bool = True
+) -> None:
     """Writes a file so that a kill leaves the old file or the new one, never a half.
 
     Args:
         path: the file to write or replace, in a folder that exists.
         content: bytes, text (written as UTF-8), or a function that writes to the open
             binary file that it is given.
+        sync: whether to wait for the disk, so that a machine that loses power leaves
+            no half either; for many small files that can be made again, it takes long.
     """
-    write_all_atomic({Path(path): content})
+    write_all_atomic({Path(path): content}, sync=sync)
 
 
-def write_all_atomic(files: Mapping[Path, Content]) -> None:
+def write_all_atomic(files: Mapping[Path, Content], *, sync: bool = True) -> None:
     """Writes several files that belong together: all of them or none.
 
     They are written beside their places, as `NAME.tmp`, and then renamed; only a kill
@@ -47,6 +46,7 @@ def write_all_atomic(files: Mapping[Path, Content]) -> None:
 
     Args:
         files: the content of each file by its path, as `write_atomic` takes it.
+        sync: as there.
     """
     beside = {path: path.with_name(f"{path.name}.tmp") for path in files}
     try:
@@ -58,8 +58,9 @@ def write_all_atomic(files: Mapping[Path, Content]) -> None:
                     file.write(
                         content.encode() if isinstance(content, str) else content
                     )
-                file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
         for path in files:
             os.replace(beside[path], path)
     except Exception:
@@ -116,6 +117,44 @@ def check_output(field: str, path: Any, kind: str = "file") -> None:
         raise ValueError(
             f"{field} must be in a folder that may be written to, got {str(there)!r}."
         )
+
+
+def reason_of_disk(error: BaseException | None) -> str:
+    """Returns why a disk does not take something, in words; "" for any other error.
+
+    Libraries wrap the errors of a disk in errors of many kinds.
+    """
+    text = f"{error}".lower()
+    codes = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO
+    for reason in map(os.strerror, codes):
+        if reason.lower() in text:
+            return reason
+    return " ".join(f"{error}".split())[:200] if isinstance(error, OSError) else ""
+
+
+def json_text(value: Any, **layout: Any) -> str:
+    """Returns a value as JSON that any reader takes.
+
+    JSON has no NaN and no infinity: numbers that are not finite become the words
+    "nan", "inf" and "-inf", which `float` reads.
+
+    Args:
+        value: as `json.dumps` takes it.
+        layout: arguments of `json.dumps`, such as indent.
+
+    >>> json_text({"loss": float("nan"), "steps": (1, 2)})
+    '{"loss": "nan", "steps": [1, 2]}'
+    """
+
+    def finite(value):
+        if isinstance(value, Mapping):
+            return {name: finite(v) for name, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(v) for v in value]
+        odd = isinstance(value, float) and not math.isfinite(value)
+        return f"{float(value)}" if odd else value
+
+    return json.dumps(finite(value), allow_nan=False, **layout)
 
 
 def read_npz(
@@ -207,141 +246,3 @@ def sha256_of_tree(tree: PyTree) -> str:
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-class ResumableNpz:
-    """Writes the arrays of many images to one .npz, in parts that survive a kill.
-
-    A job that is started again finds the number of images that are there in `done`,
-    and goes on with `add` from that one.
-
-    Args:
-        out: the .npz file to end in; the parts lie in the folder `out` with the suffix
-            .parts, which appears with the first part.
-        record: the settings that decide the arrays' bytes, as plain JSON values. Parts
-            of another record are refused.
-        upgrade: makes a record of today from one that an older version has stored.
-
-    Attributes:
-        out: the file.
-        folder: the folder of the parts.
-        done: the number of images in the parts.
-
-    Raises:
-        ValueError: if there are parts of other settings, or one cannot be read.
-    """
-
-    def __init__(
-        self,
-        out: Path,
-        record: dict[str, Any],
-        upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
-    ):
-        self._upgrade = upgrade
-        self.out, self.folder = out, out.with_suffix(".parts")
-        self._record = json.loads(json.dumps(record))
-        self.done = 0
-        stored = [*self._stored()]
-        if stored:
-            self._check_record()
-        for first, part in stored:
-            lengths = {len(array) for array in _read_part(part).values()}
-            if first != self.done or len(lengths) != 1:
-                raise ValueError(
-                    f"{self.folder} must hold parts without gaps, got {part.name} "
-                    f"after {self.done} images; remove it to begin again."
-                )
-            self.done += lengths.pop()
-
-    def add(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes the next part: by name, arrays [n, ...] of the next n images."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.done:
-            text = json.dumps(self._record, indent=2)
-            write_atomic(self.folder / "record.json", text)
-        part = self.folder / f"{self.done:08d}.npz"
-        named: Any = arrays
-        write_atomic(part, lambda file: np.savez(file, **named))
-        self.done += len(next(iter(arrays.values())))
-
-    def read(self, n: int, *, without: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        """Reads the arrays of the first n images from the parts.
-
-        Args:
-            n: the number of images, <= `done`.
-            without: names of arrays to leave out.
-
-        Returns:
-            Arrays [n, ...] by name.
-        """
-        stored = [part for first, part in self._stored() if first < n]
-        names = [name for name in _read_part(stored[0]) if name not in without]
-        kept = [_read_part(part, names) for part in stored]
-        return {name: np.concatenate([k[name] for k in kept])[:n] for name in names}
-
-    def join(self, n: int, names: Sequence[str] | None = None) -> None:
-        """Makes FILE.npz of the first n images, and removes the parts.
-
-        One part is in memory at a time.
-
-        Args:
-            n: the number of images, <= `done`.
-            names: the arrays to keep; default all.
-        """
-        parts = [part for _, part in self._stored()]
-        names = names or [*_read_part(parts[0])]
-
-        def cut(name):
-            for part in parts:
-                yield _read_part(part, [name])[name][: max(n - int(part.stem), 0)]
-
-        def write(file):
-            with zipfile.ZipFile(file, "w") as archive:
-                for name in names:
-                    write_npz_entry(archive, name, n, cut(name))
-
-        write_atomic(self.out, write)
-        self.discard()
-
-    def discard(self) -> None:
-        """Removes the parts, the last ones first: a kill leaves no gap."""
-        for _, part in reversed([*self._stored()]):
-            part.unlink()
-        shutil.rmtree(self.folder)
-
-    def _stored(self) -> Iterator[tuple[int, Path]]:
-        """Yields each part with the number of its first image, in order."""
-        for part in sorted(self.folder.glob("[0-9]*.npz")):
-            yield int(part.stem), part
-
-    def _check_record(self) -> None:
-        path = self.folder / "record.json"
-        try:
-            stored = dict(json.loads(path.read_text())) if path.is_file() else {}
-            there = self._upgrade(stored)
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path} must be a whole record, got {error!r}."
-            ) from error
-        names = sorted(there.keys() | self._record.keys())
-        other = [k for k in names if there.get(k) != self._record.get(k)]
-        if other:
-            raise ValueError(
-                f"{self.folder} holds parts of other settings, which must be removed "
-                f"or finished first, got "
-                + ", ".join(
-                    f"{k} {there.get(k)} -> {self._record.get(k)}" for k in other
-                )
-                + "."
-            )
-
-
-def _read_part(part: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    try:
-        arrays = read_npz(part, names)
-        return {name: arrays[name] for name in names or arrays}
-    except (ValueError, KeyError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(
-            f"{part} must be a whole part, got {cause!r}; remove it."
-        ) from error

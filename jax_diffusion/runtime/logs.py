@@ -57,7 +57,7 @@ from typing import Any
 import jax
 
 from jax_diffusion.runtime import cpu
-from jax_diffusion.runtime.files import write_atomic
+from jax_diffusion.runtime.files import json_text, write_atomic
 
 WRITERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # name: its package
 
@@ -134,7 +134,7 @@ class MetricWriter:
         """
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+            file.write(json_text({"step": step, **finite}) + "\n")
         for other in self._others:
             other.write(step, metrics)
 
@@ -243,7 +243,7 @@ def write_description(workdir: str | Path, record: Mapping[str, Any]) -> None:
     path = Path(workdir) / "run.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     starts = read_descriptions(workdir) if path.exists() else []
-    write_atomic(path, json.dumps({"starts": [*starts, dict(record)]}, indent=2) + "\n")
+    write_atomic(path, json_text({"starts": [*starts, dict(record)]}, indent=2) + "\n")
 
 
 def read_descriptions(workdir: str | Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from jax_diffusion import data, metrics, plotting
 from jax_diffusion.config import Config
-from jax_diffusion.runtime import device_peaks, logs
+from jax_diffusion.runtime import device_peaks, locks, logs
 from jax_diffusion.runtime.clock import StepClock
 
 COLOR_BATCHES = 8  # of data, to compare the colors of samples with
@@ -128,6 +128,7 @@ class Reporter:
         """
         if not self._writes:
             return {}
+        locks.check(self._workdir)
         path = self._workdir / "samples" / f"{step:06d}.png"
         plotting.save_png(path, plotting.grid(images), min_size=512)
         if self._data_colors is None:
@@ -144,6 +145,7 @@ class Reporter:
         """
         if not self._writes:
             return
+        locks.check(self._workdir)
         if damaged := [*self._batches.examples.damaged.values()]:
             print(f"{len(damaged)} damaged images were skipped, such as: {damaged[0]}")
         if stopped_by:
@@ -160,6 +162,7 @@ class Reporter:
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Writes one line of the log as it is."""
         if self._writer:
+            locks.check(self._workdir)
             self._writer.write(step, numbers)
 
 
@@ -191,6 +194,11 @@ def flops_and_peak(step: Any, num_devices: int, dtype: Any) -> dict[str, float]:
 def plain(window: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Converts metrics to Python numbers, which JSON keeps exactly; waits for them."""
     return jax.tree.map(lambda a: np.asarray(a).tolist(), jax.device_get(list(window)))
+
+
+def from_plain(window: Any) -> Any:
+    """Converts what `plain` has returned back, once it was JSON: "nan" is a number."""
+    return jax.tree.map(lambda a: float(a) if isinstance(a, str) else a, window)
 
 
 def summarize(window: Sequence[Mapping[str, Any]]) -> dict[str, float]:

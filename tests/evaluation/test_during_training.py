@@ -15,10 +15,12 @@ import jax_diffusion as jd
 from jax_diffusion import config as settings
 from jax_diffusion.config import FORMAT
 from jax_diffusion.evaluate import main
+from jax_diffusion.evaluation import during_training
 from jax_diffusion.evaluation.during_training import current_fields, make_watch
 from jax_diffusion.pipeline import load_run
 from jax_diffusion.runtime import checkpoint
 from jax_diffusion.train import train
+from jax_diffusion.training import TrainState
 from jax_diffusion.training.reporting import Reporter
 from jax_diffusion.training.setup import make_setup
 
@@ -258,3 +260,40 @@ def test_a_classifier_of_noisy_images_has_no_samples_to_score(tmp_path):
     with pytest.raises(ValueError, match="eval_every must be 0 for a classifier"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def keep_best(workdir, *steps):
+    """What a kill between a save and the removal of the one before leaves."""
+    record = {"config": {"evaluation": {"metric": "pixel_distance"}}}
+    with checkpoint.make_manager(workdir / "best", keep=None) as manager:
+        for step in steps:
+            best = {"step": step, "value": 1.0 / step}
+            checkpoint.save(
+                manager, step, {"params": np.ones(2)}, record | {"best": best}
+            )
+    return record
+
+
+def bests(workdir):
+    return sorted(int(p.name) for p in (workdir / "best" / "checkpoints").iterdir())
+
+
+def test_one_best_is_kept_after_any_kill(tmp_path):
+    record = keep_best(tmp_path, 2, 4)
+    assert bests(tmp_path) == [2, 4]
+    (tmp_path / "best.removed").mkdir()  # a kill in the midst of removing
+    best = during_training.BestCheckpoint(tmp_path, record)
+    assert bests(tmp_path) == [4] and best._best["step"] == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_damaged_best_does_not_stop_the_run(tmp_path):
+    record = keep_best(tmp_path, 2)
+    (tmp_path / "best" / "checkpoints" / "2" / "record" / "metadata").unlink()
+    with pytest.warns(UserWarning, match="begins anew"):
+        best = during_training.BestCheckpoint(tmp_path, record)
+    state = TrainState(6, {}, {"0.9": np.zeros(2)}, {}, {}, 0)
+    scores = during_training.PeriodicScores("d", {"0.9": 3.0}, "b", {})
+    best.offer(6, state, scores)
+    assert bests(tmp_path) == [6]
+    assert checkpoint.load_record(tmp_path / "best")["best"]["value"] == 3.0

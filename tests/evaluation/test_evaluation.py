@@ -11,7 +11,7 @@ from support.jobs import SMALL
 import jax_diffusion as jd
 from jax_diffusion import data, metrics
 from jax_diffusion.config import build
-from jax_diffusion.evaluation import METRICS, Metric, sample_quality
+from jax_diffusion.evaluation import METRICS, Metric, features, sample_quality
 from jax_diffusion.evaluation.features import FeatureExtractor
 from jax_diffusion.evaluation.image_sets import as_image_set
 
@@ -131,8 +131,8 @@ def test_metrics_of_a_users_module_are_named_by_module_and_function(
 
 def test_features_are_found_by_extractor_and_kind_whatever_their_names():
     arrays = {k: np.zeros(1) for k in ("a_pool", "a_b_pool", "a_b_logits")}
-    assert [*sample_quality.of_extractor(arrays, "a")] == ["pool"]
-    found = sample_quality.of_extractor(arrays, "a_b")
+    assert [*features.of_extractor(arrays, "a")] == ["pool"]
+    found = features.of_extractor(arrays, "a_b")
     assert [*found] == ["pool", "logits"] and found["pool"] is arrays["a_b_pool"]
 
 
@@ -254,7 +254,7 @@ PIXELS = dict(metrics=["pixel_distance"])
         (dict(ode_steps=None), "ode_steps must be an integer >= 1, got None."),
         (dict(ode_probes=1.5), "ode_probes must be an integer >= 1, got 1.5."),
         (dict(bpd_images="8"), "bpd_images must be an integer >= 1, got '8'."),
-        (dict(seed=0.5), "seed must be an integer, got 0.5."),
+        (dict(seed=0.5), "seed must be an integer in [0, 4294967295], got 0.5."),
         (dict(metrics=[]), "metrics must be one name or more, got []."),
         (dict(metrics=3), "metrics must be one name or more, got [3]."),
         (dict(metrics=["fid", None]), "metrics must be one name or more, got ['fid', "),

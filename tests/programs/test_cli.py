@@ -56,9 +56,12 @@ def test_sampling_flags_become_sampling_options():
     told = parse(
         *("--sampler", "ddim", "--steps", 5, "--eta", 0.5, "--no-clip", "--label", "1"),
         *("--guidance", 2, "--no-reclip", "--quantize", "round"),
+        *("--classifier", "c"),
     )
     options = SamplingOptions(
-        *("ddim", 5, None, 0.5, False, None, "round", "1", 2.0), reclip=False
+        *("ddim", 5, None, 0.5, False, None, "round", "1", 2.0),
+        classifier="c",
+        reclip=False,
     )
     assert vars(cli.sampling_options(told)) == vars(options)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from support.jobs import SMALL, Job, evaluations
 from support.programs import evaluate, sample
 
 import jax_diffusion as jd
-from jax_diffusion import data, metrics
+from jax_diffusion import cli, data, metrics
 from jax_diffusion.config import FORMAT, build
 from jax_diffusion.evaluation import feature_classifier, results
 from jax_diffusion.evaluation import features as extractors
@@ -22,7 +23,7 @@ from jax_diffusion.interop import inception_weights
 from jax_diffusion.models import example_inputs
 from jax_diffusion.runtime import checkpoint
 from jax_diffusion.runtime.checkpoint import load_record
-from jax_diffusion.runtime.files import ResumableNpz
+from jax_diffusion.runtime.resumable_npz import ResumableNpz
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 # Smaller still than `SMALL`. Most tests share the shapes of batches: these are compiled
@@ -406,6 +407,87 @@ def fake_inception(monkeypatch):
 def noise(n, seed):
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (n, 4, 4, 3)).astype(np.uint8)
+
+
+def no_nan(path):
+    """The evaluations of a scores.json, read as a strict reader does."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (path / "scores.json").read_text()
+    return json.loads(text, parse_constant=refuse)["evaluations"]
+
+
+@pytest.mark.filterwarnings("ignore:a Frechet distance")
+def test_what_can_be_computed_of_three_images_is_kept(
+    tmp_path, score, fake_inception, capsys
+):
+    """FID and KID can, precision needs four; the program says so, with status 1."""
+    for name, n in (("few", 3), ("many", 20)):
+        np.savez(tmp_path / f"{name}.npz", noise(n, 0))
+    flags = ("--images", tmp_path / "few.npz", "--reference", tmp_path / "many.npz")
+    with pytest.raises(SystemExit) as info:
+        cli.run_program(lambda: score(*flags, "--out", tmp_path / "out"))
+    printed = capsys.readouterr()
+    (found,) = no_nan(tmp_path / "out")
+    assert info.value.code == 1 and {"fid_n3", "kid"} == found["scores"].keys()
+    sentence = "n must be >= 4 for precision_recall, got 3."
+    assert found["failures"] == {"precision_recall": sentence}
+    assert f"error: precision_recall is missing: {sentence}\n" in printed.err
+    assert "fid_n3" in printed.out and sentence in printed.out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"scores.json"}
+
+
+def test_too_few_images_for_every_metric_are_refused_before_anything(
+    tmp_path, refused, fake_inception
+):
+    np.savez(tmp_path / "few.npz", noise(1, 0))
+    flags = ("--images", tmp_path / "few.npz", "--reference", tmp_path / "few.npz")
+    sentence = refused(*flags, "--out", tmp_path / "out")
+    assert sentence == "--n must be >= 2 for fid, got 1."
+    assert not (tmp_path / "out").exists()
+
+
+OWN_METRICS = """
+def fails(samples, reference):
+    raise ValueError("nothing can be said of these.")
+
+def is_nan(samples, reference):
+    return float("nan")
+"""
+
+
+def test_a_metric_that_fails_or_is_not_finite_keeps_the_others(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "failing_metrics.py").write_text(OWN_METRICS)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ["failing_metrics:fails", "pixel_distance", "failing_metrics:is_nan"]
+    images: Any = dict(reference=digits("train")[:80], out=tmp_path / "out")
+    scores = jd.evaluate(digits("test")[:80], metrics=names, **images)
+    (found,) = no_nan(tmp_path / "out")
+    assert found["scores"].keys() == {"pixel_distance", names[2]}
+    assert found["scores"][names[2]] is None
+    assert (
+        scores.failures
+        == found["failures"]
+        == {
+            names[0]: "nothing can be said of these.",
+            names[2]: f"{names[2]} must be finite, got nan.",
+        }
+    )
+    assert all(reason in str(scores) for reason in scores.failures.values())
+    with pytest.raises(ValueError, match=r"^nothing can be said of these\.$"):
+        jd.evaluate(digits("test")[:80], metrics=names[0], **images)
+
+
+def test_old_scores_with_nan_are_read_and_become_json(tmp_path):
+    path = tmp_path / "scores.json"
+    path.write_text('{"evaluations": [{"scores": {"fid": NaN, "kid": 0.5}}]}')
+    assert results.read_records(path)[0]["scores"] == {"fid": None, "kid": 0.5}
+    results.append_record(path, {"scores": {"fid": float("inf")}})
+    assert [r["scores"]["fid"] for r in no_nan(tmp_path)] == [None, "inf"]
 
 
 def test_few_samples_have_a_fid_that_says_how_many(tmp_path, score, fake_inception):

@@ -296,7 +296,7 @@ def test_the_command_line_begins_goes_on_and_changes_in_words_of_its_flags(
     ("start", "changes", "words"),
     [
         ("{source}x", {}, "source0x', which is not there."),
-        ("{source}:0.3", {}, "ema must be one of ['0.5', '0.9'], got '0.3'"),
+        ("{source}:0.3", {}, "ema must be one of ['0.5', '0.9', 'none'], got '0.3'"),
         ("{source}/run.json", {}, "run.json must be"),
         ("{source}/samples", {}, "config.json must be"),
         ("{source}:", {}, "ema must be"),

@@ -169,3 +169,33 @@ def test_steps_are_counted_from_noise_where_nothing_is_known_yet(tmp_path):
     by_steps = last[:240, 960:, :3].astype(int)  # the upper half of the third
     line = np.flatnonzero(np.any(by_steps[..., 2] - by_steps[..., 0] > 60, axis=0))
     assert line.size and line.min() > 360
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: plotting.save_png(path, noise(4, 6, 3)),
+        lambda path: plotting.save_gif(path, [noise(4, 6, 3)] * 2),
+        lambda path: plotting.save_loss_curve(path, [{"step": 1, "loss": 1.0}] * 2),
+        lambda path: plotting.save_vlb_curve(path, {"vlb": np.ones(3)}),
+        lambda path: plotting.save_rate_distortion(path, np.ones(3), np.ones(3)),
+    ],
+    ids=["png", "gif", "loss", "vlb", "rate"],
+)
+def test_a_kill_leaves_no_half_of_a_picture(save, tmp_path, monkeypatch):
+    """It gets its name when it is whole, and an old one stays until then."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("os.replace", kill)
+        save(path)
+    assert path.read_bytes() == b"old"
+    save(path)
+    assert read(path).size > 0 and [p.name for p in tmp_path.iterdir()] == ["a.png"]

@@ -38,7 +38,7 @@ from jax_diffusion import config as configs
 from jax_diffusion.models import bind
 from jax_diffusion.pipeline import SamplingOptions, TaskOptions, bind_sampler, draw
 from jax_diffusion.pipeline.tasks import TASKS
-from jax_diffusion.runtime import files, sharding
+from jax_diffusion.runtime import resumable_npz, sharding
 from jax_diffusion.sample import main, upgrade_record
 
 N = 5  # images of a job, the same in most: then programs are compiled once
@@ -239,7 +239,7 @@ class Killed(Exception):
 
 def cut_off(monkeypatch, program, *args):
     """Runs a job that is lost after its first part."""
-    add = files.ResumableNpz.add
+    add = resumable_npz.ResumableNpz.add
 
     def add_one(self, arrays):
         if self.done:
@@ -247,7 +247,7 @@ def cut_off(monkeypatch, program, *args):
         add(self, arrays)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(files.ResumableNpz, "add", add_one)
+        patch.setattr(resumable_npz.ResumableNpz, "add", add_one)
         program(*args)
 
 
@@ -279,7 +279,7 @@ def test_parts_of_another_mask_are_refused(
 
 
 OF_0_1 = dict(  # the record of parts that version 0.1 has written
-    **dict(block=2, classifier=None, classifier_scale=1.0, eta=0.5, export=None),
+    **dict(block=2, classifier="c", classifier_scale=1.0, eta=0.5, export=None),
     **dict(frames=10, group=8, guidance=None, guidance_interval=None, images=None),
     **dict(guidance_rescale=0.0, jump=10, label=None, level=0.5, low_res=None),
     **dict(no_clip=False, no_reclip=True, quantize="round", resamples=1, seed=0),
@@ -290,16 +290,16 @@ OF_0_1 = dict(  # the record of parts that version 0.1 has written
 
 
 def test_parts_of_version_0_1_are_resumed_by_the_same_options(tmp_path):
-    options = SamplingOptions(eta=0.5, rounding="round", reclip=False)
+    options = SamplingOptions(eta=0.5, rounding="round", classifier="c", reclip=False)
     fields = dataclasses.asdict(options) | dataclasses.asdict(TaskOptions())
     decided = ("steps", "spacing", "ema", "mask", "workdir", "seed", "upsampled")
     today = fields | {k: OF_0_1[k] for k in (*decided, "jax", "network", "rows")}
-    files.ResumableNpz(tmp_path / "a.npz", OF_0_1).add({"arr_0": np.zeros(3)})
-    resumed = files.ResumableNpz(tmp_path / "a.npz", today, upgrade_record)
+    resumable_npz.ResumableNpz(tmp_path / "a.npz", OF_0_1).add({"arr_0": np.zeros(3)})
+    resumed = resumable_npz.ResumableNpz(tmp_path / "a.npz", today, upgrade_record)
     assert resumed.done == 3
     with pytest.raises(ValueError, match=r"got eta 0.5 -> 0.6"):
         other = today | dict(eta=0.6)
-        files.ResumableNpz(tmp_path / "a.npz", other, upgrade_record)
+        resumable_npz.ResumableNpz(tmp_path / "a.npz", other, upgrade_record)
 
 
 # Grey levels
@@ -477,7 +477,10 @@ ROWS_AND_COLUMNS = {  # of the grid of three images, 4 frames, 2 in a group
     "edit": (3, 2),
     "interpolate": (3, 6),
 }
-FLAGS = {"complete": ("--sampler", "ddpm"), "sequence": ("--sampler", "heun")}
+FLAGS = {
+    "complete": ("--sampler", "ddpm", "--group", 2),
+    "sequence": ("--sampler", "heun"),
+}
 
 
 def cells(path, rows, columns):
@@ -508,7 +511,9 @@ QUICK = ("generate", "inpaint", "interpolate")  # the others are slow
 )
 def test_every_task_ends_in_a_grid(task, labelled, folder, program, tmp_path):
     n, (rows, columns) = 3, ROWS_AND_COLUMNS[task]
-    options = ("--n", n, "--frames", 4, "--group", 2, *FLAGS.get(task, ()))
+    options = ("--n", n, *FLAGS.get(task, ()))
+    if "frames" in TASKS[task].reads:
+        options += ("--frames", 4)
     options += ("--task", task, "--quantize", "round")
     program("--workdir", labelled, "--out", tmp_path, *options)
     shown = cells(tmp_path / "grid.png", rows, columns)

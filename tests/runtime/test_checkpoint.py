@@ -1,5 +1,6 @@
 """Checkpoints: digests, damage that is found, and what can be read alone."""
 
+import errno
 import json
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from jax_diffusion.runtime import checkpoint, sharding
+from jax_diffusion.training.reporting import from_plain
 
 # Orbax leaves the other reads of a damaged checkpoint unfinished.
 pytestmark = pytest.mark.filterwarnings(
@@ -32,10 +34,10 @@ def save(workdir, *steps, keep=None, keep_every=None):
             checkpoint.save(manager, step, jax.device_put(state), {"at": step})
 
 
-def restore(workdir, shardings=PLACES):
-    with checkpoint.make_manager(workdir) as manager:
+def restore(workdir, shardings=PLACES, **kept):
+    with checkpoint.make_manager(workdir, **kept) as manager:
         return checkpoint.restore_or_init(
-            manager, lambda: jax.device_put(STATE), shardings
+            manager, lambda: jax.device_put(STATE), shardings, **kept
         )
 
 
@@ -107,6 +109,66 @@ def test_the_newest_and_every_so_many_stay(tmp_path):
     assert steps_of(tmp_path) == [4, 8, 10]
 
 
+def test_what_a_kill_has_left_too_many_is_removed_by_the_same_rule(tmp_path):
+    save(tmp_path, 2, 4, 6, 8, 10)  # killed before any was removed
+    restore(tmp_path, keep=2, keep_every=4)
+    assert steps_of(tmp_path) == [4, 8, 10]
+
+
+def test_the_rule_counts_whole_checkpoints(tmp_path):
+    save(tmp_path, 2, 4, 6)
+    damage_array(tmp_path, 6)
+    with pytest.warns(UserWarning, match=r"step 6: .* Step 4 is whole"):
+        restore(tmp_path, keep=1)
+    assert steps_of(tmp_path) == [4]
+
+
+DISK_FULL = [
+    OSError(errno.ENOSPC, "No space left on device", "/x"),
+    ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [source]"),
+]
+
+
+@pytest.mark.parametrize("error", DISK_FULL, ids=["Python", "TensorStore"])
+@pytest.mark.parametrize("moment", ["save", "close"])
+def test_a_full_disk_is_told_in_a_sentence_with_the_newest_whole_checkpoint(
+    tmp_path, monkeypatch, error, moment
+):
+    save(tmp_path, 2)
+    manager = checkpoint.make_manager(tmp_path)
+
+    def fail(*args, **options):
+        raise error
+
+    with (
+        pytest.raises(OSError, match=r"No space left on device; .* whole one is 2$"),
+        checkpoint.closing(manager),
+    ):
+        if moment == "close":
+            monkeypatch.setattr(manager, "wait_until_finished", fail)
+        else:
+            monkeypatch.setattr(manager, "save", fail)
+            checkpoint.save(manager, 4, STATE, {})
+    monkeypatch.undo()
+    manager.close()
+    assert steps_of(tmp_path) == [2] and restore(tmp_path)[1] == {"at": 2}
+
+
+def test_an_error_that_is_no_disks_is_not_renamed(tmp_path, monkeypatch):
+    manager = checkpoint.make_manager(tmp_path)
+    monkeypatch.setattr(manager, "save", lambda *a, **b: 1 / 0)
+    with pytest.raises(ZeroDivisionError), checkpoint.closing(manager):
+        checkpoint.save(manager, 4, STATE, {})
+
+
+def test_a_record_is_json_that_every_reader_takes(tmp_path):
+    with checkpoint.make_manager(tmp_path) as manager:
+        checkpoint.save(manager, 1, STATE, {"window": [{"loss": float("nan")}]})
+    text = files_of(tmp_path, 1, "record")[0].read_text()
+    assert "NaN" not in text
+    assert np.isnan(from_plain(restore(tmp_path)[1]["window"])[0]["loss"])
+
+
 def damage_array(workdir, step):
     flip(files_of(workdir, step)[0])
 
@@ -170,7 +232,9 @@ def test_one_average_is_read_alone(tmp_path):
     save(tmp_path, 1)
     params = checkpoint.load_params(tmp_path, ema="0.9")
     assert np.array_equal(params["kernel"], STATE["ema_params"]["0.9"]["kernel"])
-    with pytest.raises(ValueError, match=r"ema must be one of \['0.9'\], got '0.99'"):
+    with pytest.raises(
+        ValueError, match=r"ema must be one of \['0.9', 'none'\], got '0.99'"
+    ):
         checkpoint.load_params(tmp_path, ema="0.99")
 
 

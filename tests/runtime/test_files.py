@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jax_diffusion.runtime.files import (
-    ResumableNpz,
     check_output,
+    json_text,
     read_npz,
     sha256_of_file,
     sha256_of_tree,
@@ -20,6 +20,7 @@ from jax_diffusion.runtime.files import (
     write_atomic,
     write_npz_entry,
 )
+from jax_diffusion.runtime.resumable_npz import ResumableNpz
 
 N = 10
 RNG = np.random.default_rng(0)
@@ -228,7 +229,7 @@ def test_settings_are_compared_as_json_keeps_them(tmp_path):
 def test_a_gap_is_refused(tmp_path):
     folder = begin(tmp_path / "a.npz", size=2, until=8)
     (folder / "00000002.npz").unlink()
-    assert "got 00000004.npz after 2 images" in refuses(tmp_path / "a.npz")
+    assert "got 00000004.npz after 2 images: put" in refuses(tmp_path / "a.npz")
 
 
 def test_a_part_without_its_labels_is_refused(tmp_path):
@@ -247,7 +248,9 @@ def test_a_truncated_part_is_refused(keep, tmp_path):
 def test_parts_without_a_record_are_refused(tmp_path):
     folder = begin(tmp_path / "a.npz")
     (folder / "record.json").unlink()
-    assert "got seed None -> 0, steps None -> 50." in refuses(tmp_path / "a.npz")
+    sentence = refuses(tmp_path / "a.npz")
+    assert "record.json must be there" in sentence
+    assert "put it back, or remove the folder to begin again" in sentence
 
 
 @pytest.mark.parametrize("text", ["", '{"seed": 0', "[1]", "\udc80"])
@@ -268,6 +271,74 @@ def test_leftovers_of_a_killed_write_do_not_matter(tmp_path):
         "a.npz",
         "b.npz",
     }
+
+
+def swap(folder, other):
+    """Two parts of one job, whose names say where they belong."""
+    parts = [folder / "00000000.npz", folder / "00000004.npz"]
+    contents = [p.read_bytes() for p in parts]
+    for path, content in zip(parts, reversed(contents), strict=True):
+        path.write_bytes(content)
+
+
+def exchange(folder, other):
+    """A part of another job, with as many images."""
+    (folder / "00000004.npz").write_bytes((other / "00000004.npz").read_bytes())
+
+
+def edit(folder, other):
+    """One pixel."""
+    path = folder / "00000000.npz"
+    arrays = read_npz(path)
+    arrays["arr_0"][0, 0, 0, 0] ^= 1
+    np.savez(path, **arrays)
+
+
+def without_seal(folder, other):
+    """As a version without seals has written it."""
+    path = folder / "00000004.npz"
+    arrays = read_npz(path)
+    np.savez(path, arr_0=arrays["arr_0"], arr_1=arrays["arr_1"])
+
+
+def edit_record(folder, other):
+    """Its text differs, its settings do not."""
+    path = folder / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))
+
+
+@pytest.mark.parametrize("change", [swap, exchange, edit, without_seal, edit_record])
+def test_a_part_that_is_not_the_jobs_own_is_refused(tmp_path, change):
+    folder = begin(tmp_path / "a.npz")
+    writer = ResumableNpz(tmp_path / "b.npz", {"seed": 1, "steps": 50})
+    add(writer, 4, until=8)
+    change(folder, writer.folder)
+    sentence = refuses(tmp_path / "a.npz")
+    assert "must be the part of this job that begins with image" in sentence
+    assert "remove it and later ones, which are then made again" in sentence
+
+
+def test_parts_of_a_version_without_seals_are_continued(tmp_path):
+    folder = begin(tmp_path / "a.npz")
+    for path in folder.glob("0*.npz"):
+        arrays = read_npz(path)
+        assert [*arrays] == ["arr_0", "arr_1", "seal"]
+        np.savez(path, arr_0=arrays["arr_0"], arr_1=arrays["arr_1"])
+    assert ResumableNpz(tmp_path / "a.npz", RECORD).done == 8
+    assert finish(tmp_path / "a.npz") == finish(tmp_path / "b.npz")
+
+
+def test_json_is_what_every_reader_takes():
+    value = {"a": (1, float("nan")), "b": {"c": float("-inf"), "d": 0.5}, "e": None}
+    text = json_text(value, indent=2)
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    found = json.loads(text, parse_constant=refuse)
+    assert found == {"a": [1, "nan"], "b": {"c": "-inf", "d": 0.5}, "e": None}
+    assert float(found["b"]["c"]) == -np.inf
+    assert json_text({"a": 1.5, "b": [True]}) == json.dumps({"a": 1.5, "b": [True]})
 
 
 def test_the_record_says_what_was_asked_for(tmp_path):

@@ -1,0 +1,33 @@
+"""Parts for Orbax: NumPy arrays that are not copied; a full disk that is told once."""
+
+import asyncio
+import logging
+
+import orbax.checkpoint as ocp
+
+from jax_diffusion.runtime.files import reason_of_disk
+
+
+class LeanNumpyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes arrays without copying them all, 64 MiB or one at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self._deepcopy_host_arrays = False  # nobody changes them meanwhile
+        self._left, self._freed = 2**26, asyncio.Condition()
+
+    async def _open_and_write(self, value, *args, **options):
+        size = min(value.nbytes, 2**26)
+        async with self._freed:
+            await self._freed.wait_for(lambda: self._left >= size)
+            self._left -= size
+        await super()._open_and_write(value, *args, **options)
+        async with self._freed:
+            self._left += size
+            self._freed.notify_all()
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether Orbax logs what it does not raise, too: a full disk is told once."""
+    told = "orbax" in record.pathname and record.exc_info
+    return not (told and reason_of_disk(told[1]))
