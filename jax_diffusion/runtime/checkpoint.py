@@ -115,18 +115,17 @@ def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
 @contextlib.contextmanager
 def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Makes OSError of what the many layers below raise if a disk does not take it."""
+    workdir = Path(manager.directory).parent
     try:
         yield
     except Exception as error:
-        reason = reason_of_disk(error)
+        locks.check(workdir)  # a workdir that was removed causes errors of all kinds
+        reason, newest = reason_of_disk(error), latest_step(workdir)
         if not reason:
             raise
-        newest = latest_step(Path(manager.directory).parent)
-        kept = (
-            "none is there" if newest is None else f"the newest whole one is {newest}"
-        )
         raise OSError(
-            f"{manager.directory}: {reason}; a checkpoint is not complete, {kept}"
+            f"{manager.directory}: {reason}; a checkpoint is not complete, and the "
+            f"newest whole one is {newest or 'none'}"
         ) from error
 
 

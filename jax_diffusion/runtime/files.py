@@ -125,7 +125,8 @@ def reason_of_disk(error: BaseException | None) -> str:
     Libraries wrap the errors of a disk in errors of many kinds.
     """
     text = f"{error}".lower()
-    codes = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO
+    codes = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO]
+    codes += [errno.ENOENT]  # a folder that was removed meanwhile
     for reason in map(os.strerror, codes):
         if reason.lower() in text:
             return reason
