@@ -267,7 +267,8 @@ def run_loop(
                 raise
             raise DamagedImageError(
                 f"{str(error).rstrip('.')}; step {saved} is saved; mend or remove the "
-                "image, or give --config.data.on_error=skip."
+                "image and add --allow-change data.path, or give "
+                "--config.data.on_error=skip."
             ) from error
     if problem:
         raise FloatingPointError(problem)

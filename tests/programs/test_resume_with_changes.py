@@ -206,6 +206,23 @@ def digest(root, **changes):
     return data.load("folder", **options).examples.digest
 
 
+def test_a_mended_picture_is_a_change_of_the_data(tmp_path):
+    write_folder(tmp_path / "photos", sizes=range(8, 18))
+    group = dict(name="folder", path=str(tmp_path / "photos"), image_size=8)
+    group["in_memory"] = False
+    damaged = tmp_path / "photos" / "dog" / "3.png"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:60])
+    workdir, changes = tmp_path / "run", dict(data=group, total_steps=4)
+    with pytest.raises(ValueError, match=r"3.png.*--allow-change data\.path"):
+        train.train(tiny_config(None, **changes), workdir)
+    damaged.write_bytes(whole)
+    config = tiny_config(None, **changes)
+    if checkpoint.latest_step(workdir) is not None:
+        assert "other images" in refuses(train.train, config, workdir)
+    assert int(train.train(config, workdir, allow_change=["data.path"]).step) == 4
+
+
 def test_the_digest_of_a_folder_is_of_names_and_sizes_and_not_of_the_place(tmp_path):
     write_folder(tmp_path / "a")
     first = digest(tmp_path / "a")
