@@ -1,18 +1,28 @@
-"""Looks names up: rows of a registry, or anybody's own function as "module:attribute".
+"""Looks names up, as rows of a registry or "module:attribute", and checks arguments.
 
 A registry is a dict that stands beside the functions that it lists, such as `SAMPLERS`
 or `BETAS`. Wherever a config or a flag takes a name of one, it also takes
 "package.module:attribute", so that a new sampler, network or metric needs no change of
 this package.
+
+What a config gives to a function is checked here, in one place, against the type hints
+of that function; the range of an argument is checked by the function itself.
 """
 
+import contextlib
 import difflib
 import importlib
 import inspect
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 
 def lookup(what: str, name: Any, registry: Mapping[str, Any]) -> Any:
@@ -76,25 +86,67 @@ def hint(name: Any, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
-def call(function: Callable, group: Any, where: str, **fixed: Any) -> Any:
-    """Calls function(**group, **fixed).
+Parameters = Mapping[str, inspect.Parameter]
+
+
+def parameters(function: Callable, where: str) -> Parameters:
+    """Returns the parameters of a function by name, with resolved type hints.
+
+    A hint that cannot be resolved counts as none.
 
     Args:
-        group: a group of a config, keyword arguments by name.
-        where: its name, such as "config.data", for errors.
-        fixed: arguments that a config may not give.
+        function: any function, or a class.
+        where: the group of a config that names it, for errors.
 
     Raises:
-        ValueError: for a field that the function does not take, and for a missing one.
+        ValueError: if it cannot be told which arguments it takes.
     """
     try:
-        known = inspect.signature(function).parameters
+        return inspect.signature(function, eval_str=True).parameters
+    except Exception:  # strings among the hints may name anything
+        pass
+    try:
+        return inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} must name a function, got {function!r}.") from error
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+
+
+def check_arguments(
+    known: Parameters,
+    group: Any,
+    where: str,
+    fixed: Iterable[str] = (),
+    *,
+    needs_all: bool = True,
+) -> None:
+    """Checks names and types of the arguments that a group of a config gives.
+
+    Args:
+        known: parameters by name, see `parameters`.
+        group: arguments by name.
+        where: the group's name, such as "config.data"; "" for arguments alone.
+        fixed: arguments that a group may not give, as they are set for it.
+        needs_all: whether all parameters without a default must be there.
+
+    Raises:
+        ValueError: for an argument that is unknown, missing or of a wrong type; it
+            names the argument, the rule and what came.
+    """
+    dot = f"{where}." if where else ""
+    kinds = {p.kind for p in known.values()}
     for name in group:
-        if name in fixed or (name not in known and not takes_any):
-            raise ValueError(f"{where} has no field {name!r}{hint(name, known)}")
+        if name in fixed:
+            raise ValueError(
+                f"{dot}{name} must be left out, as the program sets it, got "
+                f"{short(group[name])}."
+            )
+        if name not in known and inspect.Parameter.VAR_KEYWORD not in kinds:
+            names = [n for n in known if n not in fixed]
+            raise ValueError(f"{where} has no field {name!r}{hint(name, names)}")
+        if name in known:
+            check_type(f"{dot}{name}", group[name], known[name].annotation)
+        else:
+            check_type(f"{dot}{name}", group[name], Any)
     missing = [
         name
         for name, p in known.items()
@@ -103,13 +155,178 @@ def call(function: Callable, group: Any, where: str, **fixed: Any) -> Any:
         and name not in group
         and name not in fixed
     ]
-    if missing:
+    if missing and needs_all:
         raise ValueError(f"{where} must have the fields {missing}, got none.")
-    return function(**group, **fixed)
 
 
-def call_by_name(registry: Mapping[str, Callable], group: Any, where: str) -> Any:
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Checks a value against a type hint; NaN and infinity never fit.
+
+    Args:
+        name: of the value, for errors.
+        value: anything.
+        hint: a type hint; `inspect.Parameter.empty` and Any allow everything.
+
+    Raises:
+        ValueError: if it does not fit.
+
+    >>> check_type("config.seed", 3, int)
+    >>> check_type("config.seed", True, int)
+    Traceback (most recent call last):
+    ValueError: config.seed must be an integer, got True.
+    """
+    if not fits(value, hint):
+        raise ValueError(f"{name} must be {in_words(hint)}, got {short(value)}.")
+    if not _finite(value):
+        raise ValueError(f"{name} must be finite, got {short(value)}.")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Tells whether a value has the type that a hint names, every item included.
+
+    An int is a float, but a bool is no number. Lists and tuples count as the same, as
+    configs are kept as JSON. A string is no list of strings.
+
+    Args:
+        value: anything.
+        hint: a type hint; beartype reads those that are not simple.
+    """
+    try:
+        simple = hint in SIMPLE
+    except TypeError:  # no type at all, such as [int]
+        return True
+    if hint in (Any, object, inspect.Parameter.empty):
+        return True
+    if isinstance(value, np.generic):
+        value = value.item()
+    if simple:
+        return type(value) in SIMPLE[hint][0] or (
+            isinstance(value, SIMPLE[hint][0]) and not isinstance(value, bool)
+        )
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, branch) for branch in inner)
+    if origin is typing.Literal:
+        return any(type(value) is type(row) and value == row for row in inner)
+    if origin in (list, tuple, Sequence):
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+            return False
+        if origin is tuple and inner and inner[-1] is not Ellipsis:
+            return len(value) == len(inner) and all(map(fits, value, inner))
+        return not inner or all(fits(item, inner[0]) for item in value)
+    if inspect.isclass(hint) and not inner and not hasattr(hint, "_is_protocol"):
+        with contextlib.suppress(TypeError):
+            return isinstance(value, hint)
+    from beartype.door import is_bearable  # a tenth of a second, and seldom needed
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of hints in an old notation
+        try:
+            return is_bearable(value, hint)
+        except Exception:  # a hint that nobody can read
+            return True
+
+
+# Simple hints: the types of their values, and their words for one and for several.
+SIMPLE: dict[Any, tuple[tuple[type, ...], str, str]] = {
+    int: ((int,), "an integer", "integers"),
+    float: ((float, int), "a number", "numbers"),
+    bool: ((bool,), "True or False", "True or False"),
+    str: ((str,), "a string", "strings"),
+    type(None): ((type(None),), "None", "None"),
+    None: ((type(None),), "None", "None"),
+}
+
+
+def in_words(hint: Any) -> str:
+    """Says what a type hint allows.
+
+    >>> in_words(Sequence[int] | None), in_words(int | float | str)
+    ('a list of integers or None', 'a number or a string')
+    """
+    if hint in SIMPLE:
+        return SIMPLE[hint][1]
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        words = [in_words(h) for h in inner if not (h is int and float in inner)]
+        return " or ".join(dict.fromkeys(words))
+    if origin is typing.Literal:
+        return f"one of {inner}"
+    if origin in (list, tuple, Sequence):
+        items = [item for item in inner if item is not Ellipsis]
+        if not items:
+            return "a list"
+        if len(items) > 1:
+            return f"a list of {len(items)}: {', '.join(map(in_words, items))}"
+        several = SIMPLE.get(items[0] if items[0] != int | float else float)
+        return f"a list of {several[2] if several else in_words(items[0])}"
+    if origin is os.PathLike:
+        return "a path"
+    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
+
+
+def short(value: Any, length: int = 100) -> str:
+    """Returns the repr of a value in one line of at most about `length` characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, float | np.floating):
+        return math.isfinite(value)
+    if isinstance(value, Mapping):
+        return all(map(_finite, value.values()))
+    return not isinstance(value, list | tuple) or all(map(_finite, value))
+
+
+@contextlib.contextmanager
+def named(where: str, names: Iterable[str]) -> Iterator[None]:
+    """Puts the name of a group before errors that begin with one of its arguments.
+
+    Functions say "lr must be > 0", as they know no config: "config.optimizer.lr must
+    be > 0".
+
+    Args:
+        where: the group's name, such as "config.optimizer".
+        names: of its arguments.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if str(error).partition(" ")[0] in {*names}:
+            raise ValueError(f"{where}.{error}") from error
+        raise
+
+
+def call(function: Callable, group: Any, where: str, **fixed: Any) -> Any:
+    """Calls function(**group, **fixed), after a check of names and types.
+
+    Args:
+        group: a group of a config, keyword arguments by name.
+        where: its name, such as "config.data", for errors.
+        fixed: arguments that a config may not give.
+
+    Raises:
+        ValueError: for a field that the function does not take, for a missing one, and
+            for one of a wrong type; or as the function does, which then names the field
+            as `where` does.
+    """
+    if not hasattr(group, "items"):
+        raise ValueError(f"{where} must be a group of fields, got {short(group)}.")
+    given = {
+        name: value.to_dict() if hasattr(value, "to_dict") else value
+        for name, value in group.items()
+    }
+    known = parameters(function, where)
+    check_arguments(known, given, where, fixed)
+    with named(where, {*known, *given} - {*fixed}):
+        return function(**given, **fixed)
+
+
+def call_by_name(
+    registry: Mapping[str, Callable], group: Any, where: str, **fixed: Any
+) -> Any:
     """`call` of the function that the group's field `name` names."""
     arguments = dict(group)
     name = arguments.pop("name", None)
-    return call(lookup(f"{where}.name", name, registry), arguments, where)
+    return call(lookup(f"{where}.name", name, registry), arguments, where, **fixed)

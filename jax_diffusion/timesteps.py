@@ -19,6 +19,8 @@ from jaxtyping import Array, PyTree
 
 from jax_diffusion import checks
 
+MAX_HISTORY = 10_000  # losses of each of T timesteps: they are copied by every update
+
 
 class TimestepSampler(NamedTuple):
     """A distribution over training timesteps: three pure functions, as in Optax.
@@ -125,7 +127,7 @@ def loss_second_moment(
         ValueError: if an argument is out of range.
     """
     checks.integer("num_steps", num_steps, at_least=1)
-    checks.integer("history", history, at_least=1)
+    checks.integer("history", history, at_least=1, at_most=MAX_HISTORY)
     checks.number("uniform_prob", uniform_prob, at_least=0, at_most=1)
 
     def probs(state):

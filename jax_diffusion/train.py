@@ -36,7 +36,7 @@ from jax_diffusion.config import Config
 from jax_diffusion.data import DamagedImageError
 from jax_diffusion.evaluation import during_training
 from jax_diffusion.pipeline import Run
-from jax_diffusion.runtime import checkpoint, cpu, locks, logs
+from jax_diffusion.runtime import checkpoint, cpu, locks
 from jax_diffusion.runtime.preemption import PreemptionSignal
 from jax_diffusion.training import TrainState, fine_tuning, resume
 from jax_diffusion.training.reporting import (
@@ -52,8 +52,6 @@ from jax_diffusion.training.setup import (
     compile_step,
     make_setup,
 )
-
-GIVEN = "given to train()"  # what a config says of its own optimizer, or init_from
 
 
 @locks.holding("workdir")
@@ -99,7 +97,7 @@ def train(
     saved = resume.find_run(plain_config, workdir, allow_change)
 
     # Compiled first: whatever does not fit is found before anything is written.
-    setup = make_setup(config, optimizer)
+    setup = make_setup(config, optimizer, fresh=saved is None)
     record = {
         "config": plain_config,
         "format": configs.FORMAT,
@@ -155,12 +153,11 @@ def given_config(
         )
     config = configs.complete(config)
     if optimizer is not None:
-        config.optimizer = {"name": GIVEN}
+        config.optimizer = configs.GIVEN_OPTIMIZER
     if init_from is not None:
         given = isinstance(init_from, Run)
-        config.init_from = GIVEN if given else os.fspath(init_from)
+        config.init_from = configs.GIVEN if given else os.fspath(init_from)
     configs.check_config(config)
-    logs.check_writers(config.log_to)
     return config
 
 
@@ -324,8 +321,10 @@ def main() -> None:
     """Parses the command line and trains."""
     parser = cli.make_parser("train", __doc__, allow_abbrev=False)
     parser.epilog = (
-        "Any field of the config can be changed, as with --config.total_steps=60 or "
-        "--config.model.channels=64; jax_diffusion/config/fields.py lists them."
+        "Any field of the config can be changed, as with --config.total_steps=60, and "
+        "any\nargument of a group's function set, whether the file gives it or not: "
+        "--config.model.dtype=bfloat16.\njax_diffusion/config/fields.py lists the "
+        "fields, config/groups.py the functions."
     )
     parser.add_argument(
         "--config",

@@ -1,7 +1,12 @@
 """Names of registries, and functions from outside by "module:attribute"."""
 
+import inspect
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
+import jax
+import numpy as np
 import pytest
 
 from jax_diffusion import registry
@@ -58,3 +63,106 @@ def test_choose_takes_rows_only():
             ValueError, match=r"to must be one of \['ddim', 'ddpm'\], got"
         ):
             registry.choose("to", name, ROWS)
+
+
+# Types of arguments
+
+NAN = float("nan")
+
+
+RIGHT = [
+    (3, int),
+    (np.int64(3), int),
+    (3, float),
+    (2.5, float),
+    (np.float32(2.5), float),
+    (True, bool),
+    ("a", str),
+    (None, int | None),
+    ((1, 2), Sequence[int]),
+    ([1, 2], tuple[int, int]),
+    ([1, 2], tuple[int, ...]),
+    ((), Sequence[int]),
+    ((1, 2.5), Sequence[int | float]),
+    ("a", Literal["a", "b"]),
+    ({"a": 1}, Mapping[str, int]),
+    (len, Callable[..., Any]),
+    ("float32", jax.typing.DTypeLike),
+    (object(), Any),
+    ("anything", inspect.Parameter.empty),
+    (3, [int]),  # no type at all
+    (3, "NotDefined"),
+]
+WRONG = [
+    (True, int),
+    (True, float),
+    (2.0, int),
+    ("3", int),
+    (1, bool),
+    ("False", bool),
+    (None, int),
+    (1, str),
+    ("ab", Sequence[str]),
+    (("a",), Sequence[int]),
+    ((1,) * 50 + ("a",) + (1,) * 50, Sequence[int]),  # every item counts
+    ((True,), Sequence[int]),
+    ((1, 2, 3), tuple[int, int]),
+    (3, Sequence[int]),
+    ("c", Literal["a", "b"]),
+    (True, Literal[1]),
+    ({"a": "b"}, Mapping[str, int]),
+    (3, Callable[..., Any]),
+    (2.5, jax.typing.DTypeLike),
+    (NAN, float),
+    ((1.0, NAN), Sequence[float]),
+    ({"a": [NAN]}, Any),
+    (float("inf"), inspect.Parameter.empty),
+]
+
+
+@pytest.mark.parametrize(("value", "hint"), RIGHT, ids=str)
+def test_values_that_fit_their_hint_pass(value, hint):
+    registry.check_type("config.group.field", value, hint)
+
+
+@pytest.mark.parametrize(("value", "hint"), WRONG, ids=str)
+def test_values_that_do_not_fit_are_named_in_one_sentence(value, hint):
+    with pytest.raises(ValueError, match=r"^config.group.field must [^\n]*\.$"):
+        registry.check_type("config.group.field", value, hint)
+
+
+def test_errors_of_a_function_name_the_group_of_the_argument():
+    def function(lr: float, text="", **more):
+        raise ValueError(text)
+
+    def said(text):
+        with pytest.raises(ValueError) as error:
+            registry.call(function, dict(lr=1, text=text, b1=2), "config.optimizer")
+        return str(error.value)
+
+    assert said("lr must be > 0.") == "config.optimizer.lr must be > 0."
+    assert said("b1 must be < 1.") == "config.optimizer.b1 must be < 1."
+    assert said("the file is damaged.") == "the file is damaged."
+
+
+@pytest.mark.parametrize(
+    ("group", "sentence"),
+    [
+        (dict(lr="x"), "g.lr must be a number, got 'x'."),
+        (
+            dict(lr=1, total=2),
+            "g.total must be left out, as the program sets it, got 2.",
+        ),
+        (dict(lr=1, l=2), "g has no field 'l'; did you mean 'lr'?"),
+        (dict(), "g must have the fields ['lr'], got none."),
+        (3, "g must be a group of fields, got 3."),
+    ],
+    ids=str,
+)
+def test_a_group_is_checked_before_its_function_is_called(group, sentence):
+    def function(lr: float, total: int = 0):
+        pytest.fail("was called")
+
+    with pytest.raises(ValueError) as error:
+        registry.call(function, group, "g", total=1)
+    assert str(error.value) == sentence

@@ -8,6 +8,7 @@ a registry or anybody's own "package.module:function" (see `registry.lookup`).
 | file | what it does |
 | --- | --- |
 | `fields` | `FIELDS`: what a config may say; `complete`, `check_config` |
+| `groups` | `GROUPS`: which functions take the fields of a group |
 | `reading` | `load_config`: config files, and the changes of a command line |
 | `records` | configs of checkpoints: of older formats, and compared |
 
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import numpy as np
 
-from jax_diffusion import schedules, timesteps
+from jax_diffusion import checks, schedules, timesteps
 from jax_diffusion.config.fields import (
     DEFAULTS,
     FIELDS,
@@ -28,11 +29,12 @@ from jax_diffusion.config.fields import (
     check_config,
     complete,
 )
+from jax_diffusion.config.groups import GIVEN, GIVEN_OPTIMIZER, OF_SCHEDULES
 from jax_diffusion.config.reading import load_config
 from jax_diffusion.config.records import FORMAT, differences, of_record, upgrade
 from jax_diffusion.diffusion import Objective, check_signal
 from jax_diffusion.models import MODELS, traits
-from jax_diffusion.registry import call, call_by_name, lookup
+from jax_diffusion.registry import call, call_by_name, check_type, lookup, named
 from jax_diffusion.schedules import NoiseSchedule
 from jax_diffusion.spacing import SPACINGS
 
@@ -40,6 +42,8 @@ __all__ = [
     "DEFAULTS",
     "FIELDS",
     "FORMAT",
+    "GIVEN",
+    "GIVEN_OPTIMIZER",
     "Built",
     "Config",
     "Field",
@@ -51,9 +55,11 @@ __all__ = [
     "load_config",
     "make_betas",
     "make_model",
+    "make_network",
     "make_objective",
     "make_schedule",
     "make_timestep_sampler",
+    "named",
     "of_record",
     "upgrade",
 ]
@@ -89,13 +95,20 @@ def build(config: Config, num_channels: int) -> Built:
     """
     schedule = make_schedule(config["schedule"])
     objective = make_objective(config["objective"], schedule)
+    return Built(schedule, objective, make_network(config, objective, num_channels))
+
+
+def make_network(
+    config: Config, objective: Objective | None, num_channels: int
+) -> nn.Module:
+    """Builds the network of a whole config: see `build`."""
     group = dict(config["model"])
     if config.get("label_dropout"):
         network = lookup("config.model.name", group.get("name"), MODELS)
         known = group.get("num_classes", traits(network).num_classes)
         if isinstance(known, int):
             group["num_classes"] = known + 1
-    return Built(schedule, objective, make_model(group, objective, num_channels))
+    return make_model(group, objective, num_channels)
 
 
 def make_schedule(
@@ -118,18 +131,21 @@ def make_schedule(
         keep = lookup("spacing", spacing, SPACINGS)(betas, steps)
         if keep is None:
             raise ValueError(f"spacing {spacing!r} must return steps, got None.")
-    return schedules.make_schedule(
-        betas, keep=keep, rescale_timesteps=config.get("rescale_timesteps", False)
-    )
+    with named("config.schedule", ["betas"]):
+        return schedules.make_schedule(
+            betas, keep=keep, rescale_timesteps=config.get("rescale_timesteps", False)
+        )
 
 
 def make_betas(config: Config) -> np.ndarray:
     """Builds the variances that `config.schedule` describes, float64 [T]."""
     group = dict(config)
-    group.pop("rescale_timesteps", None)
-    zero_terminal_snr = group.pop("zero_terminal_snr", False)
+    told = {name: group.pop(name, False) for name in OF_SCHEDULES}
+    for name, value in told.items():
+        check_type(f"config.schedule.{name}", value, bool)
     betas = call_by_name(schedules.BETAS, group, "config.schedule")
-    return schedules.zero_terminal_snr(betas) if zero_terminal_snr else betas
+    zero_snr = told["zero_terminal_snr"]
+    return schedules.zero_terminal_snr(betas) if zero_snr else betas
 
 
 def make_objective(config: Config, schedule: NoiseSchedule) -> Objective | None:
@@ -153,13 +169,18 @@ def make_model(
     A denoiser is told `out_channels`: num_channels, twice of it for a learned variance.
     """
     group = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config).items()}
+    group.pop("out_channels", None)  # old checkpoints may have it, to no effect
+    fixed = {}
     if objective is not None:
         factor = 2 if objective.learns_variance else 1
-        group["out_channels"] = factor * num_channels
-    return call_by_name(MODELS, group, "config.model")
+        fixed["out_channels"] = factor * num_channels
+    return call_by_name(MODELS, group, "config.model", **fixed)
 
 
 def make_timestep_sampler(config: Config, num_steps: int) -> timesteps.TimestepSampler:
     """Builds the sampler of training timesteps that `config.timesteps` describes."""
     group = {"num_steps": num_steps, **dict(config)}
+    checks.integer(
+        "config.timesteps.num_steps", group["num_steps"], at_least=1, at_most=num_steps
+    )
     return call_by_name(timesteps.TIMESTEP_SAMPLERS, group, "config.timesteps")

@@ -1,13 +1,24 @@
 """The fields of a config: their meanings, defaults and ranges."""
 
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
+from jax_diffusion import checks
+from jax_diffusion.config.groups import GROUPS, check_group
+from jax_diffusion.data import DATASETS
 from jax_diffusion.models import MODELS, traits
-from jax_diffusion.registry import hint, lookup
+from jax_diffusion.registry import check_type, hint, lookup, short
+from jax_diffusion.training.step import ema_name
 
 Config = Any  # a ConfigDict or a dict: neither has fields of static types
+
+OF_DENOISERS = ("objective", "sampling")  # groups that are None for a classifier
 
 NEEDED = object()  # the default of a field that every config must have
 
@@ -18,20 +29,26 @@ class Field(NamedTuple):
     Attributes:
         meaning: what it decides, for readers.
         default: its value where a config leaves it out; of a group, its own defaults.
-        least: the smallest integer that it may be; None for other types.
+        least, most: the smallest and the largest integer that it may be; None for
+            other types, and for no bound.
         free: whether it may differ between two starts of one run.
+        hint: the type of a value that is no group; int if `least` is given.
     """
 
     meaning: str
     default: Any = NEEDED
     least: int | None = None
     free: bool = False
+    most: int | None = None
+    hint: Any = Any
 
 
 SAMPLE_FIELDS = "fields of pipeline.SamplingOptions, and n, the number of images"
 
 FIELDS = {
-    "seed": Field("seed of parameters, data order, noise and dropout"),
+    "seed": Field(
+        "seed of parameters, data order, noise and dropout", least=0, most=2**32 - 1
+    ),
     "data": Field("arguments of data.load"),
     "schedule": Field(
         "name in schedules.BETAS, its arguments, rescale_timesteps, zero_terminal_snr"
@@ -44,10 +61,16 @@ FIELDS = {
         "whose weights training begins with: WORKDIR, WORKDIR:EMA or a checkpoint "
         "file, see training.fine_tuning; empty for random ones",
         "",
+        hint=str,
     ),
-    "ema_decays": Field("decay rates; one average of the parameters is kept for each"),
-    "ema_warmup": Field("whether averages forget the random start faster"),
-    "total_steps": Field("number of updates, in all", least=1, free=True),
+    "ema_decays": Field(
+        "decay rates; one average of the parameters is kept for each",
+        hint=Sequence[float],
+    ),
+    "ema_warmup": Field("whether averages forget the random start faster", hint=bool),
+    "total_steps": Field(
+        "number of updates, in all", least=1, free=True, most=2**31 - 1
+    ),
     "log_every": Field("updates between two lines of the log", least=1, free=True),
     "save_every": Field("updates between two checkpoints", least=1, free=True),
     "sample_every": Field("updates between two sample grids", least=1, free=True),
@@ -58,6 +81,7 @@ FIELDS = {
         "probability that a label is hidden in training, for classifier-free "
         "guidance; the network then gets one class more than num_classes",
         0.0,
+        hint=float,
     ),
     "low_res_size": Field(
         "side in pixels of the small images that a network with low_res enlarges; 0 "
@@ -81,7 +105,12 @@ FIELDS = {
     "max_skipped": Field(
         "non-finite updates in a row after which the run stops", 20, least=1, free=True
     ),
-    "log_to": Field("writers of logs.WRITERS, beside metrics.jsonl", (), free=True),
+    "log_to": Field(
+        "writers of logs.WRITERS, beside metrics.jsonl",
+        (),
+        free=True,
+        hint=Sequence[str],
+    ),
     "profile_steps": Field(
         "updates to trace for TensorBoard or Perfetto, from the 11th on; 0 for none",
         0,
@@ -89,7 +118,10 @@ FIELDS = {
         free=True,
     ),
     "reproduces": Field(
-        "setting of a paper, a key of evaluation.published.PAPERS", "", free=True
+        "setting of a paper, a key of evaluation.published.PAPERS",
+        "",
+        free=True,
+        hint=str,
     ),
     "eval_every": Field(
         "updates between two evaluations of every average; 0 for none",
@@ -113,22 +145,64 @@ FREE_IN_GROUPS = ("data.in_memory", "data.on_error")
 def complete(config: Config) -> Config:
     """Returns a copy with the defaults of all fields that it leaves out.
 
-    Fields within the groups `mesh` and `evaluation` are filled in, too.
+    Fields within the groups `mesh` and `evaluation` are filled in, too. Numbers and
+    arrays of NumPy become those of Python, paths and dtypes become strings: a config is
+    kept as JSON.
     """
-    given: dict[str, Any] = dict(ConfigDict(config).items())
+    given = plain(config)
     for name, default in DEFAULTS.items():
-        if isinstance(default, dict) and not hasattr(given.get(name, {}), "items"):
-            raise ValueError(f"config.{name} must be a group, got {given[name]!r}.")
-    groups = {
-        name: {**default, **given.get(name, {})}
-        for name, default in DEFAULTS.items()
-        if isinstance(default, dict)
-    }
-    return ConfigDict(DEFAULTS | given | groups)
+        if isinstance(default, dict) and name in given:
+            if not isinstance(given[name], dict):
+                raise ValueError(
+                    f"config.{name} must be a group of fields, got "
+                    f"{short(given[name])}."
+                )
+            given[name] = {**default, **given[name]}
+    return ConfigDict(DEFAULTS | given)
+
+
+def plain(value: Any, name: str = "config") -> Any:
+    """Returns a value of a config as JSON can keep it, tuples aside.
+
+    Args:
+        value: anything that a config file may hold.
+        name: of the value, for errors.
+
+    Raises:
+        ValueError: for a value that JSON cannot keep.
+    """
+    if isinstance(value, ConfigDict | Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(
+                f"{name} must have names of fields, got {short(wrong[0])}."
+            )
+        return {key: plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [plain(item, name) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, np.dtype) or (hasattr(value, "dtype") and callable(value)):
+        with contextlib.suppress(TypeError):
+            dtype: Any = value  # such as jnp.bfloat16
+            return np.dtype(dtype).name
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return plain(value.tolist(), name)
+    if isinstance(value, os.PathLike):
+        return plain(os.fspath(value), name)
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{name} must be text without zero bytes, got {short(value)}.")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(
+        f"{name} must be a number, a string, None, or a list or group of these, got "
+        f"{short(value)}."
+    )
 
 
 def check_config(config: Config) -> None:
-    """Checks that a config has exactly the fields of `FIELDS`, and their ranges.
+    """Checks that a config has exactly the fields of `FIELDS`, of their types.
+
+    The fields of groups are checked against the functions that take them. Ranges that
+    these functions know are checked by `build` and those who call the others.
 
     Raises:
         ValueError: that names the field, the rule and what came.
@@ -140,21 +214,32 @@ def check_config(config: Config) -> None:
     if missing:
         raise ValueError(f"the config must have the fields {missing}, got none.")
     for name, field in FIELDS.items():
-        value = config[name]
-        if field.least is None:
-            continue
-        if not isinstance(value, int) or value < field.least:
-            kind = "a positive integer" if field.least == 1 else "an integer >= 0"
-            raise ValueError(f"config.{name} must be {kind}, got {value!r}.")
-    if not config.ema_decays or not all(0 <= d < 1 for d in config.ema_decays):
-        raise ValueError(
-            f"config.ema_decays must be numbers in [0, 1), got {config.ema_decays}."
-        )
+        value = plain(config[name], f"config.{name}")
+        if field.least is not None:
+            check_type(f"config.{name}", value, int)
+            checks.integer(
+                f"config.{name}", value, at_least=field.least, at_most=field.most
+            )
+        elif name in GROUPS and not (value is None and name in OF_DENOISERS):
+            if not isinstance(value, dict):
+                raise ValueError(
+                    f"config.{name} must be a group of fields, got {short(value)}."
+                )
+            check_group(name, value)
+        elif name not in GROUPS:
+            check_type(f"config.{name}", value, field.hint)
+    checks.number("config.label_dropout", config.label_dropout, at_least=0, below=1)
+    decays = config.ema_decays
+    if not decays or not all(0 <= decay < 1 for decay in decays):
+        raise ValueError(f"config.ema_decays must be numbers in [0, 1), got {decays}.")
+    if len({ema_name(decay) for decay in decays}) < len(decays):
+        raise ValueError(f"config.ema_decays must differ, got {decays}.")
+    lookup("config.data.name", config.data.name, DATASETS)
     model = lookup("config.model.name", config.model.get("name"), MODELS)
     classifies = traits(model).num_labels is not None
-    for name in ("objective", "sampling"):
+    for name in OF_DENOISERS:
         if (config[name] is None) != classifies:
             raise ValueError(
                 f"config.{name} must be None for a classifier and for no other model, "
-                f"got {config[name]}."
+                f"got {short(config[name])}."
             )

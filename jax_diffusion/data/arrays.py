@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_diffusion import checks
 from jax_diffusion.data import philox
 from jax_diffusion.data.decode import Decoder, height_and_width, reading
 from jax_diffusion.data.examples import (
@@ -25,6 +26,8 @@ from jax_diffusion.data.examples import (
     rows_of_split,
 )
 from jax_diffusion.runtime import files
+
+MAX_SYNTHETIC = 512  # pixels of a side: 512 such images take 400 MB
 
 
 def load_digits(split: str, path: Source, image_size: ImageSize) -> Arrays:
@@ -58,6 +61,7 @@ def load_synthetic(split: str, path: Source, image_size: ImageSize) -> Arrays:
     colors = np.array([[240, 80, 60], [80, 220, 100], [90, 110, 250], [250, 220, 80]])
     labels = np.arange(512 * len(seeds)) % len(colors)
     h, w = height_and_width(image_size or 16)
+    checks.integer("image_size", max(h, w), at_most=MAX_SYNTHETIC)
     (y, x), images = (np.linspace(0, 1, n) for n in (h, w)), []
     draws = draws.reshape(-1, 6)
     for color, u in zip(colors[labels], draws / 2.0**64, strict=True):

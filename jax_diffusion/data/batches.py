@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_diffusion import checks
 from jax_diffusion.data import philox
 from jax_diffusion.data.examples import Examples, InMemory, check_arrays
 
@@ -67,13 +68,16 @@ class Batches:
         start_step: int,
     ) -> "Batches":
         """Makes batches after a check of the numbers; raises ValueError."""
-        n = len(examples)
-        if batch_size < 1 or (train and batch_size > n):
-            raise ValueError(f"batch_size must be in [1, {n}], got {batch_size}.")
-        if seed < 0 or start_step < 0:
-            raise ValueError(
-                f"seed and start_step must be >= 0, got {seed}, {start_step}."
-            )
+        checks.integer(
+            "batch_size",
+            batch_size,
+            at_least=1,
+            at_most=len(examples) if train else None,
+        )
+        checks.integer("seed", seed, at_least=0)
+        checks.integer("start_step", start_step, at_least=0)
+        for name, value in (("train", train), ("flip", flip)):
+            checks.boolean(name, value)
         return cls(examples, batch_size, seed, train, flip, start_step)
 
     @property

@@ -13,6 +13,7 @@ import numpy as np
 from jax_diffusion import checks
 from jax_diffusion.data.examples import DamagedImageError
 
+MAX_SIDE = 16_384  # pixels: larger ones are mistakes, and would not fit in memory
 CHUNK = 32  # images that a thread decodes at a time
 
 T = TypeVar("T")
@@ -265,7 +266,7 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     """Returns (h, w) of an image size, which is one number if images are square.
 
     Raises:
-        ValueError: if it is neither an integer >= 1 nor two of them.
+        ValueError: if it is neither an integer in [1, `MAX_SIDE`] nor two of them.
     """
     sizes = image_size if isinstance(image_size, list | tuple) else [image_size] * 2
     if len(sizes) != 2:
@@ -273,7 +274,7 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
             f"image_size must be one integer or (h, w), got {image_size!r}."
         )
     for size in sizes:
-        checks.integer("image_size", size, at_least=1)
+        checks.integer("image_size", size, at_least=1, at_most=MAX_SIDE)
     h, w = sizes
     return int(h), int(w)
 

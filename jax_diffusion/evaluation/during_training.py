@@ -20,8 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from jax_diffusion import checks, data
 from jax_diffusion import config as settings
-from jax_diffusion import data
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.evaluation import features, image_sets, sample_quality
@@ -35,7 +35,7 @@ from jax_diffusion.evaluation.features import FeatureExtractor
 from jax_diffusion.evaluation.image_sets import Arrays, ImageSet
 from jax_diffusion.evaluation.per_image import collect, each_image, mean_and_error
 from jax_diffusion.evaluation.results import OLD_METRICS
-from jax_diffusion.evaluation.sample_quality import METRICS, Reference
+from jax_diffusion.evaluation.sample_quality import METRICS, Metric, Reference
 from jax_diffusion.models import traits
 from jax_diffusion.pipeline import (
     Run,
@@ -48,6 +48,7 @@ from jax_diffusion.runtime import checkpoint, locks, sharding
 from jax_diffusion.training import TrainState
 
 BEST = "best"  # a folder in the workdir, itself one for `sample` and `evaluate`
+MAX_SAMPLES = 10_000_000  # of an average: their features are kept in memory
 BATCH = 256  # images that all devices together compute at once
 
 
@@ -112,24 +113,13 @@ class PeriodicEvaluation:
         Raises:
             ValueError: for a field that is out of range, or a network that cannot draw.
         """
+        (options,) = make_options(sampling, SamplingOptions)
+        self._row = check_fields(metric, n, reference, bpd_images, inception)
         if run.objective is None or traits(run.model).low_res:
             raise ValueError(
                 "config.eval_every must be 0 for a classifier and for a network with "
                 f"low_res, got {run.config.eval_every}."
             )
-        self._row = as_metric(metric, "config.evaluation.metric")
-        if not self._row.lower_is_better:
-            names = [name for name, row in METRICS.items() if row.lower_is_better]
-            raise ValueError(
-                f"config.evaluation.metric must be a distance, of {names}, got "
-                f"{metric!r}."
-            )
-        if n < 2 or reference < 2 or bpd_images < 0:
-            raise ValueError(
-                "config.evaluation must have n and reference >= 2 and bpd_images >= 0, "
-                f"got {n}, {reference} and {bpd_images}."
-            )
-        (options,) = make_options(sampling, SamplingOptions)
         self._metric = metric
         self._run, self._train, self._mesh, self._workdir = run, train, mesh, workdir
         self._n, self._reference_n, self._bpd_images = n, reference, bpd_images
@@ -200,6 +190,37 @@ class PeriodicEvaluation:
         return Reference(found if self._row.needs_reference_features else {}, moments)
 
 
+def check_fields(
+    metric: str,
+    n: int,
+    reference: int,
+    bpd_images: int,
+    inception: str,
+    **sampling: Any,
+) -> Metric:
+    """Checks the fields of config.evaluation, as `PeriodicEvaluation` describes them.
+
+    Returns:
+        The row of the metric.
+
+    Raises:
+        ValueError: for a field that is out of range.
+    """
+    del sampling  # checked as `SamplingOptions`
+    row = as_metric(metric, "metric")
+    if not row.lower_is_better:
+        names = [name for name, row in METRICS.items() if row.lower_is_better]
+        raise ValueError(f"metric must be a distance, of {names}, got {metric!r}.")
+    checks.integer("n", n, at_least=2, at_most=MAX_SAMPLES)
+    checks.integer("reference", reference, at_least=2)
+    checks.integer("bpd_images", bpd_images, at_least=0)
+    if inception and not Path(inception).expanduser().is_file():
+        raise ValueError(
+            f"inception must be a file of weights, or '' for none, got {inception!r}."
+        )
+    return row
+
+
 def make_watch(
     config: Config,
     workdir: Path,
@@ -225,12 +246,14 @@ def make_watch(
     Raises:
         ValueError: for a field of config.evaluation that is wrong.
     """
-    if not config.eval_every:
+    fields = current_fields(config.evaluation)
+    if not config.eval_every:  # a wrong field is told now, not when it is wanted
+        settings.call(check_fields, fields, "config.evaluation")
         return None
     run = Run(config, model, None, objective, batches.image_shape)
     evaluation = settings.call(
         PeriodicEvaluation,
-        current_fields(config.evaluation),
+        fields,
         "config.evaluation",
         **dict(run=run, train=batches, mesh=mesh, workdir=workdir),
     )

@@ -31,6 +31,7 @@ from jax_diffusion.models.cpu_convs import depthwise_conv
 from jax_diffusion.models.layers import (
     TorchLayers,
     check_halvings,
+    check_sizes,
     gelu,
     layer_init,
     linear_attention,
@@ -174,6 +175,16 @@ class AnnotatedUNet(TorchLayers):
     head_dim: int = 32
     full_skip: bool = False
 
+    def __post_init__(self):
+        """Raises ValueError for a field that is out of range or does not fit others."""
+        check_sizes(self)
+        if not self.use_convnext and self.channels % self.num_groups:
+            raise ValueError(
+                f"channels of ResNet blocks must be divisible by num_groups = "
+                f"{self.num_groups}, got {self.channels}."
+            )
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self,
@@ -184,11 +195,6 @@ class AnnotatedUNet(TorchLayers):
     ) -> Float[Array, "b h w c_out"]:
         del train
         check_halvings(x, len(self.multipliers) - 1)
-        if not self.use_convnext and self.channels % self.num_groups:
-            raise ValueError(
-                f"channels of ResNet blocks must be divisible by num_groups = "
-                f"{self.num_groups}, got {self.channels}."
-            )
         stage, block, attention = self._blocks()
         widths = [self.channels * multiplier for multiplier in self.multipliers]
         emb = self.embed(timesteps, self.channels)

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jax_diffusion import checks
 from jax_diffusion.models.cpu_convs import conv_of_doubled
 
 
@@ -52,6 +54,26 @@ def layer_init(
     return {"kernel_init": kernel, "bias_init": bias}
 
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+MAX_CHANNELS = 65_536  # of any layer: larger numbers are mistakes, not networks
+MAX_LEVELS = 16
+
+# Fields of networks that are integers, the least and the largest.
+SIZES = (
+    ("channels", 4, MAX_CHANNELS),  # the time embedding needs four
+    ("out_channels", 1, MAX_CHANNELS),
+    ("num_res_blocks", 1, 1000),
+    ("num_groups", 1, MAX_CHANNELS),
+    ("num_heads", 1, MAX_CHANNELS),
+    ("head_channels", 1, MAX_CHANNELS),
+    ("head_dim", 1, MAX_CHANNELS),
+    ("num_memory", 0, MAX_CHANNELS),
+    ("expansion", 1, 1000),
+    ("block_size", 1, 1000),
+    ("num_classes", 1, 2**24),
+    ("num_labels", 1, 2**24),
+)
+
 # From this many values on (1 MiB), computing a norm again in the backward pass is
 # cheaper than keeping its intermediate results.
 MIN_RECOMPUTED = 2**18
@@ -70,7 +92,7 @@ class Layers(nn.Module):
     init_style: str = "openai"
     num_groups: int = 32
     norm_epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def conv(
         self,
@@ -185,6 +207,45 @@ class GroupNorm(nn.Module):
         return nn.silu(y) if self.silu else y
 
 
+def check_sizes(network: nn.Module) -> None:
+    """Checks the fields that networks share, by name, as far as they have them.
+
+    Args:
+        network: a whole network.
+
+    Raises:
+        ValueError: that begins with the name of the field.
+    """
+    for name, least, most in SIZES:
+        value = getattr(network, name, None)
+        if value is not None:
+            checks.integer(name, value, at_least=least, at_most=most)
+    rates: Any = network
+    if hasattr(network, "dropout"):
+        checks.number("dropout", rates.dropout, at_least=0, below=1)
+    if hasattr(network, "norm_epsilon"):
+        checks.number("norm_epsilon", rates.norm_epsilon, above=0)
+    multipliers = rates.multipliers
+    if not 1 <= len(multipliers) <= MAX_LEVELS:
+        raise ValueError(
+            f"multipliers must be 1 to {MAX_LEVELS} numbers, got {multipliers}."
+        )
+    for factor in multipliers:
+        checks.number("multipliers", factor, above=0, at_most=MAX_CHANNELS)
+    widest = max(multipliers) * rates.channels
+    if widest > MAX_CHANNELS:
+        raise ValueError(
+            f"multipliers of channels = {rates.channels} must make at most "
+            f"{MAX_CHANNELS} channels, got {widest:.0f}."
+        )
+    try:
+        known = jnp.dtype(rates.dtype).name in DTYPES
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {rates.dtype!r}.")
+
+
 def check_halvings(x: Float[Array, "b *d c"], halvings: int) -> None:
     """Raises ValueError unless images can be halved `halvings` times.
 
@@ -199,10 +260,11 @@ def check_halvings(x: Float[Array, "b *d c"], halvings: int) -> None:
         )
     resampled = x.shape[-3:-1] if x.ndim > 3 else x.shape[1:2]
     if any(size % 2**halvings for size in resampled):
+        found = " x ".join(map(str, resampled))
         raise ValueError(
-            f"{'height and width' if x.ndim > 3 else 'length'} must be divisible by "
-            f"{2**halvings} to be halved {halvings} times, got "
-            f"{' x '.join(map(str, resampled))}."
+            "multipliers must fit the image: its "
+            f"{'sides' if x.ndim > 3 else 'length'} must be divisible by "
+            f"{2**halvings} to be halved {halvings} times, got {found}."
         )
 
 
@@ -265,7 +327,7 @@ class TorchLayers(nn.Module):
         dtype: dtype of convolutions and attention; all else is float32.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def conv(self, x, features, *, name, size=3, stride=1, padding=None, bias=True):
         """Convolves with a `size` x `size` kernel, by default padded symmetrically."""

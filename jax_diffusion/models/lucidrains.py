@@ -30,6 +30,7 @@ from jaxtyping import Array, Float
 from jax_diffusion.models.layers import (
     TorchLayers,
     check_halvings,
+    check_sizes,
     linear_attention,
     repeat,
 )
@@ -164,6 +165,11 @@ class LucidrainsUNet(TorchLayers):
     head_dim: int = 32
     num_memory: int = 4
     dropout: float = 0.0
+
+    def __post_init__(self):
+        """Raises ValueError for a field that is out of range."""
+        check_sizes(self)
+        super().__post_init__()
 
     @nn.compact
     def __call__(

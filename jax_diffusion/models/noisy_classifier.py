@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jax_diffusion.models.layers import Layers
+from jax_diffusion.models.layers import Layers, check_halvings
 from jax_diffusion.models.unet import Trunk
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
@@ -81,6 +81,12 @@ class NoisyClassifier(Trunk):
     num_labels: int = 1000
     pool: str = "adaptive"
 
+    def __post_init__(self):
+        """Raises ValueError for a field that is out of range or does not fit others."""
+        if self.pool not in POOLS:
+            raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}.")
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self,
@@ -89,9 +95,7 @@ class NoisyClassifier(Trunk):
         *,
         train: bool = False,
     ) -> Float[Array, "b k"]:
-        if self.pool not in POOLS:
-            raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}.")
-        self.check(x)
+        check_halvings(x, len(self.multipliers) - 1)
         block, attend = self.blocks(self.embed(timesteps), train)
         stages, h = self.descend(x, block, attend)
         if self.pool.startswith("spatial"):

@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jax_diffusion import checks
 from jax_diffusion.models.layers import (
     Layers,
     check_halvings,
+    check_sizes,
     pool,
     repeat,
     timestep_embedding,
@@ -33,6 +35,13 @@ CHOICES = {
     "down_padding": ("symmetric", "bottom_right"),
     "init_style": ("openai", "ho", "torch"),
 }
+
+
+# Of `jax.checkpoint_policies`, those without arguments.
+POLICIES = (
+    *("nothing_saveable", "everything_saveable", "dots_saveable", "checkpoint_dots"),
+    *("dots_with_no_batch_dims_saveable", "checkpoint_dots_with_no_batch_dims"),
+)
 
 
 class ResBlock(Layers):
@@ -151,6 +160,25 @@ class Trunk(Layers):
     down_padding: str = "symmetric"
     remat: str | None = None
 
+    def __post_init__(self):
+        """Raises ValueError for a field that is out of range or does not fit others."""
+        check_sizes(self)
+        for name, choices in CHOICES.items():
+            checks.choice(name, getattr(self, name), choices)
+        if self.remat is not None:
+            checks.choice("remat", self.remat, POLICIES)
+        for height in self.attention_resolutions:
+            checks.integer("attention_resolutions", height, at_least=1)
+        name = "num_heads" if self.head_channels is None else "head_channels"
+        heads = getattr(self, name)
+        for width in self.widths():
+            if not width or width % self.num_groups or width % heads:
+                raise ValueError(
+                    f"channels must be divisible by num_groups = {self.num_groups} and "
+                    f"by {name} = {heads}, got {width}."
+                )
+        super().__post_init__()
+
     def widths(self) -> list[int]:
         """Returns the number of channels of every level."""
         return [round(m * self.channels) for m in self.multipliers]
@@ -254,28 +282,6 @@ class Trunk(Layers):
         padding = (0, 1) if self.down_padding == "bottom_right" else (1, 1)
         return self.conv(h, h.shape[-1], name=name, stride=2, padding=padding)
 
-    def check(self, x):
-        """Raises ValueError for wrong fields, or if images x do not fit the levels."""
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {choices}, got {getattr(self, name)!r}."
-                )
-        if self.remat is not None and not hasattr(jax.checkpoint_policies, self.remat):
-            raise ValueError(
-                f"remat must name a policy of jax.checkpoint_policies, got "
-                f"{self.remat!r}."
-            )
-        check_halvings(x, len(self.multipliers) - 1)
-        name = "num_heads" if self.head_channels is None else "head_channels"
-        heads = getattr(self, name)
-        for width in self.widths():
-            if not width or width % self.num_groups or width % heads:
-                raise ValueError(
-                    f"channels must be divisible by num_groups = {self.num_groups} and "
-                    f"by {name} = {heads}, got {width}."
-                )
-
 
 class UNet(Trunk):
     """U-Net of x_t and its timestep; the docstring of the module shows its structure.
@@ -321,7 +327,7 @@ class UNet(Trunk):
             small = jax.image.resize(low_res, shape, "bilinear")
             x = jnp.concatenate([x, small], axis=-1)
         x = fold(x, self.block_size)
-        self.check(x)
+        check_halvings(x, len(self.multipliers) - 1)
         emb = self.embed(timesteps)
         if label is not None and self.num_classes is not None:
             init = nn.initializers.normal(1.0)  # as torch.nn.Embedding

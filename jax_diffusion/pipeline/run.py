@@ -102,8 +102,9 @@ def open_split(config: Config, split: str, **changes: Any) -> data.Batches:
     Raises:
         ValueError: if the data cannot be read, or a field is wrong.
     """
-    group = {**config.data, "split": split, "flip": False, **changes}
-    return configs.call(data.load, group, "config.data", train=False)
+    given = {"split": split, "flip": False, "train": False, **changes}
+    group = {name: value for name, value in config.data.items() if name not in given}
+    return configs.call(data.load, group, "config.data", **given)
 
 
 def open_images(

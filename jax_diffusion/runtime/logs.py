@@ -66,14 +66,14 @@ def check_writers(writers: Sequence[str]) -> None:
     """Checks names of writers.
 
     Args:
-        writers: keys of `WRITERS`.
+        writers: keys of `WRITERS`, of config.log_to.
 
     Raises:
         ValueError: for another name, or if the package of a writer is not installed.
     """
     for name in writers:
         if name not in WRITERS:
-            raise ValueError(f"writers must be some of {[*WRITERS]}, got {name!r}.")
+            raise ValueError(f"log_to must be some of {[*WRITERS]}, got {name!r}.")
         spec = importlib.util.find_spec(WRITERS[name])
         if spec is None or spec.origin is None:  # a folder wandb/ is no package
             raise ValueError(

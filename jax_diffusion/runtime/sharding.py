@@ -66,6 +66,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from jax_diffusion import checks
+
 AXES = ("data", "fsdp")
 # Arrays of fewer numbers are copied: exchanging them costs more than they take.
 MIN_SPLIT = 2**12
@@ -149,6 +151,8 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
+    for name, size in (("data", data), ("fsdp", fsdp)):
+        checks.integer(name, size, at_least=-1)
     sizes = (
         count // fsdp if data == -1 and fsdp > 0 else data,
         count // data if fsdp == -1 and data > 0 else fsdp,

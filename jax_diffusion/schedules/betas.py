@@ -3,12 +3,13 @@
 Each function returns float64 [T], the variance of q(x_t | x_{t-1}) at every step.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from jax_diffusion import checks
+
+MAX_STEPS = 1_000_000  # T; tables of so many steps take 100 MB
 
 
 def linear_betas(
@@ -33,9 +34,10 @@ def linear_betas(
     checks.boolean("rescale", rescale)
     scale = 1000 / num_steps if rescale else 1.0
     if scale * max(start, end) > 1:
+        largest = "end" if end > start else "start"
         raise ValueError(
-            f"linear betas times 1000 / {num_steps} must not exceed 1, got "
-            f"{scale * max(start, end):.4g}; take more steps or rescale=False."
+            f"num_steps must be at least 1000 * {largest} = {1000 * max(start, end):g} "
+            f"unless rescale is False, got {num_steps}."
         )
     return np.linspace(scale * start, scale * end, num_steps, dtype=np.float64)
 
@@ -204,7 +206,7 @@ def jsd_betas(num_steps: int) -> np.ndarray:
     return 1.0 / np.linspace(num_steps, 1, num_steps, dtype=np.float64)
 
 
-def given_betas(num_steps: int, *, betas: Any) -> np.ndarray:
+def given_betas(num_steps: int, *, betas: Sequence[float] | np.ndarray) -> np.ndarray:
     """Returns the variances that it is given, such as those of another's checkpoint.
 
     Args:
@@ -304,10 +306,11 @@ BETAS: dict[str, Callable[..., np.ndarray]] = {
 
 def _check(num_steps: int, **variances: float) -> None:
     """Raises ValueError unless T is at least 2 and variances are in (0, 1]."""
-    checks.integer("num_steps", num_steps, at_least=2)
+    checks.integer("num_steps", num_steps, at_least=2, at_most=MAX_STEPS)
     for name, value in variances.items():
         checks.number(name, value, above=0, at_most=1)
 
 
 def _sigmoid(x):
-    return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+    with np.errstate(over="ignore"):  # 1 / infinity is what is meant
+        return 1 / (1 + np.exp(-np.asarray(x, np.float64)))

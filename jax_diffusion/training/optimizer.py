@@ -15,7 +15,8 @@ from typing import Any
 
 import optax
 
-from jax_diffusion.registry import hint, lookup
+from jax_diffusion import checks
+from jax_diffusion.registry import check_type, hint, lookup, parameters
 
 DECAYS = ("constant", "linear", "cosine")
 
@@ -32,10 +33,18 @@ def adamw(
 
     Args:
         learning_rate: a number, or a function of the number of updates made.
-        b1, b2: decay rates of the first and the second moment of the gradient.
-        epsilon: added to the root of the second moment.
-        weight_decay: decoupled decay per update, times the learning rate.
+        b1, b2: decay rates of the first and the second moment of the gradient, in
+            [0, 1).
+        epsilon: added to the root of the second moment, > 0.
+        weight_decay: decoupled decay per update, times the learning rate, >= 0.
+
+    Raises:
+        ValueError: for a number out of range.
     """
+    for name, rate in (("b1", b1), ("b2", b2)):
+        checks.number(name, rate, at_least=0, below=1)
+    checks.number("epsilon", epsilon, above=0)
+    checks.number("weight_decay", weight_decay, at_least=0)
     return optax.adamw(
         learning_rate, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay
     )
@@ -67,8 +76,8 @@ def make_optimizer(
             0 to its peak (Ho et al. 2020: 5000).
         decay: what it does afterwards: "constant", "linear" (the annealing of
             improved-diffusion) or "cosine".
-        grad_clip: largest global norm of the gradient that the optimizer sees; None
-            leaves gradients alone.
+        grad_clip: largest global norm of the gradient that the optimizer sees, > 0;
+            None leaves gradients alone.
         arguments: those of the function that `name` names, such as weight_decay.
 
     Returns:
@@ -85,14 +94,15 @@ def make_optimizer(
     peak = learning_rate if lr is None else lr
     if peak is None or None not in (lr, learning_rate):
         raise ValueError(
-            f"either lr or learning_rate must be given, got {lr} and {learning_rate}."
+            f"lr or learning_rate must be given, and not both, got {lr} and "
+            f"{learning_rate}."
         )
     if decay not in DECAYS:
         raise ValueError(f"decay must be one of {DECAYS}, got {decay!r}.")
-    if peak <= 0:
-        raise ValueError(f"lr must be positive, got {peak}.")
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}.")
+    checks.number("learning_rate" if lr is None else "lr", peak, above=0)
+    checks.integer("warmup_steps", warmup_steps, at_least=0, at_most=2**31 - 1)
+    if grad_clip is not None:
+        checks.number("grad_clip", grad_clip, above=0)
     rest = max(total_steps - warmup_steps, 1)
     after = {
         "constant": optax.constant_schedule(peak),
@@ -103,7 +113,13 @@ def make_optimizer(
     lr_fn = optax.join_schedules([warmup, after], [warmup_steps])
     function = lookup("optimizer", name, OPTIMIZERS)
     check_arguments(function, name, arguments)
-    tx = function(learning_rate=lr_fn, **arguments)
+    try:
+        tx = function(learning_rate=lr_fn, **arguments)
+    except (TypeError, AttributeError, OverflowError) as error:  # of a wrong argument
+        raise ValueError(
+            f"name must be an optimizer that takes {arguments}, got {name!r}, which "
+            f"raises {type(error).__name__}: {error}."
+        ) from error
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(
             f"optimizer {name!r} must return an optax.GradientTransformation, got "
@@ -123,10 +139,10 @@ def check_arguments(function: Any, name: str, arguments: dict[str, Any]) -> None
         arguments: its arguments but the learning rate.
 
     Raises:
-        ValueError: that names the argument that is unknown or missing.
+        ValueError: that names the argument that is unknown, missing or of a wrong type.
     """
     signature = inspect.signature(function)
-    known = signature.parameters
+    known = parameters(function, f"optimizer {name!r}")
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for argument in ("learning_rate", *arguments):
         if argument not in known and not takes_any:
@@ -134,6 +150,8 @@ def check_arguments(function: Any, name: str, arguments: dict[str, Any]) -> None
                 f"optimizer {name!r} has no argument {argument!r}"
                 f"{hint(argument, known)}"
             )
+        if argument in arguments and argument in known:
+            check_type(argument, arguments[argument], known[argument].annotation)
     try:
         signature.bind(learning_rate=None, **arguments)
     except TypeError as error:

@@ -4,8 +4,9 @@
 fit; `compile_step` compiles them for the devices that are there.
 """
 
+import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -17,13 +18,16 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from jax_diffusion import checks, data, editing, training
 from jax_diffusion import config as configs
-from jax_diffusion import data, editing, training
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
+from jax_diffusion.evaluation import published
 from jax_diffusion.models import traits
+from jax_diffusion.models.unet import Trunk
 from jax_diffusion.pipeline import Run, SamplingOptions, TaskOptions, bind_sampler
-from jax_diffusion.runtime import sharding
+from jax_diffusion.registry import choose
+from jax_diffusion.runtime import logs, sharding
 from jax_diffusion.training import TrainState
 
 # Fields of a config that are arguments of `make_train_step`.
@@ -32,6 +36,7 @@ STEP_FIELDS = (
     *("label_dropout", "low_res_size"),
 )
 PREVIEW_BATCH = 256  # images of a sample grid that are drawn together
+MAX_PREVIEW = 65_536  # images of a sample grid
 
 
 class TrainingSetup(NamedTuple):
@@ -71,40 +76,49 @@ class TrainingSetup(NamedTuple):
 
 
 def make_setup(
-    config: Config, optimizer: optax.GradientTransformation | None = None
+    config: Config,
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    fresh: bool = True,
 ) -> TrainingSetup:
     """Builds all that training needs from a config; compiles nothing yet.
 
     Args:
         config: a whole config, see `config.complete`.
         optimizer: used instead of the one that `config.optimizer` describes.
+        fresh: whether the run begins now: then fields that have no effect are refused.
 
     Raises:
         ValueError: for a field that is wrong, or that does not fit the others.
     """
+    # What takes no time is built first: data may have to be decoded for minutes.
     mesh = configs.call(sharding.make_mesh, config.mesh, "config.mesh")
-    batches = configs.call(data.load, config.data, "config.data", seed=config.seed)
-    rows = sharding.host_rows(mesh, batches.batch_size)
-    image_shape = batches.image_shape
-    schedule, objective, model = configs.build(config, image_shape[-1])
-    check_fit(config, model, batches)
+    schedule, objective, _ = configs.build(config, num_channels=1)
+    check_choices(config)
     timestep_sampler = configs.make_timestep_sampler(
         config.timesteps, schedule.num_steps
     )
-    tx, lr_fn = optimizer, None
-    if tx is None:
-        tx, lr_fn = configs.call(
-            training.make_optimizer,
-            config.optimizer,
-            "config.optimizer",
-            total_steps=config.total_steps,
-        )
+    tx, lr_fn = choose_optimizer(config, optimizer)
+    batches = configs.call(
+        data.load,
+        config.data,
+        "config.data",
+        **dict(seed=config.seed, train=True, start_step=0),
+    )
+    with configs.named("config.data", config.data):
+        rows = sharding.host_rows(mesh, batches.batch_size)
+    image_shape = batches.image_shape
+    model = configs.make_network(config, objective, image_shape[-1])
+    check_fit(config, model, batches)
+    if fresh:
+        check_attention(config, model, image_shape)
     options = {name: config[name] for name in STEP_FIELDS}
     if mesh.shape["fsdp"] > 1:
         options["param_sharding"] = sharding.replicated(mesh)
-    train_step = training.make_train_step(
-        model, tx, schedule, objective, timestep_sampler, **options
-    )
+    with configs.named("config", STEP_FIELDS):
+        train_step = training.make_train_step(
+            model, tx, schedule, objective, timestep_sampler, **options
+        )
     preview = None
     if objective is not None:
         run = Run(config, model, None, objective, image_shape)
@@ -128,6 +142,28 @@ def make_setup(
     return TrainingSetup(
         *(batches, mesh, rows, train_step, init, start, key, lr_fn, preview, model),
         objective,
+    )
+
+
+def choose_optimizer(
+    config: Config, optimizer: optax.GradientTransformation | None
+) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
+    """Returns an optimizer and, if the config describes it, its learning rate by step.
+
+    Args:
+        config: its group optimizer is read, unless there is an optimizer already.
+        optimizer: that of `train`'s caller.
+
+    Raises:
+        ValueError: for a field that is wrong.
+    """
+    if optimizer is not None:
+        return optimizer, None
+    return configs.call(
+        training.make_optimizer,
+        config.optimizer,
+        "config.optimizer",
+        total_steps=config.total_steps,
     )
 
 
@@ -155,7 +191,8 @@ def compile_step(setup: TrainingSetup, *, fresh: bool) -> CompiledStep:
         fresh: whether there is no checkpoint to go on from.
     """
     begun, mesh = time.perf_counter(), setup.mesh
-    shapes = jax.eval_shape(setup.init)
+    with configs.named("config.model", vars(setup.model)):
+        shapes = jax.eval_shape(setup.init)
     step, shardings = sharding.jit_step(mesh, setup.train_step, shapes)
     # Drawing hundreds of small arrays runs once and compiles slowly: on the CPU,
     # optimizing it costs more than the rest of the start.
@@ -206,8 +243,6 @@ def make_preview(
     """
     config, task = run.config, TaskOptions()
     fields = dict(config.sampling)
-    if "n" not in fields:
-        raise ValueError("config.sampling must have the fields ['n'], got none.")
     n = fields.pop("n")
     if config.low_res_size:
         first = batches.batch(0)
@@ -215,9 +250,10 @@ def make_preview(
         small = editing.shrink(large, size=large.shape[1] // config.low_res_size)
         task = TaskOptions(low_res=np.asarray(small))
         if traits(run.model).num_classes is not None:
-            fields.setdefault("label", first["label"])
+            fields.setdefault("label", first["label"].tolist())
     options = configs.call(SamplingOptions, fields, "config.sampling")
-    bound = bind_sampler(run, options, task, one_program=False)
+    with configs.named("config.sampling", vars(options)):
+        bound = bind_sampler(run, options, task, one_program=False)
     ema = training.ema_name(config.ema_decays[0])
 
     def preview(state):
@@ -233,11 +269,59 @@ def make_preview(
     return preview
 
 
+def check_choices(config: Config) -> None:
+    """Checks fields that are needed only later, such as how to draw.
+
+    Raises:
+        ValueError: that names the field.
+    """
+    with configs.named("config", ["log_to"]):
+        logs.check_writers(config.log_to)
+    if config.reproduces:
+        choose("config.reproduces", config.reproduces, published.PAPERS)
+    for group in ("sampling", "evaluation"):
+        if config[group] is None:
+            continue
+        known = {field.name for field in dataclasses.fields(SamplingOptions)}
+        fields = {name: value for name, value in config[group].items() if name in known}
+        configs.call(SamplingOptions, fields, f"config.{group}")
+    if config.sampling is not None:
+        n = config.sampling.n
+        checks.integer("config.sampling.n", n, at_least=1, at_most=MAX_PREVIEW)
+
+
+def check_attention(
+    config: Config, model: nn.Module, image_shape: Sequence[int]
+) -> None:
+    """Checks that a level of the U-Net has each resolution that shall have attention.
+
+    Runs of older versions may have others, to no effect: only new runs are checked.
+
+    Args:
+        config: its group model is checked, as far as it gives the resolutions.
+        model: the network.
+        image_shape: (h, w, c).
+
+    Raises:
+        ValueError: for a resolution that no level has.
+    """
+    wanted = config.model.get("attention_resolutions", ())
+    if not isinstance(model, Trunk):
+        return
+    height = image_shape[0] // getattr(model, "block_size", 1)
+    heights = [height // 2**level for level in range(len(model.multipliers))]
+    if not {*wanted} <= {*heights}:
+        raise ValueError(
+            f"config.model.attention_resolutions must be some of {heights}, the heights"
+            f" in pixels of the network's levels, got {wanted}."
+        )
+
+
 def check_fit(config: Config, model: nn.Module, batches: data.Batches) -> None:
     """Checks that the network takes these labels and image sizes.
 
     Args:
-        config: its label_dropout and low_res_size are checked.
+        config: its label_dropout, low_res_size and microbatches are checked.
         model: the network, as `config.build` has built it.
         batches: the training images and their labels.
 
@@ -245,10 +329,10 @@ def check_fit(config: Config, model: nn.Module, batches: data.Batches) -> None:
         ValueError: that names the field.
     """
     share, image_shape, known = config.label_dropout, batches.image_shape, traits(model)
-    if not 0 <= share < 1 or (share and known.num_classes is None):
+    if share and known.num_classes is None:
         raise ValueError(
-            "config.label_dropout must be in [0, 1), and 0 for a network that knows no "
-            f"labels, got {share}."
+            "config.label_dropout must be 0 for a network that knows no labels, got "
+            f"{share}."
         )
     # `config.build` has added the class of hidden labels.
     taken = known.num_classes and known.num_classes - bool(share)
@@ -258,6 +342,11 @@ def check_fit(config: Config, model: nn.Module, batches: data.Batches) -> None:
                 f"labels must be below config.model.{name} = {count}, got "
                 f"{batches.num_classes - 1}."
             )
+    if batches.batch_size % config.microbatches:
+        raise ValueError(
+            f"config.microbatches must divide the batch of {batches.batch_size} images,"
+            f" got {config.microbatches}."
+        )
     size = config.low_res_size
     if bool(size) != known.low_res:
         raise ValueError(

@@ -218,7 +218,7 @@ def test_the_distance_of_a_classifier_needs_no_file(tmp_path):
     ("overrides", "words"),
     [
         (["--config.evaluation.metric=fit"], "config.evaluation.metric must be one of"),
-        (["--config.evaluation.n=1"], "n and reference >= 2"),
+        (["--config.evaluation.n=1"], "config.evaluation.n must be an integer in"),
         (["--config.evaluation.steps=11"], "steps must be in"),
         (["--config.evaluation.sampler=euler"], "must be one of .* got 'euler'"),
         (["--config.eval_every=-1"], "eval_every must be an integer >= 0"),

@@ -268,9 +268,9 @@ def test_attention_follows_each_block_of_the_heights_asked_for_and_the_middle():
     ],
 )
 def test_wrong_names_and_shapes_are_named_in_one_sentence(options, size, message):
-    model, x = NoisyClassifier(**SMALL | options), IMAGES[:, : size[0], : size[1]]
+    x = IMAGES[:, : size[0], : size[1]]
     with pytest.raises(ValueError, match=rf"^[^.]*{message}\.(\n|$)"):
-        model.init(jax.random.key(0), x, T)
+        NoisyClassifier(**SMALL | options).init(jax.random.key(0), x, T)
 
 
 # The loss

@@ -544,9 +544,8 @@ def test_bfloat16_is_within_two_per_cent_of_the_norm():
 
 @pytest.mark.parametrize("name", ["resample", "embedding_order", "down_padding"])
 def test_unknown_choices_are_named(name):
-    model = UNet(**SMALL, **{name: "round"})
     with pytest.raises(ValueError, match=f"^{name} must be one of .*, got 'round'"):
-        model.init(jax.random.key(0), IMAGES, T)
+        UNet(**SMALL, **{name: "round"})
 
 
 @pytest.mark.parametrize(
@@ -560,6 +559,5 @@ def test_unknown_choices_are_named(name):
 )
 def test_wrong_channels_and_labels_are_named_in_one_sentence(options, label, message):
     label = None if label is None else jnp.array(label)
-    model = UNet(**SMALL | options)
     with pytest.raises(ValueError, match=rf"^[^.]*{message}\.(\n|$)"):
-        model.init(jax.random.key(0), IMAGES, T, label)
+        UNet(**SMALL | options).init(jax.random.key(0), IMAGES, T, label)

@@ -1,6 +1,8 @@
 """Configs: what they may say, and the sentence that answers when they are wrong."""
 
+import json
 import pathlib
+import sys
 
 import pytest
 
@@ -34,8 +36,11 @@ def test_overrides_reach_groups_and_keep_types():
         (["--config.totl_steps=60"], "no field 'totl_steps'"),
         (["--config.model.chanels=8"], "no field 'chanels'"),
         (["--config.total_steps=many"], "many"),
-        (["--config.total_steps=0"], "positive integer, got 0"),
-        (["--config.log_every=0"], "log_every must be a positive integer"),
+        (
+            ["--config.total_steps=0"],
+            "config.total_steps must be an integer in [1, 2147483647], got 0",
+        ),
+        (["--config.log_every=0"], "log_every must be an integer >= 1, got 0"),
         (["--confg.total_steps=1"], "confg.total_steps"),
         (["extra"], "must begin with --, got 'extra'"),
         (["--config.ema_decays=(1.5,)"], "ema_decays"),
@@ -73,10 +78,13 @@ def test_a_config_file_without_a_field_is_told_which(tmp_path):
         (dict(name="cosine", num_step=10), "did you mean 'num_steps'"),
         (dict(name="cosine"), "must have the fields"),
         (dict(num_steps=10), "got None"),
-        (dict(name="cosine", num_steps=1), "num_steps must be an integer >= 2, got 1"),
+        (
+            dict(name="cosine", num_steps=1),
+            r"config.schedule.num_steps must be an integer in \[2, .* got 1",
+        ),
         (
             dict(name="constant", num_steps=10, value=1.5),
-            r"value must be a number in \(0, 1\), got 1.5",
+            r"config.schedule.value must be a number in \(0, 1\)",
         ),
     ],
 )
@@ -226,3 +234,131 @@ def test_schedule_and_network_may_be_functions_from_outside(tmp_path, monkeypatc
         ValueError, match=r"config.schedule.name must be one of .* or an import"
     ):
         configs.build(config, 1)
+
+
+# Types, ranges and arguments that a file leaves out
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("data.image_size=8", "data.image_size", 8),
+        ("data.image_size=(8,8)", "data.image_size", (8, 8)),
+        ("data.path=123", "data.path", "123"),
+        ("model.dtype=bfloat16", "model.dtype", "bfloat16"),
+        ("model.head_channels=4", "model.head_channels", 4),
+        ("model.head_channels=None", "model.head_channels", None),
+        ("model.scale_shift=false", "model.scale_shift", False),
+        ("optimizer.weight_decay=0.1", "optimizer.weight_decay", 0.1),
+        ("optimizer.weight_decay=1", "optimizer.weight_decay", 1.0),
+        ("schedule.max_beta=0.5", "schedule.max_beta", 0.5),
+        ("schedule.zero_terminal_snr=True", "schedule.zero_terminal_snr", True),
+        ("objective.vlb_scale=0.5", "objective.vlb_scale", 0.5),
+        ("sampling.label=0,1", "sampling.label", (0, 1)),
+        ("sampling.guidance_interval=0.1,2", "sampling.guidance_interval", (0.1, 2)),
+        ("evaluation.eta=1", "evaluation.eta", 1.0),
+        ("log_to=('tensorboard',)", "log_to", ("tensorboard",)),
+    ],
+)
+def test_any_argument_of_a_groups_function_can_be_set(override, field, value):
+    config = configs.load_config(SMOKE, [f"--config.{override}"])
+    group, _, name = field.rpartition(".")
+    found = config[group][name] if group else config[name]
+    assert found == value and type(found) is type(value)
+    switched = configs.load_config(SMOKE, ["--config.model.low_res"])
+    assert switched.model.low_res is True
+
+
+def test_another_name_has_its_own_arguments_and_loses_those_of_the_old():
+    overrides = ["--config.model.head_dim=8", "--config.model.name=lucidrains"]
+    lost = "not take attention_resolutions, num_classes, num_groups, num_res_blocks"
+    with pytest.warns(UserWarning, match=lost):
+        config = configs.load_config(SMOKE, overrides)
+    model = configs.build(config, 1).model
+    assert (type(model).__name__, model.head_dim) == ("LucidrainsUNet", 8)
+    assert (model.channels, model.multipliers) == (8, (1, 2))  # both networks have them
+    with pytest.raises(ValueError, match=r"config.model has no field 'head_dim'"):
+        configs.load_config(SMOKE, overrides[:1])
+
+
+def test_numpy_dtypes_and_paths_in_a_config_file_become_plain_values(tmp_path):
+    text = (
+        pathlib.Path(SMOKE)
+        .read_text()
+        .replace(
+            "    return config",
+            "    import jax.numpy as jnp, numpy as np, pathlib\n"
+            "    config.model.dtype = jnp.bfloat16\n"
+            "    config.model = dict(config.model, channels=np.int64(8))\n"
+            "    config.optimizer = dict(lr=np.float32(0.5))\n"
+            "    config.data.path = pathlib.Path('photos')\n"
+            "    config.schedule = dict(name='given', num_steps=3)\n"
+            "    config.schedule.betas = np.full(3, 0.5)\n"
+            "    return config",
+        )
+    )
+    (tmp_path / "c.py").write_text(text)
+    config = configs.load_config(tmp_path / "c.py")
+    assert config.model.dtype == "bfloat16" and config.data.path == "photos"
+    assert type(config.model.channels) is int and config.optimizer.lr == 0.5
+    assert json.loads(config.to_json())["schedule"]["betas"] == [0.5] * 3
+    assert configs.build(config, 1).schedule.num_steps == 3
+
+
+def test_functions_without_hints_may_be_given_anything_but_infinity(
+    tmp_path, monkeypatch
+):
+    text = "import numpy as np\n\n\ndef flat(num_steps, value=0.1, *, note=[1]):\n"
+    (tmp_path / "no_hints.py").write_text(
+        f"{text}    return np.full(num_steps, value)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    group = dict(name="no_hints:flat", num_steps=3, value=0.2, note="any")
+    assert configs.make_schedule(group).num_steps == 3
+    with pytest.raises(ValueError, match=r"config.schedule.value must be finite"):
+        configs.make_schedule(group | dict(value=float("inf")))
+
+
+# Neighbors of a config
+
+
+def write_neighbors(folder, seed):
+    """configs/mine.py, which imports its neighbor `other` in three ways."""
+    configs_folder = folder / "configs"
+    configs_folder.mkdir(parents=True)
+    smoke = pathlib.Path(SMOKE).read_text()
+    other = smoke.replace("config.seed = 0", f"config.seed = {seed}")
+    (configs_folder / "other.py").write_text(other)
+    path = configs_folder / "mine.py"
+    path.write_text(
+        "import other\nfrom configs import other as same\n"
+        "from configs.other import get_config as made\n\n\n"
+        "def get_config():\n"
+        "    seeds = {m() for m in (lambda: other.get_config().seed,\n"
+        "             lambda: same.get_config().seed, lambda: made().seed)}\n"
+        "    assert len(seeds) == 1\n"
+        "    return made()\n"
+    )
+    return path
+
+
+def test_a_config_imports_its_neighbors_from_any_folder(tmp_path, monkeypatch):
+    paths = [write_neighbors(tmp_path / str(seed), seed) for seed in (3, 4)]
+    away = tmp_path / "away"
+    away.mkdir()
+    monkeypatch.chdir(away)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", ".")])
+    modules, path = dict(sys.modules), [*sys.path]
+    # Twice, as the second folder has modules of the same names.
+    assert [configs.load_config(p).seed for p in paths] == [3, 4]
+    assert sys.path == path
+    left = {*sys.modules} ^ {*modules}
+    assert not {name for name in left if name.startswith(("configs", "other", "mine"))}
+
+
+def test_a_neighbor_wins_over_a_module_that_is_already_loaded(tmp_path):
+    from configs import smoke  # this repository's
+
+    path = write_neighbors(tmp_path, 5)
+    assert configs.load_config(path).seed == 5
+    assert sys.modules["configs.smoke"] is smoke

@@ -268,15 +268,21 @@ def bad(*overrides):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["--config.data.name=cifar"], "dataset must be one of"),
-        (["--config.data.batch_size=4000"], "batch_size must be in"),
+        (["--config.data.name=cifar"], "config.data.name must be one of"),
+        (
+            ["--config.data.batch_size=4000"],
+            "config.data.batch_size must be an integer in",
+        ),
         (["--config.model.multipliers=(1,1,1,1,1)"], "divisible by"),
         (["--config.model.channels=6"], "channels must be divisible"),
         (["--config.model.num_classes=3"], "labels must be below"),
         (["--config.sampling.sampler=euler"], "sampler must be one of"),
         (["--config.sampling.steps=11"], "steps must be in"),
         (["--config.sampling.spacing=leading"], "spacing must be one of"),
-        (["--config.schedule.num_steps=1"], "num_steps must be an integer >= 2"),
+        (
+            ["--config.schedule.num_steps=1"],
+            "config.schedule.num_steps must be an integer in",
+        ),
         (["--config.objective.loss=l3"], "loss must be one of"),
         (["--config.objective.loss=l2"], "'hybrid' or 'vlb' only"),
         (["--config.timesteps.name=importance"], "config.timesteps.name must be"),
@@ -285,17 +291,16 @@ def bad(*overrides):
     ids=lambda v: v[0].removeprefix("--config.") if isinstance(v, list) else "",
 )
 def test_bad_input_is_refused_before_anything_is_written(overrides, words, tmp_path):
-    config = config_of(*overrides)
     with pytest.raises(ValueError, match=words):
-        train.train(config, tmp_path / "run")
+        train.train(config_of(*overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "words"),
     [
-        ("smoke", ["label_dropout=1.0"], r"must be in \[0, 1\).*, got 1\.0"),
-        ("smoke", ["label_dropout=-0.1"], r"must be in \[0, 1\).*, got -0\.1"),
+        ("smoke", ["label_dropout=1.0"], r"must be a number in \[0, 1\), got 1\.0"),
+        ("smoke", ["label_dropout=-0.1"], r"must be a number in \[0, 1\), got -0\.1"),
         ("digits", ["label_dropout=0.1"], "0 for a network that knows no labels"),
         ("digits_classifier", ["label_dropout=0.1"], "network that knows no labels"),
         (

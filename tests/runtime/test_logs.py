@@ -216,7 +216,7 @@ def test_folder_of_wandb_files_is_not_taken_for_the_package(tmp_path, monkeypatc
 
 
 def test_unknown_writer_is_named(tmp_path):
-    message = r"^writers must be some of \['tensorboard', 'wandb'\], got 'mlflow'\.$"
+    message = r"^log_to must be some of \['tensorboard', 'wandb'\], got 'mlflow'\.$"
     with pytest.raises(ValueError, match=message):
         logs.MetricWriter(tmp_path / "run", 0, writers=["mlflow"])
     assert not (tmp_path / "run").exists()
