@@ -19,6 +19,7 @@ from support.tiny_runs import (
 
 import jax_diffusion as jd
 from jax_diffusion import config as configs
+from jax_diffusion import data
 from jax_diffusion.interop.exporting import export_run
 from jax_diffusion.runtime import checkpoint, logs, sharding
 from jax_diffusion.training import fine_tuning
@@ -183,6 +184,19 @@ def test_another_number_of_classes_keeps_all_else_and_says_what_begins_anew(
         assert f"begin anew: {anew}" in weights.report()
         lost = now.size - 4 * kept
         assert weights.record["kept"] == weights.record["parameters"] - lost
+
+
+def test_rows_go_to_the_class_of_the_same_name(images, source, monkeypatch):
+    ours, theirs = ("ant", "cat", "dog", "yak"), ("cat", "dog", "cow", "ant")
+    monkeypatch.setattr(data.Batches, "class_names", ours, raising=False)
+    run = jd.load_run(source)
+    object.__setattr__(run, "class_names", theirs)
+    state, weights = begin(tiny_config(images, **LABELED), run)
+    table, old = state.params["label"]["embedding"], run.params["label"]["embedding"]
+    for name in {*ours} & {*theirs}:
+        assert same(table[ours.index(name)], old[theirs.index(name)])
+    assert weights.record["anew"] == ["label/embedding of yak"]
+    assert not any(same(table[3], row) for row in old)
 
 
 def test_a_network_without_labels_gets_them(images, source, tmp_path):
