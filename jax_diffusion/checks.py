@@ -8,6 +8,7 @@ can be read on the host (`known`), so that within `jax.jit` a check costs nothin
 adds no operation, and waits for no device.
 """
 
+import contextlib
 import math
 import numbers
 import reprlib
@@ -61,12 +62,12 @@ def number(
     ValueError: eta must be a number in [0, 1], got 2.
     """
     rule = f"a number{_range(at_least, above, at_most, below)}"
-    if not known(value):
+    found: Any = value
+    if isinstance(value, np.ndarray | jax.Array):
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.number):
             raise ValueError(f"{name} must be {rule}, got {shown(value)}.")
-        return
-    found: Any = value
-    if isinstance(value, np.ndarray | jax.Array) and value.shape == ():
+        if not known(value):
+            return
         found = np.asarray(jax.device_get(value)).item()
     if (
         not isinstance(found, REAL)
@@ -255,15 +256,13 @@ def common_shape(name: str, value: Any, shape: Sequence[int]) -> tuple[int, ...]
     >>> common_shape("log_var", np.zeros((3, 1)), (2,))
     (3, 2)
     """
-    try:
-        jnp.result_type(value)  # refuses what is made of no numbers, None excepted
-        found = (
-            None
-            if value is None
-            else np.broadcast_shapes(np.shape(value), tuple(shape))
-        )
-    except (TypeError, ValueError):
-        found = None
+    found = None
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    plain = type(value) if isinstance(value, bool | int | float) else object
+    kind = value.dtype if is_array else np.dtype(plain)
+    if any(jnp.issubdtype(kind, real) for real in (jnp.floating, jnp.integer, bool)):
+        with contextlib.suppress(ValueError):  # if they do not broadcast
+            found = np.broadcast_shapes(np.shape(value), tuple(shape))
     if found is None:
         rule = f"{name} must broadcast to [{', '.join(map(str, shape))}]"
         raise ValueError(f"{rule}, got {shown(value)}.")

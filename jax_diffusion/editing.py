@@ -24,8 +24,6 @@ from jax_diffusion.schedules import (
     take,
 )
 
-JUMP = 10  # steps in a stretch of RePaint, unless told otherwise
-
 
 def gray(x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
     """Replaces every channel by the mean of the channels: the projection to colorize.
@@ -140,7 +138,7 @@ def repaint(
     x_known: Float[Array, "b *d"],
     mask: Array | Callable[[Array], Array],
     *,
-    jump: int = JUMP,
+    jump: int = 10,
     resamples: int = 10,
 ) -> Float[Array, "b *d"]:
     """RePaint: inpainting with resampling (Lugmayr et al. 2022, algorithm 1).
@@ -157,7 +155,7 @@ def repaint(
         schedule: the steps to take.
         x_T: noise [b, ...].
         x_known, mask: the known pixels and where they are, see `samplers.inpaint`.
-        jump: steps in a stretch, in [1, T].
+        jump: steps in a stretch, >= 1; from T on, all steps are one stretch.
         resamples: how often each stretch is made, >= 1; 1 is `samplers.inpaint`.
 
     Returns:
@@ -168,14 +166,14 @@ def repaint(
             not fit each other.
     """
     check_schedule(schedule)
-    most = max(schedule.num_steps, JUMP)  # the default fits short schedules, too
-    checks.integer("jump", jump, at_least=1, at_most=most)
+    checks.integer("jump", jump, at_least=1)
     checks.integer("resamples", resamples, at_least=1)
     checks.data("x_T", x_T, ("b", ...))
     checks.data("x_known", x_known, x_T.shape)
     checks.keys("keys", keys, x_T.shape[0])
     step_fn = samplers.inpaint(step_fn, x_known, mask)
     ts = schedule.steps[::-1]
+    jump = min(jump, len(ts))  # longer ones would be padded only
     ts = jnp.pad(ts, (-len(ts) % jump, 0), constant_values=-1).reshape(-1, jump)
 
     def stretch(x, number_and_ts):

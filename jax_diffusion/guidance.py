@@ -292,7 +292,9 @@ def drop_labels(
     """
     checks.key("key", key)
     checks.array("label", label, "int", ("b",))
-    if not isinstance(null_label, jax.Array):
+    if isinstance(null_label, jax.Array):
+        checks.array("null_label", null_label, "int", ())
+    else:
         checks.integer("null_label", null_label)
     checks.number("share", share, at_least=0, at_most=1)
     return jnp.where(

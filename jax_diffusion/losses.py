@@ -79,8 +79,8 @@ def normal_kl(
     >>> normal_kl(one, zero, zero, zero).item()
     0.5
     """
-    shape: tuple[int, ...] = np.shape(mean_1)
-    given = dict(log_var_1=log_var_1, mean_2=mean_2, log_var_2=log_var_2)
+    shape: tuple[int, ...] = ()
+    given = dict(mean_1=mean_1, log_var_1=log_var_1, mean_2=mean_2, log_var_2=log_var_2)
     for name, value in given.items():
         shape = checks.common_shape(name, value, shape)
     return 0.5 * (

@@ -231,7 +231,10 @@ SPACINGS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 def _variances(betas: np.ndarray) -> np.ndarray:
     """Returns betas as float64 [T], once they are known to be in (0, 1]."""
-    return checks.vector("betas", betas, above=0, at_most=1)
+    betas = checks.vector("betas", betas, above=0, at_most=1)
+    if not len(betas):
+        raise ValueError("betas must be at least 1 value, got 0.")
+    return betas
 
 
 def _log_ratio(betas: np.ndarray) -> np.ndarray:

@@ -130,6 +130,12 @@ def loss_second_moment(
     checks.integer("history", history, at_least=1, at_most=MAX_HISTORY)
     checks.number("uniform_prob", uniform_prob, at_least=0, at_most=1)
 
+    def check(state):
+        if not isinstance(state, LossHistory):
+            rule = "state must be a LossHistory, as init() makes it"
+            raise ValueError(f"{rule}, got {checks.shown(state)}.")
+        checks.array("state.losses", state.losses, "float", (num_steps, history))
+
     def probs(state):
         p = jnp.sqrt(jnp.mean(state.losses**2, axis=-1))
         p = p / jnp.maximum(p.sum(), 1e-30)
@@ -142,11 +148,13 @@ def loss_second_moment(
 
     def sample(key, state, batch_size):
         _check_draw(key, batch_size)
+        check(state)
         p = probs(state)
         t = jax.random.choice(key, num_steps, (batch_size,), p=p).astype(jnp.int32)
         return t, 1 / (num_steps * p[t])
 
     def update(state, t, loss):
+        check(state)
         checks.array("t", t, "int", ("b",))
         checks.array("loss", loss, "float", t.shape)
         checks.rows("t", t, num_steps)

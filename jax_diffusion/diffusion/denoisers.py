@@ -170,7 +170,7 @@ def split_output(
     ((2, 8, 8, 3), None)
     """
     check_objective(objective)
-    checks.array("model_fn's output", output, "float")
+    checks.array("model_fn's output", output, "float", ("b", ...))
     checks.integer("num_channels", num_channels, at_least=1)
     expected = num_channels * (2 if objective.learns_variance else 1)
     if output.shape[-1] != expected:
@@ -349,6 +349,8 @@ def clip_x_0(denoise_fn: DenoiseFn, low: float = -1.0, high: float = 1.0) -> Den
     for name, bound in (("low", low), ("high", high)):
         if np.ndim(bound) == 0:  # it may be one for each channel
             checks.number(name, bound, infinite=True)
+        else:
+            checks.array(name, bound, "float")
     if checks.known(low) and checks.known(high) and not np.all(np.less(low, high)):
         raise ValueError(f"low must be below high = {high}, got {low}.")
 

@@ -176,6 +176,8 @@ def save_moments(path: str | Path, moments: Mapping[str, Moments]) -> None:
         ValueError: without "pool", for other names, for what is no moments, and for
             counts that differ.
     """
+    if not isinstance(moments, Mapping):
+        raise ValueError(f"moments must be by name, got {checks.shown(moments)}.")
     for name, value in moments.items():
         _check_moments(name, value)
     counts = {m.count for m in moments.values()}

@@ -72,7 +72,7 @@ def fold_in(keys: Key[Array, "b"], number: int | Int[Array, ""]) -> Key[Array, "
     if isinstance(number, jax.Array):
         checks.array("number", number, "integer", ())
     else:
-        checks.integer("number", number)
+        checks.integer("number", number, at_least=0, at_most=2**32 - 1)
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
 
 

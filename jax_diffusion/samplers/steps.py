@@ -262,6 +262,7 @@ def as_sampler(sampler: Sampler | StepFn) -> Sampler:
     """
     if isinstance(sampler, Sampler):
         return sampler
+    checks.function("sampler", sampler, "(keys, denoise_fn, schedule, state, t)")
     bound = getattr(sampler, "keywords", {})  # of functools.partial
     try:
         signature = inspect.signature(sampler)
@@ -269,7 +270,7 @@ def as_sampler(sampler: Sampler | StepFn) -> Sampler:
     except (TypeError, ValueError) as error:
         raise ValueError(
             "sampler must be a function of (keys, denoise_fn, schedule, state, t), got "
-            f"{sampler!r}: {error}."
+            f"{checks.shown(sampler)}: {error}."
         ) from error
     takes_eta = "eta" in signature.parameters and "eta" not in bound
     return Sampler(sampler, takes_eta=takes_eta, adds_noise=True)

@@ -43,6 +43,11 @@ def inpaint(
     checks.data("x_known", x_known, ("b", ...))
     if not callable(mask):
         checks.broadcasts("mask", mask, x_known.shape)
+        if checks.known(mask):
+            values = np.asarray(mask, np.float64)
+            wrong = values[~((values >= 0) & (values <= 1))]
+            if wrong.size:
+                raise ValueError(f"mask must be in [0, 1], got {wrong.flat[0]}.")
     project = mask if callable(mask) else functools.partial(_masked, mask, x_known)
 
     def step(keys, denoise_fn, schedule, state, t):
@@ -76,7 +81,9 @@ def share_noise(
     """
     checks.function("step_fn", step_fn, STEP)
     checks.array("key", key, "key", ("b",) if np.ndim(key) else ())
-    if not isinstance(until, jax.Array):
+    if isinstance(until, jax.Array):
+        checks.array("until", until, "int", ())
+    else:
         checks.integer("until", until)
 
     def step(keys, denoise_fn, schedule, state, t):

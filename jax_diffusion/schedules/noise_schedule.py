@@ -180,7 +180,7 @@ def steps_to_keep(keep: Any, num_steps: int) -> np.ndarray:
     if checks.known(keep) and not isinstance(keep, str):
         with contextlib.suppress(TypeError, ValueError):  # if ragged
             found = np.asarray(keep)
-            got = checks.shown(found.tolist())
+            got = checks.shown(found.tolist() if found.ndim == 1 else keep)
     within = found.ndim == 1 and len(found) and found.dtype.kind in "iuf"
     if not within or not np.isin(found, np.arange(num_steps)).all():
         raise ValueError(f"keep must be steps within [0, {num_steps}), got {got}.")

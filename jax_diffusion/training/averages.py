@@ -11,9 +11,13 @@ from jax_diffusion import checks
 def ema_name(decay: float) -> str:
     """Returns the key of an average in `TrainState.ema_params`.
 
+    Raises:
+        ValueError: unless decay is a number.
+
     >>> ema_name(0.9999)
     '0.9999'
     """
+    checks.number("decay", decay)
     return f"{decay:g}"
 
 
@@ -29,12 +33,13 @@ def ema_decay_at(decay: float, step: Array, warmup: bool = True) -> Array | floa
         warmup: whether it warms up.
 
     Raises:
-        ValueError: if decay is out of range.
+        ValueError: if an argument is out of range.
 
     >>> [round(float(ema_decay_at(0.9999, jnp.asarray(n))), 3) for n in (0, 90, 10**6)]
     [0.1, 0.91, 1.0]
     """
     checks.number("decay", decay, at_least=0, below=1)
+    checks.boolean("warmup", warmup)
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step)) if warmup else decay
 
 

@@ -71,9 +71,12 @@ def init_state(
         ValueError: if an argument has another type or is out of range.
     """
     checks.key("key", key)
+    _check_parts(model, tx, timestep_sampler, ema_decays)
+    if not isinstance(image_shape, list | tuple):
+        rule = "image_shape must be (h, w, c)"
+        raise ValueError(f"{rule}, got {checks.shown(image_shape)}.")
     for axis in image_shape:
         checks.integer("image_shape's axes", axis, at_least=1)
-    check_decays(ema_decays)
     init: Any = model.init
     params = init(key, **example_inputs(model, image_shape))["params"]
     return start_state(params, tx, timestep_sampler, ema_decays)
@@ -156,7 +159,7 @@ def make_train_step(
             batch is as above and divides by `microbatches`, and its height by
             `low_res_size`.
     """
-    check_decays(ema_decays)
+    _check_parts(model, tx, timestep_sampler, ema_decays)
     checks.boolean("ema_warmup", ema_warmup)
     checks.integer("microbatches", microbatches, at_least=1)
     checks.number("label_dropout", label_dropout, at_least=0, at_most=1)
@@ -207,6 +210,23 @@ def make_train_step(
     return train_step
 
 
+def _check_parts(model: Any, tx: Any, timestep_sampler: Any, ema_decays: Any) -> None:
+    """Raises ValueError unless these have what a train step calls, and decays fit."""
+    check_decays(ema_decays)
+    for name, value, rule, attributes in (
+        ("model", model, "a network, as models describes it", ("init", "apply")),
+        ("tx", tx, "an optimizer of optax", ("init", "update")),
+        (
+            "timestep_sampler",
+            timestep_sampler,
+            "a TimestepSampler",
+            ("sample", "update"),
+        ),
+    ):
+        if not all(callable(getattr(value, one, None)) for one in attributes):
+            raise ValueError(f"{name} must be {rule}, got {checks.shown(value)}.")
+
+
 def draw_examples(
     key: Key[Array, ""],
     batch: Mapping[str, Array],
@@ -236,6 +256,8 @@ def draw_examples(
     if not isinstance(batch, Mapping) or not {"image", "label"} <= batch.keys():
         got = sorted(batch) if isinstance(batch, Mapping) else checks.shown(batch)
         raise ValueError(f"batch must have 'image' and 'label', got {got}.")
+    checks.key("key", key)
+    checks.number("label_dropout", label_dropout, at_least=0, at_most=1)
     checks.array("batch's image", batch["image"], "uint8", ("b", "h", "w", "c"))
     checks.array("batch's label", batch["label"], "int", batch["image"].shape[:1])
     label = batch["label"]
@@ -362,6 +384,8 @@ def sums_by_quartile(
     Raises:
         ValueError: unless t and terms are arrays [b], and num_steps an integer >= 1.
     """
+    if not isinstance(terms, Mapping):
+        raise ValueError(f"terms must be arrays by name, got {checks.shown(terms)}.")
     checks.integer("num_steps", num_steps, at_least=1)
     checks.array("t", t, "int", ("b",))
     checks.rows("t", t, num_steps)

@@ -331,7 +331,7 @@ def test_padding_does_not_change_what_is_repainted(length):
 @pytest.mark.parametrize("jump, resamples", [(0, 1), (1, 0), (-2, 3)])
 def test_repainting_needs_positive_numbers(jump, resamples):
     x = jnp.zeros((2, 6))
-    said = r"^(jump|resamples) must be an integer (>= 1|in \[1, 10\]), got (0|-2)\.$"
+    said = r"^(jump|resamples) must be an integer >= 1, got (0|-2)\.$"
     with pytest.raises(ValueError, match=said):
         editing.repaint(
             KEYS[:2],

@@ -357,8 +357,8 @@ def number_cases():
         ),
         (
             "jump",
-            [0, 2.5, 2_000_000_000],
-            "an integer in [1, 10]",
+            [0, 2.5],
+            "an integer >= 1",
             lambda v: editing.repaint(KEYS, DENOISE, STEP, S, X, X, X, jump=v),
         ),
         (
@@ -479,6 +479,55 @@ RAW = "denoise_fn must return a Prediction, as diffusion.denoiser makes it of a 
 NO_DENOISER = "denoise_fn must be a function of (x_t, t), got None"
 NO_STEP = "step_fn must be a function of (keys, denoise_fn, schedule, state, t), got "
 OTHERS = [
+    # what a campaign of wrong values has found
+    ("eta must be a number in [0, 1], got key<fry> []", lambda: draws(KEY)),
+    (
+        "mask must be in [0, 1], got 255",
+        lambda: samplers.inpaint(STEP, X, IMAGES // 200 * 255),
+    ),
+    (
+        "mask must broadcast to [3, 4, 4, 2], got [1, 0]",
+        lambda: samplers.inpaint(STEP, X, [1, 0]),
+    ),
+    ("mean_1 must broadcast to [], got None", lambda: losses.normal_kl(None, X, X, X)),
+    (
+        "low must be a float array [...], got <U1 [1]",
+        lambda: diffusion.clip_x_0(DENOISE, np.array(["a"])),
+    ),
+    (
+        "number must be an integer in [0, 4294967295], got -1",
+        lambda: samplers.fold_in(KEYS, -1),
+    ),
+    (
+        "until must be an int array [], got float32 []",
+        lambda: samplers.share_noise(STEP, KEY, until=jnp.ones(())),
+    ),
+    (
+        "null_label must be an int array [], got int32 [3]",
+        lambda: guidance.drop_labels(KEY, LABEL, LABEL, 0.5),
+    ),
+    ("betas must be at least 1 value, got 0", lambda: spacing.karras_steps([], 1)),
+    (
+        "state must be a LossHistory",
+        lambda: timesteps.loss_second_moment(10).sample(KEY, (), 4),
+    ),
+    ("tx must be an optimizer of optax, got None", lambda: train_step(tx=None)),
+    (
+        "model must be a network, as models describes it, got None",
+        lambda: train_step(model=None),
+    ),
+    (
+        "timestep_sampler must be a TimestepSampler, got 'uniform'",
+        lambda: train_step(timestep_sampler="uniform"),
+    ),
+    (
+        "moments must be by name, got a Moments",
+        lambda: metrics.save_moments("m.npz", moments()),
+    ),
+    (
+        "sampler must be a function of (keys, denoise_fn, schedule, state, t), got f",
+        lambda: samplers.as_sampler(X),
+    ),
     # tables
     (
         "betas must give finite coefficients in every row, got 1e-20 in row 0.",
@@ -773,7 +822,10 @@ OTHERS = [
         "ids must be an integer array [b], got float32 [3]",
         lambda: samplers.image_keys(KEY, LABEL * 1.0),
     ),
-    ("number must be an integer, got 0.5", lambda: samplers.fold_in(KEYS, 0.5)),
+    (
+        "number must be an integer in [0, 4294967295], got 0.5",
+        lambda: samplers.fold_in(KEYS, 0.5),
+    ),
     (
         "keys must be an array of typed keys [b], got key<fry> []",
         lambda: samplers.normal(KEY, (2,)),
@@ -1002,6 +1054,10 @@ def draws(eta=0.0, schedule=S, step=STEP):
 
 # Right calls, each with the shape of what it returns.
 RIGHT = {
+    "a jump beyond all steps takes no memory": (
+        lambda: editing.repaint(KEYS, DENOISE, STEP, S, X, X, X, jump=2_000_000_000),
+        X.shape,
+    ),
     "NumPy's images": (lambda: loss_of(np.asarray(X)), (3,)),
     "float16": (lambda: loss_of(X.astype(jnp.float16)), (3,)),
     "bfloat16": (lambda: loss_of(X.astype(jnp.bfloat16)), (3,)),
