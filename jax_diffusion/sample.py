@@ -6,7 +6,9 @@
 
 From Python: `jax_diffusion.sample_images(run, n=64, steps=50)`.
 
-A folder gets a PNG for each image, grid.png and, of whole images, denoising.gif.
+A folder gets a PNG for each image and a record of the job; besides, sheets/ has a grid
+and, of whole images, denoising.gif, which no reader of the folder takes for samples. A
+folder that holds something else is refused; --overwrite replaces samples in it.
 FILE.npz has the images as arr_0, uint8 [n, h, w, c], and their labels as arr_1, as in
 improved-diffusion.
 
@@ -29,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jax_diffusion import checks, cli, plotting
+from jax_diffusion.data.find import SHEETS
 from jax_diffusion.pipeline import (
     BoundSampler,
     SamplingOptions,
@@ -38,6 +41,7 @@ from jax_diffusion.pipeline import (
     load_other,
     load_run,
     make_options,
+    sample_folder,
 )
 from jax_diffusion.pipeline.tasks import HALVES, TASKS
 from jax_diffusion.runtime import checkpoint, files, locks, sharding
@@ -99,7 +103,15 @@ def draw_images(
     if out.suffix == ".npz":
         _write_npz(out, args.n, draw, record)
     else:
-        _write_folder(out, args.n, draw, task, upsample is None)
+        channels = run.image_shape[-1]
+        if channels not in (1, 3) and not task.row.is_strip:
+            raise ValueError(
+                f"out must be FILE.npz for images of {channels} channels, as PNGs have 1 "
+                f"or 3, got {args.out!r}."
+            )
+        record["n"] = args.n
+        sample_folder.check_folder(out, record, overwrite=args.overwrite)
+        _write_folder(out, args.n, draw, task, upsample is None, record)
     _say_drawn(f"{args.n} images by {args.sampler}", bound, out)
 
 
@@ -208,7 +220,12 @@ def _write_npz(
 
 
 def _write_folder(
-    out: Path, n: int, draw: Callable[[int], Batches], task: TaskOptions, gif: bool
+    out: Path,
+    n: int,
+    draw: Callable[[int], Batches],
+    task: TaskOptions,
+    gif: bool,
+    record: dict[str, Any],
 ) -> None:
     """Writes PNGs, and a grid of the first; frames of tasks stand side by side."""
     shown, images = [], []
@@ -219,6 +236,7 @@ def _write_folder(
     if jax.process_index() > 0:
         return
     frames, drawn = np.concatenate(shown, axis=1), np.concatenate(images)
+    sample_folder.begin(out, record)
     if not task.row.is_strip:
         for i, image in enumerate(drawn):
             plotting.save_png(out / f"{i:05d}.png", image)
@@ -229,13 +247,19 @@ def _write_folder(
         columns = len(frames)
         sheet = frames[:, :STRIP_IMAGES].swapaxes(0, 1).reshape(-1, *drawn.shape[1:])
     elif gif:
-        plotting.save_gif(out / "denoising.gif", [plotting.grid(f) for f in frames])
-    plotting.save_png(out / "grid.png", plotting.grid(sheet, columns), min_size=512)
+        gif_file = out / SHEETS / "denoising.gif"
+        plotting.save_gif(gif_file, [plotting.grid(f) for f in frames])
+    file = out / SHEETS / "grid.png"
+    plotting.save_png(file, plotting.grid(sheet, columns), min_size=512)
 
 
 FLAGS: cli.Flags = {
     "--workdir": dict(required=True, help="Workdir of the training run."),
     "--out": dict(help="Where images go: a folder, or FILE.npz."),
+    "--overwrite": dict(
+        action="store_true",
+        help="Replace the samples of another job in the folder --out.",
+    ),
     "--export": dict(
         metavar="FILE",
         help="Write the sampler as one file that runs without this package; see "

@@ -516,10 +516,10 @@ def test_every_task_ends_in_a_grid(task, labelled, folder, program, tmp_path):
         options += ("--frames", 4)
     options += ("--task", task, "--quantize", "round")
     program("--workdir", labelled, "--out", tmp_path, *options)
-    shown = cells(tmp_path / "grid.png", rows, columns)
-    names = {path.name for path in tmp_path.iterdir()} - {"grid.png"}
-    if task == "generate":
-        names -= {"denoising.gif"}
+    shown = cells(tmp_path / "sheets" / "grid.png", rows, columns)
+    names = {path.name for path in tmp_path.iterdir()} - {"sheets", "record.json"}
+    gif = {"denoising.gif"} if task == "generate" else set()
+    assert {p.name for p in (tmp_path / "sheets").iterdir()} == {"grid.png", *gif}
     results = [] if TASKS[task].is_strip else [f"{i:05d}.png" for i in range(n)]
     assert names == set(results)
     by_row = shown.reshape(-1, *shown.shape[2:])
@@ -542,7 +542,7 @@ def test_noises_between_two_begin_and_end_in_their_images(
     options = ("--label", 1, "--task")
     told = ("--n", 3, "--frames", 4, *options, "slerp")
     program("--workdir", labelled, "--out", tmp_path / "out", *told)
-    shown = cells(tmp_path / "out" / "grid.png", 3, 4)
+    shown = cells(tmp_path / "out" / "sheets" / "grid.png", 3, 4)
     images, _ = draws(labelled, *options, "generate")
     assert_same(shown[:, 0], images[:3])
     assert_same(shown[:, -1], images[1:4])

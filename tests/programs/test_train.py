@@ -446,8 +446,8 @@ def test_a_folder_gets_pngs_a_grid_and_the_denoising(whole, tmp_path, monkeypatc
         out = tmp_path / sampler
         run_sample(monkeypatch, whole[0], out, "--n", "5", "--sampler", sampler)
         names = {p.name for p in out.iterdir()}
-        assert {"00000.png", "00004.png", "grid.png", "denoising.gif"} <= names
-        with Image.open(out / "denoising.gif") as gif:
+        assert {"00000.png", "00004.png", "sheets", "record.json"} <= names
+        with Image.open(out / "sheets" / "denoising.gif") as gif:
             assert gif.n_frames == 4
 
 
@@ -455,7 +455,7 @@ def test_a_folder_gets_pngs_a_grid_and_the_denoising(whole, tmp_path, monkeypatc
 def test_the_gif_shows_any_number_of_steps(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "GIF_FRAMES", 2)
     run_sample(monkeypatch, whole[0], tmp_path, "--steps", "3", "--n", "2")
-    with Image.open(tmp_path / "denoising.gif") as gif:
+    with Image.open(tmp_path / "sheets" / "denoising.gif") as gif:
         assert gif.n_frames == 2
 
 
