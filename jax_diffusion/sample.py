@@ -106,8 +106,8 @@ def draw_images(
         channels = run.image_shape[-1]
         if channels not in (1, 3) and not task.row.is_strip:
             raise ValueError(
-                f"out must be FILE.npz for images of {channels} channels, as PNGs have 1 "
-                f"or 3, got {args.out!r}."
+                f"out must be FILE.npz for images of {channels} channels, as PNGs have "
+                f"1 or 3, got {args.out!r}."
             )
         record["n"] = args.n
         sample_folder.check_folder(out, record, overwrite=args.overwrite)
@@ -139,6 +139,8 @@ def check(args: argparse.Namespace) -> tuple[SamplingOptions, TaskOptions]:
         why = "is for strips, and for a folder with denoising.gif"
         cli.refuse_useless(args.given, ["frames"], f"{why}, got --out {args.out}")
     task.check_read(name for name in names if name in args.given)
+    if args.overwrite and not in_folder:
+        raise ValueError(f"overwrite is for a folder, got --out {args.out!r}.")
     if args.export is not None:
         files.check_output("export", args.export)
         files.check_output("export", f"{args.export}.json")

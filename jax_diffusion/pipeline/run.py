@@ -130,7 +130,8 @@ def open_images(
     changes: dict[str, Any] = dict(batch_size=batch_size)
     if source is not None:
         name, path = data.parse_source(os.fspath(source))
-        changes |= dict(name=name, path=path, image_size=run.image_shape[:2])
+        h, w, _ = run.image_shape
+        changes |= dict(name=name, path=path, image_size=h if h == w else (h, w))
         changes["in_memory"] = None  # that was said of the run's own
     batches = open_split(run.config, split, **changes)
     fits = [run.image_shape, (*run.image_shape[:2], 1)]

@@ -47,7 +47,7 @@ def test_an_occupied_folder_is_refused_or_cleared_of_samples_on_request(tmp_path
         sample_folder.begin(out, JOB)
         assert [path.name for path in out.iterdir()] == ["record.json"]
     else:
-        with pytest.raises(ValueError, match="^overwrite removes only what sample has"):
+        with pytest.raises(ValueError, match="overwrite removes only what sample has"):
             sample_folder.check_folder(out, JOB, overwrite=True)
     assert (out / name).exists() == (name not in OURS)
 
@@ -76,8 +76,10 @@ def test_evaluate_scores_the_folder_that_sample_writes(tmp_path, monkeypatch, ca
     for old in ("grid.png", "denoising.gif"):  # where version 0.1 wrote them
         (out / "sheets" / old).rename(out / old)
     assert len(data.open_images(out)) == 2
+    with pytest.raises(ValueError, match="--overwrite is for a folder, got --out"):
+        run(sample, *options, "--out", tmp_path / "x.npz", "--overwrite")
     run(sample, *options, "--n", 150, "--overwrite")
     args = ("--images", out, "--reference", out, "--metrics", "pixel_distance")
     scores = run(evaluate, *args)
-    assert scores[0].n == 150
+    assert scores[0].images == 150
     np.testing.assert_allclose(scores[0].value, 0, atol=1e-3)
