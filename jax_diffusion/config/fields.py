@@ -84,8 +84,8 @@ FIELDS = {
         hint=float,
     ),
     "low_res_size": Field(
-        "side in pixels of the small images that a network with low_res enlarges; 0 "
-        "for other networks",
+        "height in pixels of the small images that a network with low_res enlarges; "
+        "0 for other networks",
         0,
         least=0,
     ),

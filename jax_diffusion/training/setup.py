@@ -353,7 +353,8 @@ def check_fit(config: Config, model: nn.Module, batches: data.Batches) -> None:
             "config.low_res_size must be given for a model with low_res and for no "
             f"other, got {size}."
         )
-    if size and (size < 0 or any(n % size for n in image_shape[:2])):
+    h, w, _ = image_shape
+    if size and (size < 0 or h % size or w % (h // size)):
         raise ValueError(
             f"config.low_res_size must divide images {image_shape}, got {size}."
         )
