@@ -626,15 +626,16 @@ def test_a_mask_that_does_not_fit_is_refused(labelled, tmp_path, refuses):
 def test_a_task_that_does_not_fit_is_refused(labelled, plain, tmp_path, refuses):
     write_images(tmp_path / "small.npz", size=6)
     write_images(tmp_path / "grey.npz", channels=1)
+    write_images(tmp_path / "colors.npz")
     write_images(tmp_path / "many.npz", labels=(0, 4))
     images = {
         name: ("--images", f"npz:{tmp_path / name}.npz")
-        for name in ("small", "grey", "many", "none")
+        for name in ("small", "grey", "colors", "many", "none")
     }
     edit = ("--task", "edit")
     cases = [
         (labelled, (*edit, *images["small"]), "must be 6 x 6, got 8"),
-        (labelled, (*edit, *images["grey"]), "images must be (8, 8, 3), as the run's"),
+        (plain, (*edit, *images["colors"]), "images must be (8, 8, 1), as the run's"),
         (labelled, (*edit, *images["many"]), "must be below 4, got 4"),
         (labelled, (*edit, *images["none"]), "none.npz must be a .npz"),
         (labelled, (*edit, "--images", "zip:a"), "dataset must be one of"),
