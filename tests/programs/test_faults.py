@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from support.jobs import SMALL
+from support import tiny
 from support.programs import evaluate, sample, train
 from support.tiny_runs import make_run
 
@@ -19,7 +19,7 @@ from jax_diffusion.runtime import checkpoint, locks, logs
 from jax_diffusion.runtime.resumable_npz import ResumableNpz
 from jax_diffusion.training.reporting import Reporter
 
-COMMAND = ["--config", "configs/smoke.py", *SMALL, "--config.sample_every=6"]
+COMMAND = ["--config", tiny.CONFIG, "--config.sample_every=6"]
 
 
 @pytest.fixture(scope="module")
