@@ -218,7 +218,7 @@ def parse_color(color: Color) -> tuple[int, ...]:
     rule = (
         "background must be the name of a color, or (r, g, b) of integers in [0, 255]"
     )
-    found = color
+    found: Any = color
     if isinstance(color, str):
         from PIL import ImageColor
 
@@ -268,7 +268,9 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: if it is neither an integer in [1, `MAX_SIDE`] nor two of them.
     """
-    sizes = image_size if isinstance(image_size, list | tuple) else [image_size] * 2
+    sizes: Any = image_size
+    if not isinstance(image_size, list | tuple):
+        sizes = [image_size] * 2
     if len(sizes) != 2:
         raise ValueError(
             f"image_size must be one integer or (h, w), got {image_size!r}."
