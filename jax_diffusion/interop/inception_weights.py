@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from jax_diffusion.interop.layouts import check_same
+from jax_diffusion.interop.tensors import as_float32
 from jax_diffusion.models.inception import SIZE, Inception
 
 # The published file of github.com/mseitzer/pytorch-fid has 95,628,359 bytes. Its name
@@ -40,7 +41,7 @@ def params_from_torch(tensors: Mapping[str, np.ndarray]) -> PyTree:
 
     Raises:
         ValueError: if tensors are missing, unexpected or of another shape; the error
-            names all of them.
+            names all of them. Or if they are not finite floats.
     """
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
     init = jax.eval_shape(Inception().init, jax.random.key(0), image)
@@ -57,14 +58,22 @@ def params_from_torch(tensors: Mapping[str, np.ndarray]) -> PyTree:
     counts = {f"{name}.bn.num_batches_tracked" for name in kernels}
     found = {name: np.shape(tensors[name]) for name in tensors if name not in counts}
     check_same(wanted, found)
+
+    def read(name):
+        return as_float32(name, tensors[name])
+
     params: dict[tuple[str, ...], np.ndarray] = {}
-    params["fc", "kernel"] = np.asarray(tensors["fc.weight"], np.float32).T
+    params["fc", "kernel"] = read("fc.weight").T
     for name in kernels:
         gain, bias, mean, var = (
-            np.asarray(tensors[f"{name}.bn.{kind}"], np.float64) for kind in NORM
+            read(f"{name}.bn.{kind}").astype(np.float64) for kind in NORM
         )
+        if np.any(var < 0):
+            raise ValueError(
+                f"variances must be >= 0, got {var.min()} in {name}.bn.running_var."
+            )
         scale = gain / np.sqrt(var + NORM_EPSILON)
-        kernel = np.transpose(tensors[f"{name}.conv.weight"], (2, 3, 1, 0)) * scale
+        kernel = np.transpose(read(f"{name}.conv.weight"), (2, 3, 1, 0)) * scale
         path = tuple(name.split("."))
         params[*path, "kernel"] = np.asarray(kernel, np.float32)
         params[*path, "bias"] = np.asarray(bias - mean * scale, np.float32)
