@@ -45,7 +45,7 @@ def lookup(what: str, name: Any, registry: Mapping[str, Any]) -> Any:
     if not isinstance(name, str) or ":" not in name:
         raise ValueError(
             f"{what} must be one of {sorted(registry)} or 'package.module:function', "
-            f"got {name!r}{hint(name, registry)}"
+            f"got {short(name)}{hint(str(name)[:100], registry)}"
         )
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not look there
@@ -59,7 +59,7 @@ def lookup(what: str, name: Any, registry: Mapping[str, Any]) -> Any:
             f"{type(error).__name__}: {error}."
         ) from error
     if not callable(found) and not isinstance(found, tuple):  # rows are NamedTuples
-        raise ValueError(f"{rule} function, got {name!r}, which is {found!r}.")
+        raise ValueError(f"{rule} function, got {name!r}, which is {short(found)}.")
     return found
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -182,8 +182,7 @@ def plain(value: Any, name: str = "config") -> Any:
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, np.dtype) or (hasattr(value, "dtype") and callable(value)):
         with contextlib.suppress(TypeError):
-            dtype: Any = value  # such as jnp.bfloat16
-            return np.dtype(dtype).name
+            return np.dtype(cast(Any, value)).name  # such as jnp.bfloat16
     if isinstance(value, np.generic | np.ndarray | jax.Array):
         return plain(value.tolist(), name)
     if isinstance(value, os.PathLike):
