@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import logging
 import os
 import re
 import sys
@@ -131,7 +132,8 @@ SAMPLER_FLAGS: Flags = {
 }
 GUIDANCE_FLAGS: Flags = {
     "--label": dict(
-        help="The images get these labels in turn: 3, or 0,1,2. By default all."
+        help="The images get these labels in turn: 3, or 0,1,2, or names of classes, "
+        "as dog,cat. By default all."
     ),
     "--guidance": dict(
         type=float,
@@ -207,6 +209,26 @@ def sampling_options(args: argparse.Namespace) -> SamplingOptions:
     }
     names = [field.name for field in dataclasses.fields(SamplingOptions)]
     return SamplingOptions(**{name: values[name] for name in names})
+
+
+@contextlib.contextmanager
+def saying_what_is_read() -> Iterator[None]:
+    """Prints a line about every data set and run that is read, on the first host."""
+    logger = logging.getLogger("jax_diffusion.data")
+    handler, level = _Printer(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _Printer(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if jax.process_index() == 0:
+            print(record.getMessage(), flush=True)
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ def main() -> None:
         return
     if args.out is None:
         raise ValueError("--out must name a new file or folder, got None.")
-    with cli.fields_as_flags(args):
+    with cli.fields_as_flags(args), cli.saying_what_is_read():
         run = load_run(args.workdir, args.ema)
         export_run(run, args.to, args.out, drop_variance=args.drop_variance)
     print(f"{args.workdir} as {args.to}: {args.out}")

@@ -70,7 +70,7 @@ IMAGE_FLAGS: cli.Flags = {
     "--n": dict(
         type=cli.positive,
         help="Number of images to score. By default all of --images, and as many "
-        "samples as the split of the reference has images.",
+        "samples as the reference has images.",
     ),
     "--reference": dict(
         metavar="[NAME:]PATH",
@@ -145,7 +145,7 @@ def main() -> Scores:
     """Runs the command line; returns the scores, on the first of several hosts."""
     args = make_parser().parse_args()
     cli.start_hosts(args)
-    with cli.fields_as_flags(args):
+    with cli.fields_as_flags(args), cli.saying_what_is_read():
         if args.workdir is None and (args.images is None or args.reference is None):
             raise ValueError(
                 "--workdir must be given, or both --images and --reference, got "

@@ -170,6 +170,8 @@ def check(args: argparse.Namespace) -> tuple[SamplingOptions, TaskOptions]:
 def _plain(options: SamplingOptions, task: TaskOptions) -> dict[str, Any]:
     """The fields of options as JSON values."""
     fields = dataclasses.asdict(options) | dataclasses.asdict(task)
+    if task.split_of_images == dataclasses.replace(task, split=None).split_of_images:
+        fields["split"] = None  # as where it is not said
     return {k: os.fspath(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
 
@@ -187,6 +189,8 @@ def upgrade_record(record: dict[str, Any]) -> dict[str, Any]:
     if "no_clip" not in record:
         return record
     flags = dict(record)
+    if record["images"] is None and record["split"] == "test":
+        flags["split"] = None  # which it is by default
     flags["clip"], flags["reclip"] = not record["no_clip"], not record["no_reclip"]
     flags["rounding"], flags["frames"] = record["quantize"], None
     gone = ("no_clip", "no_reclip", "quantize", "export", "weights_beside", "upsample")
@@ -288,11 +292,14 @@ TASK_FLAGS: cli.Flags = {
         help=f"What to draw: {', '.join(TASKS)}.",
     ),
     "--images": dict(
-        metavar="PATH",
-        help="Images to start from: a folder, a .npz, or NAME:PATH of a data set. By "
-        "default the run's data.",
+        metavar="[NAME:]PATH",
+        help="Images to start from: a folder, an image, a .npz, or NAME:PATH of a data "
+        "set. By default the run's data.",
     ),
-    "--split": dict(default="test", help="Split of the images: train, test or all."),
+    "--split": dict(
+        help="Split of the images: train, test or all. By default all of --images, and "
+        "the test split of the run's data."
+    ),
     "--level": dict(
         type=float,
         default=0.5,
@@ -329,9 +336,9 @@ TASK_FLAGS: cli.Flags = {
 }
 CASCADE_FLAGS: cli.Flags = {
     "--low-res": dict(
-        metavar="FILE",
-        help="Images to enlarge by a network with low_res: a .npz of arr_0 and perhaps "
-        "labels arr_1.",
+        metavar="[NAME:]PATH",
+        help="Images to enlarge by a network with low_res: a folder, an image, a .npz "
+        "or a data set.",
     ),
     "--upsample": dict(
         metavar="WORKDIR",
@@ -352,7 +359,7 @@ def main() -> None:
     cli.add_host_flags(parser)
     args = parser.parse_args()
     cli.start_hosts(args)
-    with cli.fields_as_flags(args):
+    with cli.fields_as_flags(args), cli.saying_what_is_read():
         sample(args)
 
 

@@ -97,12 +97,15 @@ def train(
     saved = resume.find_run(plain_config, workdir, allow_change)
 
     # Compiled first: whatever does not fit is found before anything is written.
-    setup = make_setup(config, optimizer, fresh=saved is None)
+    setup = make_setup(
+        config, optimizer, fresh=saved is None, saved=saved and saved.record
+    )
     record = {
         "config": plain_config,
         "format": configs.FORMAT,
         "image_shape": list(setup.batches.image_shape),
         "data_digest": setup.batches.examples.digest,
+        "class_names": setup.batches.class_names,
         "window": [],  # metrics since the last line of the log
     }
     weights = None
@@ -363,7 +366,7 @@ def main() -> None:
             f"--workdir must be given, except with --check-data, got {args.workdir}."
         )
     cli.start_hosts(args)
-    with cli.fields_as_flags(args):
+    with cli.fields_as_flags(args), cli.saying_what_is_read():
         config = configs.load_config(args.config, overrides)
         if args.check_data:
             return check_data(config)

@@ -6,6 +6,8 @@
 | `batches` | `Batches`, `from_arrays`: batches that depend on (seed, step) alone |
 | `examples` | what a reader returns: arrays, or `Examples` that are read by row |
 | `arrays` | readers "digits", "synthetic", "idx" (MNIST's files) and "npz" (or .npy) |
+| `layout` | splits and classes of a folder |
+| `classes` | names of classes: their order, and labels matched by name |
 | `folder` | reader "folder"; `open_images`: anybody's images as they are |
 | `tfds` | reader "tfds": TensorFlow Datasets without TensorFlow |
 | `find` | `find_images`: the image files below a folder, and what is left out |
@@ -29,6 +31,7 @@ Images that are not in memory are read ahead of the training step by grain, whic
 
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +41,16 @@ import numpy as np
 from jax_diffusion import registry
 from jax_diffusion.data.arrays import load_digits, load_idx, load_npz, load_synthetic
 from jax_diffusion.data.batches import PREFETCH_BATCHES, Batch, Batches, from_arrays
+from jax_diffusion.data.classes import (
+    LOGGER,
+    SHOWN,
+    fit_labels,
+    in_words,
+    is_number,
+    label_table,
+    match,
+    tell,
+)
 from jax_diffusion.data.damaged import WithoutDamaged, check_examples
 from jax_diffusion.data.decode import Color, Decoder, height_and_width
 from jax_diffusion.data.examples import (
@@ -50,15 +63,23 @@ from jax_diffusion.data.examples import (
     Source,
     check_arrays,
 )
-from jax_diffusion.data.folder import StoredImages, open_folder, open_images
+from jax_diffusion.data.folder import (
+    StoredImages,
+    is_image_file,
+    open_folder,
+    open_images,
+    read_folder,
+)
 from jax_diffusion.data.pixels import ROUNDINGS, from_uint8, to_uint8
 from jax_diffusion.data.tfds import open_tfds
 
 __all__ = [
     "DATASETS",
+    "LOGGER",
     "MAX_IN_MEMORY",
     "PREFETCH_BATCHES",
     "ROUNDINGS",
+    "SHOWN",
     "SPLITS",
     "Arrays",
     "Batch",
@@ -71,12 +92,19 @@ __all__ = [
     "StoredImages",
     "check",
     "check_arrays",
+    "fit_labels",
     "from_arrays",
     "from_uint8",
+    "in_words",
+    "is_number",
+    "label_table",
     "load",
     "load_npz",
+    "match",
     "open_images",
+    "open_stored",
     "parse_source",
+    "source_name",
     "to_uint8",
 ]
 
@@ -157,8 +185,7 @@ def load(
             size = len(examples) * math.prod(examples.image_shape)
             in_memory = size <= MAX_IN_MEMORY
         if in_memory:
-            arrays = check_arrays(*examples.read_all())
-            examples = InMemory(*arrays, source=examples)
+            examples = InMemory.of(examples)
     batches = Batches.checked(
         examples,
         batch_size=batch_size,
@@ -170,6 +197,7 @@ def load(
     h, w, _ = batches.image_shape
     if image_size is not None and (h, w) != height_and_width(image_size):
         raise ValueError(f"image_size of {name} must be {h} x {w}, got {image_size}.")
+    tell(f"{source_name(name, path)}, {split}", batches.examples)
     return batches
 
 
@@ -202,7 +230,7 @@ def open_examples(
             f"{type(found).__name__} from {name!r}."
         )
     images, labels = found
-    return InMemory(*check_arrays(decoder.convert(np.asarray(images)), labels))
+    return InMemory.of((decoder.convert(np.asarray(images)), labels))
 
 
 def check(
@@ -232,13 +260,35 @@ def check(
     return check_examples(open_examples(name, split, *options))
 
 
+def open_stored(source: str | os.PathLike) -> Examples:
+    """Opens all images of PATH or NAME:PATH at the size that they have, with labels.
+
+    Args:
+        source: as `parse_source` takes it.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    name, path = parse_source(os.fspath(source))
+    if name != "folder":
+        return load(name, "all", path=path, batch_size=1, train=False).examples
+    found = read_folder("all", path, None)
+    tell(source_name(name, path), found)
+    return found
+
+
+def source_name(name: str, path: Source) -> str:
+    """Returns NAME:PATH, or NAME for data that need no path."""
+    return f"{name}:{os.fspath(path)}" if path else name
+
+
 def parse_source(text: str) -> tuple[str, str | None]:
     """Parses images on a command line, PATH or NAME:PATH, to the arguments of `load`.
 
     Args:
         text: "NAME:PATH" or "NAME", with NAME a key of `DATASETS`; or the path of a
-            folder, which is of the data set "folder", or of a .npz or .npy file, which
-            is of "npz"; or "package.module:function" or
+            folder or of an image file, which are of the data set "folder", or of a .npz
+            or .npy file, which is of "npz"; or "package.module:function" or
             "package.module:function:PATH" with a reader of your own. For a folder
             whose name is also that of a data set, write "./digits".
 
@@ -256,14 +306,14 @@ def parse_source(text: str) -> tuple[str, str | None]:
     name, _, path = text.partition(":")
     if name in DATASETS:
         return name, path or None
-    if text and Path(text).expanduser().is_dir():
+    if text and (Path(text).expanduser().is_dir() or is_image_file(text)):
         return "folder", text
     if text.lower().endswith((".npz", ".npy")):
         return "npz", text
     if own := re.fullmatch(r"([\w.]+:\w+)(?::(.*))?", text):
         return own[1], own[2] or None
     raise ValueError(
-        "images must be a folder, a .npz or .npy file, or NAME:PATH with NAME one of "
-        f"{sorted(DATASETS)} or 'package.module:function', got {text!r}"
+        "images must be a folder, an image, a .npz or .npy file, or NAME:PATH with "
+        f"NAME one of {sorted(DATASETS)} or 'package.module:function', got {text!r}"
         f"{registry.hint(name, DATASETS)}"
     )

@@ -4,6 +4,7 @@ Each reader `load_*(split, path, image_size)` returns images uint8 [n h w c] and
 int [n] of one split.
 """
 
+import dataclasses
 import gzip
 import importlib.util
 import math
@@ -15,10 +16,12 @@ import numpy as np
 
 from jax_diffusion import checks
 from jax_diffusion.data import philox
+from jax_diffusion.data.classes import class_order
 from jax_diffusion.data.decode import Decoder, height_and_width, reading
 from jax_diffusion.data.examples import (
     Arrays,
     ImageSize,
+    InMemory,
     Source,
     check_arrays,
     check_split,
@@ -114,20 +117,27 @@ def _read_idx(folder: Path, stem: str, ndim: int) -> np.ndarray:
 
 def load_npz(
     split: str, path: Source, image_size: ImageSize, *, decoder: Decoder | None = None
-) -> Arrays:
+) -> InMemory:
     """Reads images and labels of a .npz file, or images of a .npy file.
 
     Every tenth image is for "test". See `read_image_file` for the names of the arrays.
-    `decoder` converts images of more than 8 bits, and those with alpha.
+    Labels are integers, or names of classes as text. `decoder` converts images of more
+    than 8 bits, and those with alpha.
 
     Raises:
         ValueError: if the file or its arrays are not as described.
     """
     check_split(split)
     images, labels = read_image_file(path)
-    images, labels = check_arrays((decoder or Decoder()).convert(images), labels)
-    rows = rows_of_split(split, every_tenth(len(images)))
-    return images[rows], labels[rows]
+    names = None
+    if labels is not None and labels.dtype.kind == "U" and labels.ndim == 1:
+        names = class_order(labels.tolist())
+        numbers = {name: i for i, name in enumerate(names)}
+        labels = np.array([numbers[name] for name in labels.tolist()])
+    found = InMemory.of(((decoder or Decoder()).convert(images), labels))
+    rows = rows_of_split(split, every_tenth(len(found)))
+    images, labels = found.images[rows], found.labels[rows]
+    return dataclasses.replace(found, images=images, labels=labels, class_names=names)
 
 
 def read_image_file(

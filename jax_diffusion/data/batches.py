@@ -16,7 +16,7 @@ import numpy as np
 
 from jax_diffusion import checks
 from jax_diffusion.data import philox
-from jax_diffusion.data.examples import Examples, InMemory, check_arrays
+from jax_diffusion.data.examples import Examples, InMemory
 
 Batch = dict[str, np.ndarray]  # {"image": uint8 [b h w c], "label": int32 [b]}
 
@@ -89,6 +89,16 @@ class Batches:
     def num_classes(self) -> int:
         """Number of classes: the largest label plus one, or as a data set declares."""
         return self.examples.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """What the labels are called; None where they are numbers only."""
+        return self.examples.class_names
+
+    @property
+    def labeled(self) -> bool:
+        """Whether the labels mean anything; without, all are 0."""
+        return self.examples.labeled
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -247,7 +257,7 @@ def from_arrays(
     ((2, 8, 8, 3), 1)
     """
     return Batches.checked(
-        InMemory(*check_arrays(images, labels)),
+        InMemory.of((images, labels)),
         batch_size=batch_size,
         seed=seed,
         train=train,

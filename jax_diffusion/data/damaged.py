@@ -43,6 +43,25 @@ class WithoutDamaged(Examples):
         return self.inner.num_classes
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:  # pyright: ignore
+        return self.inner.class_names
+
+    @property
+    def old_class_names(self) -> tuple[str, ...] | None:
+        return self.inner.old_class_names
+
+    @property
+    def labeled(self) -> bool:  # pyright: ignore
+        return self.inner.labeled
+
+    @property
+    def left_out(self) -> str:  # pyright: ignore
+        return self.inner.left_out
+
+    def counts(self) -> np.ndarray | None:
+        return self.inner.counts()
+
+    @property
     def digest(self) -> str | None:
         return self.inner.digest
 

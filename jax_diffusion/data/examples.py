@@ -1,9 +1,9 @@
 """What a reader of a data set returns: arrays, or `Examples` that are read by row.
 
 A reader is a function `f(split, path, image_size)`. It returns either the arrays
-(images uint8 [n h w c], labels int [n]), or an instance of a subclass of `Examples`,
-whose images are decoded only when they are asked for. A reader of files may take
-`decoder` besides, a `decode.Decoder`.
+(images uint8 [n h w c], labels int [n], or None without labels), or an instance of a
+subclass of `Examples`, whose images are decoded only when they are asked for. A reader
+of files may take `decoder` besides, a `decode.Decoder`.
 """
 
 import abc
@@ -34,9 +34,21 @@ class Examples(abc.ABC):
 
     Attributes:
         labels: int32 [n].
+        class_names: what the labels are called; None where they are numbers only.
+        old_class_names: the names in the order in which version 0.1 numbered them; ()
+            where it read other classes.
+        labeled: whether the labels mean anything; without, all are 0.
+        left_out: files that are there and were not read, in words: "3 .txt, 1 hidden".
     """
 
     labels: np.ndarray
+    class_names: tuple[str, ...] | None = None
+    labeled: bool = True
+    left_out: str = ""
+
+    @property
+    def old_class_names(self) -> tuple[str, ...] | None:
+        return self.class_names
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -59,8 +71,14 @@ class Examples(abc.ABC):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes: the largest label plus one, unless a reader knows."""
+        """Number of classes: of the names, else the largest label plus one."""
+        if self.class_names is not None:
+            return len(self.class_names)
         return int(self.labels.max()) + 1
+
+    def counts(self) -> np.ndarray | None:
+        """Returns how many images each class has; None if only decoding would tell."""
+        return np.bincount(self.labels, minlength=self.num_classes)
 
     @property
     def digest(self) -> str | None:
@@ -86,13 +104,32 @@ class InMemory(Examples):
 
     Attributes:
         images: uint8 [n h w c].
-        labels: int32 [n].
+        labels, class_names, old_class_names, labeled, left_out: as of `Examples`.
         source: what they were decoded from; None if they came as arrays.
     """
 
     images: np.ndarray
     labels: np.ndarray
     source: Examples | None = None
+    class_names: tuple[str, ...] | None = None
+    labeled: bool = True
+    left_out: str = ""
+    old_class_names: tuple[str, ...] | None = None  # pyright: ignore
+
+    @classmethod
+    def of(cls, found: Examples | tuple[Any, Any]) -> "InMemory":
+        """Decodes examples, or checks the arrays that a reader has returned.
+
+        Args:
+            found: examples, or images and labels; the labels may be None.
+
+        Raises:
+            ValueError: if they cannot be decoded, or are not as `check_arrays` says.
+        """
+        if not isinstance(found, Examples):
+            return cls(*check_arrays(*found), labeled=found[1] is not None)
+        about = found.class_names, found.labeled, found.left_out, found.old_class_names
+        return cls(*check_arrays(*found.read_all()), found, *about)
 
     def __len__(self) -> int:
         return len(self.images)

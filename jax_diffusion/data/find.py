@@ -112,7 +112,7 @@ def _entries(folder: str, left_out: dict[str, int]) -> list[os.DirEntry[str]]:
         of_sample = images <= {*SHEET_FILES}
     kept = []
     for entry in entries:
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
             left_out["hidden"] += 1
         elif of_sample and entry.name in SHEET_FILES:
             left_out["sheet of sample"] += 1

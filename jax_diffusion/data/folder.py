@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_diffusion.data.arrays import check_folder, read_image_file
+from jax_diffusion.data.classes import class_order, in_words
 from jax_diffusion.data.decode import (
     Decoder,
     fit,
@@ -37,6 +38,7 @@ from jax_diffusion.data.examples import (
     rows_of_split,
 )
 from jax_diffusion.data.find import digest_of_files, find_images, readable_suffixes
+from jax_diffusion.data.layout import Layout, read_layout
 from jax_diffusion.runtime import files
 
 HEADERS = 64  # files of a folder, at most, whose headers say whether all are gray
@@ -68,12 +70,17 @@ class Folder(Examples):
             square. None leaves them as they are; then all must be as large as the first
             one.
         decoder: decodes them.
+        class_names, labeled, left_out, old_class_names: as of `Examples`.
     """
 
     paths: PackedStrings
     labels: np.ndarray
     image_size: ImageSize
     decoder: Decoder = dataclasses.field(default_factory=Decoder)
+    class_names: tuple[str, ...] | None = None
+    labeled: bool = True
+    left_out: str = ""
+    old_class_names: tuple[str, ...] | None = None  # pyright: ignore
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -150,39 +157,81 @@ def open_folder(
 ) -> Folder:
     """Opens a folder of images whose classes are sub-folders, or prefixes of names.
 
-    Without sub-folders, the class of `cat_1.png` is "cat"; without underscores, all
-    images are of one class. Classes are numbered in the order of their names as text.
-    Sub-folders "train" and "test" (or "val"), if there are both, are the splits, and
-    classes are numbered over both together; else every tenth image is for "test".
+    Without sub-folders, the class of `cat_1.png` is "cat"; without underscores, images
+    have no labels. Classes are numbered in the order of their names, over all splits:
+    numbers as numbers, the rest as text. Sub-folders "train", "val" and "test" (or
+    "training", "valid", "validation", "testing", in any case) are the splits. Of three,
+    "val" belongs to "all" only; of two, the other one is "test". Without splits, and of
+    a lone "train", every tenth image is for "test". A folder that only wraps another
+    one is looked through. See `layout`.
 
     Args:
         split: "train", "test" or "all".
-        path: the folder; images are those with `find.SUFFIXES`, at any depth.
+        path: the folder, with images at any depth; or one image file, without a label.
         image_size: (h, w) of the images in pixels, or the side of square ones.
         decoder: decodes them; by default transparent pixels get white.
 
     Raises:
-        ValueError: if there is no such folder, no image or no `image_size`.
+        ValueError: if there is no such folder, no image or no `image_size`, or if the
+            sub-folders may mean several things.
     """
-    check_split(split)
-    root = check_folder(path)
     if image_size is None:
+        check_split(split)
+        check_folder(path)
         raise ValueError("image_size of a folder of images must be given, got None.")
-    test = next((root / k for k in ("test", "val") if (root / k).is_dir()), None)
-    parts = [root / "train", test] if test and (root / "train").is_dir() else [root]
-    found = [find_images(part).paths for part in parts]
-    paths = _not_empty(root, [*itertools.chain.from_iterable(found)])
-    inside = zip(parts, found, strict=True)
-    names = [path[len(str(part)) + 1 :] for part, of in inside for path in of]
-    classes = _class_names(names)
-    numbers = {name: i for i, name in enumerate(sorted(set(classes)))}
-    labels = np.fromiter((numbers[name] for name in classes), np.int32, len(classes))
-    held_out = every_tenth(len(paths))
-    if parts[1:]:
-        held_out = np.repeat([False, True], [len(part) for part in found])
-    rows = rows_of_split(split, held_out)
-    packed = PackedStrings(paths[i] for i in rows)
-    return Folder(packed, labels[rows], image_size, decoder or Decoder())
+    return read_folder(split, path, image_size, decoder)
+
+
+def read_folder(
+    split: str, path: Source, image_size: ImageSize, decoder: Decoder | None = None
+) -> Folder:
+    """`open_folder`; without an `image_size`, all images must be of one size."""
+    check_split(split)
+    if is_image_file(path):
+        alone = PackedStrings([str(Path(path or "").expanduser())])
+        label, decoder = np.zeros(1, np.int32), decoder or Decoder()
+        return Folder(alone, label, image_size, decoder, labeled=False)
+    root = check_folder(path)
+    found = find_images(root)
+    paths = _not_empty(root, found.paths)
+    layout = read_layout(root, [path[len(str(root)) + 1 :] for path in paths])
+    labels, class_names = np.zeros(len(paths), np.int32), None
+    if layout.classes is not None:
+        class_names = class_order(layout.classes)
+        numbers = {name: i for i, name in enumerate(class_names)}
+        labels = np.fromiter((numbers[c] for c in layout.classes), np.int32, len(paths))
+    rows = _rows_of_layout(split, layout, root, len(paths))
+    return Folder(
+        PackedStrings(paths[i] for i in rows),
+        labels[rows],
+        image_size,
+        decoder or Decoder(),
+        class_names,
+        labeled=class_names is not None,
+        left_out=found.left_out_in_words,
+        old_class_names=layout.old_class_names,
+    )
+
+
+def _rows_of_layout(split: str, layout: Layout, root: Path, n: int) -> np.ndarray:
+    """The row numbers of a split, those of folders of splits one after the other."""
+    if layout.splits is None:
+        return rows_of_split(split, every_tenth(n))
+    there = layout.splits
+    wanted = {"train": ["train"], "test": ["test" if "test" in there else "val"]}
+    rows = [there[name] for name in wanted.get(split, there) if name in there]
+    if not rows:
+        raise ValueError(
+            f"split {split!r} must have a folder of its own in {root}, where others "
+            f"have, got {in_words(there)}."
+        )
+    return np.concatenate(rows).astype(int)
+
+
+def is_image_file(path: Source) -> bool:
+    """Tells whether a path is that of an image file, by its suffix."""
+    file = Path(path or "").expanduser()
+    return file.suffix.lower() in readable_suffixes() and file.is_file()
 
 
 def _not_empty(root: Path, paths: list[str]) -> list[str]:
@@ -190,15 +239,6 @@ def _not_empty(root: Path, paths: list[str]) -> list[str]:
     if not paths:
         raise ValueError(f"{root} must hold images, {readable_suffixes()}, got none.")
     return paths
-
-
-def _class_names(names: list[str]) -> list[str]:
-    """The class of each file, from its path below the folder."""
-    if all(os.sep in name for name in names):
-        return [name.partition(os.sep)[0] for name in names]
-    names = [os.path.basename(name) for name in names]
-    marked = all("_" in name for name in names)
-    return [name.partition("_")[0] if marked else "" for name in names]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -79,6 +79,21 @@ class Tfds(Examples):
         return found
 
     @property
+    def labeled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the data set has a feature "label"."""
+        return "label" in dict(self.records.dataset_info.features)
+
+    @property
+    def class_names(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What the data set calls its labels."""
+        label = dict(self.records.dataset_info.features).get("label")
+        names = getattr(label, "names", None)
+        return None if names is None else tuple(names)
+
+    def counts(self) -> None:
+        """Only decoding would tell how many images a class has."""
+
+    @property
     def labels(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleVariableOverride]
         """int32 [n]; the images are decoded to find them."""
         return self.read_all()[1]

@@ -130,7 +130,7 @@ def evaluate(
         data: PATH or NAME:PATH of a data set in place of the run's.
         split: the split on which bpd, nll_ode and accuracy are computed.
         n: how many images to score; default all images, or as many samples as the
-            reference split has images.
+            reference has.
         seed: of the samples, of the noise of bpd and of the training of a classifier.
         batch_size: images that all devices together compute at once.
         out: folder for scores.json, files and intermediate results, see the module. By
@@ -184,7 +184,7 @@ def evaluate(
     if rows:  # opened now, so that nothing is written if they are wrong
         drawn: Any = dict(n=n, options=how, seed=seed, split=reference_split, **of_data)
         both = open_both(run, images, reference, rows, names, **drawn)
-    some = partial(from_split, n=bpd_images, split=split, **of_data)
+    some = partial(from_split, n=bpd_images, split=split, labels=True, **of_data)
     sets = {name: some(cast(Any, run)) for name in names}
     if train_feature_classifier and run is not None:
         found.append(classifiers.train_on_run(run, file, seed=seed, **of_data))
@@ -256,8 +256,8 @@ def open_both(
     """
     source: Any = run if images is None else images
     try:
-        samples = open_samples(source, n, options, seed, **of_data)
         known, moments = open_reference(reference, run, rows, **of_data)
+        samples = open_samples(source, n, known, options, seed, **of_data)
     except ValueError as error:
         if str(error).startswith("split "):
             raise ValueError(f"reference_{error}") from error

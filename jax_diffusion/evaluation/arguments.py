@@ -276,8 +276,6 @@ def check_used(
         if steps > total:
             raise ValueError(f"bpd_steps must be in [1, T = {total}], got {steps}.")
     split, reference = given.get("reference_split"), given.get("reference")
-    if run is not None and "images" not in given and "n" not in given:
-        return  # the split says how many samples there are
     if split is None or reference is None:
         return
     is_path = isinstance(reference, str | os.PathLike)

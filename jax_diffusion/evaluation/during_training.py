@@ -6,7 +6,7 @@ between `n` samples and `reference` training images, and the bound on bits/dim o
 and then the same scores.
 """
 
-import functools
+import dataclasses
 import math
 import shutil
 import warnings
@@ -41,6 +41,7 @@ from jax_diffusion.pipeline import (
     Run,
     SamplingOptions,
     bind_sampler,
+    fit_labels,
     make_options,
     open_split,
 )
@@ -120,6 +121,13 @@ class PeriodicEvaluation:
                 "config.eval_every must be 0 for a classifier and for a network with "
                 f"low_res, got {run.config.eval_every}."
             )
+        self._test = None
+        if bpd_images:  # found now if its labels are wrong
+            test, field = open_split(run.config, "test"), "the test split"
+            if run.takes_labels:
+                some = fit_labels(test.examples, run, field, own=True)
+                test = dataclasses.replace(test, examples=some)
+            self._test = test
         self._metric = metric
         self._run, self._train, self._mesh, self._workdir = run, train, mesh, workdir
         self._n, self._reference_n, self._bpd_images = n, reference, bpd_images
@@ -149,7 +157,7 @@ class PeriodicEvaluation:
             except ValueError as error:  # images that are not finite; training goes on
                 warnings.warn(f"{self._metric} of {ema}: {error}", stacklevel=2)
                 distances[ema] = math.nan
-        for ema, params in ema_params.items() if self._bpd_images else ():
+        for ema, params in ema_params.items() if self._test else ():
             n = min(self._bpd_images, self._test.num_examples)
             images = image_sets.from_reader(self._test.examples.read, n, **options)
             terms = collect(each_image(self._bound, params, images), n).arrays
@@ -162,10 +170,6 @@ class PeriodicEvaluation:
         compute = features.map_features(images, [self._extractor])
         arrays = collect(compute, images.n).arrays
         return features.of_extractor(arrays, self._extractor.name)
-
-    @functools.cached_property
-    def _test(self) -> data.Batches:
-        return open_split(self._run.config, "test")
 
     def _read_reference(self) -> Reference:
         """Reads training images; makes the extractor unless it is there."""
@@ -251,6 +255,7 @@ def make_watch(
         settings.call(check_fields, fields, "config.evaluation")
         return None
     run = Run(config, model, None, objective, batches.image_shape)
+    run = dataclasses.replace(run, class_names=batches.class_names)
     evaluation = settings.call(
         PeriodicEvaluation,
         fields,

@@ -72,10 +72,10 @@ def train_feature_classifier(
         ValueError: if there are fewer than two labels, or an argument is out of range.
     """
     began, path = time.perf_counter(), Path(path)
-    labels = np.unique(train.labels)
-    if len(labels) < 2:
+    if not train.labeled or len(np.unique(train.labels)) < 2:
+        found = "one" if train.labeled else "images without labels"
         raise ValueError(
-            "training a classifier needs labels of two classes at least, got one."
+            f"training a classifier needs labels of two classes at least, got {found}."
         )
     if seed < 0 or (steps is not None and steps < 1):
         raise ValueError(f"seed must be >= 0 and steps >= 1, got {seed} and {steps}.")
@@ -83,6 +83,11 @@ def train_feature_classifier(
         raise ValueError(
             f"test images must be {train.image_shape}, as those to train on, got "
             f"{test.image_shape}."
+        )
+    if test is not None:
+        known = train.class_names, train.num_classes
+        test = dataclasses.replace(
+            test, examples=data.fit_labels(test.examples, *known, "test images")
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     params, steps = _fit(train, seed, steps)
@@ -145,7 +150,7 @@ def train_on_run(
     files.check_output("feature_classifier", path)
     clock = Clock()
     train, test = (
-        open_images(run, source, split, batch_size=batch_size)
+        open_images(run, source, split, batch_size=batch_size, labels=False)
         for split in ("train", "test")
     )
     name = name_of_data(run, source)

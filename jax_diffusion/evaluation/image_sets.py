@@ -145,17 +145,21 @@ def from_split(
     *,
     source: str | None = None,
     batch_size: int,
+    labels: bool = False,
 ) -> ImageSet:
     """Returns the first n images of a split of the run's data, unflipped.
 
     Args:
         n: how many; default all.
-        source: NAME:PATH of a data set in place of the run's.
+        source: PATH or NAME:PATH of a data set in place of the run's.
+        labels: whether the run's network is told their labels.
 
     Raises:
-        ValueError: if the data cannot be read, or have fewer images than n.
+        ValueError: if the data cannot be read, have fewer images than n, or lack labels
+            that the network knows.
     """
-    batches = open_images(run, source, split, batch_size=batch_size)
+    of_split: dict[str, Any] = dict(batch_size=batch_size, labels=labels)
+    batches = open_images(run, source, split, field="data", **of_split)
     if n is not None and n > batches.num_examples:
         raise ValueError(
             f"bpd_images must be at most {batches.num_examples}, the images of "
@@ -263,6 +267,7 @@ def changed_options(options: SamplingOptions) -> dict[str, Any]:
 def open_samples(
     run_or_images: Run | Images,
     n: int | None,
+    reference: ImageSet | None,
     options: SamplingOptions,
     seed: int,
     **of_data: Any,
@@ -271,7 +276,9 @@ def open_samples(
 
     Args:
         run_or_images: images, or a run.
-        n: how many; default all images, or as many samples as the split has images.
+        n: how many; default all images, or as many samples as the reference has.
+        reference: what they are compared with; None for moments, beside which as many
+            samples are drawn as the split of the run's data has images.
         options: how samples are drawn.
         seed: of the samples.
         of_data: split, source and batch_size, as `from_split` takes them.
@@ -279,7 +286,15 @@ def open_samples(
     size = of_data["batch_size"]
     if not isinstance(run_or_images, Run):
         return as_image_set(run_or_images, n, batch_size=size)
-    n = n or from_split(run_or_images, **of_data).n
+    if n is None and reference is not None:
+        n = reference.n
+    if n is None:
+        try:
+            n = from_split(run_or_images, **of_data).n
+        except ValueError as error:
+            raise ValueError(
+                f"n must be given where the reference has no images, got None: {error}"
+            ) from error
     return from_run(run_or_images, n, options=options, seed=seed, batch_size=size)
 
 

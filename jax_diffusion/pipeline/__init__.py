@@ -30,13 +30,21 @@ from jax_diffusion import data, export, schedules
 from jax_diffusion.models import traits
 from jax_diffusion.pipeline.draw import make_sampler
 from jax_diffusion.pipeline.inputs import (
+    Inputs,
     check_inputs,
     load_classifier,
     load_other,
-    read_rows,
+    read_inputs,
 )
 from jax_diffusion.pipeline.options import SamplingOptions, make_options
-from jax_diffusion.pipeline.run import Run, load_run, open_images, open_split
+from jax_diffusion.pipeline.run import (
+    Run,
+    fit_labels,
+    load_run,
+    match_classes,
+    open_images,
+    open_split,
+)
 from jax_diffusion.pipeline.tasks import TaskOptions, read_mask
 from jax_diffusion.runtime import sharding
 from jax_diffusion.schedules import NoiseSchedule
@@ -48,10 +56,12 @@ __all__ = [
     "TaskOptions",
     "bind_sampler",
     "export_sampler",
+    "fit_labels",
     "load_other",
     "load_run",
     "make_options",
     "make_sampler",
+    "match_classes",
     "open_images",
     "open_split",
     "sample_images",
@@ -138,6 +148,7 @@ class BoundSampler:
         choices: what defaults and files have come to, for records: "steps", "spacing",
             "ema", "mask".
         second: the sampler that enlarges what this one draws, if there is one.
+        second_labels: its label for each label, int32 [k]; None if they agree.
     """
 
     draw: Callable[..., Any]
@@ -148,6 +159,7 @@ class BoundSampler:
     rounding: str
     choices: Mapping[str, Any]
     second: "BoundSampler | None" = None
+    second_labels: np.ndarray | None = None
 
     def batches(
         self,
@@ -193,9 +205,12 @@ class BoundSampler:
                 on_compiled = None
             frames = self._finish(draw(*inputs), len(some))
             if self.second is not None:
-                rows = {"low_res": frames[-1], "label": rows["label"]}
+                label = rows["label"]
+                if self.second_labels is not None:
+                    label = self.second_labels[label]
+                some_rows = {"low_res": frames[-1], "label": label}
                 inputs = self.second._inputs(
-                    mesh, second_weights, some, rows, seed, batch_size
+                    mesh, second_weights, some, some_rows, seed, batch_size
                 )
                 frames = self.second._finish(self.second.draw(*inputs), len(some))
             yield frames, rows["label"]
@@ -241,22 +256,22 @@ def bind_sampler(
     """
     options, task = options or SamplingOptions(), task or TaskOptions()
     check_inputs(run, options, task, upsample)
-    params, classifier = {"model": run.params}, None
+    params, guide, second = {"model": run.params}, None, None
     if options.classifier is not None:
         guide = load_classifier(options.classifier, run)
-        params["classifier"], classifier = guide.params, guide.model
-    rows, second = read_rows(run, options, task, classifier), None
+        params["classifier"] = guide.params
+    inputs = read_inputs(run, options, task, guide, upsample)
     if upsample is not None:
         changes: dict[str, Any] = dict(label=None, classifier=None)
         if options.guidance is None:
             changes["guidance_interval"] = None
         second = _bind(
             *(upsample, dataclasses.replace(options, **changes), task),
-            *({"model": upsample.params}, {}, None, None),
+            *({"model": upsample.params}, Inputs({}), None, None),
             one_program=one_program,
         )
     return _bind(
-        *(run, options, task, params, rows, classifier, second),
+        *(run, options, task, params, inputs, guide and guide.model, second),
         one_program=one_program,
         show_steps=show_steps,
     )
@@ -267,7 +282,7 @@ def _bind(
     options: SamplingOptions,
     task: TaskOptions,
     params: dict[str, PyTree],
-    rows: Mapping[str, np.ndarray],
+    inputs: Inputs,
     classifier: Any,
     second: BoundSampler | None,
     *,
@@ -300,6 +315,7 @@ def _bind(
         mask=mask,
         null_label=run.null_label,
         classifier=classifier,
+        guide_labels=inputs.guide_labels,
         on_step=on_step,
     )
     choices = {
@@ -310,7 +326,8 @@ def _bind(
     }
     numbers = options.numbers(run.null_label)
     return BoundSampler(
-        draw, params, schedule, rows, numbers, options.rounding, choices, second
+        *(draw, params, schedule, inputs.rows, numbers, options.rounding, choices),
+        *(second, inputs.upsample_labels),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_diffusion import diffusion, guidance, samplers
@@ -27,6 +28,7 @@ def make_sampler(
     mask: np.ndarray | None = None,
     null_label: int | None = None,
     classifier: nn.Module | None = None,
+    guide_labels: np.ndarray | None = None,
     on_step: Callable[[Any], None] | None = None,
 ) -> Callable[..., Any]:
     """Builds a compiled draw(params, schedule, seed, rows, numbers) -> frames.
@@ -50,6 +52,7 @@ def make_sampler(
         mask: of the task, see `tasks.read_mask`.
         null_label: the class that the network is told for a hidden label.
         classifier: the network that guides.
+        guide_labels: its label for each label, int32 [k]; None if they agree.
         on_step: called on the host with the timestep of every step.
 
     Raises:
@@ -83,8 +86,11 @@ def make_sampler(
         known = {name: rows[name] for name in told if name in rows}
         denoise_fn = clip(functools.partial(denoise_fn, **known))
         if classifier is not None:
-            logits_fn = bind(classifier, params["classifier"], rows["label"])
-            log_prob = guidance.label_log_prob(logits_fn, rows["label"])
+            label = rows["label"]
+            if guide_labels is not None:
+                label = jnp.asarray(guide_labels)[label]
+            logits_fn = bind(classifier, params["classifier"], label)
+            log_prob = guidance.label_log_prob(logits_fn, label)
             scale = _in_interval(schedule, numbers, "classifier_scale", outside=0.0)
             denoise_fn = guidance.classifier(denoise_fn, schedule, log_prob, scale)
             if options.reclip and not sampler.uses_mean:

@@ -4,14 +4,14 @@ That is: labels, images of tasks, small images to enlarge, a classifier that gui
 """
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jax_diffusion import data
 from jax_diffusion.models import traits
 from jax_diffusion.pipeline.options import SamplingOptions
-from jax_diffusion.pipeline.run import Run, load_run, open_images
+from jax_diffusion.pipeline.run import Run, fit_labels, load_run, open_images
 from jax_diffusion.pipeline.tasks import TaskOptions
 
 
@@ -85,76 +85,176 @@ def check_inputs(
             f"upsample must have {channels} channels, as the images, got "
             f"{upsample.image_shape[-1]}."
         )
-    known = traits(upsample.model).num_classes
-    if known is not None and known < run.num_labels:
-        raise ValueError(f"upsample must know {run.num_labels} labels, got {known}.")
 
 
-def read_rows(
-    run: Run, options: SamplingOptions, task: TaskOptions, classifier: Any
-) -> dict[str, np.ndarray]:
+class Inputs(NamedTuple):
+    """What `read_inputs` returns.
+
+    Attributes:
+        rows: arrays [k, ...] by name, "label" int32 and perhaps "image", "next" or
+            "low_res" uint8; image i has row i of each, in turn.
+        guide_labels: the classifier's label for each label, int32; None if they agree.
+        upsample_labels: the second stage's, likewise.
+    """
+
+    rows: dict[str, np.ndarray]
+    guide_labels: np.ndarray | None = None
+    upsample_labels: np.ndarray | None = None
+
+
+def read_inputs(
+    run: Run,
+    options: SamplingOptions,
+    task: TaskOptions,
+    guide: Run | None = None,
+    upsample: Run | None = None,
+) -> Inputs:
     """Reads labels, and images to start from or to enlarge.
 
-    Args:
-        classifier: the network that guides, or None.
+    Labels are those of the first network that takes any: of the run, of the classifier
+    or of the second stage. The others are told the label of the same name, or of the
+    same number where one side does not know names.
 
-    Returns:
-        Arrays [k, ...] by name, "label" int32 and perhaps "image", "next" or "low_res"
-        uint8; image i has row i of each, in turn.
+    Args:
+        run: what draws.
+        options: its labels; they replace those of the images.
+        task: its images.
+        guide: a classifier that guides.
+        upsample: a second stage.
 
     Raises:
-        ValueError: if something cannot be read, or does not fit the run.
+        ValueError: if something cannot be read, or does not fit the run; or if labels
+            are needed, and neither the images have any nor `options`.
     """
-    num_classes = traits(run.model).num_classes
+    owner = next((r for r in (run, guide, upsample) if r and r.takes_labels), None)
+    known = None if owner is None else owner.num_labels
+    guide_labels = _labels_of(guide, owner)
+    upsample_labels = _labels_of(upsample, owner)
+    names = owner and owner.class_names
+    if guide_labels is not None and not names:  # the first ones are those both know
+        known = int((guide_labels >= 0).sum())
+    wanted = options.labels(known, names)
+    rows, labels = _read_images(run, task, owner if wanted is None else None)
+    if wanted is not None:
+        labels = wanted
+    elif labels is None and known is None:
+        labels = np.zeros(1, np.int32)
+    elif labels is None:
+        if rows or (owner is upsample and upsample is not None):
+            what = "images have none" if rows else "the run draws without"
+            raise ValueError(
+                f"label must be given for a network that takes labels where {what}, "
+                "got None."
+            )
+        labels = np.arange(known)
+        if guide_labels is not None:  # all that both know
+            labels = labels[guide_labels >= 0]
+    for field, table in (("classifier", guide_labels), ("upsample", upsample_labels)):
+        if table is not None:
+            _check_known(field, labels, table, names)
+    return Inputs(
+        {**rows, "label": labels.astype(np.int32)},
+        *(_unless_same(table) for table in (guide_labels, upsample_labels)),
+    )
+
+
+def _check_known(
+    field: str, labels: np.ndarray, table: np.ndarray, names: tuple[str, ...] | None
+) -> None:
+    """Raises ValueError if a second network does not know a label that is drawn."""
+    missing = [i for i in np.unique(labels) if table[i] < 0]
+    if len(labels) and not missing:
+        return
+    if not names:
+        known = int((table >= 0).sum())
+        raise ValueError(f"{field} must know {len(table)} labels, got {known}.")
+    unknown = data.in_words([names[i] if i < len(names) else i for i in missing])
+    raise ValueError(
+        f"{field} must know all labels that are drawn, got one that does not know "
+        f"{unknown or data.in_words(names)}."
+    )
+
+
+def _labels_of(other: Run | None, owner: Run | None) -> np.ndarray | None:
+    """The label in another network of each label of `owner`, -1 for none."""
+    if other is None or owner is None or not other.takes_labels:
+        return None
+    table = np.arange(owner.num_labels)
+    own, others = _names_beside(owner, other), _names_beside(other, owner)
+    if own is not None and others is not None:
+        table = np.full(owner.num_labels, -1)
+        found = data.label_table(own, others)
+        table[: len(found)] = found[: len(table)]
+    return np.where(table < other.num_labels, table, -1).astype(np.int32)
+
+
+def _names_beside(run: Run, other: Run) -> tuple[str, ...] | None:
+    """What a run's labels are called; of one of version 0.1, as the other one tells.
+
+    That version sorted the classes of a folder as text.
+    """
+    names = run.class_names
+    if names is None and other.class_names and run.config.data.get("name") == "folder":
+        if len(other.class_names) == run.num_labels:
+            return tuple(sorted(other.class_names))
+    return names
+
+
+def _unless_same(table: np.ndarray | None) -> np.ndarray | None:
+    if table is None or (table == np.arange(len(table))).all():
+        return None
+    return table
+
+
+def _read_images(
+    run: Run, task: TaskOptions, owner: Run | None
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Images of a task or to enlarge, and their labels.
+
+    Args:
+        run: what draws.
+        task: names the images.
+        owner: the run whose labels they need; None if they need none.
+    """
     rows: dict[str, np.ndarray] = {}
-    labels = None
+    examples, field = None, "images"
     if task.low_res is not None:
-        rows["low_res"], labels = _read_low_res(task.low_res, run)
-    if task.row.from_images:
-        if isinstance(task.images, np.ndarray):
-            images, _ = data.check_arrays(task.images, None)
+        field = "low_res"
+        if isinstance(task.low_res, np.ndarray):
+            rows["low_res"] = task.low_res
+            if task.low_res.dtype != np.float32:
+                rows["low_res"], _ = data.check_arrays(task.low_res, None)
         else:
-            batches = open_images(run, task.images, task.split, batch_size=1, gray=True)
-            images, labels = batches.images, batches.labels
+            examples = data.open_stored(task.low_res)
+    elif task.row.from_images:
+        if isinstance(task.images, np.ndarray):
+            rows["image"], _ = data.check_arrays(task.images, None)
+        else:
+            split = task.split_of_images
+            of_split: Any = dict(batch_size=1, gray=True, labels=False)
+            examples = open_images(run, task.images, split, **of_split).examples
+    labels = None
+    if examples is not None:
+        rows["low_res" if field == "low_res" else "image"] = examples.read_all()[0]
+        if owner is not None:
+            own = task.images is None and task.low_res is None and owner is run
+            remedy = "; give label instead"
+            examples = fit_labels(examples, owner, field, own=own, remedy=remedy)
+            labels = examples.labels
+    for name, images in rows.items():
         if images.shape[-1] == 1 and run.image_shape[-1] == 3:  # gray is a color, too
-            images = np.repeat(images, 3, axis=-1)
-        if images.shape[1:] != run.image_shape:
+            images = rows[name] = np.repeat(images, 3, axis=-1)
+        wrong = images.shape[1:] != run.image_shape
+        if name == "image" and wrong:
             raise ValueError(
                 f"images must be {run.image_shape}, as the run's, got "
                 f"{images.shape[1:]}."
             )
-        rows["image"] = images
-        if task.row.takes_next:
-            rows["next"] = np.roll(rows["image"], -1, axis=0)
-    known = run.num_labels if num_classes is not None else None
-    if classifier is not None:
-        answers = traits(classifier).num_labels or 1
-        known = answers if known is None else min(known, answers)
-    wanted = options.labels(known)
-    if wanted is not None:
-        labels = wanted
-    elif labels is None or known is None:
-        labels = np.arange(known or 1)
-    elif labels.max() >= known:
-        raise ValueError(
-            f"labels of the images must be below {known}, got {labels.max()}."
-        )
-    return {**rows, "label": labels.astype(np.int32)}
-
-
-def _read_low_res(low_res: Any, run: Run) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images to enlarge and their labels, if they have any."""
-    known, channels = traits(run.model).num_classes, run.image_shape[-1]
-    if isinstance(low_res, np.ndarray):
-        images, labels = low_res, None
-        if low_res.dtype != np.float32:
-            images, _ = data.check_arrays(low_res, None)
-    else:
-        images, labels = data.load_npz("all", low_res, None)
-    if images.shape[-1] != channels:
-        raise ValueError(
-            f"low_res must have {channels} channels, got {images.shape[-1]}."
-        )
-    if known is not None and labels is not None and labels.max() >= known:
-        raise ValueError(f"low_res must have labels below {known}, got {labels.max()}.")
-    return images, labels
+        if name == "low_res" and images.shape[-1] != run.image_shape[-1]:
+            raise ValueError(
+                f"low_res must have {run.image_shape[-1]} channels, got "
+                f"{images.shape[-1]}."
+            )
+    if task.row.takes_next:
+        rows["next"] = np.roll(rows["image"], -1, axis=0)
+    return rows, labels

@@ -1,5 +1,6 @@
 """SamplingOptions: what flags, config groups and keywords of sampling turn into."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -36,8 +37,9 @@ class SamplingOptions:
         threshold: instead, clip x_0 to this quantile of |x_0| and divide by it (dynamic
             thresholding), in (0, 1].
         rounding: how floats become uint8: "floor" (OpenAI) or "round" (DDIM).
-        label: the images get these labels in turn: 3, "0,1,2" or [0, 1, 2]; by default
-            all labels.
+        label: the images get these labels in turn: numbers or names of classes, as 3,
+            "0,1,2", "dog,cat" or ["dog", "cat"]; by default all labels. Where classes
+            are called by numbers, a number is a name.
         guidance: scale of classifier-free guidance; 1 is the labeled prediction.
         guidance_rescale: how far, in [0, 1], guided images are scaled to the standard
             deviation of the labeled prediction.
@@ -60,7 +62,7 @@ class SamplingOptions:
     clip: bool = True
     threshold: float | None = None
     rounding: str = "floor"
-    label: int | str | Sequence[int] | None = None
+    label: int | str | Sequence[int | str] | None = None
     guidance: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: str | Sequence[float] | None = None
@@ -170,11 +172,14 @@ class SamplingOptions:
             numbers |= {"low": low, "high": high}
         return {name: float(number) for name, number in numbers.items()}
 
-    def labels(self, known: int | None) -> np.ndarray | None:
+    def labels(
+        self, known: int | None, class_names: Sequence[str] | None = None
+    ) -> np.ndarray | None:
         """Returns the labels that are asked for, int32 [k]; None if none are.
 
         Args:
             known: the number of labels; None for a network that takes none.
+            class_names: what they are called, if that is known.
 
         Raises:
             ValueError: for labels that the network does not know.
@@ -185,12 +190,34 @@ class SamplingOptions:
             raise ValueError(
                 "label needs a network that knows labels, got one without."
             )
-        found = _floats(self.label)
-        if not found or not all(n.is_integer() and 0 <= n < known for n in found):
-            raise ValueError(
-                f"label must be from 0 to {known - 1}, got {self.label!r}."
-            )
-        return np.array(found).astype(np.int32)
+        names = {name: i for i, name in enumerate((class_names or ())[:known])}
+        numbers = {int(name): i for name, i in names.items() if data.is_number(name)}
+        rule = f"of the classes {data.in_words(names)}" if names else ""
+        if not numbers:  # else a number is a name
+            numbers = {i: i for i in range(known)}
+            rule += f"{', or ' if names else ''}from 0 to {known - 1}"
+        found = [
+            names.get(part, -1) if part in names else numbers.get(_integer(part), -1)
+            for part in _parts(self.label, names)
+        ]
+        if not found or min(found) < 0:
+            raise ValueError(f"label must be {rule}, got {self.label!r}.")
+        return np.array(found, np.int32)
+
+
+def _parts(label: Any, names: Mapping[str, int]) -> list[Any]:
+    """The labels of "dog,3", 3 or ["dog", 3]; a name may have a comma in it."""
+    if isinstance(label, str):
+        return [label] if label in names else [p.strip() for p in label.split(",")]
+    return [p for p in np.ravel(label).tolist() if isinstance(p, str | int | float)]
+
+
+def _integer(value: str | int | float) -> int:
+    """The integer that 3, 3.0 or "3" is; -1 for anything else."""
+    with contextlib.suppress(ValueError):
+        if float(value).is_integer():
+            return int(float(value))
+    return -1
 
 
 def _floats(value: Any) -> list[float]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Run:
         ema: which average `params` are, such as "0.9999", or "none".
         step: the number of updates made.
         workdir: where it was loaded from; None for a checkpoint of another code.
+        class_names: what the labels are called; None where they are numbers only, as
+            of checkpoints of version 0.1 and of other codes.
     """
 
     config: Config
@@ -40,6 +43,13 @@ class Run:
     ema: str = "none"
     step: int = 0
     workdir: Path | None = None
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether labels matter to the network: it takes them, or tells them apart."""
+        known = traits(self.model)
+        return known.num_classes is not None or known.num_labels is not None
 
     @property
     def null_label(self) -> int | None:
@@ -48,9 +58,9 @@ class Run:
 
     @property
     def num_labels(self) -> int:
-        """The number of labels to draw; 1 for a network that takes none."""
-        hidden = 1 if self.config.get("label_dropout") else 0
-        return (traits(self.model).num_classes or 1) - hidden
+        """The number of labels that it knows; 1 for a network that takes none."""
+        hidden, known = 1 if self.config.get("label_dropout") else 0, traits(self.model)
+        return known.num_labels or (known.num_classes or 1) - hidden
 
 
 def load_run(workdir: str | os.PathLike, ema: str | float | None = None) -> Run:
@@ -79,7 +89,7 @@ def load_run(workdir: str | os.PathLike, ema: str | float | None = None) -> Run:
         ema = ema_name(config.ema_decays[0]) if config.ema_decays else "none"
     name = None if ema == "none" else ema
     step, params = checkpoint.load_step_params(workdir, ema=name)
-    return Run(
+    run = Run(
         config,
         built.model,
         params,
@@ -88,7 +98,21 @@ def load_run(workdir: str | os.PathLike, ema: str | float | None = None) -> Run:
         ema,
         step=step,
         workdir=workdir,
+        class_names=names_of_record(record),
     )
+    shape = " x ".join(map(str, image_shape))
+    line = f"{workdir}: step {step}, ema {ema}, images of {shape}"
+    if run.takes_labels:
+        names = data.in_words(run.class_names or (), data.SHOWN)
+        line += f", {run.num_labels} classes{f' ({names})' * bool(names)}"
+    data.LOGGER.info("%s", line)
+    return run
+
+
+def names_of_record(record: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Returns the names of classes in the record of a checkpoint, if it has any."""
+    names = record.get("class_names")
+    return None if names is None else tuple(names)
 
 
 def open_split(config: Config, split: str, **changes: Any) -> data.Batches:
@@ -114,6 +138,8 @@ def open_images(
     *,
     batch_size: int,
     gray: bool = False,
+    field: str = "images",
+    labels: bool = True,
 ) -> data.Batches:
     """Opens one split of the run's data or of others, in order and unflipped.
 
@@ -123,9 +149,13 @@ def open_images(
         split: "train", "test" or "all".
         batch_size: number of images of a batch.
         gray: whether images with one channel are fine, whatever the run's have.
+        field: what the images are, for errors.
+        labels: whether labels matter, to a network that takes them; then they are
+            matched with the run's, see `fit_labels`.
 
     Raises:
-        ValueError: if it cannot be read, or its images differ in size from the run's.
+        ValueError: if it cannot be read, if its images differ in size from the run's,
+            or if it lacks labels that the run knows.
     """
     changes: dict[str, Any] = dict(batch_size=batch_size)
     if source is not None:
@@ -140,4 +170,69 @@ def open_images(
             f"images must be {run.image_shape}, as the run's, got "
             f"{batches.image_shape}."
         )
-    return batches
+    if not labels or not run.takes_labels:
+        return batches
+    examples = fit_labels(batches.examples, run, field, own=source is None)
+    return dataclasses.replace(batches, examples=examples)
+
+
+def fit_labels(
+    examples: data.Examples, run: Run, field: str, *, own: bool, remedy: str = ""
+) -> data.Examples:
+    """Returns the examples with the run's labels, by name where names are known.
+
+    A run of version 0.1 does not know the names of its classes. Of folders, they are
+    numbered as that version did.
+
+    Args:
+        examples: images and labels.
+        run: whose network takes labels.
+        field: what the examples are, for errors.
+        own: whether they are the run's own data.
+        remedy: what else can be done, for errors.
+
+    Raises:
+        ValueError: if there are no labels, or some that the run does not know.
+    """
+    names, was_named = run.class_names, examples.old_class_names
+    alike = own or (
+        run.config.data.get("name") == "folder"
+        and len(was_named or ()) == run.num_labels
+    )
+    if names is None and alike:
+        names = was_named
+    if names == () and examples.class_names:
+        raise ValueError(
+            f"{field} must have the classes of the run, which version 0.1 read "
+            f"otherwise from this folder, got {data.in_words(examples.class_names)}."
+        )
+    return data.fit_labels(examples, names, run.num_labels, field, remedy)
+
+
+def match_classes(batches: data.Batches, saved: Mapping[str, Any]) -> data.Batches:
+    """Returns the batches with the labels of the run that they continue.
+
+    A checkpoint of version 0.1 has no names of classes; its labels were numbered as
+    `Examples.old_class_names` are.
+
+    Args:
+        batches: the training images and their labels.
+        saved: the record of the checkpoint.
+
+    Raises:
+        ValueError: if the classes are others.
+    """
+    examples, names = batches.examples, names_of_record(saved)
+    if "class_names" not in saved:
+        names = examples.old_class_names
+    own = examples.class_names
+    if {*(names or ())} != {*(own or ())}:
+        told = [data.in_words(some) if some else "none" for some in (names, own)]
+        then = "names that version 0.1 gave them" if names == () else told[0]
+        raise ValueError(
+            f"classes of the data must be those of the run that is continued, {then}, "
+            f"got {told[1]}."
+        )
+    return dataclasses.replace(
+        batches, examples=data.match(examples, names, "training images")
+    )

@@ -73,7 +73,8 @@ class TaskOptions:
         task: a key of `TASKS`, or "package.module:function".
         images: images to start from: an array uint8 [n, h, w, c], or PATH or NAME:PATH
             of a data set; by default the run's own data. They are taken in turn.
-        split: which split of the images: "train", "test" or "all".
+        split: which split of the images: "train", "test" or "all". By default "all" of
+            images that are given, and "test" of the run's own data.
         level: noise level to which images are noised, or down to which noise is shared,
             as a share of the steps, in [0, 1].
         frames: number of frames of a strip (default 10), or of `generate` (default 1).
@@ -85,8 +86,8 @@ class TaskOptions:
             as RePaint does; 1 for plain replacement.
         jump: number of steps that are resampled together.
         low_res: small images for a network with low_res to enlarge: an array [n, h, w,
-            c], uint8 or float32 in [-1, 1], or a .npz file with arr_0 and perhaps
-            labels arr_1.
+            c], uint8 or float32 in [-1, 1], or PATH or NAME:PATH of images, all of
+            which are taken at the size that they have.
 
     Raises:
         ValueError: for a value that is out of range, and for a field that the task does
@@ -95,7 +96,7 @@ class TaskOptions:
 
     task: str = "generate"
     images: str | os.PathLike | np.ndarray | None = None
-    split: str = "test"
+    split: str | None = None
     level: float = 0.5
     frames: int | None = None
     group: int = 8
@@ -141,6 +142,11 @@ class TaskOptions:
         """The task's row; a bare function of a user is a task without images."""
         row = lookup("task", OLD_TASKS.get(self.task, self.task), TASKS)
         return row if isinstance(row, Task) else Task(row)
+
+    @property
+    def split_of_images(self) -> str:
+        """The split that is asked for, or the default one."""
+        return self.split or ("test" if self.images is None else "all")
 
     @property
     def num_frames(self) -> int:

@@ -25,7 +25,13 @@ from jax_diffusion.diffusion import Objective
 from jax_diffusion.evaluation import published
 from jax_diffusion.models import traits
 from jax_diffusion.models.unet import Trunk
-from jax_diffusion.pipeline import Run, SamplingOptions, TaskOptions, bind_sampler
+from jax_diffusion.pipeline import (
+    Run,
+    SamplingOptions,
+    TaskOptions,
+    bind_sampler,
+    match_classes,
+)
 from jax_diffusion.registry import choose
 from jax_diffusion.runtime import logs, sharding
 from jax_diffusion.training import TrainState
@@ -80,6 +86,7 @@ def make_setup(
     optimizer: optax.GradientTransformation | None = None,
     *,
     fresh: bool = True,
+    saved: Mapping[str, Any] | None = None,
 ) -> TrainingSetup:
     """Builds all that training needs from a config; compiles nothing yet.
 
@@ -87,6 +94,7 @@ def make_setup(
         config: a whole config, see `config.complete`.
         optimizer: used instead of the one that `config.optimizer` describes.
         fresh: whether the run begins now: then fields that have no effect are refused.
+        saved: the record of the checkpoint that is continued, with its class names.
 
     Raises:
         ValueError: for a field that is wrong, or that does not fit the others.
@@ -110,6 +118,8 @@ def make_setup(
     image_shape = batches.image_shape
     model = configs.make_network(config, objective, image_shape[-1])
     check_fit(config, model, batches)
+    if saved is not None and Run(config, model, None, objective, ()).takes_labels:
+        batches = match_classes(batches, saved)
     if fresh:
         check_attention(config, model, image_shape)
     options = {name: config[name] for name in STEP_FIELDS}
@@ -121,7 +131,8 @@ def make_setup(
         )
     preview = None
     if objective is not None:
-        run = Run(config, model, None, objective, image_shape)
+        names = batches.class_names
+        run = Run(config, model, None, objective, image_shape, class_names=names)
         preview = make_preview(run, batches, mesh)
     # On all devices at once: an array made on one host cannot be used by others.
     make_keys = jax.jit(
@@ -250,7 +261,9 @@ def make_preview(
         small = editing.shrink(large, size=large.shape[1] // config.low_res_size)
         task = TaskOptions(low_res=np.asarray(small))
         if traits(run.model).num_classes is not None:
-            fields.setdefault("label", first["label"].tolist())
+            names = batches.class_names
+            labels = first["label"].tolist()
+            fields.setdefault("label", [names[i] for i in labels] if names else labels)
     options = configs.call(SamplingOptions, fields, "config.sampling")
     with configs.named("config.sampling", vars(options)):
         bound = bind_sampler(run, options, task, one_program=False)
@@ -336,11 +349,18 @@ def check_fit(config: Config, model: nn.Module, batches: data.Batches) -> None:
         )
     # `config.build` has added the class of hidden labels.
     taken = known.num_classes and known.num_classes - bool(share)
+    names = batches.class_names
+    named = f" of the classes {data.in_words(names)}" if names else ""
     for name, count in (("num_classes", taken), ("num_labels", known.num_labels)):
+        if count is not None and not batches.labeled:
+            raise ValueError(
+                f"training images must have labels for config.model.{name} = {count}, "
+                "got images without labels."
+            )
         if count is not None and batches.num_classes > count:
             raise ValueError(
                 f"labels must be below config.model.{name} = {count}, got "
-                f"{batches.num_classes - 1}."
+                f"{batches.num_classes - 1}{named}."
             )
     if batches.batch_size % config.microbatches:
         raise ValueError(
