@@ -44,6 +44,7 @@ from jax_diffusion.data.batches import PREFETCH_BATCHES, Batch, Batches, from_ar
 from jax_diffusion.data.classes import (
     LOGGER,
     SHOWN,
+    describe,
     fit_labels,
     in_words,
     is_number,
@@ -92,6 +93,7 @@ __all__ = [
     "StoredImages",
     "check",
     "check_arrays",
+    "describe",
     "fit_labels",
     "from_arrays",
     "from_uint8",

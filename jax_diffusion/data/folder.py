@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_diffusion.data.arrays import check_folder, read_image_file
-from jax_diffusion.data.classes import class_order, in_words
+from jax_diffusion.data.classes import class_order
 from jax_diffusion.data.decode import (
     Decoder,
     fit,
@@ -34,11 +34,9 @@ from jax_diffusion.data.examples import (
     Source,
     check_images,
     check_split,
-    every_tenth,
-    rows_of_split,
 )
 from jax_diffusion.data.find import digest_of_files, find_images, readable_suffixes
-from jax_diffusion.data.layout import Layout, read_layout
+from jax_diffusion.data.layout import read_layout
 from jax_diffusion.runtime import files
 
 HEADERS = 64  # files of a folder, at most, whose headers say whether all are gray
@@ -200,7 +198,7 @@ def read_folder(
         class_names = class_order(layout.classes)
         numbers = {name: i for i, name in enumerate(class_names)}
         labels = np.fromiter((numbers[c] for c in layout.classes), np.int32, len(paths))
-    rows = _rows_of_layout(split, layout, root, len(paths))
+    rows = layout.rows(split)
     return Folder(
         PackedStrings(paths[i] for i in rows),
         labels[rows],
@@ -211,21 +209,6 @@ def read_folder(
         left_out=found.left_out_in_words,
         old_class_names=layout.old_class_names,
     )
-
-
-def _rows_of_layout(split: str, layout: Layout, root: Path, n: int) -> np.ndarray:
-    """The row numbers of a split, those of folders of splits one after the other."""
-    if layout.splits is None:
-        return rows_of_split(split, every_tenth(n))
-    there = layout.splits
-    wanted = {"train": ["train"], "test": ["test" if "test" in there else "val"]}
-    rows = [there[name] for name in wanted.get(split, there) if name in there]
-    if not rows:
-        raise ValueError(
-            f"split {split!r} must have a folder of its own in {root}, where others "
-            f"have, got {in_words(there)}."
-        )
-    return np.concatenate(rows).astype(int)
 
 
 def is_image_file(path: Source) -> bool:

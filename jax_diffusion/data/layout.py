@@ -12,7 +12,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from jax_diffusion.data.classes import in_words
+from jax_diffusion.data.examples import every_tenth, rows_of_split
 
 # Names of the sub-folders of splits, in any case.
 SPLIT_FOLDERS = {
@@ -27,6 +30,8 @@ class Layout(NamedTuple):
     """What the files of a folder are.
 
     Attributes:
+        root: the folder.
+        n: how many files there are.
         splits: row numbers of the files by split: "train", "val" and "test", as far as
             there are folders; None for a folder without splits.
         classes: the class of each file; None without classes.
@@ -34,9 +39,29 @@ class Layout(NamedTuple):
             as text; () where it read other classes.
     """
 
+    root: Path
+    n: int
     splits: dict[str, Sequence[int]] | None
     classes: list[str] | None
     old_class_names: tuple[str, ...]
+
+    def rows(self, split: str) -> np.ndarray:
+        """Returns the row numbers of "train", "test" or "all", int [k].
+
+        Raises:
+            ValueError: if the split has none.
+        """
+        there = self.splits
+        if there is None:
+            return rows_of_split(split, every_tenth(self.n))
+        wanted = {"train": ["train"], "test": ["test" if "test" in there else "val"]}
+        rows = [there[name] for name in wanted.get(split, there) if name in there]
+        if not rows:
+            raise ValueError(
+                f"split {split!r} must have a folder of its own in {self.root}, where "
+                f"others have, got {in_words(there)}."
+            )
+        return np.concatenate(rows).astype(int)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +144,9 @@ def read_layout(root: Path, names: Sequence[str]) -> Layout:
     """
     whole = _Part(root, range(len(names)), list(names))
     (part,) = _look_through([whole], stop=ROLES)
-    by_split = _splits(part)
+    by_split = find_splits(part)
     parts = _look_through([*by_split.values()] or [part])
-    classes = _alike(parts, root)
+    classes = find_classes(parts, root)
     listed: list[str] | None = None
     if classes is not None:
         named = {
@@ -133,10 +158,13 @@ def read_layout(root: Path, names: Sequence[str]) -> Layout:
     splits: dict[str, Sequence[int]] | None = None
     if by_split.keys() - {"train"}:  # train alone only wraps
         splits = {role: part.rows for role, part in zip(by_split, parts, strict=True)}
-    old = _old_parts(whole)
+    # Version 0.1 knew these folders of splits only, and looked through none.
+    test = "test" if "test" in whole.tops else "val"
+    old = {root / "train", root / test} if {"train", test} <= {*whole.tops} else {root}
     known = {part.where for part in parts}  # it knew no third split
-    same = {*old} <= known and (len(old) == len(known) or len(known) == 3)
-    return Layout(splits, listed, tuple(sorted({*listed} if listed and same else ())))
+    same = old <= known and (len(old) == len(known) or len(known) == 3)
+    then = tuple(sorted({*listed} if listed and same else ()))
+    return Layout(root, len(names), splits, listed, then)
 
 
 def _look_through(parts: list[_Part], stop: Collection[str] = ()) -> list[_Part]:
@@ -148,7 +176,7 @@ def _look_through(parts: list[_Part], stop: Collection[str] = ()) -> list[_Part]
     return parts
 
 
-def _splits(part: _Part) -> dict[str, _Part]:
+def find_splits(part: _Part) -> dict[str, _Part]:
     """The parts of a folder by split, in order; none if it has no splits."""
     roles = {top: ROLES[top.lower()] for top in part.tops if top.lower() in ROLES}
     others = [top or "loose images" for top in part.tops if top not in roles]
@@ -168,7 +196,7 @@ def _splits(part: _Part) -> dict[str, _Part]:
     }
 
 
-def _alike(parts: list[_Part], root: Path) -> list[list[str]] | None:
+def find_classes(parts: list[_Part], root: Path) -> list[list[str]] | None:
     """The classes of all files by part, None if no part has any.
 
     Raises:
@@ -202,11 +230,3 @@ def _alike(parts: list[_Part], root: Path) -> list[list[str]] | None:
                 f"{in_words(sorted(names))}."
             )
     return [own for own in found if own]
-
-
-def _old_parts(whole: _Part) -> list[Path]:
-    """The folders of splits that version 0.1 knew, or the folder itself."""
-    test = next((name for name in ("test", "val") if name in whole.tops), None)
-    if test and "train" in whole.tops:
-        return [whole.where / "train", whole.where / test]
-    return [whole.where]

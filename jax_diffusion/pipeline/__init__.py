@@ -64,6 +64,7 @@ __all__ = [
     "match_classes",
     "open_images",
     "open_split",
+    "read_inputs",
     "sample_images",
 ]
 

@@ -134,7 +134,7 @@ def read_inputs(
     if guide_labels is not None and not names:  # the first ones are those both know
         known = int((guide_labels >= 0).sum())
     wanted = options.labels(known, names)
-    rows, labels = _read_images(run, task, owner if wanted is None else None)
+    rows, labels = read_images(run, task, owner if wanted is None else None)
     if wanted is not None:
         labels = wanted
     elif labels is None and known is None:
@@ -151,14 +151,15 @@ def read_inputs(
             labels = labels[guide_labels >= 0]
     for field, table in (("classifier", guide_labels), ("upsample", upsample_labels)):
         if table is not None:
-            _check_known(field, labels, table, names)
-    return Inputs(
-        {**rows, "label": labels.astype(np.int32)},
-        *(_unless_same(table) for table in (guide_labels, upsample_labels)),
-    )
+            check_known(field, labels, table, names)
+    tables = [
+        None if table is None or (table == np.arange(len(table))).all() else table
+        for table in (guide_labels, upsample_labels)
+    ]
+    return Inputs({**rows, "label": labels.astype(np.int32)}, *tables)
 
 
-def _check_known(
+def check_known(
     field: str, labels: np.ndarray, table: np.ndarray, names: tuple[str, ...] | None
 ) -> None:
     """Raises ValueError if a second network does not know a label that is drawn."""
@@ -200,13 +201,7 @@ def _names_beside(run: Run, other: Run) -> tuple[str, ...] | None:
     return names
 
 
-def _unless_same(table: np.ndarray | None) -> np.ndarray | None:
-    if table is None or (table == np.arange(len(table))).all():
-        return None
-    return table
-
-
-def _read_images(
+def read_images(
     run: Run, task: TaskOptions, owner: Run | None
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """Images of a task or to enlarge, and their labels.
@@ -242,7 +237,8 @@ def _read_images(
             examples = fit_labels(examples, owner, field, own=own, remedy=remedy)
             labels = examples.labels
     for name, images in rows.items():
-        if images.shape[-1] == 1 and run.image_shape[-1] == 3:  # gray is a color, too
+        gray = name == "image" and images.shape[-1] == 1
+        if gray and run.image_shape[-1] == 3:  # it is a color, too
             images = rows[name] = np.repeat(images, 3, axis=-1)
         wrong = images.shape[1:] != run.image_shape
         if name == "image" and wrong:

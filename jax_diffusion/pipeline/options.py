@@ -1,6 +1,5 @@
 """SamplingOptions: what flags, config groups and keywords of sampling turn into."""
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -196,28 +195,25 @@ class SamplingOptions:
         if not numbers:  # else a number is a name
             numbers = {i: i for i in range(known)}
             rule += f"{', or ' if names else ''}from 0 to {known - 1}"
-        found = [
-            names.get(part, -1) if part in names else numbers.get(_integer(part), -1)
-            for part in _parts(self.label, names)
-        ]
+        known_labels = numbers | names
+        found = [known_labels.get(part, -1) for part in _parts(self.label, names)]
         if not found or min(found) < 0:
             raise ValueError(f"label must be {rule}, got {self.label!r}.")
         return np.array(found, np.int32)
 
 
-def _parts(label: Any, names: Mapping[str, int]) -> list[Any]:
+def _parts(label: Any, names: Mapping[str, int]) -> list[str | int]:
     """The labels of "dog,3", 3 or ["dog", 3]; a name may have a comma in it."""
     if isinstance(label, str):
-        return [label] if label in names else [p.strip() for p in label.split(",")]
-    return [p for p in np.ravel(label).tolist() if isinstance(p, str | int | float)]
-
-
-def _integer(value: str | int | float) -> int:
-    """The integer that 3, 3.0 or "3" is; -1 for anything else."""
-    with contextlib.suppress(ValueError):
-        if float(value).is_integer():
-            return int(float(value))
-    return -1
+        parts = [label] if label in names else [p.strip() for p in label.split(",")]
+    else:
+        parts = np.ravel(label).tolist()
+    found: list[str | int] = []
+    for part in parts:
+        number = [] if part in [*names] else _floats(part)
+        whole = len(number) == 1 and number[0].is_integer()
+        found.append(int(number[0]) if whole else str(part))
+    return found
 
 
 def _floats(value: Any) -> list[float]:

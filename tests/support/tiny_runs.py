@@ -26,7 +26,7 @@ KNOWN = 4  # labels of the network; one more, the last, means hidden
 LABELS = dict(model=UNET | dict(num_classes=KNOWN), label_dropout=0.1)
 
 
-def make_run(workdir, *, shape=(SIZE, SIZE, 3), scale=0.3, **changes):
+def make_run(workdir, *, shape=(SIZE, SIZE, 3), scale=0.3, class_names=None, **changes):
     """A run as conversion leaves it, of a random network, nowhere zero."""
     source = dict(name="npz", path=str(workdir.parent / "images.npz"), batch_size=1)
     config = dict(data=source, schedule=COSINE, objective=X_0, model=UNET)
@@ -40,6 +40,8 @@ def make_run(workdir, *, shape=(SIZE, SIZE, 3), scale=0.3, **changes):
     )
     record = dict(config=json.loads(ConfigDict(config).to_json()), window=[])
     record |= dict(image_shape=list(shape), format=configs.FORMAT)
+    if class_names is not None:
+        record["class_names"] = class_names
     checkpoint.save_params(workdir, params, record)
     return workdir
 
