@@ -7,7 +7,7 @@ checked against the range that a network knows.
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,10 @@ class Relabeled(Examples):
     @property
     def digest(self) -> str | None:
         return self._examples.digest
+
+    @property
+    def damaged(self) -> Mapping[int, str]:
+        return self._examples.damaged
 
     def counts(self) -> np.ndarray | None:
         found = self._examples.counts()

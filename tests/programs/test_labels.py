@@ -285,7 +285,7 @@ def test_runs_of_version_0_1_number_the_classes_of_folders_as_it_did(tmp_path):
     model = UNET | dict(num_classes=12)
     run = jd.load_run(make_run(tmp_path / "run", data=source, model=model))
     batches = pipeline.open_images(run, None, "all", batch_size=12)
-    by_name = dict(zip(sorted(names, key=int), batches.labels, strict=True))
+    by_name = dict(zip(sorted(names), batches.labels, strict=True))  # by path
     assert batches.class_names == tuple(sorted(names))
     assert by_name == {name: sorted(names).index(name) for name in names}
 
