@@ -235,7 +235,7 @@ def number_cases():
         (
             "history",
             [0, 2.5, True],
-            "an integer >= 1",
+            "an integer in [1, 10000]",
             lambda v: timesteps.loss_second_moment(10, history=v),
         ),
         ("num_steps", [0, 2.5, "10"], "an integer >= 1", timesteps.uniform),
@@ -247,13 +247,18 @@ def number_cases():
             "an integer >= 1",
             lambda v: timesteps.uniform(10).sample(KEY, (), v),
         ),
-        ("num_steps", [1, 2.5, "10", None], "an integer >= 2", schedules.cosine_betas),
-        ("num_steps", [1, 2.5], "an integer >= 2", schedules.linear_betas),
-        ("num_steps", [1, 0], "an integer >= 2", schedules.quadratic_betas),
-        ("num_steps", [1, -3], "an integer >= 2", schedules.sigmoid_betas),
-        ("num_steps", [1, 2.0], "an integer >= 2", schedules.jsd_betas),
-        ("num_steps", [1], "an integer >= 2", schedules.constant_betas),
-        ("num_steps", [1], "an integer >= 2", schedules.warmup_betas),
+        (
+            "num_steps",
+            [1, 2.5, "10", None],
+            "an integer in [2, 1000000]",
+            schedules.cosine_betas,
+        ),
+        ("num_steps", [1, 2.5], "an integer in [2, 1000000]", schedules.linear_betas),
+        ("num_steps", [1, 0], "an integer in [2, 1000000]", schedules.quadratic_betas),
+        ("num_steps", [1, -3], "an integer in [2, 1000000]", schedules.sigmoid_betas),
+        ("num_steps", [1, 2.0], "an integer in [2, 1000000]", schedules.jsd_betas),
+        ("num_steps", [1], "an integer in [2, 1000000]", schedules.constant_betas),
+        ("num_steps", [1], "an integer in [2, 1000000]", schedules.warmup_betas),
         (
             "start",
             [0, 1.5, nan, -1e-4],
@@ -469,6 +474,7 @@ def moments(**changes):
     return metrics.Moments(9, np.zeros(2), np.eye(2))._replace(**changes)
 
 
+FIT = "multipliers must fit the image: its "
 BATCH = {"image": IMAGES, "label": LABEL}
 TINY = [1e-20, 0.1, 0.1]
 A_VECTOR = "betas must be a vector of values in (0, 1], got "
@@ -977,15 +983,15 @@ OTHERS = [
         lambda: draw(BATCH | {"label": LABEL[:2]}),
     ),
     (
-        "length must be divisible by 4 to be halved 2 times, got 6.",
+        FIT + "length must be divisible by 4 to be halved 2 times, got 6",
         lambda: halve((1, 6, 3)),
     ),
     (
-        "height and width must be divisible by 4 to be halved 2 times, got 8 x 6",
+        FIT + "sides must be divisible by 4 to be halved 2 times, got 8 x 6",
         lambda: halve((1, 8, 6, 3)),
     ),
     (
-        "height and width must be divisible by 4 to be halved 2 times, got 8 x 6",
+        FIT + "sides must be divisible by 4 to be halved 2 times, got 8 x 6",
         lambda: halve((1, 3, 8, 6, 3)),
     ),
     ("x must have an axis of length, or of height and width", lambda: halve((1, 3))),
