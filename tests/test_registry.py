@@ -88,7 +88,7 @@ RIGHT = [
     ({"a": 1}, Mapping[str, int]),
     (len, Callable[..., Any]),
     ("float32", jax.typing.DTypeLike),
-    (object(), Any),
+    (Ellipsis, Any),
     ("anything", inspect.Parameter.empty),
     (3, [int]),  # no type at all
     (3, "NotDefined"),
