@@ -35,6 +35,7 @@ def test_readme_is_short():
     assert README.count("\n") <= 180
 
 
+@pytest.mark.slow
 def test_python_block_of_a_run_samples_and_evaluates(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     digits = dict(name="digits", split="train", batch_size=64)

@@ -332,7 +332,7 @@ def test_what_cannot_be_exported_is_refused(monkeypatch):
 
 def test_a_write_that_fails_leaves_the_old_files(written, monkeypatch):
     before = {p.name: p.read_bytes() for p in written.parent.iterdir()}
-    monkeypatch.setattr(export.json, "dumps", lambda *args, **options: "\ud800")
+    monkeypatch.setattr(export.files, "json_text", lambda *args, **options: "\ud800")
     with pytest.raises(UnicodeEncodeError):
         export.write(written, linear, LINEAR)
     monkeypatch.undo()

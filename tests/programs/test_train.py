@@ -38,8 +38,15 @@ SMALL = [  # smoke.py, smaller still: what is tested is the loop
 ]
 
 
-def config_of(*overrides):
+def smoke_of(*overrides):
     return settings.load_config("configs/smoke.py", [*SMALL, *overrides])
+
+
+def config_of(*overrides):
+    """A run that is traced in a moment, for tests of what stands around a network."""
+    common = ("--config.log_every=4", "--config.save_every=6", "--config.keep=3")
+    common += ("--config.log_to=('tensorboard',)",)
+    return settings.load_config(tiny.CONFIG, [*common, *overrides])
 
 
 def command(program, *args):
@@ -292,7 +299,7 @@ def bad(*overrides):
 )
 def test_bad_input_is_refused_before_anything_is_written(overrides, words, tmp_path):
     with pytest.raises(ValueError, match=words):
-        train.train(config_of(*overrides), tmp_path / "run")
+        train.train(smoke_of(*overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -333,13 +340,13 @@ HIDES = ("--config.label_dropout=0.5", "--config.model.num_classes=10")
 
 def enlarging(*overrides):
     """The config of a network that sees 2 x 2 pixels too."""
-    config = config_of("--config.low_res_size=2", *overrides)
+    config = smoke_of("--config.low_res_size=2", *overrides)
     with config.unlocked():
         config.model.low_res = True
     return config
 
 
-@pytest.mark.parametrize("config", [config_of(*HIDES), enlarging()], ids=["hide", "2"])
+@pytest.mark.parametrize("config", [smoke_of(*HIDES), enlarging()], ids=["hide", "2"])
 def test_pictures_are_of_all_labels_but_the_hidden_one_or_of_the_first_images(
     config, monkeypatch
 ):
