@@ -338,3 +338,20 @@ def test_a_line_about_data_says_what_they_have(tmp_path):
     assert line.endswith("9 2, ...)")
     none = data.from_arrays(images[:1], batch_size=1).examples
     assert data.describe(none) == "1 image of 2 x 3 x 1, no labels"
+
+
+def test_a_run_is_continued_with_its_own_classes_only():
+    images, labels = np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 2, 0])
+    found = data.InMemory(images, labels, class_names=("cat", "dog", "10"))
+    found = dataclasses.replace(found, old_class_names=("10", "cat", "dog"))
+    batches = data.from_arrays(images, labels, batch_size=1)
+    batches = dataclasses.replace(batches, examples=found)
+    for saved, expected in (
+        ({"class_names": ["cat", "dog", "10"]}, [0, 1, 2, 0]),
+        ({"class_names": ["dog", "10", "cat"]}, [2, 0, 1, 2]),
+        ({}, [1, 2, 0, 1]),  # of version 0.1
+    ):
+        assert pipeline.match_classes(batches, saved).labels.tolist() == expected
+    for names in (["cat", "dog"], ["cat", "dog", "owl"], None):
+        with pytest.raises(ValueError, match=r"^classes of the data must be those of"):
+            pipeline.match_classes(batches, {"class_names": names})
