@@ -148,7 +148,7 @@ def read_inputs(
             )
         labels = np.arange(known)
         if guide_labels is not None:  # all that both know
-            labels = labels[guide_labels >= 0]
+            labels = labels[guide_labels[:known] >= 0]
     for field, table in (("classifier", guide_labels), ("upsample", upsample_labels)):
         if table is not None:
             check_known(field, labels, table, names)
