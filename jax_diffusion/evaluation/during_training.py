@@ -157,9 +157,11 @@ class PeriodicEvaluation:
             except ValueError as error:  # images that are not finite; training goes on
                 warnings.warn(f"{self._metric} of {ema}: {error}", stacklevel=2)
                 distances[ema] = math.nan
-        for ema, params in ema_params.items() if self._test else ():
-            n = min(self._bpd_images, self._test.num_examples)
-            images = image_sets.from_reader(self._test.examples.read, n, **options)
+        test = self._test
+        for ema, params in ema_params.items() if test else ():
+            assert test is not None
+            n = min(self._bpd_images, test.num_examples)
+            images = image_sets.from_reader(test.examples.read, n, **options)
             terms = collect(each_image(self._bound, params, images), n).arrays
             bits[ema], _ = mean_and_error(terms["total"])
         names = f"{self._metric}_n{self._n}", f"bits_per_dim_n{self._bpd_images}"

@@ -137,7 +137,7 @@ def read_inputs(
     rows, labels = read_images(run, task, owner if wanted is None else None)
     if wanted is not None:
         labels = wanted
-    elif labels is None and known is None:
+    elif known is None:
         labels = np.zeros(1, np.int32)
     elif labels is None:
         if rows or (owner is upsample and upsample is not None):
