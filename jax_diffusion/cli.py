@@ -215,14 +215,16 @@ def sampling_options(args: argparse.Namespace) -> SamplingOptions:
 def saying_what_is_read() -> Iterator[None]:
     """Prints a line about every data set and run that is read, on the first host."""
     logger = logging.getLogger("jax_diffusion.data")
-    handler, level = _Printer(), logger.level
+    handler, before = _Printer(), (logger.level, logger.propagate)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # or absl's handler, which Orbax brings, says it again
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 class _Printer(logging.Handler):

@@ -313,7 +313,9 @@ def test_the_first_lines_of_programs_say_what_was_read(
     argv += ["--steps", "1", "--out", str(tmp_path / "a.npz"), "--task", "edit"]
     monkeypatch.setattr("sys.argv", [*argv, "--images", str(path)])
     sample.main()
-    run, images, *_ = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    assert "images of" not in err  # each line once
+    run, images, *_ = out.splitlines()
     assert run.endswith("images of 8 x 8 x 3, 4 classes (ant, cat, dog, owl)")
     assert images.endswith(
         "all: 4 images of 8 x 8 x 3, 2 classes (cat 2, dog 2); left out: 1 .txt, "
