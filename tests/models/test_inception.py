@@ -20,7 +20,7 @@ from jax_diffusion.interop.inception_weights import SHA256, URL, params_from_tor
 from jax_diffusion.models import inception
 from jax_diffusion.models.inception import Inception, prepare
 
-BATCH = 16
+BATCH = 8
 SET_SIZE = 2048  # images, as many as features
 # Distinct images in each set, a divisor of that. With 2048, both networks together need
 # six minutes on two cores, and SciPy's root of 2048 x 2048 numbers another one; so by
