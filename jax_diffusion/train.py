@@ -97,8 +97,9 @@ def train(
     saved = resume.find_run(plain_config, workdir, allow_change)
 
     # Compiled first: whatever does not fit is found before anything is written.
+    used = resume.undecoded(config) if saved and saved.refused else config
     setup = make_setup(
-        config, optimizer, fresh=saved is None, saved=saved and saved.record
+        used, optimizer, fresh=saved is None, saved=saved and saved.record
     )
     record = {
         "config": plain_config,
@@ -110,7 +111,7 @@ def train(
     }
     weights = None
     if saved is not None:
-        saved.check(workdir, record["data_digest"], setup.init)
+        saved.check(workdir, setup)
         config.init_from = plain_config["init_from"] = saved.origin
         record |= resume.history(saved.record)
     elif config.init_from:

@@ -9,7 +9,7 @@ be moved.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,11 @@ import jax
 from jaxtyping import PyTree
 
 from jax_diffusion import config as configs
+from jax_diffusion import data
 from jax_diffusion.registry import hint
 from jax_diffusion.runtime import checkpoint, sharding
 from jax_diffusion.runtime.files import leaves_by_name
+from jax_diffusion.training.setup import TrainingSetup
 
 # Fields of config.data that leave the images and labels as they are.
 SAME_IMAGES = ("batch_size", "flip", "in_memory", "on_error")
@@ -33,74 +35,107 @@ class SavedRun(NamedTuple):
         changes: what the config of this start changes, as "optimizer.lr: 0.1 -> 0.01";
             free fields are not listed.
         allowed: names of the fields that may change.
+        refused: those of the changes that may not be made.
     """
 
     record: dict[str, Any]
     changes: list[str]
     allowed: tuple[str, ...]
+    refused: list[str]
 
     @property
     def origin(self) -> str:
         """config.init_from of the run's first start."""
         return _origin(self.record["config"])
 
-    def check(
-        self, workdir: Path, digest: str | None, init: Callable[[], PyTree]
-    ) -> None:
+    def check(self, workdir: Path, setup: TrainingSetup) -> None:
         """Checks that the run can go on with the data and the state of this start.
+
+        Host 0 prints it if nothing is known of the images of before.
 
         Args:
             workdir: the folder of the run.
-            digest: of the images of this start; None if nothing is known of them.
-            init: returns the state that the config describes; it is not computed.
+            setup: of the config of this start; its state is not computed.
 
         Raises:
-            ValueError: if the images are others and no change of config.data that is
-                allowed makes them so; or if the arrays of the saved state are not those
-                of a config that was changed.
+            ValueError: if a field differs that may not, or the images do and no change
+                of config.data that is allowed makes them so; or if the arrays of the
+                saved state are not those of a config that was changed.
         """
-        self.check_data(workdir, digest)
-        if self.changes:
-            self.check_state(workdir, jax.eval_shape(init))
+        now, before = setup.batches.image_shape, tuple(self.record["image_shape"])
+        others = (
+            ""
+            if now == before
+            else (f"the data now have images {now}, the run was trained on {before}")
+        )
+        refused = [*self.refused, *self._refused_data(setup.batches, others)]
+        if refused or self.changes or others:
+            with configs.named("config.model", vars(setup.model)):
+                state = jax.eval_shape(setup.init)
+            misfit = misfit_of(workdir, state)
+            if refused:
+                raise _refusal(workdir, refused, misfit, others)
+            if misfit:
+                changes = "; ".join([*(self.changes or self.allowed), others])
+                raise ValueError(
+                    "allow_change must name fields that leave the arrays of the saved "
+                    f"state as they are, got {changes.removesuffix('; ')}, with which "
+                    f"{misfit}."
+                )
+        if "data_digest" not in self.record and jax.process_index() == 0:
+            print(
+                "the run was begun by a version that did not record a digest of its "
+                "images, so that others would not be noticed; now "
+                f"{setup.batches.num_examples} images are read",
+                flush=True,
+            )
 
-    def check_data(self, workdir: Path, digest: str | None) -> None:
-        """Checks that the images are those that the run was trained with."""
-        before = self.record.get("data_digest")
-        moved = [line for line in self.changes if _name(line) == "data.path"]
-        if before == digest and digest is not None:
-            return
+    def _refused_data(self, batches: data.Batches, others: str) -> list[str]:
+        """What is refused because the images are others, as a line of changes.
+
+        Args:
+            batches: the images of this start.
+            others: how their shape differs; "" if it does not.
+        """
+        before, digest = self.record.get("data_digest"), batches.examples.digest
+        if before == digest and digest is not None and not others:
+            return []
         names = [_name(line) for line in self.changes if line.startswith("data.")]
         names = [n for n in names if n.removeprefix("data.") not in SAME_IMAGES]
-        if any(_covers(self.allowed, name) for name in ["data.path", *names]):
-            return
+        told = {_name(line) for line in self.refused}
+        if told & {*names} or any(
+            _covers(self.allowed, name) for name in ["data.path", *names]
+        ):
+            return []
+        moved = [line for line in self.changes if _name(line) == "data.path"]
         if moved:
-            raise _refusal(workdir, [f"{moved[0]}, which holds other images"])
-        if before is not None and digest is not None:
-            raise _refusal(
-                workdir, ["data.path: other images than the run was trained with"]
-            )
+            return [f"{moved[0]}, which holds other images"]
+        if others or (before is not None and digest is not None):
+            return ["data.path: other images than the run was trained with"]
+        return []
 
-    def check_state(self, workdir: Path, state: PyTree) -> None:
-        """Checks that the saved state has the arrays of this one."""
-        before = checkpoint.load_shapes(workdir)
-        after = {name: tuple(a.shape) for name, a in leaves_by_name(state).items()}
-        names = sorted(before.keys() | after.keys())
-        other = [n for n in names if before.get(n) != after.get(n)]
-        if other:
-            raise ValueError(
-                "allow_change must name fields that leave the arrays of the saved "
-                f"state as they are, got {'; '.join(self.changes)}, with which "
-                f"{len(other)} of {len(names)} differ, such as {other[0]}: "
-                f"{before.get(other[0], '(none)')} -> {after.get(other[0], '(none)')}."
-            )
+
+def misfit_of(workdir: Path, state: PyTree) -> str:
+    """Says which arrays of the saved state are not those of this one; "" if none."""
+    before = checkpoint.load_shapes(workdir)
+    after = {name: tuple(a.shape) for name, a in leaves_by_name(state).items()}
+    names = sorted(before.keys() | after.keys())
+    other = [n for n in names if before.get(n) != after.get(n)]
+    if not other:
+        return ""
+    return (
+        f"{len(other)} of {len(names)} differ, such as {other[0]}: "
+        f"{before.get(other[0], '(none)')} -> {after.get(other[0], '(none)')}"
+    )
 
 
 def find_run(
     config: Mapping[str, Any], workdir: Path, allow_change: Sequence[str] = ()
 ) -> SavedRun | None:
-    """Finds the run that a workdir holds, and checks that a config continues it.
+    """Finds the run that a workdir holds, and what a config changes of it.
 
-    A data.path that differs is for `SavedRun.check_data` to judge.
+    Whether it can be continued is for `SavedRun.check` to judge, once it is known that
+    the config is right by itself.
 
     Args:
         config: the config of this start, in plain JSON values.
@@ -111,8 +146,8 @@ def find_run(
         The run; None if the workdir holds no checkpoint.
 
     Raises:
-        ValueError: if it holds a run with another config, if an allowed name is that of
-            no field, or if the processes of this job have different configs.
+        ValueError: if an allowed name is that of no field, if the run was begun with
+            other weights, or if the processes of this job have different configs.
     """
     if isinstance(allow_change, str):
         raise ValueError(
@@ -142,9 +177,18 @@ def find_run(
         if not _covers(allowed, _name(line))
         and not (known_data and _name(line) == "data.path")
     ]
-    if refused:
-        raise _refusal(workdir, refused)
-    return SavedRun(record, changes, allowed)
+    return SavedRun(record, changes, allowed, refused)
+
+
+def undecoded(config: configs.Config) -> configs.Config:
+    """Returns the config with files of images left undecoded, where they can be.
+
+    It is for checking a config that is going to be refused, which must not take long.
+    """
+    config = config.copy_and_resolve_references()
+    if config.data.name in ("folder", "tfds"):
+        config.data.in_memory = False
+    return config
 
 
 def history(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,11 +246,15 @@ def check_names(allowed: Sequence[str], *of: Mapping[str, Any]) -> None:
             )
 
 
-def _refusal(workdir: Path, lines: list[str]) -> ValueError:
+def _refusal(workdir: Path, lines: list[str], misfit: str, others: str) -> ValueError:
     names = ",".join(_name(line) for line in lines)
     if any(line.startswith("model.num_classes") for line in lines):
         lines = [*lines, "num_classes does not count the class of hidden labels"]
+    lines = [*lines, *filter(None, [others])]
+    then = f"which goes on with this one if it is told --allow-change {names}"
+    if misfit:
+        then = f"whose saved state is not that of this one, as of its arrays {misfit}"
     return ValueError(
-        f"workdir {str(workdir)!r} holds a run with another config, which goes on with "
-        f"this one if it is told --allow-change {names}: {'; '.join(lines)}."
+        f"workdir {str(workdir)!r} holds a run with another config, {then}: "
+        f"{'; '.join(lines)}."
     )

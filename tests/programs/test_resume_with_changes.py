@@ -9,7 +9,7 @@ from PIL import Image
 from support.features import refuses
 from support.oracles import F32
 from support.programs import train
-from support.tiny_runs import tiny_config, write_images
+from support.tiny_runs import UNET, tiny_config, write_images
 
 from jax_diffusion import data
 from jax_diffusion.runtime import checkpoint, logs
@@ -126,6 +126,52 @@ def test_other_changes_are_refused_before_anything_is_written(
     assert files_of(run) == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(data=dict(image_size=0)), "image_size"),
+        (dict(data=dict(batch_size=0)), "config.data.batch_size must be"),
+        (dict(data=dict(path="nowhere.npz")), "nowhere.npz"),
+        (dict(optimizer=dict(lr=-1.0)), "config.optimizer.lr must be"),
+        (dict(model=UNET | dict(dropout=1.5)), "dropout must be"),
+        (dict(schedule=dict(name="cosin")), "did you mean 'cosine'?"),
+        (dict(model=dict(channels=8)), "of its arrays"),
+        (dict(ema_decays=(0.5,)), "whose saved state is not that of this one"),
+        (dict(optimizer=dict(name="optax:sgd")), "opt_state/"),
+    ],
+)
+def test_nobody_is_told_to_allow_what_would_not_go_on(begun, run, changes, words):
+    sentence = refuses(train.train, config_of(begun, **changes), run)
+    assert words in sentence and "told --allow-change" not in sentence
+
+
+@pytest.mark.parametrize("allowed", [[], ["data.path"]])
+@pytest.mark.parametrize("name", ["images.npz", "colors.npz"])
+def test_images_of_another_shape_are_named(begun, run, tmp_path, allowed, name):
+    record = checkpoint.load_record(run)
+    path = tmp_path / name  # that of the record, or another one
+    if name == "images.npz":
+        record["config"]["data"]["path"] = str(path)
+    del record["data_digest"]
+    write_images(path, channels=3)
+    before, config = files_of(run), tiny_config(path, total_steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "load_record", lambda workdir: record)
+        sentence = refuses(train.train, config, run, allow_change=allowed)
+    told = "the data now have images (8, 8, 3), the run was trained on (8, 8, 1)"
+    assert told in sentence and "told --allow-change" not in sentence
+    assert files_of(run) == before
+
+
+def test_larger_images_may_go_on_if_that_is_allowed(begun, run, tmp_path):
+    write_images(tmp_path / "large.npz", channels=1, size=16)
+    config = tiny_config(tmp_path / "large.npz", total_steps=3)
+    sentence = refuses(train.train, config, run)
+    assert "told --allow-change data.path: " in sentence
+    assert "images (16, 16, 1), the run was trained on (8, 8, 1)." in sentence
+    assert int(train.train(config, run, allow_change=["data.path"]).step) == 3
+
+
 def test_names_are_checked_for_a_new_run_too(begun, tmp_path):
     sentence = refuses(
         train.train, config_of(begun), tmp_path / "new", allow_change=["optimzer.lr"]
@@ -182,7 +228,9 @@ def test_other_images_are_another_run_wherever_they_lie(begun, run, tmp_path):
     assert "data.path" in str(checkpoint.load_record(run)["changes"][-1])
 
 
-def test_a_record_without_a_digest_is_read_as_before(begun, run, tmp_path, monkeypatch):
+def test_a_record_without_a_digest_is_read_as_before(
+    begun, run, tmp_path, monkeypatch, capsys
+):
     record = checkpoint.load_record(run)
     del record["data_digest"]
     monkeypatch.setattr(checkpoint, "load_record", lambda workdir: record)
@@ -190,7 +238,10 @@ def test_a_record_without_a_digest_is_read_as_before(begun, run, tmp_path, monke
     shutil.copy(begun / "images.npz", moved)
     config = tiny_config(moved, total_steps=3)
     assert "--allow-change data.path: data.path: " in refuses(train.train, config, run)
+    capsys.readouterr()
     assert int(train.train(config_of(begun), run).step) == 3
+    told = "did not record a digest of its images, so that others would not be noticed"
+    assert f"{told}; now 63 images are read" in capsys.readouterr().out
 
 
 def write_folder(root, sizes=(8, 9, 10, 11, 12)):
