@@ -30,8 +30,8 @@ ROWS = (
     {"pipeline"},
     {"interop"},
     {"evaluation"},
-    {"training.setup", "training.reporting", "training.resume"},
-    {"training.fine_tuning"},
+    {"training.setup", "training.reporting"},
+    {"training.fine_tuning", "training.resume"},
     {"cli"},
     {"train", "sample", "evaluate", "convert", "__main__"},
 )

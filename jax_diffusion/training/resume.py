@@ -68,7 +68,7 @@ class SavedRun(NamedTuple):
             if now == before
             else (f"the data now have images {now}, the run was trained on {before}")
         )
-        refused = [*self.refused, *self._refused_data(setup.batches, others)]
+        refused = [*self.refused, *self.refused_data(setup.batches, others)]
         if refused or self.changes or others:
             with configs.named("config.model", vars(setup.model)):
                 state = jax.eval_shape(setup.init)
@@ -90,7 +90,7 @@ class SavedRun(NamedTuple):
                 flush=True,
             )
 
-    def _refused_data(self, batches: data.Batches, others: str) -> list[str]:
+    def refused_data(self, batches: data.Batches, others: str) -> list[str]:
         """What is refused because the images are others, as a line of changes.
 
         Args:
