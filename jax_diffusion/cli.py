@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -237,7 +238,8 @@ class _Printer(logging.Handler):
 def fields_as_flags(args: argparse.Namespace) -> Iterator[None]:
     """Names flags instead of fields in errors: "eta must be" -> "--eta must be".
 
-    Errors of the library begin with the name of the field that is wrong.
+    Errors of the library begin with the name of the field that is wrong. Fields that
+    they mention besides, as a way out, stand in backticks.
 
     Args:
         args: as parsed; only these fields have flags.
@@ -246,9 +248,13 @@ def fields_as_flags(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        name, _, rest = str(error).partition(" ")
+        name = str(error).partition(" ")[0]
+        told = re.sub(r"`(\w+)`", lambda m: flags.get(m[1], m[0]), str(error))
+        rest = told.partition(" ")[2]
         if name in flags and rest.startswith(("must ", "needs ", "is for ")):
             raise ValueError(f"{flags[name]} {rest}") from error
+        if told != str(error):
+            raise ValueError(told) from error
         raise
 
 
@@ -269,6 +275,17 @@ def start_hosts(args: argparse.Namespace) -> None:
         cpu.keep_compiled()
 
 
+def _in_one_line(
+    message: Warning | str, category: type[Warning], *place: Any, **options: Any
+) -> None:
+    """Prints a warning of ours as a sentence; others with the place in the code."""
+    if category is UserWarning:
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    else:
+        text = warnings.formatwarning(message, category, *place[:2])
+        print(text, end="", file=sys.stderr, flush=True)
+
+
 def run_program(main: Callable[[], Any], *, long: bool = False) -> None:
     """Runs a command line; bad input becomes one sentence and exit status 2.
 
@@ -282,8 +299,9 @@ def run_program(main: Callable[[], Any], *, long: bool = False) -> None:
             a little more speed.
     """
     cpu.tune(onednn=long)
-    status = 0
+    status, show = 0, warnings.showwarning
     try:
+        warnings.showwarning = _in_one_line
         main()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -310,6 +328,8 @@ def run_program(main: Callable[[], Any], *, long: bool = False) -> None:
             file=sys.stderr,
         )
         status = 1
+    finally:
+        warnings.showwarning = show
     if status and jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -312,7 +312,8 @@ def check_data(config: Config) -> None:
     if fields["name"] in data.DATASETS and fields["name"] != "tfds":
         fields["split"] = "all"  # tfds and readers of users have splits of their own
     known = inspect.signature(data.check).parameters
-    damaged = data.check(**{k: v for k, v in fields.items() if k in known})
+    fields = {k: v for k, v in fields.items() if k in known}
+    damaged = configs.call(data.check, fields, "config.data")
     print("\n".join(damaged), end="\n" if damaged else "")
     if damaged:
         raise ValueError(

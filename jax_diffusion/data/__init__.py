@@ -34,7 +34,6 @@ import math
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -262,16 +261,17 @@ def check(
     return check_examples(open_examples(name, split, *options))
 
 
-def open_stored(source: str | os.PathLike) -> Examples:
+def open_stored(source: str | os.PathLike, field: str = "images") -> Examples:
     """Opens all images of PATH or NAME:PATH at the size that they have, with labels.
 
     Args:
         source: as `parse_source` takes it.
+        field: what the images are, for errors.
 
     Raises:
         ValueError: if it cannot be read.
     """
-    name, path = parse_source(os.fspath(source))
+    name, path = parse_source(os.fspath(source), field, must_exist=True)
     if name != "folder":
         return load(name, "all", path=path, batch_size=1, train=False).examples
     found = read_folder("all", path, None)
@@ -284,7 +284,9 @@ def source_name(name: str, path: Source) -> str:
     return f"{name}:{os.fspath(path)}" if path else name
 
 
-def parse_source(text: str) -> tuple[str, str | None]:
+def parse_source(
+    text: str, field: str = "images", *, must_exist: bool = False
+) -> tuple[str, str | None]:
     """Parses images on a command line, PATH or NAME:PATH, to the arguments of `load`.
 
     Args:
@@ -293,12 +295,14 @@ def parse_source(text: str) -> tuple[str, str | None]:
             or .npy file, which is of "npz"; or "package.module:function" or
             "package.module:function:PATH" with a reader of your own. For a folder
             whose name is also that of a data set, write "./digits".
+        field: what the images are, for errors.
+        must_exist: whether a path that is missing is refused here, by the field's name.
 
     Returns:
         Name and path; the path is None if there is none.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if it is none of these, or missing.
 
     >>> parse_source("folder:photos"), parse_source("samples.npz")
     (('folder', 'photos'), ('npz', 'samples.npz'))
@@ -306,16 +310,22 @@ def parse_source(text: str) -> tuple[str, str | None]:
     ('digits', None)
     """
     name, _, path = text.partition(":")
+    place = os.path.expanduser(text)
+    arrays = text.lower().endswith((".npz", ".npy")) and not os.path.isdir(place)
+    if name not in DATASETS and arrays:
+        name, path = "npz", text
     if name in DATASETS:
+        there = not path or os.path.exists(os.path.expanduser(path))
+        if must_exist and name in ("folder", "idx", "npz") and not there:
+            raise ValueError(f"{field} must exist, got {path!r}, where nothing is.")
         return name, path or None
-    if text and (Path(text).expanduser().is_dir() or is_image_file(text)):
+    if text and (os.path.isdir(place) or is_image_file(text)):
         return "folder", text
-    if text.lower().endswith((".npz", ".npy")):
-        return "npz", text
     if own := re.fullmatch(r"([\w.]+:\w+)(?::(.*))?", text):
         return own[1], own[2] or None
+    absent = "" if os.path.exists(place) else ", which does not exist"
     raise ValueError(
-        "images must be a folder, an image, a .npz or .npy file, or NAME:PATH with "
+        f"{field} must be a folder, an image, a .npz or .npy file, or NAME:PATH with "
         f"NAME one of {sorted(DATASETS)} or 'package.module:function', got {text!r}"
-        f"{registry.hint(name, DATASETS)}"
+        f"{absent}{registry.hint(name, DATASETS)}"
     )

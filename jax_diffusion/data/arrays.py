@@ -4,11 +4,13 @@ Each reader `load_*(split, path, image_size)` returns images uint8 [n h w c] and
 int [n] of one split.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import importlib.util
 import math
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def load_idx(split: str, path: Source, image_size: ImageSize) -> Arrays:
         ValueError: if a file is missing or damaged.
     """
     check_split(split)
-    folder, parts = check_folder(path), []
+    folder, parts = check_folder(path, "idx"), []
     for stem in {"train": ["train"], "test": ["t10k"]}.get(split, ["train", "t10k"]):
         images = _read_idx(folder, f"{stem}-images", 3)
         parts.append(check_arrays(images, _read_idx(folder, f"{stem}-labels", 1)))
@@ -90,11 +92,22 @@ def load_idx(split: str, path: Source, image_size: ImageSize) -> Arrays:
     return np.concatenate(images), np.concatenate(labels)
 
 
-def check_folder(path: Source) -> Path:
-    """Returns an existing folder as a Path, "~" expanded; else raises ValueError."""
-    if not path or not Path(path).expanduser().is_dir():
-        raise ValueError(f"config.data.path must be a folder for this, got {path}.")
-    return Path(path).expanduser()
+def check_folder(path: Source, reader: str = "folder") -> Path:
+    """Returns an existing folder as a Path, "~" expanded; else raises ValueError.
+
+    Args:
+        path: the folder.
+        reader: whose it is, for errors.
+    """
+    place = Path(path).expanduser() if path else None
+    if place is None or not place.is_dir():
+        got = "None" if place is None else f"{str(path)!r}"
+        if place is not None:
+            got += ", which is none" if place.exists() else ", which does not exist"
+        raise ValueError(
+            f"config.data.path must be a folder for the reader {reader!r}, got {got}."
+        )
+    return place
 
 
 def _read_idx(folder: Path, stem: str, ndim: int) -> np.ndarray:
@@ -134,10 +147,24 @@ def load_npz(
         names = class_order(labels.tolist())
         numbers = {name: i for i, name in enumerate(names)}
         labels = np.array([numbers[name] for name in labels.tolist()])
-    found = InMemory.of(((decoder or Decoder()).convert(images), labels))
+    images = (decoder or Decoder()).convert(images, str(path))
+    with of_file(path):
+        found = InMemory.of((images, labels))
     rows = rows_of_split(split, every_tenth(len(found)))
     images, labels = found.images[rows], found.labels[rows]
     return dataclasses.replace(found, images=images, labels=labels, class_names=names)
+
+
+@contextlib.contextmanager
+def of_file(path: Source) -> Iterator[None]:
+    """Names the file in errors about its arrays: "labels of a.npz must be ..."."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        if name in ("images", "labels"):
+            raise ValueError(f"{name} of {path} {rest}") from error
+        raise
 
 
 def read_image_file(
@@ -159,6 +186,8 @@ def read_image_file(
     """
     file = Path(path or "").expanduser()
     rule = f"{path} must be a .npz or .npy file of plain arrays"
+    if path and not file.exists():
+        raise ValueError(f"{rule}, got one that does not exist.")
     with reading(rule):
         with file.open("rb") as f:
             start = f.read(len(np.lib.format.MAGIC_PREFIX))
@@ -172,4 +201,7 @@ def read_image_file(
             return found[names[0]], found.get(names[1])
     with zipfile.ZipFile(file) as archive:
         there = [name.removesuffix(".npy") for name in archive.namelist()]
-    raise ValueError(f"{path} must have images or arr_0, got {there}.")
+    raise ValueError(
+        f"{path} must have arrays called images and perhaps labels, or arr_0 and "
+        f"perhaps arr_1, got {there}."
+    )

@@ -149,7 +149,7 @@ def fit_labels(
             classes are matched by name. Else names must be numbers.
         num_labels: how many labels the network knows.
         field: what the examples are, for errors.
-        remedy: end of the errors, such as "; give label instead".
+        remedy: end of the errors, such as "; give `label` instead".
 
     Raises:
         ValueError: if there are no labels, or some that the network does not know.

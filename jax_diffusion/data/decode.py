@@ -105,17 +105,18 @@ class Decoder:
             )
         return pixels if alpha is None else self._composite(pixels, alpha)
 
-    def convert(self, images: np.ndarray) -> np.ndarray:
+    def convert(self, images: np.ndarray, where: str = "the array") -> np.ndarray:
         """Converts images that are arrays already, [... h w c].
 
         Deeper ones than uint8 are scaled by `max_value`, if that is given. Two or four
-        channels are composited on the background, if one is given.
+        channels are composited on the background, if one is given. `where` they are is
+        for errors.
 
         Raises:
             ValueError: if there are values beyond `max_value`.
         """
         if images.dtype != np.uint8 and self._max_value is not None:
-            images = self._to_8_bits(images, "the array")
+            images = self._to_8_bits(images, where)
         if (
             self._given
             and images.dtype == np.uint8
@@ -155,9 +156,10 @@ class Decoder:
         kept = values >> 8
         before, after = len(np.unique(values)), len(np.unique(kept))
         power = 2 ** int(high).bit_length() - 1
+        levels = "gray level becomes" if before == 1 else "gray levels become"
         self._warn(
             f"{where} has 16 bits a pixel and values up to {high}; the upper 8 bits "
-            f"are kept, so that {before} gray levels become {after}. data.load takes "
+            f"are kept, so that {before} {levels} {after}. data.load takes "
             f"the value that is white as max_value, such as {power}."
         )
         return kept.astype(np.uint8)

@@ -197,7 +197,7 @@ def check_images(name: str, images: np.ndarray) -> None:
     """
     got = f"got {images.dtype} {images.shape}"
     if images.dtype.kind in "iuf" and images.dtype != np.uint8:
-        advice = "data.load scales other numbers from 0 to max_value, if that is given"
+        advice = "other numbers are scaled from 0 to config.data.max_value, if given"
         raise ValueError(f"{name} must be uint8 [n h w c], {got}; {advice}.")
     if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         raise ValueError(f"{name} must be uint8 [n h w c] with n >= 1, {got}.")

@@ -279,7 +279,7 @@ def check_used(
     if split is None or reference is None:
         return
     is_path = isinstance(reference, str | os.PathLike)
-    if not is_path or parse_source(os.fspath(reference))[0] in AS_THEY_ARE:
+    if not is_path or parse_source(os.fspath(reference), "reference")[0] in AS_THEY_ARE:
         raise ValueError(
             f"reference_split needs a data set with splits, got {split!r} for images."
         )

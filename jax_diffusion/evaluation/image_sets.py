@@ -81,6 +81,7 @@ def as_image_set(
     split: str = "all",
     batch_size: int,
     like: Run | None = None,
+    field: str = "images",
 ) -> ImageSet:
     """Returns the first n of some images as they are, neither resized nor cropped.
 
@@ -91,6 +92,7 @@ def as_image_set(
         split: which split of a data set that has a NAME: "train", "test" or "all".
         batch_size: number of images in a batch.
         like: a run whose background and max_value of pictures apply, see `data.load`.
+        field: what the images are, for errors.
 
     Raises:
         ValueError: if these are no images, or fewer than n.
@@ -101,7 +103,7 @@ def as_image_set(
     about |= how
     if isinstance(images, str | os.PathLike):
         about["by"] = os.fspath(images)
-        name, path = data.parse_source(about["by"])
+        name, path = data.parse_source(about["by"], field, must_exist=True)
         if name in AS_THEY_ARE:
             found = data.open_images(path or "", decoder=data.Decoder(**how))
             about["sha256"] = found.sha256
@@ -115,7 +117,7 @@ def as_image_set(
         array = np.asarray(images)
         if array.dtype != np.uint8 or array.ndim != 4 or not array.size:
             raise ValueError(
-                "images must be uint8 [n h w c], PATH or NAME:PATH, got "
+                f"{field} must be uint8 [n h w c], PATH or NAME:PATH, got "
                 f"{array.dtype} {array.shape}."
             )
         about["sha256"] = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

@@ -216,7 +216,7 @@ def open_reference(
         if not any(row.needs_reference_features for row in rows.values()):
             return None, moments
     of_set: dict[str, Any] = dict(split=split, batch_size=batch_size, like=run)
-    return as_image_set(reference, **of_set), moments
+    return as_image_set(reference, field="reference", **of_set), moments
 
 
 def check_enough(n: int, rows: Mapping[str, Metric]) -> None:
@@ -362,7 +362,8 @@ def check_shapes(
     if other != shape:
         raise ValueError(
             "images and reference must be of one shape for features that are not "
-            f"Inception's, got {shape} and {other}."
+            f"Inception's, got {shape} and {other}; resize some, or give a run by "
+            "`workdir` and the reference by `data`, which is resized to the run's."
         )
 
 

@@ -58,8 +58,8 @@ def check_inputs(
     row, channels = task.row, run.image_shape[-1]
     if row.needs_noise and not (options.row.adds_noise or options.eta):
         raise ValueError(
-            f"task {task.task!r} needs noise in its steps, by sampler ddpm or by eta, "
-            f"got {options.sampler!r}."
+            f"task {task.task!r} needs noise in its steps, by `sampler` ddpm or by "
+            f"`eta`, got {options.sampler!r}."
         )
     if row.channels not in (None, channels):
         raise ValueError(
@@ -220,7 +220,7 @@ def read_images(
             if task.low_res.dtype != np.float32:
                 rows["low_res"], _ = data.check_arrays(task.low_res, None)
         else:
-            examples = data.open_stored(task.low_res)
+            examples = data.open_stored(task.low_res, field)
     elif task.row.from_images:
         if isinstance(task.images, np.ndarray):
             rows["image"], _ = data.check_arrays(task.images, None)
@@ -233,7 +233,7 @@ def read_images(
         rows["low_res" if field == "low_res" else "image"] = examples.read_all()[0]
         if owner is not None:
             own = task.images is None and task.low_res is None and owner is run
-            remedy = "; give label instead"
+            remedy = "; give `label` instead"
             examples = fit_labels(examples, owner, field, own=own, remedy=remedy)
             labels = examples.labels
     for name, images in rows.items():

@@ -159,7 +159,7 @@ def open_images(
     """
     changes: dict[str, Any] = dict(batch_size=batch_size)
     if source is not None:
-        name, path = data.parse_source(os.fspath(source))
+        name, path = data.parse_source(os.fspath(source), field, must_exist=True)
         h, w, _ = run.image_shape
         changes |= dict(name=name, path=path, image_size=h if h == w else (h, w))
         changes["in_memory"] = None  # that was said of the run's own
@@ -167,7 +167,7 @@ def open_images(
     fits = [run.image_shape, (*run.image_shape[:2], 1)]
     if batches.image_shape not in fits[: 2 if gray else 1]:
         raise ValueError(
-            f"images must be {run.image_shape}, as the run's, got "
+            f"{field} must be {run.image_shape}, as the run's, got "
             f"{batches.image_shape}."
         )
     if not labels or not run.takes_labels:

@@ -219,7 +219,7 @@ def test_arrays_of_more_than_8_bits_need_a_declared_range(tmp_path):
     found = data.load("npz", "all", max_value=4095, **options).images
     np.testing.assert_array_equal(found, scaled(images, 4095))
     with pytest.raises(
-        ValueError, match=r"images must be uint8.* got uint16.*max_value"
+        ValueError, match=r"images of .* must be uint8.* got uint16.*max_value"
     ):
         data.load("npz", "all", **options)
 

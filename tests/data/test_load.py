@@ -4,8 +4,13 @@ import sys
 
 import numpy as np
 import pytest
+from support.networks import Tiny
 
 from jax_diffusion import data
+from jax_diffusion.evaluation.image_sets import as_image_set
+from jax_diffusion.pipeline import Run, open_images
+
+RUN = Run(None, Tiny(), None, None, (4, 4, 1))
 
 
 @pytest.mark.parametrize(
@@ -159,14 +164,37 @@ def test_a_source_of_images_is_a_path_or_a_name_and_a_path(
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("", r"got ''\.$"),
-        ("nowhere", r"got 'nowhere'\.$"),
+        ("", r"got '', which does not exist\.$"),
+        ("nowhere", r"got 'nowhere', which does not exist\.$"),
         ("fodler", r"did you mean 'folder'\?$"),
         ("digit:x/y", r"one of \['digits', 'folder', .*did you mean 'digits'\?$"),
-        ("a.png", r"a \.npz or \.npy file, or NAME:PATH .*got 'a\.png'\.$"),
+        ("a.png", r"a \.npz or \.npy file, or NAME:PATH .*got 'a\.png', which"),
     ],
 )
 def test_what_is_no_source_of_images_is_refused(text, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="^images must be a folder, .*" + words):
-        data.parse_source(text)
+    for field in ("images", "reference", "low_res"):
+        with pytest.raises(ValueError, match=f"^{field} must be a folder, .*" + words):
+            data.parse_source(text, field)
+
+
+@pytest.mark.parametrize("text", ["no.npz", "npz:no.npz", "folder:no", "idx:no", "no"])
+@pytest.mark.parametrize(
+    ("field", "read"),
+    [
+        ("low_res", lambda text: data.open_stored(text, "low_res")),
+        ("reference", lambda text: as_image_set(text, batch_size=1, field="reference")),
+        (
+            "data",
+            lambda text: open_images(RUN, text, "all", batch_size=1, field="data"),
+        ),
+    ],
+)
+def test_images_that_are_missing_are_named_by_their_field(
+    text, field, read, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"^{field} must .*got 'no.*(nothing|not exi)"
+    ):
+        read(text)

@@ -169,7 +169,7 @@ def test_images_beside_moments_in_a_file_are_read_and_moments_alone_refused(tmp_
     np.savez(tmp_path / "moments.npz", **moments)
     np.savez(tmp_path / "both.npz", **moments, arr_0=PIXELS)
     np.testing.assert_array_equal(everything(tmp_path / "both.npz"), PIXELS)
-    with pytest.raises(ValueError, match=r"images or arr_0, got .*mu.*sigma"):
+    with pytest.raises(ValueError, match=r"images .* or arr_0 .*, got .*mu.*sigma"):
         data.open_images(tmp_path / "moments.npz")
 
 
@@ -210,7 +210,7 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, name):
             r"\[n h w c\], got uint8 \(70, 3, 4, 5\), .*transpose",
         ),
         ({"arr_0": PIXELS[:0]}, r"n >= 1, got uint8 \(0, 4, 5, 3\)\.$"),
-        ({"pixels": PIXELS}, r"must have images or arr_0, got \['pixels'\]\.$"),
+        ({"pixels": PIXELS}, r"images .* or arr_0 .*, got \['pixels'\]\.$"),
         ({"arr_0": np.array([{}])}, "of plain arrays, got "),
     ],
     ids=["floats", "one row", "channels first", "none", "unnamed", "pickled"],

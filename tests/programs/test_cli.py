@@ -1,6 +1,7 @@
 """Flags that programs share, and how programs end."""
 
 import argparse
+import warnings
 
 import pytest
 
@@ -22,6 +23,21 @@ def test_programs_end_in_one_sentence_and_a_status(error, status, capsys, monkey
         cli.run_program(main)
     assert stop.value.code == status
     assert capsys.readouterr().err == "error: the rule, and what came.\n"
+
+
+def test_warnings_are_one_line_each(capsys, monkeypatch):
+    monkeypatch.setattr(cli.cpu, "tune", lambda **options: None)
+
+    def main():
+        warnings.warn("few\nimages.", stacklevel=1)
+        warnings.warn("old name", FutureWarning, stacklevel=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        cli.run_program(main)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "warning: few images."
+    assert "FutureWarning: old name" in lines[1] and "test_cli.py" in lines[1]
 
 
 @pytest.mark.parametrize("long", [False, True])
@@ -86,6 +102,11 @@ def test_errors_of_fields_name_their_flags():
         ("guidance_rescale must be 1, got 2.", "--guidance-rescale must be 1, got 2."),
         ("clip must be true, got no.", "--no-clip must be true, got no."),
         ("the run must be one.", "the run must be one."),
+        (
+            "x has none; give `guidance_rescale`.",
+            "x has none; give --guidance-rescale.",
+        ),
+        ("clip needs `clip` and `x`.", "--no-clip needs --no-clip and `x`."),
         ("dataset must be one.", "dataset must be one."),
     ):
         args = argparse.Namespace(guidance_rescale=2.0, no_clip=True)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from support.programs import train as program
 
@@ -71,6 +72,23 @@ def test_training_saves_before_a_damaged_image_stops_it_and_goes_on_without_it(
 def run_program(monkeypatch, *args):
     monkeypatch.setattr("sys.argv", ["train", *map(str, args)])
     program.main()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(background="blu"), "config.data.background must be the name of a color"),
+        (dict(max_value=-1), "config.data.max_value must be"),
+        (dict(max_value=2), "config.data.max_value must be the largest value there is"),
+        ({}, "config.data.max_value, if given"),
+    ],
+)
+def test_check_data_names_fields_of_the_config(fields, words, tmp_path):
+    np.savez(tmp_path / "a.npz", np.full((9, 4, 4, 1), 3.0))
+    fields = dict(name="npz", path=str(tmp_path / "a.npz"), batch_size=1) | fields
+    with pytest.raises(ValueError) as info:
+        program.check_data(ConfigDict(dict(data=fields)))
+    assert words in str(info.value)
 
 
 def test_check_data_lists_damaged_files_of_all_splits(tmp_path, monkeypatch, capsys):
