@@ -10,7 +10,7 @@ A folder gets a PNG for each image and a record of the job; besides, sheets/ has
 and, of whole images, denoising.gif, which no reader of the folder takes for samples. A
 folder that holds something else is refused; --overwrite replaces samples in it.
 FILE.npz has the images as arr_0, uint8 [n, h, w, c], and their labels as arr_1, as in
-improved-diffusion.
+improved-diffusion; where all classes are called by numbers, those are the labels.
 
 Image i depends on the seed and on i alone; another batch size may change a pixel by one
 gray level. A job that ends in FILE.npz continues where it was killed when the same
@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jax_diffusion import checks, cli, plotting
+from jax_diffusion import checks, cli, data, plotting
 from jax_diffusion.data.find import SHEETS
 from jax_diffusion.pipeline import (
     BoundSampler,
@@ -101,7 +101,9 @@ def draw_images(
 
     out = Path(args.out)
     if out.suffix == ".npz":
-        _write_npz(out, args.n, draw, record)
+        owner = run if upsample is None or run.takes_labels else upsample
+        called = data.numbers_called(owner.class_names)
+        _write_npz(out, args.n, draw, record, called)
     else:
         channels = run.image_shape[-1]
         if channels not in (1, 3) and not task.row.is_strip:
@@ -211,16 +213,24 @@ def _with_bar(batches: Batches, *, total: int, initial: int = 0) -> Batches:
 
 
 def _write_npz(
-    out: Path, n: int, draw: Callable[[int], Batches], record: dict[str, Any]
+    out: Path,
+    n: int,
+    draw: Callable[[int], Batches],
+    record: dict[str, Any],
+    called: list[int] | None,
 ) -> None:
-    """Writes one .npz (`arr_0`, labels `arr_1`) as improved-diffusion's, in parts."""
+    """Writes one .npz (`arr_0`, labels `arr_1`) as improved-diffusion's, in parts.
+
+    Where classes are called by numbers, `called`, those are the labels.
+    """
     leader = jax.process_index() == 0
     writer = ResumableNpz(out, record, upgrade_record) if leader else None
     done = min(sharding.broadcast_from_first(writer.done if writer else 0), n)
     batches = draw(done) if done < n else ()
     for frames, labels in _with_bar(batches, total=n, initial=done):
         if writer is not None:
-            writer.add({"arr_0": frames[-1], "arr_1": labels})
+            named = labels if called is None else np.array(called, np.int32)[labels]
+            writer.add({"arr_0": frames[-1], "arr_1": named})
     if writer is not None:
         writer.join(n)
 

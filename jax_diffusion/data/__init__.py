@@ -25,6 +25,10 @@ This module has `load`, which opens a data set by its name in `DATASETS`, and
     config.data = dict(name="npz", path="images.npz", batch_size=128)
     config.data = dict(name="tfds", path="cifar10:3.0.2", batch_size=128)
 
+A folder without splits keeps every tenth image for "test". Splits are folders called
+train, val (valid, validation) and test, and each may have folders of classes, which
+need config.model.num_classes=N.
+
 Images that are not in memory are read ahead of the training step by grain, which
 `pip install 'jax_diffusion[grain]'` installs.
 """
@@ -49,6 +53,7 @@ from jax_diffusion.data.classes import (
     is_number,
     label_table,
     match,
+    numbers_called,
     tell,
 )
 from jax_diffusion.data.damaged import WithoutDamaged, check_examples
@@ -102,6 +107,7 @@ __all__ = [
     "load",
     "load_npz",
     "match",
+    "numbers_called",
     "open_images",
     "open_stored",
     "parse_source",

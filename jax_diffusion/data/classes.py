@@ -40,6 +40,20 @@ def _value(name: str) -> int:
     return int(name) if is_number(name) else 0
 
 
+def numbers_called(names: Sequence[str] | None) -> list[int] | None:
+    """Returns the numbers that classes are called by, if all are: "a number is a name".
+
+    None if some are not, or if two are the same number or too large for a label.
+
+    >>> numbers_called(["1", "02"]), numbers_called(["1", "cat"])
+    ([1, 2], None)
+    """
+    if not names or not all(is_number(name) for name in names):
+        return None
+    found = [int(name) for name in names]
+    return found if len({*found}) == len(found) and max(found) < 2**31 else None
+
+
 def in_words(names: Collection[Any], most: int = 5) -> str:
     """Lists names, shortened where there are many: "ant, bee, ... (12)"."""
     shown = [printable(str(name)) for name in list(names)[:most]]
@@ -112,17 +126,27 @@ def match(examples: Examples, class_names: Names | None, field: str) -> Examples
 
     Args:
         examples: images and labels.
-        class_names: names by label; None leaves the numbers as they are, as does a
-            source without names.
+        class_names: names by label; None leaves the numbers as they are. So does a
+            source without names, unless all of these are numbers: then its are names.
         field: what the examples are, for errors.
 
     Raises:
         ValueError: if they have images of a class that is not among these.
     """
-    own = examples.class_names
-    if own is None or class_names is None or own == class_names:
+    own, called = examples.class_names, numbers_called(class_names)
+    if own is None and class_names is not None and called:
+        most = examples.num_classes  # one more than the largest label, which is large
+        if most > max(called) + 1:
+            raise ValueError(
+                f"{field} must be of the classes {in_words(class_names)}, got labels "
+                f"up to {most - 1}."
+            )
+        own, class_names = range(most), tuple(class_names)
+        table = label_table([*map(str, own)], [*map(str, called)])
+    elif own is None or class_names is None or own == class_names:
         return examples
-    table = label_table(own, class_names)
+    else:
+        table = label_table(own, class_names)
     counts = examples.counts()
     used = np.ones(len(own), bool) if counts is None else counts > 0
     unknown = [own[i] for i in np.flatnonzero(used & (table < 0))]
@@ -155,9 +179,10 @@ def fit_labels(
         ValueError: if there are no labels, or some that the network does not know.
     """
     rule = f"{field} must have labels that the network knows"
-    if not examples.labeled:
-        raise ValueError(f"{rule}, got images without labels{remedy}.")
     own = examples.class_names
+    told = own and (own[0] in class_names if class_names else is_number(own[0]))
+    if not examples.labeled and not told and not (own and num_labels == 1):
+        raise ValueError(f"{rule}, got images without labels{remedy}.")
     if class_names is None and own is not None:
         if not all(is_number(name) for name in own):
             raise ValueError(

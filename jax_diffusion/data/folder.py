@@ -68,7 +68,10 @@ class Folder(Examples):
             square. None leaves them as they are; then all must be as large as the first
             one.
         decoder: decodes them.
-        class_names, labeled, left_out, old_class_names: as of `Examples`.
+        class_names, labeled, left_out, old_class_names: as of `Examples`. A lone class
+            has a name, but its images count as without labels: any folder has a name.
+        beside: paths of the files of other splits; what has colors among them counts,
+            so that all splits have images of one shape.
     """
 
     paths: PackedStrings
@@ -79,15 +82,16 @@ class Folder(Examples):
     labeled: bool = True
     left_out: str = ""
     old_class_names: tuple[str, ...] | None = None  # pyright: ignore
+    beside: PackedStrings | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @functools.cached_property
     def image_shape(self) -> tuple[int, ...]:
-        """(h, w, c); c is 3 if any image has colors, and gray ones are repeated.
+        """(h, w, c); c is 3 if any image of any split has colors.
 
-        Headers are read until one has colors: of a folder of colored images one or a
+        Gray images are repeated then. Headers are read until one has colors: of a folder of colored images one or a
         few, of gray images all. Files without a whole header do not count.
         """
 
@@ -95,12 +99,15 @@ class Folder(Examples):
             found = True
             for row in rows if not colored else ():
                 with contextlib.suppress(DamagedImageError):
-                    found = found and self.decoder.is_gray(self.paths[row])
+                    own = row < len(self)
+                    path = self.paths[row] if own else others[row - len(self)]
+                    found = found and self.decoder.is_gray(path)
             if not found:
                 colored.append(True)  # which tells the other threads to stop
             return found
 
-        n, colored = len(self), []
+        others = self.beside or PackedStrings([])
+        n, colored = len(self) + len(others), []
         # A folder of gray images that has a few colored ones has them in one place.
         sample = np.unique(np.linspace(0, n - 1, HEADERS).astype(int))
         gray = are_gray(sample.tolist()) and all(in_threads(are_gray, np.arange(n)))
@@ -199,15 +206,17 @@ def read_folder(
         numbers = {name: i for i, name in enumerate(class_names)}
         labels = np.fromiter((numbers[c] for c in layout.classes), np.int32, len(paths))
     rows = layout.rows(split)
+    others = np.setdiff1d(np.arange(len(paths)), rows)
     return Folder(
         PackedStrings(paths[i] for i in rows),
         labels[rows],
         image_size,
         decoder or Decoder(),
         class_names,
-        labeled=class_names is not None,
+        labeled=len(class_names or ()) > 1,
         left_out=found.left_out_in_words,
         old_class_names=layout.old_class_names,
+        beside=PackedStrings(paths[i] for i in others),
     )
 
 

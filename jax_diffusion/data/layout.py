@@ -2,13 +2,16 @@
 
 A folder that only wraps another one is looked through. Then its sub-folders are either
 splits, which `SPLIT_FOLDERS` names, or classes; the splits in turn hold classes, or
-none. A layout that could mean two things is refused with what was found.
+none. A layout that could mean two things is refused with what was found, and so are
+folders that may hold images to be held out, such as `dev` or `val2017`.
 """
 
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +27,17 @@ SPLIT_FOLDERS = {
     "test": ("test", "testing"),
 }
 ROLES = {name: role for role, names in SPLIT_FOLDERS.items() for name in names}
+TRAINED_ON = SPLIT_FOLDERS["train"]
+# Other names of held-out images, which are not read.
+OTHER_SPLITS = ("dev", "eval", "evaluation", "holdout", "hold-out", "hold_out")
+_ANY = "|".join([*ROLES, *OTHER_SPLITS])
+# Such as "val2017", "train-images" and CycleGAN's "testA"; or "images_test".
+LIKE_A_SPLIT = re.compile(
+    rf"(?i:(.*[\W_])?({_ANY}))|(?i:{_ANY})([\W\d_].*|[A-Z])", re.DOTALL
+)
+HELD_OUT = re.compile(
+    rf"(?i:{'|'.join({*ROLES, *OTHER_SPLITS} - {*TRAINED_ON})})[\W_]?\d*"
+)
 
 
 class Layout(NamedTuple):
@@ -143,9 +157,11 @@ def read_layout(root: Path, names: Sequence[str]) -> Layout:
             have classes, or if sub-folders may be splits as well as classes.
     """
     whole = _Part(root, range(len(names)), list(names))
-    (part,) = _look_through([whole], stop=ROLES)
-    by_split = find_splits(part)
-    parts = _look_through([*by_split.values()] or [part])
+    part, by_split = _outermost_splits(whole)
+    parts = [*by_split.values()] or [part]
+    check_held_out(parts, root)
+    parts = _look_through(parts)
+    parts = _with_prefixes(parts)
     classes = find_classes(parts, root)
     listed: list[str] | None = None
     if classes is not None:
@@ -167,13 +183,31 @@ def read_layout(root: Path, names: Sequence[str]) -> Layout:
     return Layout(root, len(names), splits, listed, then)
 
 
-def _look_through(parts: list[_Part], stop: Collection[str] = ()) -> list[_Part]:
-    """Enters folders that only wrap another one, of one name in all parts."""
+def _look_through(parts: list[_Part], to_splits: bool = False) -> list[_Part]:
+    """Enters folders that only wrap another one, of one name in all parts.
+
+    Args:
+        parts: files of one split each.
+        to_splits: whether to stop at folders that may be splits.
+    """
     while len(wraps := {part.wraps for part in parts}) == 1:
-        if (only := wraps.pop()) == "" or only.lower() in stop:
+        if (only := wraps.pop()) == "":
+            break
+        if to_splits and (only.lower() in ROLES or HELD_OUT.fullmatch(only)):
             break
         parts = [part.inside(part.wraps) for part in parts]
     return parts
+
+
+def _outermost_splits(part: _Part) -> tuple[_Part, dict[str, _Part]]:
+    """The part that has the splits, and these; a lone split may wrap all of them."""
+    (part,) = _look_through([part], to_splits=True)
+    found = find_splits(part)
+    if len(found) == 1:
+        inside, within = _outermost_splits(*found.values())
+        if within.keys() - {"train"}:
+            return inside, within
+    return part, found
 
 
 def find_splits(part: _Part) -> dict[str, _Part]:
@@ -183,7 +217,8 @@ def find_splits(part: _Part) -> dict[str, _Part]:
     rule = f"folders of {part.where} must be splits or classes"
     if roles and others:
         # A class may well be called "train", as in CIFAR-100.
-        if [*roles.values()] == ["train"] and all(part.tops.values()):
+        like = any(LIKE_A_SPLIT.fullmatch(name) for name in others)
+        if [*roles.values()] == ["train"] and all(part.tops.values()) and not like:
             return {}
         raise ValueError(
             f"{rule}, got the splits {in_words(roles)} beside {in_words(others)}."
@@ -194,6 +229,42 @@ def find_splits(part: _Part) -> dict[str, _Part]:
     return {
         role: part.inside(by_role[role]) for role in SPLIT_FOLDERS if role in by_role
     }
+
+
+def check_held_out(parts: list[_Part], root: Path) -> None:
+    """Checks that no folders within splits, or beside classes, may be splits.
+
+    Raises:
+        ValueError: if images would be trained on that may be held out.
+    """
+    for part in parts:
+        folders = {path.rpartition(os.sep)[0] for path in part.rest} - {""}
+        names = {*itertools.chain.from_iterable(f.split(os.sep) for f in folders)}
+        found = {name for name in names if HELD_OUT.fullmatch(name)}
+        tops = {top for top in part.tops if LIKE_A_SPLIT.fullmatch(top)}
+        if len(tops) == len(part.tops) > 1 and not all(
+            top.lower().startswith(TRAINED_ON) for top in tops
+        ):
+            found |= tops
+        if found:
+            raise ValueError(
+                f"folders of {root} must be splits, called train, val or test, and in "
+                f"them classes, got {in_words(sorted(found))} in {part.where}, which "
+                "may be splits: move or rename them."
+            )
+
+
+def _with_prefixes(parts: list[_Part]) -> list[_Part]:
+    """Enters a lone folder of images whose names tell several classes apart."""
+    (only, *more), *others = [[*part.tops] for part in parts]
+    if more or not only or any(tops != [only] for tops in others):
+        return parts
+    inner = [part.inside(only) for part in parts]
+    if any([*part.tops] != [""] for part in inner):
+        return parts
+    found = [part.classes() for part in inner]
+    several = len({name for own in found for name in own or ()}) > 1
+    return inner if several and all(found) else parts
 
 
 def find_classes(parts: list[_Part], root: Path) -> list[list[str]] | None:

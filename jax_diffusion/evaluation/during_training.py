@@ -124,6 +124,11 @@ class PeriodicEvaluation:
         self._test = None
         if bpd_images:  # found now if its labels are wrong
             test, field = open_split(run.config, "test"), "the test split"
+            if test.image_shape != run.image_shape:
+                raise ValueError(
+                    f"{field} must have images {run.image_shape}, as those of training,"
+                    f" got {test.image_shape}."
+                )
             if run.takes_labels:
                 some = fit_labels(test.examples, run, field, own=True)
                 test = dataclasses.replace(test, examples=some)

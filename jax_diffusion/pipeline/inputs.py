@@ -4,6 +4,7 @@ That is: labels, images of tasks, small images to enlarge, a classifier that gui
 """
 
 import os
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,13 @@ import numpy as np
 from jax_diffusion import data
 from jax_diffusion.models import traits
 from jax_diffusion.pipeline.options import SamplingOptions
-from jax_diffusion.pipeline.run import Run, fit_labels, load_run, open_images
+from jax_diffusion.pipeline.run import (
+    Run,
+    fit_labels,
+    load_run,
+    old_names,
+    open_images,
+)
 from jax_diffusion.pipeline.tasks import TaskOptions
 
 
@@ -182,22 +189,33 @@ def _labels_of(other: Run | None, owner: Run | None) -> np.ndarray | None:
         return None
     table = np.arange(owner.num_labels)
     own, others = _names_beside(owner, other), _names_beside(other, owner)
-    if own is not None and others is not None:
+    # A number is a name to the side whose classes are all called by numbers.
+    if others is None and (called := data.numbers_called(own)):
+        own, others = _as_text(called), _as_text(range(other.num_labels))
+    elif own is None and (called := data.numbers_called(others)):
+        own, others = _as_text(range(owner.num_labels)), _as_text(called)
+    if own and others:
         table = np.full(owner.num_labels, -1)
         found = data.label_table(own, others)
         table[: len(found)] = found[: len(table)]
     return np.where(table < other.num_labels, table, -1).astype(np.int32)
 
 
-def _names_beside(run: Run, other: Run) -> tuple[str, ...] | None:
-    """What a run's labels are called; of one of version 0.1, as the other one tells.
+def _as_text(numbers: Iterable[int]) -> tuple[str, ...]:
+    return tuple(map(str, numbers))
 
-    That version sorted the classes of a folder as text.
+
+def _names_beside(run: Run, other: Run) -> tuple[str, ...] | None:
+    """What a run's labels are called; of one of version 0.1, as its own folder tells.
+
+    If that cannot be read, the other one tells: that version sorted the classes of a
+    folder as text.
     """
-    names = run.class_names
-    if names is None and other.class_names and run.config.data.get("name") == "folder":
-        if len(other.class_names) == run.num_labels:
-            return tuple(sorted(other.class_names))
+    if run.class_names is not None:
+        return run.class_names
+    names = old_names(run)
+    if names == () and len(other.class_names or ()) == run.num_labels:
+        return tuple(sorted(other.class_names or ()))
     return names
 
 

@@ -194,19 +194,47 @@ def fit_labels(
     Raises:
         ValueError: if there are no labels, or some that the run does not know.
     """
-    names, was_named = run.class_names, examples.old_class_names
-    alike = own or (
-        run.config.data.get("name") == "folder"
-        and len(was_named or ()) == run.num_labels
-    )
-    if names is None and alike:
-        names = was_named
+    names = run.class_names
+    if names is None:
+        # Numbers stay what they are to it; names are what its own folder calls them.
+        named = examples.class_names is not None
+        names = examples.old_class_names if own else (old_names(run) if named else None)
     if names == () and examples.class_names:
+        got = f"got {data.in_words(examples.class_names)}"
+        if own:
+            raise ValueError(
+                f"{field} must have the classes of the run, which version 0.1 read "
+                f"otherwise from this folder, {got}."
+            )
         raise ValueError(
-            f"{field} must have the classes of the run, which version 0.1 read "
-            f"otherwise from this folder, got {data.in_words(examples.class_names)}."
+            f"{field} must have labels that the network knows, which knows its classes "
+            "by number only, as the data that it was trained with do not tell their "
+            f"names, {got}{remedy}."
         )
     return data.fit_labels(examples, names, run.num_labels, field, remedy)
+
+
+def old_names(run: Run) -> tuple[str, ...] | None:
+    """What the labels of a run of version 0.1 are called, as its own folder tells.
+
+    That version recorded no names, and sorted the classes of a folder as text.
+
+    Args:
+        run: without class names.
+
+    Returns:
+        The names by label; () if the folder cannot be read any more, or has other
+        classes; None for other data, whose labels were numbers.
+    """
+    fields = run.config.get("data") or {}
+    if fields.get("name") != "folder":
+        return None
+    try:
+        found = data.open_examples("folder", "all", fields.get("path"), 1)
+    except ValueError:
+        return ()
+    names = found.old_class_names or ()
+    return names if len(names) == run.num_labels else ()
 
 
 def match_classes(batches: data.Batches, saved: Mapping[str, Any]) -> data.Batches:

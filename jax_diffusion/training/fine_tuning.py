@@ -26,11 +26,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jax_diffusion import config as configs
+from jax_diffusion import data
 from jax_diffusion.config import Config
 from jax_diffusion.interop.importing import load_checkpoint
 from jax_diffusion.interop.released import RELEASED
 from jax_diffusion.models import example_inputs, traits
 from jax_diffusion.pipeline import Run, load_run
+from jax_diffusion.pipeline.run import old_names
 from jax_diffusion.runtime import checkpoint, sharding
 from jax_diffusion.runtime.files import leaves_by_name
 from jax_diffusion.training import TrainState
@@ -93,9 +95,12 @@ def load_weights(source: Run | str, config: Config, setup: TrainingSetup) -> Wei
         *(setup.model, setup.batches.image_shape, config.label_dropout),
         getattr(setup.batches, "class_names", None),
     )
+    names = old_names(run) if run.class_names is None else run.class_names
+    if names == ():  # as nobody knows them, they are none of ours
+        names = [f"class {i} of version 0.1" for i in range(run.num_labels)]
     theirs = classes_of(
         *(run.model, run.image_shape, run.config.get("label_dropout", 0.0)),
-        getattr(run, "class_names", None),
+        names,
     )
     differs = configs.differences(_plain(run.config), _plain(config))
     differs = [
@@ -207,8 +212,13 @@ def match_rows(ours: Classes, theirs: Classes) -> dict[int, int]:
     """Finds the row of the source for rows of the network, by number of the row.
 
     By the names of the classes if both sides have some; else by number, if there are as
-    many. The row of hidden labels is matched in any case.
+    many. A number is a name to the side whose classes are all called by numbers. The
+    row of hidden labels is matched in any case.
     """
+    ours, theirs = (
+        Classes(c.axes, [str(k) if isinstance(k, int) and called else k for k in c.keys])
+        for c, called in ((ours, by_numbers(theirs)), (theirs, by_numbers(ours)))
+    )
     named = [
         any(isinstance(k, str) and k != HIDDEN for k in c.keys) for c in (ours, theirs)
     ]
@@ -221,6 +231,14 @@ def match_rows(ours: Classes, theirs: Classes) -> dict[int, int]:
         elif not all(named) and counts[0] == counts[1]:
             rows[row] = row
     return rows
+
+
+def by_numbers(classes: Classes) -> bool:
+    """Tells whether all classes have names, and all names are numbers."""
+    names = [key for key in classes.keys if key != HIDDEN]
+    return all(isinstance(k, str) for k in names) and bool(
+        data.numbers_called([str(k) for k in names])
+    )
 
 
 def make_init(

@@ -117,7 +117,8 @@ def make_setup(
         rows = sharding.host_rows(mesh, batches.batch_size)
     image_shape = batches.image_shape
     model = configs.make_network(config, objective, image_shape[-1])
-    check_fit(config, model, batches)
+    old = saved is not None and "class_names" not in saved
+    check_fit(config, model, batches, fresh=fresh, old=old)
     if saved is not None and Run(config, model, None, objective, ()).takes_labels:
         batches = match_classes(batches, saved)
     if fresh:
@@ -330,13 +331,22 @@ def check_attention(
         )
 
 
-def check_fit(config: Config, model: nn.Module, batches: data.Batches) -> None:
+def check_fit(
+    config: Config,
+    model: nn.Module,
+    batches: data.Batches,
+    *,
+    fresh: bool = True,
+    old: bool = False,
+) -> None:
     """Checks that the network takes these labels and image sizes.
 
     Args:
         config: its label_dropout, low_res_size and microbatches are checked.
         model: the network, as `config.build` has built it.
         batches: the training images and their labels.
+        fresh: whether the run begins now: then it has as many classes as the data name.
+        old: whether it continues a run of version 0.1.
 
     Raises:
         ValueError: that names the field.
@@ -350,18 +360,24 @@ def check_fit(config: Config, model: nn.Module, batches: data.Batches) -> None:
     # `config.build` has added the class of hidden labels.
     taken = known.num_classes and known.num_classes - bool(share)
     names = batches.class_names
-    named = f" of the classes {data.in_words(names)}" if names else ""
     for name, count in (("num_classes", taken), ("num_labels", known.num_labels)):
-        if count is not None and not batches.labeled:
+        if count is None:
+            continue
+        field = f"config.model.{name}"
+        # What version 0.1 took without labels goes on as it began.
+        if not batches.labeled and count > 1 and not old:
             raise ValueError(
-                f"training images must have labels for config.model.{name} = {count}, "
-                "got images without labels."
+                f"training images must have labels for {field} = {count}, got images "
+                f"without labels{f', all in {names[0]!r}' if names else ''}."
             )
-        if count is not None and batches.num_classes > count:
+        most = batches.num_classes
+        if names and (most > count or (fresh and most < count)):
             raise ValueError(
-                f"labels must be below config.model.{name} = {count}, got "
-                f"{batches.num_classes - 1}{named}."
+                f"{field} must be {most}, as the data have classes "
+                f"({data.in_words(names)}), got {count}."
             )
+        if most > count:
+            raise ValueError(f"labels must be below {field} = {count}, got {most - 1}.")
     if batches.batch_size % config.microbatches:
         raise ValueError(
             f"config.microbatches must divide the batch of {batches.batch_size} images,"

@@ -231,6 +231,22 @@ def test_gray_among_colors_is_repeated_whatever_comes_first(
     np.testing.assert_array_equal(stored.read(np.arange(3)), expected)
 
 
+@pytest.mark.parametrize("colored", ["train/3.png", "test/0.png", "valid/1.png"])
+def test_all_splits_have_images_of_one_shape(tmp_path, colored):
+    for split in ("train", "test", "valid"):
+        for i in range(4):
+            name = f"{split}/{i}.png"
+            save(tmp_path / name, flat(i) if name == colored else flat(i)[..., 0])
+    for split in data.SPLITS:
+        assert load_folder(tmp_path, split)[0].shape[1:] == (4, 4, 3)
+    digest = folder.open_folder("train", tmp_path, 4).digest
+    save(tmp_path / colored, flat(0)[..., 0])
+    for split in data.SPLITS:
+        assert load_folder(tmp_path, split)[0].shape[1:] == (4, 4, 1)
+    if "train" not in colored:  # what the run was trained with is still the same
+        assert folder.open_folder("train", tmp_path, 4).digest == digest
+
+
 def test_of_colored_images_few_headers_are_read(tmp_path, monkeypatch):
     for i in range(20):
         save(tmp_path / f"{i}.png", flat(i))

@@ -26,7 +26,7 @@ def read(root, split):
     found = folder.read_folder(split, root, 8)
     names = found.class_names or [None]
     paths = [found.paths[i] for i in range(len(found))]
-    assert found.labeled == (found.class_names is not None)
+    assert found.labeled == (len(found.class_names or ()) > 1)
     return {
         path[len(str(root)) + 1 :]: names[label]
         for path, label in zip(paths, found.labels, strict=True)
@@ -104,6 +104,40 @@ def test_what_is_hidden_or_no_image_is_left_out_and_counted(tmp_path):
     assert re.search(r"[34] hidden", found.left_out)
 
 
+@pytest.mark.parametrize("wrap", ["train", "test", "data/Training", "train/train"])
+def test_splits_are_found_in_a_folder_that_is_called_like_a_split(tmp_path, wrap):
+    touch(tmp_path, classes(f"{wrap}/train", f"{wrap}/test"))
+    for split in ("train", "test"):
+        found = read(tmp_path, split)
+        assert [*found] == classes(f"{wrap}/{split}")
+        assert [*found.values()] == ["cat", "cat", "dog", "dog"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"images/{i}.png" for i in range(3)],
+        [f"IMG_{i:04d}.png" for i in range(3)],
+        [f"images/IMG_{i:04d}.png" for i in range(3)],
+        [f"{split}/images/{i}.png" for split in ("train", "test") for i in range(3)],
+        [f"{split}/IMG_{i}.png" for split in ("train", "test") for i in range(3)],
+    ],
+)
+def test_one_class_is_as_good_as_no_labels(tmp_path, names):
+    touch(tmp_path, names)
+    found = folder.read_folder("all", tmp_path, 8)
+    assert len(found) == len(names) and not found.labeled
+
+
+@pytest.mark.parametrize("top", ["", "images/", "train/", "data/images/"])
+def test_prefixes_are_classes_also_in_a_lone_folder(tmp_path, top):
+    names = [f"{top}{name}_{i}.png" for name in ("cat", "dog") for i in range(2)]
+    touch(tmp_path, names)
+    assert read(tmp_path, "all") == dict(zip(names, 2 * ["cat"] + 2 * ["dog"]))
+    touch(tmp_path / "split", [f"{s}/{n}" for s in ("train", "test") for n in names])
+    assert [*read(tmp_path / "split", "test").values()] == 2 * ["cat"] + 2 * ["dog"]
+
+
 REFUSED = {
     "loose images beside classes": (
         [*classes("."), "overview.png"],
@@ -149,7 +183,51 @@ REFUSED = {
         [*classes("train/images"), *classes("test")],
         r"train/images must be a class that other splits have",
     ),
+    "splits in classes": (
+        classes("cat", "dog", names=("train", "test")),
+        r"must be splits, called train, val or test, .*got test in .*may be splits",
+    ),
+    "splits in classes of a split": (
+        [*classes("train"), "train/cat/old/val/0.png", *classes("test")],
+        r"got val in .*train, which may be splits",
+    ),
+    "a split by another name beside one": (
+        [f"{split}/{i}.png" for split in ("train", "dev") for i in range(2)],
+        r"got the splits train beside dev\.$",
+    ),
+    "classes of a split by another name beside one": (
+        classes("train", "dev"),
+        r"got the splits train beside dev\.$",
+    ),
+    "a split by another name, alone": (
+        classes("holdout"),
+        r"got holdout in .*may be splits",
+    ),
+    "train and the year of a validation": (
+        [f"{split}/{i}.png" for split in ("train", "val2017") for i in range(2)],
+        r"got the splits train beside val2017\.$",
+    ),
+    "splits with years": (
+        [f"{split}/{i}.png" for split in ("train2017", "val2017") for i in range(2)],
+        r"got train2017, val2017 in .*may be splits",
+    ),
+    "splits with letters": (
+        [f"{split}/0.png" for split in ("trainA", "testA", "trainB", "testB")],
+        r"got testA, testB, trainA, trainB in .*may be splits",
+    ),
+    "splits at the end of names": (
+        [f"images_{split}/0.png" for split in ("train", "test")],
+        r"got images_test, images_train in .*may be splits",
+    ),
 }
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "bus"), ("train_station", "bus", "test_tube"), ("valley", "x")]
+)
+def test_classes_may_be_called_a_little_like_splits(tmp_path, names):
+    touch(tmp_path, classes(".", names=names))
+    assert {*read(tmp_path, "all").values()} == {*names}
 
 
 @pytest.mark.parametrize("what", REFUSED)

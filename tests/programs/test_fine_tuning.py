@@ -152,6 +152,9 @@ def classes(names=None, count=4, hidden=False):
         (classes(["b"], 1, True), classes(["a", "b"], 2, True), {0: 1, 1: 2}),
         (classes(["a", "b"], 2), classes(count=2), {0: 0, 1: 1}),
         (classes(["a", "b"], 2), classes(count=3), {}),
+        (classes(["1", "2", "3"], 3), classes(count=3), {0: 1, 1: 2}),
+        (classes(count=3), classes(["1", "2", "3"], 3), {1: 0, 2: 1}),
+        (classes(["0", "1"], 2, True), classes(count=2, hidden=True), {0: 0, 1: 1, 2: 2}),
     ],
 )
 def test_rows_of_classes_are_matched_by_name_or_by_number(ours, theirs, rows):
@@ -197,6 +200,26 @@ def test_rows_go_to_the_class_of_the_same_name(images, source, monkeypatch):
         assert same(table[ours.index(name)], old[theirs.index(name)])
     assert weights.record["anew"] == ["label/embedding of yak"]
     assert not any(same(table[3], row) for row in old)
+
+
+def test_rows_of_version_0_1_go_to_the_names_of_its_own_folder(
+    images, source, monkeypatch
+):
+    """That version sorted 2, 10, 9, 1 as text."""
+    monkeypatch.setattr(data.Batches, "class_names", ("1", "2", "9", "10"))
+    run = jd.load_run(source)
+    old = run.params["label"]["embedding"]
+    for then, rows in (
+        (("1", "10", "2", "9"), [0, 2, 3, 1]),
+        ((), []),  # the folder is not there any more
+    ):
+        monkeypatch.setattr(fine_tuning, "old_names", lambda run, then=then: then)
+        state, weights = begin(tiny_config(images, **LABELED), run)
+        table = state.params["label"]["embedding"]
+        assert bool(weights.record["anew"]) == (not rows)
+        for ours, theirs in enumerate(rows):
+            assert same(table[ours], old[theirs])
+        assert rows or not any(same(a, b) for a in table for b in old)
 
 
 def test_a_network_without_labels_gets_them(images, source, tmp_path):

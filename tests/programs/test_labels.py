@@ -115,6 +115,7 @@ SOURCES = {
     "no classes": (dict(names=(".",)), r"must have labels .* without labels"),
     "numbers": (dict(labels=[0, 3]), [0, 3]),
     "text": (dict(labels=["owl", "cat"]), [1, 3]),
+    "a lone class of another name": (dict(names=("pic",)), r"got images without label"),
     "unknown text": (dict(labels=["owl", "bee"]), r"got bee\."),
     "too large": (dict(labels=[0, 4]), r"must be below 4, got 4"),
     "no labels": (dict(labels=None), r"must have labels .* without labels"),
@@ -298,6 +299,89 @@ def test_what_version_0_1_read_otherwise_is_refused(tmp_path):
     run = jd.load_run(make_run(tmp_path / "run", data=source, model=model))
     with pytest.raises(ValueError, match=r"which version 0\.1 read otherwise"):
         pipeline.open_images(run, None, "test", batch_size=1)
+
+
+def old_run(root, names, **changes):
+    """A run of version 0.1 on a folder of these classes."""
+    write_classes(root / "own", names, n=1)
+    source = dict(name="folder", path=str(root / "own"), image_size=8, batch_size=1)
+    model = UNET | dict(num_classes=len(names))
+    return jd.load_run(make_run(root / "run", data=source, model=model, **changes))
+
+
+def test_classes_of_version_0_1_are_called_as_in_its_own_folder(tmp_path):
+    names = [str(i) for i in range(12)]
+    run = old_run(tmp_path, names)
+    then = sorted(names)
+    some = write_classes(tmp_path / "some", ("2", "3", "10"), n=1)
+    alone = write_classes(tmp_path / "alone", ("2",), n=1)
+    other = write_classes(tmp_path / "other", [f"c{i}" for i in range(12)], n=1)
+
+    def labels(path):
+        return sorted({*labels_of(run, task="edit", images=path)[0]})
+
+    known = [then.index(name) for name in ("2", "3", "10")]
+    assert labels(some) == sorted(known) and labels(alone) == known[:1]
+    with pytest.raises(ValueError, match=r"must be of the classes .*, got c0, c1"):
+        labels(other)
+    lone_numbers = make_source(tmp_path, labels=[2, 3])  # numbers stay what they are
+    assert labels(lone_numbers) == [2, 3]
+    (tmp_path / "own").rename(tmp_path / "gone")
+    for path in (some, alone, other):
+        with pytest.raises(ValueError, match=r"by number only.*; give label instead"):
+            labels(path)
+    assert labels(lone_numbers) == [2, 3]
+    assert labels_of(run, task="edit", images=some, label=3)[0] == [3]
+
+
+def test_a_folder_of_one_class_brings_no_labels_to_a_run_of_version_0_1(tmp_path):
+    write_classes(tmp_path / "own", ("images",))
+    source = dict(name="folder", path=str(tmp_path / "own"), image_size=8, batch_size=1)
+    run = jd.load_run(make_run(tmp_path / "run", data=source, **LABELS))
+    with pytest.raises(ValueError, match=r"without labels; give label instead\.$"):
+        labels_of(run, task="edit")
+    assert labels_of(run, task="edit", label=2)[0] == [2]
+
+
+# Numbers beside names that are numbers
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (("1", "2", "10"), {1: 0, 2: 1, 10: 2}),
+        (("0", "1", "2"), {0: 0, 1: 1, 2: 2}),
+        (("02", "5"), {2: 0, 5: 1}),
+        (("1", "cat"), {0: 0, 1: 1}),
+        (("1", "01"), {0: 0, 1: 1}),  # which one is meant?
+    ],
+)
+def test_a_number_is_a_name_where_all_classes_are_called_by_numbers(names, expected):
+    labels = np.array([*expected], np.int32)
+    images = np.zeros((len(labels), 8, 8, 1), np.uint8)
+    found = data.fit_labels(data.InMemory(images, labels), names, len(names), "data")
+    assert found.labels.tolist() == [*expected.values()]
+    for unknown in (9, 11):
+        wrong = data.InMemory(images[:1], np.array([unknown], np.int32))
+        with pytest.raises(ValueError, match=r"^(data must be of|labels of the data)"):
+            data.fit_labels(wrong, names, len(names), "data")
+
+
+def test_second_networks_and_files_of_samples_know_numbers_by_name(
+    runs, tmp_path, monkeypatch
+):
+    numbered = runs["numbered"]  # of the classes 1, 2, 10
+    guide = dataclasses.replace(runs["classifier"], class_names=None)  # 0, 1, 2
+    assert labels_of(numbered, label="1,2", guide=guide)[1] == [1, 2]
+    with pytest.raises(ValueError, match=r"^classifier must know .* not know 10\.$"):
+        labels_of(numbered, label="10", guide=guide)
+    argv = ["sample", "--workdir", str(numbered.workdir), "--n", "2", "--steps", "1"]
+    argv += ["--label", "10,2", "--out", str(tmp_path / "a.npz")]
+    monkeypatch.setattr("sys.argv", argv)
+    sample.main()
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["arr_1"], [10, 2])
+    again = labels_of(numbered, task="edit", images=tmp_path / "a.npz")[0]
+    assert again == labels_of(numbered, label="10,2")[0]
 
 
 # The programs

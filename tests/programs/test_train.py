@@ -304,6 +304,34 @@ def test_bad_input_is_refused_before_anything_is_written(overrides, words, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("names", "num_classes", "words"),
+    [
+        (("cat", "dog"), 10, r"must be 2, as the data have classes \(cat, dog\), got 10"),
+        (("a", "b", "c"), 2, r"must be 3, as the data have classes \(a, b, c\), got 2"),
+        (("photos",), 10, r"must have labels .*num_classes = 10, .* all in 'photos'\.$"),
+        ((".",), 2, r"must have labels .*num_classes = 2, got images without labels\.$"),
+    ],
+)
+def test_a_new_network_has_as_many_classes_as_its_data_name(
+    names, num_classes, words, tmp_path
+):
+    for name, i in itertools.product(names, range(20)):
+        (tmp_path / "own" / name).mkdir(parents=True, exist_ok=True)
+        file = tmp_path / "own" / name / f"{i}.png"
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(file)
+    config = smoke_of(f"--config.model.num_classes={num_classes}")
+    path = str(tmp_path / "own")
+    config.data = dict(name="folder", path=path, image_size=8, batch_size=16)
+    for init_from in (None, "runs/none"):
+        with pytest.raises(ValueError, match=words):
+            train.train(config, tmp_path / "run", init_from=init_from)
+    if num_classes > len(names) > 1:  # a run that began so goes on so
+        batches = data.load(**config.data)
+        model = settings.build(config, 1).model
+        setup.check_fit(config, model, batches, fresh=False)
+
+
+@pytest.mark.parametrize(
     ("name", "overrides", "words"),
     [
         ("smoke", ["label_dropout=1.0"], r"must be a number in \[0, 1\), got 1\.0"),
