@@ -91,8 +91,9 @@ class Folder(Examples):
     def image_shape(self) -> tuple[int, ...]:
         """(h, w, c); c is 3 if any image of any split has colors.
 
-        Gray images are repeated then. Headers are read until one has colors: of a folder of colored images one or a
-        few, of gray images all. Files without a whole header do not count.
+        Gray images are repeated then. Headers are read until one has colors: of a
+        folder of colored images one or a few, of gray images all. Files without a whole
+        header do not count.
         """
 
         def are_gray(rows: list[int]) -> bool:

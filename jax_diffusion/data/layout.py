@@ -161,7 +161,7 @@ def read_layout(root: Path, names: Sequence[str]) -> Layout:
     parts = [*by_split.values()] or [part]
     check_held_out(parts, root)
     parts = _look_through(parts)
-    parts = _with_prefixes(parts)
+    parts = with_prefixes(parts)
     classes = find_classes(parts, root)
     listed: list[str] | None = None
     if classes is not None:
@@ -254,7 +254,7 @@ def check_held_out(parts: list[_Part], root: Path) -> None:
             )
 
 
-def _with_prefixes(parts: list[_Part]) -> list[_Part]:
+def with_prefixes(parts: list[_Part]) -> list[_Part]:
     """Enters a lone folder of images whose names tell several classes apart."""
     (only, *more), *others = [[*part.tops] for part in parts]
     if more or not only or any(tops != [only] for tops in others):

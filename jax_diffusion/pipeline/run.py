@@ -197,8 +197,10 @@ def fit_labels(
     names = run.class_names
     if names is None:
         # Numbers stay what they are to it; names are what its own folder calls them.
-        named = examples.class_names is not None
-        names = examples.old_class_names if own else (old_names(run) if named else None)
+        if own and (examples.labeled or run.num_labels == 1):
+            names = examples.old_class_names
+        elif not own and examples.class_names:
+            names = old_names(run)
     if names == () and examples.class_names:
         got = f"got {data.in_words(examples.class_names)}"
         if own:

@@ -216,7 +216,9 @@ def match_rows(ours: Classes, theirs: Classes) -> dict[int, int]:
     row of hidden labels is matched in any case.
     """
     ours, theirs = (
-        Classes(c.axes, [str(k) if isinstance(k, int) and called else k for k in c.keys])
+        Classes(
+            c.axes, [str(k) if isinstance(k, int) and called else k for k in c.keys]
+        )
         for c, called in ((ours, by_numbers(theirs)), (theirs, by_numbers(ours)))
     )
     named = [

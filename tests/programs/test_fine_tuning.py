@@ -154,7 +154,11 @@ def classes(names=None, count=4, hidden=False):
         (classes(["a", "b"], 2), classes(count=3), {}),
         (classes(["1", "2", "3"], 3), classes(count=3), {0: 1, 1: 2}),
         (classes(count=3), classes(["1", "2", "3"], 3), {1: 0, 2: 1}),
-        (classes(["0", "1"], 2, True), classes(count=2, hidden=True), {0: 0, 1: 1, 2: 2}),
+        (
+            classes(["0", "1"], 2, True),
+            classes(count=2, hidden=True),
+            {0: 0, 1: 1, 2: 2},
+        ),
     ],
 )
 def test_rows_of_classes_are_matched_by_name_or_by_number(ours, theirs, rows):

@@ -1,5 +1,6 @@
 """The programs, from the command line's side: train, resume, stop, sample, score."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -306,10 +307,22 @@ def test_bad_input_is_refused_before_anything_is_written(overrides, words, tmp_p
 @pytest.mark.parametrize(
     ("names", "num_classes", "words"),
     [
-        (("cat", "dog"), 10, r"must be 2, as the data have classes \(cat, dog\), got 10"),
+        (
+            ("cat", "dog"),
+            10,
+            r"must be 2, as the data have classes \(cat, dog\), got 10",
+        ),
         (("a", "b", "c"), 2, r"must be 3, as the data have classes \(a, b, c\), got 2"),
-        (("photos",), 10, r"must have labels .*num_classes = 10, .* all in 'photos'\.$"),
-        ((".",), 2, r"must have labels .*num_classes = 2, got images without labels\.$"),
+        (
+            ("photos",),
+            10,
+            r"must have labels .*num_classes = 10, .* all in 'photos'\.$",
+        ),
+        (
+            (".",),
+            2,
+            r"must have labels .*num_classes = 2, got images without labels\.$",
+        ),
     ],
 )
 def test_a_new_network_has_as_many_classes_as_its_data_name(
