@@ -138,8 +138,8 @@ def read_inputs(
     guide_labels = _labels_of(guide, owner)
     upsample_labels = _labels_of(upsample, owner)
     names = owner and owner.class_names
-    if guide_labels is not None and not names:  # the first ones are those both know
-        known = int((guide_labels >= 0).sum())
+    if guide_labels is not None and not names:  # up to the last one that both know
+        known = 1 + int(np.flatnonzero(guide_labels >= 0).max(initial=-1))
     wanted = options.labels(known, names)
     rows, labels = read_images(run, task, owner if wanted is None else None)
     if wanted is not None:

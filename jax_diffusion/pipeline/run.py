@@ -209,9 +209,9 @@ def fit_labels(
                 f"otherwise from this folder, {got}."
             )
         raise ValueError(
-            f"{field} must have labels that the network knows, which knows its classes "
-            "by number only, as the data that it was trained with do not tell their "
-            f"names, {got}{remedy}."
+            f"{field} must have labels of the network, whose classes are known by "
+            "number only, as its own folder cannot be read or has other classes now, "
+            f"{got}{remedy}."
         )
     return data.fit_labels(examples, names, run.num_labels, field, remedy)
 

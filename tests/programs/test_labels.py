@@ -328,7 +328,7 @@ def test_classes_of_version_0_1_are_called_as_in_its_own_folder(tmp_path):
     assert labels(lone_numbers) == [2, 3]
     (tmp_path / "own").rename(tmp_path / "gone")
     for path in (some, alone, other):
-        with pytest.raises(ValueError, match=r"by number only.*; give label instead"):
+        with pytest.raises(ValueError, match=r"by number only.*; give `label` instead"):
             labels(path)
     assert labels(lone_numbers) == [2, 3]
     assert labels_of(run, task="edit", images=some, label=3)[0] == [3]
@@ -338,7 +338,7 @@ def test_a_folder_of_one_class_brings_no_labels_to_a_run_of_version_0_1(tmp_path
     write_classes(tmp_path / "own", ("images",))
     source = dict(name="folder", path=str(tmp_path / "own"), image_size=8, batch_size=1)
     run = jd.load_run(make_run(tmp_path / "run", data=source, **LABELS))
-    with pytest.raises(ValueError, match=r"without labels; give label instead\.$"):
+    with pytest.raises(ValueError, match=r"without labels; give `label` instead\.$"):
         labels_of(run, task="edit")
     assert labels_of(run, task="edit", label=2)[0] == [2]
 
