@@ -211,7 +211,7 @@ def describe(examples: Examples) -> str:
     """Says in one line what a source holds: images, shape, classes, what is left out.
 
     >>> images, labels = np.zeros((3, 8, 8, 1), np.uint8), np.array([0, 1, 1])
-    >>> describe(InMemory(images, labels, ("cat", "dog")))
+    >>> describe(InMemory(images, labels, class_names=("cat", "dog")))
     '3 images of 8 x 8 x 1, 2 classes (cat 1, dog 2)'
     """
     shape = " x ".join(map(str, examples.image_shape))
