@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from jax_diffusion.interop.layouts import check_same
-from jax_diffusion.interop.tensors import as_float32
+from jax_diffusion.interop.tensors import Tensor, as_float32
 from jax_diffusion.models.inception import SIZE, Inception
 
 # The published file of github.com/mseitzer/pytorch-fid has 95,628,359 bytes. Its name
@@ -25,7 +25,7 @@ NORM_EPSILON = 1e-3
 NORM = ("weight", "bias", "running_mean", "running_var")
 
 
-def params_from_torch(tensors: Mapping[str, np.ndarray]) -> PyTree:
+def params_from_torch(tensors: Mapping[str, Tensor | np.ndarray]) -> PyTree:
     """Makes the parameters of `models.inception.Inception` of pytorch-fid's state dict.
 
     Each convolution absorbs the batch norm that follows it, with running mean m and

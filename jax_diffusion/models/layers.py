@@ -62,7 +62,7 @@ MAX_LEVELS = 16
 SIZES = (
     ("channels", 4, MAX_CHANNELS),  # the time embedding needs four
     ("out_channels", 1, MAX_CHANNELS),
-    ("num_res_blocks", 1, 1000),
+    ("num_res_blocks", 0, 1000),
     ("num_groups", 1, MAX_CHANNELS),
     ("num_heads", 1, MAX_CHANNELS),
     ("head_channels", 1, MAX_CHANNELS),

@@ -792,7 +792,7 @@ def test_small_images_must_fit_the_network(tmp_path, fails):
         (with_low_res, None, f"{option}, got None"),
         (without, "low.npz", option),
         (with_low_res, "grey.npz", "must have 3 channels, got 1"),
-        (with_low_res, "labels.npz", "must have labels below 5, got 5"),
+        (with_low_res, "labels.npz", "must be below 5, got 5"),
         (with_low_res, "text.npz", "text.npz must be a .npz"),
         (with_low_res, "none.npz", "none.npz must be a .npz"),
     ]

@@ -35,6 +35,7 @@ def write(root):
 
 def config_of(root, **changes):
     config = settings.load_config("configs/smoke.py", SMALL)
+    del config.model.num_classes  # the images have no labels
     config.data = dict(name="folder", path=str(root), image_size=4, batch_size=8)
     config.data.update(split="all", in_memory=False)
     config.data.update(changes)

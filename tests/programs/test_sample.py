@@ -269,6 +269,7 @@ def test_parts_of_another_mask_are_refused(
     labelled, tmp_path, program, refuses, monkeypatch
 ):
     mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[0] = 255
     options = ("--task", "inpaint", "--mask", tmp_path / "mask.png", "--n", N)
     options += ("--batch-size", 2)
     out = ("--out", tmp_path / "a.npz")

@@ -56,7 +56,10 @@ def command(program, *args):
 
 def fails(program, *args):
     """Runs a command that must print one sentence and exit with 2; returns it."""
-    done = subprocess.run(command(program, *args), capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": "tests"}  # of the network
+    done = subprocess.run(
+        command(program, *args), capture_output=True, text=True, env=env
+    )
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if "WARNING" not in line]
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr

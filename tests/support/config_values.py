@@ -140,7 +140,7 @@ OUT_OF_RANGE = {
         "parent": [None],
         "channels": [*COUNTS, 2, 6, 10**9],
         "multipliers": [(), (0,), (-1, 2), (1, 1, 1, 1, 1), (1,) * 20, (10**9,)],
-        "num_res_blocks": [*COUNTS, 10**9],
+        "num_res_blocks": [-1, -5, 10**9],
         "attention_resolutions": [(3,), (4, 16), (-4,), (0,)],
         "num_heads": [*COUNTS, 3],
         "head_channels": [*COUNTS, 3],
@@ -268,7 +268,10 @@ def run_one(main, argv, workdir):
     errors, status, begun = io.StringIO(), 0, time.perf_counter()
     sys.argv = argv
     try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
+        with (
+            contextlib.redirect_stderr(errors),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             cli.run_program(main, long=True)
     except SystemExit as stop:
         status = stop.code

@@ -114,6 +114,7 @@ def test_its_gradient_leads_noisy_images_to_the_label_it_is_asked_for():
 
 RUN = [  # digits_classifier.py, much smaller: what is tested is the loop
     "--config.model.multipliers=(1,)",
+    "--config.model.attention_resolutions=()",
     "--config.model.channels=8",
     "--config.model.num_groups=4",
     "--config.model.head_channels=8",
