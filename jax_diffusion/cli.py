@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import jax
 
 from jax_diffusion.pipeline import SamplingOptions
+from jax_diffusion.registry import hint
 from jax_diffusion.runtime import cpu, sharding
 from jax_diffusion.samplers import SAMPLERS
 from jax_diffusion.spacing import SPACINGS
@@ -48,6 +49,10 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
+        flag = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        if flag:
+            close = hint(flag[1], self._option_string_actions)
+            raise ValueError(f"there is no flag {flag[1]!r}{close}")
         text = re.sub(r"^argument ([^ :]+): must ", r"\1 must ", message)
         raise ValueError(text.rstrip(".") + ".")
 
@@ -73,6 +78,24 @@ def make_parser(
     version = f"jax_diffusion {__version__}"
     parser.add_argument("--version", action="version", version=version)
     return parser
+
+
+def refuse_misspelled(
+    parser: argparse.ArgumentParser, rest: Iterable[str], besides: Iterable[str]
+) -> None:
+    """Raises ValueError for an argument that is nearly a flag of a parser.
+
+    Args:
+        parser: of the program.
+        rest: arguments that it does not know.
+        besides: names that are fields of the config.
+    """
+    for argument in rest:
+        name = argument.partition("=")[0]
+        close = hint(name, parser._option_string_actions)
+        is_flag = name.startswith("--") and "." not in name
+        if is_flag and close != "." and name[2:] not in besides:
+            raise ValueError(f"there is no flag {name!r}{close}")
 
 
 def positive(text: str) -> int:

@@ -156,7 +156,7 @@ def check_arguments(
         and name not in fixed
     ]
     if missing and needs_all:
-        raise ValueError(f"{where} must have the fields {missing}, got none.")
+        raise ValueError(f"{where} lacks the fields {missing}.")
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
@@ -176,7 +176,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     ValueError: config.seed must be an integer, got True.
     """
     if not fits(value, hint):
-        raise ValueError(f"{name} must be {in_words(hint)}, got {short(value)}.")
+        raise ValueError(f"{name} must be {rule(value, hint)}, got {short(value)}.")
     if not _finite(value):
         raise ValueError(f"{name} must be finite, got {short(value)}.")
 
@@ -236,6 +236,16 @@ SIMPLE: dict[Any, tuple[tuple[type, ...], str, str]] = {
     type(None): ((type(None),), "None", "None"),
     None: ((type(None),), "None", "None"),
 }
+
+
+def rule(value: Any, hint: Any) -> str:
+    """Says what a type hint allows, and how a single value is written as a list.
+
+    >>> rule(2, Sequence[int]), rule("x", int)
+    ('a list of integers, such as (2,)', 'an integer')
+    """
+    alone = fits((value,), hint) and not isinstance(value, list | tuple)
+    return in_words(hint) + (f", such as ({short(value)},)" if alone else "")
 
 
 def in_words(hint: Any) -> str:

@@ -134,7 +134,7 @@ def check(args: argparse.Namespace) -> tuple[SamplingOptions, TaskOptions]:
     if (args.out is None) == (args.export is None):
         raise ValueError(
             "one of --out and --export must be given, got "
-            f"{args.out!r} and {args.export!r}."
+            f"{'neither' if args.out is None else 'both'}."
         )
     options.check_useful(args.given)
     if args.task == "generate" and not (in_folder and args.upsample is None):

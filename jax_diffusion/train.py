@@ -98,9 +98,15 @@ def train(
 
     # Compiled first: whatever does not fit is found before anything is written.
     used = resume.undecoded(config) if saved and saved.refused else config
-    setup = make_setup(
-        used, optimizer, fresh=saved is None, saved=saved and saved.record
-    )
+    try:
+        setup = make_setup(
+            used, optimizer, fresh=saved is None, saved=saved and saved.record
+        )
+    except DamagedImageError as error:
+        raise DamagedImageError(
+            f"{str(error).rstrip('.')}; --check-data lists all such images, and "
+            '--config.data.on_error="skip" goes on without them.'
+        ) from error
     record = {
         "config": plain_config,
         "format": configs.FORMAT,
@@ -269,7 +275,7 @@ def run_loop(
             raise DamagedImageError(
                 f"{str(error).rstrip('.')}; step {saved} is saved; mend or remove the "
                 "image and add --allow-change data.path, or give "
-                "--config.data.on_error=skip."
+                "--config.data.on_error=skip; --check-data lists all such images."
             ) from error
     if problem:
         raise FloatingPointError(problem)
@@ -367,6 +373,7 @@ def main() -> None:
         raise ValueError(
             f"--workdir must be given, except with --check-data, got {args.workdir}."
         )
+    cli.refuse_misspelled(parser, overrides, besides=configs.FIELDS)
     cli.start_hosts(args)
     with cli.fields_as_flags(args), cli.saying_what_is_read():
         config = configs.load_config(args.config, overrides)

@@ -154,7 +154,7 @@ def test_errors_of_a_function_name_the_group_of_the_argument():
             "g.total must be left out, as the program sets it, got 2.",
         ),
         (dict(lr=1, l=2), "g has no field 'l'; did you mean 'lr'?"),
-        (dict(), "g must have the fields ['lr'], got none."),
+        (dict(), "g lacks the fields ['lr']."),
         (3, "g must be a group of fields, got 3."),
     ],
     ids=str,

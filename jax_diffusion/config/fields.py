@@ -211,7 +211,7 @@ def check_config(config: Config) -> None:
             raise ValueError(f"the config has no field {name!r}{hint(name, FIELDS)}")
     missing = [name for name in FIELDS if name not in config]
     if missing:
-        raise ValueError(f"the config must have the fields {missing}, got none.")
+        raise ValueError(f"the config lacks the fields {missing}.")
     for name, field in FIELDS.items():
         value = plain(config[name], f"config.{name}")
         if field.least is not None:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jax_diffusion.config.fields import FIELDS, Config, check_config, complete
 from jax_diffusion.config.groups import GROUPS, known_fields
-from jax_diffusion.registry import check_type, fits, hint, in_words, short
+from jax_diffusion.registry import check_type, fits, hint, rule, short
 
 PREFIX = "config."
 WORDS = {"true": True, "t": True, "false": False, "f": False, "1": True, "0": False}
@@ -125,9 +125,11 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, str | None]:
             raise ValueError(f"arguments must begin with --, got {argument!r}.")
         flag, equals, text = argument.lstrip("-").partition("=")
         if not flag.startswith(PREFIX):
+            name = argument.partition("=")[0]
+            close = hint(name, [f"--{PREFIX}{field}" for field in FIELDS])
             raise ValueError(
-                f"there is no flag {argument!r}; --help lists flags, and --config.FIELD"
-                "=VALUE changes a field of the config."
+                f"there is no flag {name!r}; --help lists flags, and --config.FIELD"
+                f"=VALUE changes a field of the config{close}"
             )
         is_last = not rest or rest[0].startswith("--")
         value = text if equals else None if is_last else rest.pop(0)
@@ -232,7 +234,8 @@ def parse(where: str, text: str | None, kind: Any, now: Any) -> Any:
             kinds = {kind, *typing.get_args(kind)}
             is_float = type(value) is int and float in kinds and int not in kinds
             return float(value) if is_float else value
-    raise ValueError(f"{where} must be {in_words(kind)}, got {short(text)}.")
+    allowed = rule(next(v for v in readings(text)), kind)
+    raise ValueError(f"{where} must be {allowed}, got {short(text)}.")
 
 
 def readings(text: str) -> Iterator[Any]:

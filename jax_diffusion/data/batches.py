@@ -68,11 +68,17 @@ class Batches:
         start_step: int,
     ) -> "Batches":
         """Makes batches after a check of the numbers; raises ValueError."""
+        n = len(examples)
+        if train and isinstance(batch_size, int | np.integer) and batch_size > n:
+            raise ValueError(
+                f"batch_size must be an integer in [1, {n}], the number of training "
+                f"images, got {batch_size}."
+            )
         checks.integer(
             "batch_size",
             batch_size,
             at_least=1,
-            at_most=len(examples) if train else None,
+            at_most=n if train else None,
         )
         checks.integer("seed", seed, at_least=0)
         checks.integer("start_step", start_step, at_least=0)

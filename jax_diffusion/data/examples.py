@@ -231,7 +231,10 @@ def rows_of_split(split: str, held_out: np.ndarray) -> np.ndarray:
     """
     rows = {"train": ~held_out, "test": held_out}.get(split, held_out | True)
     if not rows.any():
-        raise ValueError(f"split {split!r} must have examples, got 0 of {len(rows)}.")
+        raise ValueError(
+            f"split {split!r} must have examples, got 0 of {len(rows)}; `split` 'all' "
+            "has them all."
+        )
     return np.flatnonzero(rows)
 
 

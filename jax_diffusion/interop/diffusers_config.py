@@ -70,7 +70,7 @@ def unet_from_config(config: Json) -> dict[str, Any]:
     """
     missing = [name for name in NEEDED if name not in config]
     if missing:
-        raise ValueError(f"a UNet2DModel must have the fields {missing}, got none.")
+        raise ValueError(f"a UNet2DModel lacks the fields {missing}.")
     config = FIXED_FIELDS | DEFAULTS | dict(config)
     if (kind := config.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise ValueError(f"a network must be a UNet2DModel, got {kind!r:.80}.")

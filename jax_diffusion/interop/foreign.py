@@ -75,7 +75,7 @@ def check_record(record: Mapping[str, Any]) -> tuple[Config, tuple[int, int, int
     checks.integer("format", record.get("format", 1), at_least=1)
     needed = [name for name in configs.FIELDS if name not in configs.DEFAULTS]
     if missing := [name for name in needed if name not in config]:
-        raise ValueError(f"config must have the fields {missing}, got none.")
+        raise ValueError(f"config lacks the fields {missing}.")
     for name in ("data", "schedule", "model", "optimizer", "timesteps"):
         if not isinstance(config[name], dict):
             raise ValueError(

@@ -169,7 +169,9 @@ def read_checkpoint(
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"a checkpoint must be a file or folder, got {str(path)!r}.")
+        raise ValueError(
+            f"checkpoint must be a file or folder, got {str(path)!r}, where nothing is."
+        )
     if path.is_dir():
         given = dict(name=name, layout=layout, image_size=image_size)
         for field, value in given.items():

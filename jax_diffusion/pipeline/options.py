@@ -196,9 +196,15 @@ class SamplingOptions:
             numbers = {i: i for i in range(known)}
             rule += f"{', or ' if names else ''}from 0 to {known - 1}"
         known_labels = numbers | names
-        found = [known_labels.get(part, -1) for part in _parts(self.label, names)]
+        parts = _parts(self.label, names)
+        found = [known_labels.get(part, -1) for part in parts]
         if not found or min(found) < 0:
-            raise ValueError(f"label must be {rule}, got {self.label!r}.")
+            wrong = parts[found.index(-1)] if found else ""
+            part = f", where {wrong!r} is none" if names and len(found) > 1 else ""
+            folded = {name.lower(): name for name in names}
+            like = folded.get(str(wrong).lower(), wrong)
+            close = hint(like, names) if isinstance(wrong, str) else "."
+            raise ValueError(f"label must be {rule}, got {self.label!r}{part}{close}")
         return np.array(found, np.int32)
 
 

@@ -64,15 +64,15 @@ class Weights(NamedTuple):
             f"{told['source']}: {ema}step {told['step']}",
             f"{told['kept']:,} of {told['parameters']:,} parameters are kept",
         ]
-        lines = [", ".join(lines)]
+        lines = [" " + ", ".join(lines)]
         for key, words in (
-            ("anew", "begin anew"),
-            ("left_out", "left out"),
-            ("differs", "differs from it"),
+            ("anew", ": these begin anew"),
+            ("left_out", ": left out"),
+            ("differs", ": this differs from it"),
         ):
             if told[key]:
                 lines.append(f"{words}: {'; '.join(told[key])}")
-        return "\n".join(f"init_from {line}" for line in lines)
+        return "\n".join(f"init_from{line}" for line in lines)
 
 
 def load_weights(source: Run | str, config: Config, setup: TrainingSetup) -> Weights:

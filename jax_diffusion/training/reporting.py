@@ -147,7 +147,9 @@ class Reporter:
             return
         locks.check(self._workdir)
         if damaged := [*self._batches.examples.damaged.values()]:
-            print(f"{len(damaged)} damaged images were skipped, such as: {damaged[0]}")
+            file, _, why = damaged[0].partition(" must be a whole image, got ")
+            example = f"{file}: {why}" if why else file
+            print(f"damaged images skipped: {len(damaged)}, such as {example}")
         if stopped_by:
             print(f"{stopped_by}: saved step {step}; the same command continues.")
         elif step > self._first:

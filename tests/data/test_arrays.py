@@ -208,7 +208,7 @@ PICKLED = np.array([{}], object)
             {},
             r"^images of .*a\.npz must be uint8.*config\.data\.max_value",
         ),
-        ((numbered(5),), dict(split="test"), "'test' must have examples, got 0 of 5"),
+        ((numbered(5),), dict(split="test"), "got 0 of 5; `split` 'all' has"),
         ((numbered(5),), dict(image_size=4), "npz must be 4 x 5, got 4"),
         (None, dict(path=None), "None must be a .npz"),
     ],

@@ -818,7 +818,7 @@ def test_data_to_score_on_must_fit_the_run(tmp_path, fails):
     run = make_run(tmp_path / "run")
     for shape, words in (
         ((20, 6, 6, 1), "must be 6 x 6, got"),
-        ((20, 8, 8, 3), re.escape("images must be (8, 8, 1), as the run's")),
+        ((20, 8, 8, 3), re.escape("data must be (8, 8, 1), as the run's")),
     ):
         np.savez(tmp_path / "a.npz", np.zeros(shape, np.uint8))
         data = f"npz:{tmp_path / 'a.npz'}"

@@ -4,6 +4,7 @@ import argparse
 import warnings
 
 import pytest
+from support.programs import train
 
 from jax_diffusion import cli
 from jax_diffusion.pipeline import SamplingOptions
@@ -87,14 +88,39 @@ def test_sampling_flags_become_sampling_options():
     [
         (("--n", 0), "--n must be an integer >= 1, got 0."),
         (("--n", "x"), "--n must be an integer >= 1, got x."),
+        (("--xyzzy=1",), "there is no flag '--xyzzy'."),
+        (("file",), "unrecognized arguments: file."),
         (("--steps", "x"), "argument --steps: invalid int value: 'x'."),
-        (("--stepz", 3), "unrecognized arguments: --stepz 3."),
+        (("--stepz", 3), "there is no flag '--stepz'; did you mean '--steps'?"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(args, sentence):
     with pytest.raises(ValueError) as info:
         parse(*args)
     assert str(info.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--workdri=a", "there is no flag '--workdri'; did you mean '--workdir'?"),
+        ("--total_steps=3", "of the config; did you mean '--config.total_steps'?"),
+        ("--total-steps=3", "of the config; did you mean '--config.total_steps'?"),
+        ("--keep=3", "of the config; did you mean '--config.keep'?"),
+        ("--xyzzy", "there is no flag '--xyzzy'; --help lists flags"),
+        (
+            "--config.ema_decays=2",
+            "config.ema_decays must be a list of numbers, such as (2,), got '2'.",
+        ),
+        ("--config.ema_decays=x", "must be a list of numbers, got 'x'."),
+    ],
+)
+def test_mistyped_arguments_of_train_get_a_way_out(argument, words, monkeypatch):
+    args = ("--config", "configs/smoke.py", "--workdir", "nowhere", argument)
+    monkeypatch.setattr("sys.argv", ["train", *args])
+    with pytest.raises(ValueError) as info:
+        train.main()
+    assert words in str(info.value)
 
 
 def test_errors_of_fields_name_their_flags():

@@ -76,7 +76,7 @@ def test_a_config_file_without_a_field_is_told_which(tmp_path):
     [
         (dict(name="cosin", num_steps=10), "config.schedule.name must be one of"),
         (dict(name="cosine", num_step=10), "did you mean 'num_steps'"),
-        (dict(name="cosine"), "must have the fields"),
+        (dict(name="cosine"), "lacks the fields"),
         (dict(num_steps=10), "got None"),
         (
             dict(name="cosine", num_steps=1),

@@ -98,6 +98,22 @@ def test_labels_that_the_run_does_not_know_are_refused_with_its_names(runs, labe
         labels_of(runs["named"], label=label)
 
 
+@pytest.mark.parametrize(
+    ("label", "end"),
+    [
+        ("Dog", "got 'Dog'; did you mean 'dog'?"),
+        ("DOG", "got 'DOG'; did you mean 'dog'?"),
+        ("cat,dgo", "got 'cat,dgo', where 'dgo' is none; did you mean 'dog'?"),
+        ("cat,zzz", "got 'cat,zzz', where 'zzz' is none."),
+        (["cat", 9], "got ['cat', 9], where 9 is none."),
+    ],
+)
+def test_the_label_that_is_wrong_is_named(runs, label, end):
+    with pytest.raises(ValueError) as info:
+        labels_of(runs["named"], label=label)
+    assert str(info.value).endswith(end)
+
+
 def test_where_classes_are_called_by_numbers_a_number_is_a_name(runs):
     assert labels_of(runs["numbered"], label="10,1")[0] == [2, 0]
     assert labels_of(runs["numbered"], label=[2, 10])[0] == [1, 2]

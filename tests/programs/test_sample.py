@@ -638,7 +638,7 @@ def test_a_task_that_does_not_fit_is_refused(labelled, plain, tmp_path, refuses)
         (labelled, (*edit, *images["small"]), "must be 6 x 6, got 8"),
         (plain, (*edit, *images["colors"]), "images must be (8, 8, 1), as the run's"),
         (labelled, (*edit, *images["many"]), "must be below 4, got 4"),
-        (labelled, (*edit, *images["none"]), "none.npz must be a .npz"),
+        (labelled, (*edit, *images["none"]), "--images must exist, got "),
         (labelled, (*edit, "--images", "zip:a"), "dataset must be one of"),
         (labelled, (*edit, "--split", "some"), "split must be one of"),
         (labelled, images["small"], "--images must be for"),
