@@ -20,6 +20,7 @@ def main() -> None:
     ]
     parser = argparse.ArgumentParser(
         prog="python -m jax_diffusion",
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="\n".join(
             ["Denoising diffusion in JAX. The programs, each with --help:", "", *lines]

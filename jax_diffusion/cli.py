@@ -57,14 +57,11 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(text.rstrip(".") + ".")
 
 
-def make_parser(
-    program: str, description: str | None, *, allow_abbrev: bool = True
-) -> argparse.ArgumentParser:
+def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
     """Makes the parser of `python -m jax_diffusion.PROGRAM`, with --version.
 
     Args:
         description: the text above the flags; lines are kept as they are.
-        allow_abbrev: whether flags may be abbreviated.
     """
     from jax_diffusion import __version__
 
@@ -73,7 +70,7 @@ def make_parser(
         prog=f"python -m jax_diffusion.{program}",
         usage="%(prog)s [flags]",
         description=description,
-        allow_abbrev=allow_abbrev,
+        allow_abbrev=False,  # --step of one program would be --steps of another
     )
     version = f"jax_diffusion {__version__}"
     parser.add_argument("--version", action="version", version=version)

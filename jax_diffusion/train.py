@@ -122,7 +122,8 @@ def train(
         record |= resume.history(saved.record)
     elif config.init_from:
         source = init_from if isinstance(init_from, Run) else config.init_from
-        weights = fine_tuning.load_weights(source, config, setup)
+        with configs.named("config", ["init_from"] if init_from is None else []):
+            weights = fine_tuning.load_weights(source, config, setup)
         record["init_from"] = weights.record
     described = (setup.model, setup.objective, setup.batches, setup.mesh)
     evaluate = during_training.make_watch(config, workdir, record, *described)
@@ -330,7 +331,7 @@ def check_data(config: Config) -> None:
 
 def main() -> None:
     """Parses the command line and trains."""
-    parser = cli.make_parser("train", __doc__, allow_abbrev=False)
+    parser = cli.make_parser("train", __doc__)
     parser.epilog = (
         "Any field of the config can be changed, as with --config.total_steps=60, and "
         "any\nargument of a group's function set, whether the file gives it or not: "

@@ -58,6 +58,22 @@ PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 # Not "learned": the output of diffusers is the variance there, ours its logarithm.
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
+# Schedulers of the process of DDPM: they differ in the steps that they take through it.
+SCHEDULERS = {
+    f"{name}Scheduler"
+    for name in """
+    DDPM DDPMParallel DDIM DDIMParallel DDIMInverse PNDM LMSDiscrete EulerDiscrete
+    EulerAncestralDiscrete HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete
+    DPMSolverMultistep DPMSolverMultistepInverse DPMSolverSinglestep DPMSolverSDE
+    UniPCMultistep DEISMultistep SASolver RePaint
+    """.split()
+}
+# Those among them whose betas go from 0.00085 to 0.012 where a file gives none.
+LATENT_ENDS = {f"{name}DiscreteScheduler" for name in ("Heun", "KDPM2")}
+LATENT_ENDS |= {"KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"}
+# Settings of them that make another process: name -> the value without it.
+SAME_PROCESS = {"use_flow_sigmas": False, "timestep_type": "discrete"}
+
 
 def unet_from_config(config: Json) -> dict[str, Any]:
     """Returns the arguments of the `UNet` that equals a UNet2DModel of diffusers.
@@ -255,17 +271,28 @@ def process_from_scheduler(config: Json) -> tuple[dict[str, Any], dict[str, Any]
         config: content of the scheduler_config.json.
 
     Raises:
-        ValueError: if we do not have its beta schedule, prediction type or variance.
+        ValueError: if it is of another process than DDPM's, or if we do not have its
+            beta schedule, prediction type or variance.
     """
+    name = config.get("_class_name", "DDPMScheduler")  # old files name none
+    if not isinstance(name, str) or name.removeprefix("Flax") not in SCHEDULERS:
+        raise ValueError(
+            "a scheduler must have a _class_name with the process of DDPM, such as "
+            f"'DDPMScheduler' or 'DDIMScheduler', got {name!r:.80}."
+        )
+    for field, plain in SAME_PROCESS.items():
+        if (value := config.get(field)) is not None and value != plain:
+            raise ValueError(
+                f"{field} of a scheduler must be {plain!r}, got {value!r:.80}."
+            )
+    latent = name.removeprefix("Flax") in LATENT_ENDS
+    start, end = (0.00085, 0.012) if latent else (1e-4, 0.02)
     num_steps = config.get("num_train_timesteps", 1000)
     checks.integer("num_train_timesteps", num_steps, at_least=1, at_most=MAX_STEPS)
-    for name, default in (("beta_start", 1e-4), ("beta_end", 0.02)):
-        checks.number(name, config.get(name, default), above=0, below=1)
-    ends = dict(
-        num_steps=num_steps,
-        start=config.get("beta_start", 1e-4),
-        end=config.get("beta_end", 0.02),
-    )
+    start, end = config.get("beta_start", start), config.get("beta_end", end)
+    checks.number("beta_start", start, above=0, below=1)
+    checks.number("beta_end", end, above=0, below=1)
+    ends = dict(num_steps=num_steps, start=start, end=end)
     kind, given = config.get("beta_schedule", "linear"), config.get("trained_betas")
     schedules = {
         "linear": dict(name="linear", rescale=False, **ends),
@@ -288,7 +315,9 @@ def process_from_scheduler(config: Json) -> tuple[dict[str, Any], dict[str, Any]
         options["zero_terminal_snr"] = True
     means = {theirs: ours for ours, theirs in PREDICTIONS.items()}
     mean = config.get("prediction_type", "epsilon")
-    variance = config.get("variance_type", "fixed_small")
+    variance = config.get("variance_type")
+    if variance is None:  # as solvers of the ODE have it
+        variance = "fixed_small"
     names = all(isinstance(name, str) for name in (kind, mean, variance))
     if (
         not names

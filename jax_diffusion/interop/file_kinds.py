@@ -8,7 +8,8 @@ from pathlib import Path
 
 HEAD = 512  # bytes that are looked at
 ZIP = b"PK\x03\x04"
-PICKLE = b"\x80"
+# A pickle, and the first number of PyTorch's old files where they have protocol 1.
+PICKLES = (b"\x80", b"L119547037146038801333356L\n.")
 
 # First bytes -> what the file is.
 KINDS: dict[bytes, str] = {
@@ -45,7 +46,7 @@ def is_torch(path: Path) -> bool:
     head = _head(path)
     if head.startswith(ZIP):
         return zipfile.is_zipfile(path)
-    return head.startswith(PICKLE) and path.stat().st_size > 2
+    return head.startswith(PICKLES) and path.stat().st_size > 2
 
 
 def is_safetensors(path: Path) -> bool:

@@ -82,6 +82,7 @@ LITERALS = set(
     """
     BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8
     BINBYTES SHORT_BINBYTES BINBYTES8
+    INT LONG LONG4 FLOAT STRING BINSTRING SHORT_BINSTRING UNICODE
     """.split()
 )
 EMPTY: dict[str, Callable[[], Any]] = {
@@ -109,11 +110,11 @@ class _Machine:
         stack = self.stack
         if name in LITERALS:
             stack.append(argument)
-        elif name in ("BINPUT", "LONG_BINPUT"):
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
             self.memo[argument] = stack[-1]
         elif name == "MEMOIZE":
             self.memo[len(self.memo)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(self.memo[argument])
         elif name == "MARK":
             self.outer.append(stack)
@@ -148,9 +149,21 @@ class _Machine:
         items = tuple(self.pop_mark())
         self.stack.append(items)
 
-    def do_frozenset(self, _):
+    def do_list(self, _):
         items = self.pop_mark()
         self.stack.append(items)
+
+    do_frozenset = do_list
+
+    def do_dict(self, _):
+        items = self.pop_mark()
+        if len(items) % 2:
+            raise IndexError
+        self.stack.append({})
+        self.update(list(zip(items[::2], items[1::2], strict=True)))
+
+    def do_dup(self, _):
+        self.stack.append(self.stack[-1])
 
     def do_append(self, _):
         item = self.stack.pop()
@@ -223,6 +236,8 @@ class _Machine:
             if key is None or isinstance(key, str):
                 target[key] = value
             elif isinstance(key, int) and abs(key) < MAX_KEY:
+                target[key] = value
+            elif isinstance(key, float) and 0 < key < 1:  # a decay; few can collide
                 target[key] = value
             else:
                 self.objects.add(f"a {type(key).__name__} as a key")

@@ -6,6 +6,7 @@ such as `module.` or `ema_model.model.`: it is found by the first layer of the t
 embedding, which every layout names in its own way.
 """
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +17,15 @@ from jax_diffusion.interop.safetensors_files import read_safetensors
 from jax_diffusion.interop.tensors import Tensor, check_sizes
 from jax_diffusion.interop.torch_files import read_torch
 
-# Names under which trainers keep the network, averages first.
+# Names under which trainers keep averages of the network, and the network.
+AVERAGES = ("ema", "ema_model", "model_ema", "ema_state_dict", "ema_params")
+AVERAGES += ("params_ema", "g_ema", "ema_unet", "ema_net", "averaged", "shadow")
 STATE_DICTS = (
-    *("ema", "ema_model", "model_ema", "ema_state_dict", "ema_params", "averaged"),
+    *AVERAGES,
     *("state_dict", "model", "model_state_dict", "module", "net", "network", "unet"),
+    *("params", "weights", "model_state", "generator", "checkpoint"),
 )
+AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?|shadow)([._]|$)", re.IGNORECASE)
 # A tensor that every network of a layout has -> the layout.
 ANCHORS = {
     "time_embed.0.weight": "openai",
@@ -63,10 +68,13 @@ def read_state_dict(path: Path, *, ignore_objects: bool = False) -> StateDict:
         tree, metadata = read_safetensors(path)
     else:
         tree = read_torch(path, ignore_objects=ignore_objects)
-    tensors = _find(tree)
+    tensors = _Search(path).find(tree)
     if tensors is None:
         kind = "dict" if isinstance(tree, Mapping) else type(tree).__name__
-        raise ValueError(f"{path} must hold tensors by name, got a {kind} of others.")
+        keys = f": {[*tree]!r:.200}" if isinstance(tree, Mapping) else ""
+        raise ValueError(
+            f"{path} must hold tensors by name, got a {kind} of others{keys}."
+        )
     if not all(name.isprintable() for name in tensors):
         raise ValueError(f"{path} must have printable names, got one that is not.")
     found, layout, left = unwrap(tensors)
@@ -80,23 +88,80 @@ def read_state_dict(path: Path, *, ignore_objects: bool = False) -> StateDict:
     return StateDict(found, layout, metadata)
 
 
-def _find(tree: Any) -> dict[str, Tensor] | None:
-    """Returns the tensors of the state dict in a tree; None if there is none."""
-    if isinstance(tree, list):  # the DDIM repository: model, optimizer, ..., EMA
-        found = [_find(item) for item in tree if isinstance(item, Mapping)]
-        return next((item for item in reversed(found) if item is not None), None)
-    if not isinstance(tree, Mapping):
-        return None
-    for name in STATE_DICTS:
-        inside = _find(tree.get(name))
-        if inside is not None:
-            return inside
-    tensors = {
-        name: tensor
-        for name, tensor in tree.items()
-        if isinstance(name, str) and isinstance(tensor, Tensor)
-    }
-    return tensors or None
+class _Search:
+    """Finds a state dict in a tree, each part of which is looked at once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seen: dict[int, dict[str, Tensor] | None] = {}
+
+    def find(self, tree: Any) -> dict[str, Tensor] | None:
+        """Returns the tensors of the state dict in a tree; None if there is none."""
+        if id(tree) not in self.seen:
+            self.seen[id(tree)] = None  # a tree may hold itself
+            self.seen[id(tree)] = self._look(tree)
+        return self.seen[id(tree)]
+
+    def _look(self, tree: Any) -> dict[str, Tensor] | None:
+        if isinstance(tree, list):  # the DDIM repository: model, optimizer, ..., EMA
+            found = [self.find(item) for item in tree if isinstance(item, Mapping)]
+            return next((item for item in reversed(found) if item is not None), None)
+        if not isinstance(tree, Mapping) or "shadow_params" in tree:
+            return None
+        for name in STATE_DICTS:
+            inside = self.find(tree.get(name))
+            if inside is not None:
+                return inside if name in AVERAGES else self._average(tree, inside)
+        decays = [key for key in tree if isinstance(key, float) and 0 < key < 1]
+        for decay in sorted(decays, reverse=True):
+            inside = self.find(tree[decay])
+            if inside is not None:
+                if len(decays) > 1:
+                    warnings.warn(
+                        f"{self.path}: of the averages {sorted(decays)!r:.200}, that "
+                        f"of {decay} is read.",
+                        stacklevel=2,
+                    )
+                return inside
+        tensors = {
+            name: tensor
+            for name, tensor in tree.items()
+            if isinstance(name, str) and isinstance(tensor, Tensor)
+        }
+        return tensors or None
+
+    def _average(
+        self, tree: Mapping[Any, Any], raw: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Returns an average that stands beside a network as a list, or the network."""
+        for name, entry in tree.items():
+            if not isinstance(name, str) or not AVERAGE.search(name):
+                continue
+            listed = entry.get("shadow_params") if isinstance(entry, Mapping) else entry
+            if isinstance(listed, list) and [
+                getattr(a, "shape", None) for a in listed
+            ] == [tensor.shape for tensor in raw.values()]:
+                return dict(zip(raw, listed, strict=True))
+            if _has_tensor(entry):
+                warnings.warn(
+                    f"{self.path}: {name!r:.80} is not understood as an average of the "
+                    "network, whose last parameters are read instead.",
+                    stacklevel=2,
+                )
+        return raw
+
+
+def _has_tensor(tree: Any) -> bool:
+    """Tells whether a tree holds an array, numbers not counted."""
+    seen, rest = set(), [tree]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, Tensor) and item.ndim:  # a number may be its decay
+            return True
+        if isinstance(item, Mapping | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            rest += item.values() if isinstance(item, Mapping) else item
+    return False
 
 
 def unwrap(
@@ -125,5 +190,42 @@ def unwrap(
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-    left = [name for name in tensors if not name.startswith(prefix)]
+    # Buffers of a process, such as betas: parameters of all layouts have a dot.
+    for name in [n for n in found if "." not in n and len(found[n].shape) < 2]:
+        del found[name]
+    used = {f"{prefix}{name}" for name in found}
+    averaged = {} if "ema" in prefix else _without_dots(tensors, prefix, [*found])
+    if averaged:
+        used = {*averaged.values()}
+        found = {name: tensors[theirs] for name, theirs in averaged.items()}
+    left = [name for name in tensors if name not in used]
+    left.sort(key=lambda name: not AVERAGE.search(name))  # the warning names the first
     return found, prefixes[prefix], left
+
+
+def _without_dots(
+    tensors: Mapping[str, Tensor], prefix: str, names: list[str]
+) -> dict[str, str]:
+    """Finds the average of latent-diffusion, which drops the dots of names.
+
+    Args:
+        tensors: a state dict.
+        prefix: of the network in it.
+        names: of the network's tensors, without the prefix.
+
+    Returns:
+        The names of the average's tensors by those of the network; {} if it has none.
+    """
+    roots = {
+        f"{name.partition('model_ema.')[0]}model_ema."
+        for name in tensors
+        if "model_ema." in name
+    }
+    parts = prefix.split(".")
+    for root in roots:
+        for skipped in range(len(parts)):
+            inner = "".join(parts[skipped:])
+            found = {name: root + inner + name.replace(".", "") for name in names}
+            if all(theirs in tensors for theirs in found.values()):
+                return found
+    return {}

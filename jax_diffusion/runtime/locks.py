@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -176,10 +177,15 @@ def take(field: str, target: Path, file: Path) -> Lock:
     about |= {"machine": _machine(), "ticks": _ticks(os.getpid()), "word": word}
     while True:
         try:
-            with open(file, "x") as opened:
-                opened.write(json.dumps(about))
+            _create(file, json.dumps(about))
             return Lock(field, target, file, word)
-        except FileExistsError:
+        except FileExistsError as error:
+            mode = _mode(file)
+            if mode is not None and not stat.S_ISREG(mode):
+                raise ValueError(
+                    f"{field} must have a plain file as its lock, got a folder, a link "
+                    f"or another thing: remove {str(file)!r}."
+                ) from error
             other = _read(file)
         if is_alive(file, other):
             where = f"process {other.get('process')} on {other.get('host')}"
@@ -195,6 +201,23 @@ def take(field: str, target: Path, file: Path) -> Lock:
                 with contextlib.suppress(OSError):
                     os.link(aside, file)
             aside.unlink()
+
+
+def _mode(file: Path) -> int | None:
+    with contextlib.suppress(FileNotFoundError):
+        return file.lstat().st_mode
+    return None
+
+
+def _create(file: Path, text: str) -> None:
+    """Makes a file that must not be there; leaves none if the disk is full."""
+    with open(file, "x") as opened:
+        try:
+            opened.write(text)
+            opened.flush()
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
 
 
 def is_alive(file: Path, owner: dict[str, Any]) -> bool:
@@ -226,20 +249,22 @@ def _touched(file: Path) -> tuple[float, int] | None:
     """When a file was last touched; opening it asks the server of a shared disk."""
     try:
         with file.open("rb") as opened:
-            stat = os.fstat(opened.fileno())
+            found = os.fstat(opened.fileno())
     except FileNotFoundError:
         return None
-    return stat.st_mtime, stat.st_ino
+    return found.st_mtime, found.st_ino
 
 
 def _read(file: Path | None) -> dict[str, Any]:
-    """What a lock file says; nothing if it is gone or half-written."""
+    """What a lock file says; nothing if it is gone, half-written or damaged."""
     try:
         assert file is not None
         found = json.loads(file.read_text())
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
+    if not isinstance(found, dict) or type(found.get("process")) is not int:
+        return {}
+    return found if {"machine", "ticks", "word"} <= found.keys() else {}
 
 
 def _machine() -> list[str]:
@@ -255,8 +280,8 @@ def _machine() -> list[str]:
 def _ticks(process: int) -> str | None:
     """When a process of this machine began; "" if unknown, None if there is none."""
     try:
-        stat = Path(f"/proc/{process}/stat").read_text()
-        fields = stat.rpartition(")")[2].split()
+        line = Path(f"/proc/{process}/stat").read_text()
+        fields = line.rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]  # a zombie writes no more
     except (OSError, IndexError):
         pass
@@ -264,7 +289,7 @@ def _ticks(process: int) -> str | None:
         return None
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has so large a number
         return None
     except OSError:
         pass

@@ -169,7 +169,10 @@ class ResumableNpz:
                 "put it back, or remove the folder to begin again."
             )
         try:
-            there = self._upgrade(dict(json.loads(path.read_text())))
+            said = json.loads(path.read_text())
+            if not isinstance(said, dict) or (self._record and not said):
+                raise TypeError(f"{str(said)[:80]} instead of its fields")
+            there = self._upgrade(said)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path} must be a whole record, got {error!r}."

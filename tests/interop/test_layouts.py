@@ -685,6 +685,55 @@ def test_unknown_processes_are_named(change):
         diffusers_config.process_from_scheduler(change)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            dict(_class_name=name)
+            for name in """
+            FlowMatchEulerDiscreteScheduler ScoreSdeVeScheduler KarrasVeScheduler
+            EDMEulerScheduler EDMDPMSolverMultistepScheduler LCMScheduler os:system
+            """.split()
+        ),
+        *(dict(_class_name=name) for name in ("", 0, True, None, ["DDPMScheduler"])),
+        dict(_class_name="UniPCMultistepScheduler", use_flow_sigmas=True),
+        dict(_class_name="EulerDiscreteScheduler", timestep_type="continuous"),
+        dict(
+            _class_name="DPMSolverMultistepScheduler", prediction_type="flow_prediction"
+        ),
+    ],
+)
+def test_schedulers_of_other_processes_are_refused(change):
+    _, value = list(change.items())[-1]
+    with pytest.raises(ValueError, match=f"got .*{re.escape(repr(value))}"):
+        diffusers_config.process_from_scheduler(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "ends"),
+    [
+        ({}, (1e-4, 0.02)),
+        (dict(_class_name="DDIMScheduler"), (1e-4, 0.02)),
+        (dict(_class_name="PNDMScheduler", use_karras_sigmas=None), (1e-4, 0.02)),
+        (dict(_class_name="HeunDiscreteScheduler"), (0.00085, 0.012)),
+        (
+            dict(
+                _class_name="DPMSolverMultistepScheduler",
+                variance_type=None,
+                use_karras_sigmas=True,
+                use_flow_sigmas=False,
+            ),
+            (1e-4, 0.02),
+        ),
+    ],
+)
+def test_all_schedulers_of_the_process_of_ddpm_are_read(change, ends):
+    schedule, objective = diffusers_config.process_from_scheduler(change)
+    wanted = dict(name="linear", rescale=False, num_steps=1000)
+    assert schedule == wanted | dict(zip(("start", "end"), ends, strict=True))
+    assert objective["var_type"] == "fixed_small"
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, jnp.bfloat16])
 def test_numbers_of_other_types_become_float32(dtype):
     wanted = weights.leaves(shapes_of(UNet(**SMALL), (16, 16, 3)), "openai")

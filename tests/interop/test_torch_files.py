@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_diffusion.interop import safetensors_files, tensors, torch_files
+from jax_diffusion.interop import pickles, safetensors_files, tensors, torch_files
 
 DTYPES = [*tensors.STORAGES.values()]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -374,6 +374,26 @@ def test_real_code_in_a_pickle_is_refused(trap, tmp_path):
 def test_other_instructions_are_refused(instructions, tmp_path):
     data = b"\x80\x02" + instructions + b"."
     refused(write_zip(tmp_path / "a.pt", data), "instruction")
+
+
+def refuse(*_):
+    return NotImplemented
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_values_of_all_protocols_are_read(protocol):
+    tree = {
+        "a": [1, -2, 2**40, 3.5],
+        "b": ("x", "\xe9", None, True),
+        "c": {"d": 2**2100},
+    }
+    data = pickle.dumps([tree, tree["a"]], protocol)
+    assert pickles.load(io.BytesIO(data), refuse, refuse).tree == [tree, tree["a"]]
+
+
+@pytest.mark.parametrize("data", [b"U\x01a.", b"T\x01\0\0\0a.", b"S'a'\n."])
+def test_strings_of_python_2_are_read(data):
+    assert pickles.load(io.BytesIO(data), refuse, refuse).tree == "a"
 
 
 def test_a_pickle_cannot_ask_for_much_memory(tmp_path):

@@ -59,6 +59,10 @@ def prefixed(prefix, tree, add=0):
     return {f"{prefix}{name}": array + np.float32(add) for name, array in tree.items()}
 
 
+def more(tree):
+    return prefixed("", tree, 1)
+
+
 COUNTER = np.array([3])
 # How trainers wrap the tensors of a network, and how many tensors are left out.
 WRAPPINGS = {
@@ -85,6 +89,18 @@ WRAPPINGS = {
         },
         3,
     ),
+    "a shadow": (lambda t: {"ema": {"decay": 0.9, "shadow": t}, "model": more(t)}, 0),
+    "by decay": (lambda t: {"ema": {0.9999: t}, "model": more(t)}, 0),
+    "shadow_params": (
+        lambda t: {"model": more(t), "ema": {"shadow_params": [*t.values()]}},
+        0,
+    ),
+    "params": (lambda t: {"params": more(t), "params_ema": t}, 0),
+    "generator": (lambda t: {"generator": t}, 0),
+    "model_state": (lambda t: {"model_state": t}, 0),
+    "weights": (lambda t: {"weights": t}, 0),
+    "in a checkpoint": (lambda t: {"checkpoint": {"model": t}}, 0),
+    "buffers beside": (lambda t: {"betas": COUNTER, **t}, 1),
     "buffers": (lambda t: {"betas": COUNTER} | prefixed("denoise_fn.", t), 1),
 }
 
@@ -99,6 +115,37 @@ def test_wrappings_of_trainers_are_opened(kind, run, state, tmp_path):
         found = jd.load_checkpoint(path, config=config_of(run, image_size=8))
     same(found, run)
     assert [f"and {left} others" in str(w.message) for w in told] == [True] * bool(left)
+
+
+@pytest.mark.parametrize("inner", ["", "diffusion_model."])
+def test_the_average_of_latent_diffusion_is_read(inner, run, state, tmp_path):
+    average = {f"{inner}{name}".replace(".", ""): a for name, a in state.items()}
+    tree = prefixed("model.diffusion_model.", state, 1) | {"model_ema.decay": COUNTER}
+    tree |= {f"model_ema.{name}": array for name, array in average.items()}
+    path = save_like_torch(tmp_path / "a.pt", {"state_dict": tree})
+    with pytest.warns(UserWarning, match=f"and {len(state) + 1} others"):
+        same(jd.load_checkpoint(path, config=config_of(run, image_size=8)), run)
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        {"shadow_params": [COUNTER]},
+        {"unknown": {"a": np.ones((2, 2), np.float32)}},
+        [np.ones((2, 2), np.float32)],
+    ],
+)
+def test_an_average_that_is_not_understood_is_told(average, run, state, tmp_path):
+    tree = {"model": state, "my_ema": average}
+    path = save_like_torch(tmp_path / "a.pt", tree)
+    with pytest.warns(UserWarning, match="'my_ema' is not understood as an average"):
+        same(jd.load_checkpoint(path, config=config_of(run, image_size=8)), run)
+
+
+def test_a_file_without_a_network_is_refused_with_its_keys(run, tmp_path):
+    path = save_like_torch(tmp_path / "a.pt", {"thing": {"a": 1}, "other": 2})
+    with pytest.raises(ValueError, match=r"of others: \['thing', 'other'\]"):
+        jd.load_checkpoint(path, config=config_of(run))
 
 
 def test_a_file_is_what_it_holds_not_what_it_is_called(run, state, tmp_path):

@@ -173,3 +173,65 @@ def test_an_owner_learns_that_its_folder_is_gone_or_anothers(tmp_path, loss):
             lock.check()
         assert len(str(info.value).splitlines()) == 1
     assert (tmp_path / "a" / ".lock").exists() == (loss == "taken over")
+
+
+MINE = dict(machine=locks._machine(), ticks="5", word="w", process=1)
+DAMAGED = {
+    "nothing": "",
+    "no process": {"process": None},
+    "a path": {"process": "../../x"},
+    "a NUL": {"process": "a\0b"},
+    "a dict": {"process": {"a": 1}},
+    "True": {"process": True},
+    "a large number": {"process": 10**400},
+    "a list": "[]",
+    "deep": "[" * 100_000,
+    "no keys": json.dumps(dict(machine=MINE["machine"])),
+    "no ticks": json.dumps(dict(machine=MINE["machine"], process=1)),
+    "not text": "\udcff",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_lock_is_taken_over(kind, tmp_path):
+    found = DAMAGED[kind]
+    text = found if isinstance(found, str) else json.dumps(MINE | found)
+    (tmp_path / ".lock").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with locks.hold("workdir", tmp_path):
+        held = json.loads((tmp_path / ".lock").read_text())
+        assert held["process"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop", "link"])
+def test_what_is_no_file_is_no_lock_and_stays(kind, tmp_path):
+    lock = tmp_path / ".lock"
+    if kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(lock if kind == "loop" else tmp_path / "nowhere")
+    sentence = r"^workdir must have a plain file as its lock, .*\.lock'\.$"
+    with pytest.raises(ValueError, match=sentence), locks.hold("workdir", tmp_path):
+        raise AssertionError
+    assert os.path.lexists(lock)
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    real = open
+    monkeypatch.setattr(locks, "open", lambda *a: Full(real(*a)), raising=False)
+    with pytest.raises(OSError, match="No space"), locks.hold("out", tmp_path / "a/b"):
+        raise AssertionError
+    assert not list(tmp_path.iterdir())
