@@ -99,10 +99,11 @@ class _Search:
         """Returns the tensors of the state dict in a tree; None if there is none."""
         if id(tree) not in self.seen:
             self.seen[id(tree)] = None  # a tree may hold itself
-            self.seen[id(tree)] = self._look(tree)
+            self.seen[id(tree)] = self.look(tree)
         return self.seen[id(tree)]
 
-    def _look(self, tree: Any) -> dict[str, Tensor] | None:
+    def look(self, tree: Any) -> dict[str, Tensor] | None:
+        """`find` of a tree that was not looked at yet."""
         if isinstance(tree, list):  # the DDIM repository: model, optimizer, ..., EMA
             found = [self.find(item) for item in tree if isinstance(item, Mapping)]
             return next((item for item in reversed(found) if item is not None), None)
@@ -111,7 +112,7 @@ class _Search:
         for name in STATE_DICTS:
             inside = self.find(tree.get(name))
             if inside is not None:
-                return inside if name in AVERAGES else self._average(tree, inside)
+                return inside if name in AVERAGES else self.average_beside(tree, inside)
         decays = [key for key in tree if isinstance(key, float) and 0 < key < 1]
         for decay in sorted(decays, reverse=True):
             inside = self.find(tree[decay])
@@ -130,7 +131,7 @@ class _Search:
         }
         return tensors or None
 
-    def _average(
+    def average_beside(
         self, tree: Mapping[Any, Any], raw: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Returns an average that stands beside a network as a list, or the network."""
@@ -142,7 +143,7 @@ class _Search:
                 getattr(a, "shape", None) for a in listed
             ] == [tensor.shape for tensor in raw.values()]:
                 return dict(zip(raw, listed, strict=True))
-            if _has_tensor(entry):
+            if has_array(entry):
                 warnings.warn(
                     f"{self.path}: {name!r:.80} is not understood as an average of the "
                     "network, whose last parameters are read instead.",
@@ -151,7 +152,7 @@ class _Search:
         return raw
 
 
-def _has_tensor(tree: Any) -> bool:
+def has_array(tree: Any) -> bool:
     """Tells whether a tree holds an array, numbers not counted."""
     seen, rest = set(), [tree]
     while rest:
@@ -194,7 +195,9 @@ def unwrap(
     for name in [n for n in found if "." not in n and len(found[n].shape) < 2]:
         del found[name]
     used = {f"{prefix}{name}" for name in found}
-    averaged = {} if "ema" in prefix else _without_dots(tensors, prefix, [*found])
+    averaged = (
+        {} if "ema" in prefix else average_without_dots(tensors, prefix, [*found])
+    )
     if averaged:
         used = {*averaged.values()}
         found = {name: tensors[theirs] for name, theirs in averaged.items()}
@@ -203,7 +206,7 @@ def unwrap(
     return found, prefixes[prefix], left
 
 
-def _without_dots(
+def average_without_dots(
     tensors: Mapping[str, Tensor], prefix: str, names: list[str]
 ) -> dict[str, str]:
     """Finds the average of latent-diffusion, which drops the dots of names.

@@ -177,10 +177,10 @@ def take(field: str, target: Path, file: Path) -> Lock:
     about |= {"machine": _machine(), "ticks": _ticks(os.getpid()), "word": word}
     while True:
         try:
-            _create(file, json.dumps(about))
+            create(file, json.dumps(about))
             return Lock(field, target, file, word)
         except FileExistsError as error:
-            mode = _mode(file)
+            mode = mode_of(file)
             if mode is not None and not stat.S_ISREG(mode):
                 raise ValueError(
                     f"{field} must have a plain file as its lock, got a folder, a link "
@@ -203,13 +203,14 @@ def take(field: str, target: Path, file: Path) -> Lock:
             aside.unlink()
 
 
-def _mode(file: Path) -> int | None:
+def mode_of(file: Path) -> int | None:
+    """What kind of thing a path is, as `stat` has it; None if it is not there."""
     with contextlib.suppress(FileNotFoundError):
         return file.lstat().st_mode
     return None
 
 
-def _create(file: Path, text: str) -> None:
+def create(file: Path, text: str) -> None:
     """Makes a file that must not be there; leaves none if the disk is full."""
     with open(file, "x") as opened:
         try:
