@@ -243,6 +243,7 @@ def sigmas_off(draws, expected):
     return abs(draws.mean() - expected) * math.sqrt(len(draws)) / draws.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "projected",
     [False, pytest.param(True, marks=pytest.mark.slow)],

@@ -63,6 +63,7 @@ def random_like(params, seed):
     )
 
 
+@pytest.mark.slow
 def test_every_average_is_scored_as_by_evaluate_and_the_best_is_kept(tmp_path):
     """Without a training: of averages that are random numbers."""
     config = config_of()

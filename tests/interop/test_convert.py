@@ -374,6 +374,7 @@ def openai_run(workdir, **changes):
     return make_run(workdir, image_shape=(SIZE, SIZE, 3), model=model | changes)
 
 
+@pytest.mark.slow
 def test_a_run_for_improved_diffusion_and_back(tmp_path, program, monkeypatch):
     openai_run(tmp_path / "run")
     out = tmp_path / "new" / "a.pt"
@@ -432,6 +433,7 @@ def openai_tensors(tmp_path):
     return exporting.state_dict(runs.load_run(tmp_path / "run"), "openai")
 
 
+@pytest.mark.slow
 def test_a_file_is_known_by_its_name_and_then_used(
     tmp_path, program, monkeypatch, capsys
 ):

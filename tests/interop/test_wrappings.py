@@ -633,6 +633,7 @@ def test_converting_takes_at_most_half_more_than_the_weights(tmp_path):
 # Out: without the variance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [1, 2])
 def test_a_network_without_its_variance_predicts_the_same_mean(block_size):
     objective = dict(mean_type="eps", var_type="learned_range", loss="hybrid")

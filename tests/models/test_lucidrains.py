@@ -213,6 +213,7 @@ def test_layers_start_uniform_and_the_memory_normal():
 # What must hold of any network
 
 
+@pytest.mark.slow
 def test_stem_reaches_the_last_block_past_all_levels():
     params = dict(random_params())
     params["up_0_narrow"] = jax.tree.map(jnp.zeros_like, params["up_0_narrow"])

@@ -178,6 +178,7 @@ def test_terms_are_written_as_image_nll_writes_them(run, tmp_path, score):
             assert plot.size[0] > 100
 
 
+@pytest.mark.slow
 def test_fewer_steps_give_a_bound_of_fewer_terms(run, tmp_path, score):
     few = ("--metrics", "bpd", "--bpd-images", "16", "--bpd-steps", "4")
     score("--workdir", run, "--out", tmp_path, *few)
@@ -277,6 +278,7 @@ def labeled(run, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_guided_samples_are_scored_as_sample_draws_them(
     labeled, tmp_path, score, monkeypatch
 ):
@@ -610,6 +612,7 @@ def test_arguments_that_fit_nothing_are_refused(run, tmp_path, refused):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_resumes_unless_parts_or_records_are_others(
     run, tmp_path, refused, score, monkeypatch
 ):

@@ -124,6 +124,7 @@ def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("run") / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("out", "where", "name"),
     [("a.npz", np, "savez"), ("new", plotting, "save_png"), ("a.npz", os, "replace")],

@@ -85,6 +85,7 @@ def test_weights_are_kept_bit_for_bit_and_all_else_begins_anew(
     assert told["ema"] == (name or "none") and told["step"] == 2
 
 
+@pytest.mark.slow
 def test_training_begins_with_the_loss_of_the_source_and_not_with_that_of_chance(
     images, source, tmp_path
 ):
@@ -102,6 +103,7 @@ def test_training_begins_with_the_loss_of_the_source_and_not_with_that_of_chance
     assert abs(tuned - chance) > 0.01 * chance
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_goes_on_without_its_source_and_says_where_it_came_from(
     images, source, tmp_path, capsys
 ):
@@ -226,6 +228,7 @@ def test_rows_of_version_0_1_go_to_the_names_of_its_own_folder(
         assert rows or not any(same(a, b) for a in table for b in old)
 
 
+@pytest.mark.slow
 def test_a_network_without_labels_gets_them(images, source, tmp_path):
     train.train(tiny_config(images, total_steps=1), tmp_path / "plain")
     state, weights = begin(tiny_config(images, **LABELED), str(tmp_path / "plain"))
@@ -359,5 +362,5 @@ def test_a_source_that_cannot_be_used_is_refused_before_anything_is_written(
     changes = {**LABELED, **changes}
     config = tiny_config(images, init_from=start.format(source=source), **changes)
     sentence = refuses(train.train, config, tmp_path / "run")
-    assert sentence.startswith("init_from must ") and words in sentence
+    assert sentence.startswith("config.init_from must ") and words in sentence
     assert not (tmp_path / "run").exists()

@@ -240,6 +240,7 @@ def test_a_second_stage_that_takes_labels_is_told_some(runs):
     assert found[0] == [2]
 
 
+@pytest.mark.slow
 def test_images_of_a_second_network_are_those_of_its_own_label(runs):
     """The label of a name draws what the same number draws from the network alone."""
     named, second = runs["named"], runs["upsample"]

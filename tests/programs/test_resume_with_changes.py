@@ -179,6 +179,7 @@ def test_names_are_checked_for_a_new_run_too(begun, tmp_path):
     assert "did you mean 'optimizer.lr'" in sentence and not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -306,6 +306,7 @@ def test_parts_of_version_0_1_are_resumed_by_the_same_options(tmp_path):
 # Grey levels
 
 
+@pytest.mark.slow
 def test_grey_levels_are_cut_as_openai_does_or_rounded_as_ddim_does(
     labelled, draws, floats
 ):
@@ -550,6 +551,7 @@ def test_noises_between_two_begin_and_end_in_their_images(
     assert_other(shown[:, 1].astype(int), images[:3])
 
 
+@pytest.mark.slow
 def test_what_is_known_of_an_image_stays(labelled, folder, draws, tmp_path):
     images, labels = (a[:N] for a in stored_images(folder))
     white = np.random.default_rng(0).random((SIZE, SIZE)) < 0.5
@@ -664,6 +666,7 @@ def test_a_task_that_does_not_fit_is_refused(labelled, plain, tmp_path, refuses)
 # Steps, batches and devices
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_steps_and_numbers(labelled, monkeypatch):
     run, traced = pipeline.load_run(labelled), []
 
