@@ -796,7 +796,7 @@ def test_small_images_must_fit_the_network(tmp_path, fails):
         (with_low_res, "grey.npz", "must have 3 channels, got 1"),
         (with_low_res, "labels.npz", "must be below 5, got 5"),
         (with_low_res, "text.npz", "text.npz must be a .npz"),
-        (with_low_res, "none.npz", "none.npz must be a .npz"),
+        (with_low_res, "none.npz", "--low-res must exist, got"),
     ]
     for workdir, file, words in cases:
         arguments = ("--workdir", workdir, "--out", tmp_path / "out", "--steps", 2)

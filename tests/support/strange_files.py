@@ -262,7 +262,7 @@ WRONG_SCHEDULERS = {
     "beta_end": [0, 7, "x", None],
     "trained_betas": ["x", [0.1], [2.0] * 20, [[0.1]] * 20, {}],
     "prediction_type": [[], None, "flow"],
-    "variance_type": [[], None, "learned", {}],
+    "variance_type": [[], "learned", {}],
 }
 WRONG_TEXTS = {
     "empty": "",
