@@ -7,12 +7,12 @@ checked against the range that a network knows.
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from jax_diffusion.data.examples import Arrays, Examples, InMemory
+from jax_diffusion.data.examples import Arrays, Examples, InMemory, Wrapped
 
 Names = tuple[str, ...]
 
@@ -66,58 +66,41 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
-class Relabeled(Examples):
+class Relabeled(Wrapped):
     """Examples whose labels are numbered otherwise.
 
     Args:
-        examples: images and labels.
+        inner: images and labels.
         table: int32 [k], the new number of each class.
         class_names: by new number, if they have names.
     """
 
-    def __init__(
-        self, examples: Examples, table: np.ndarray, class_names: Names | None
-    ):
-        self._examples, self._table = examples, table
-        self.class_names, self.left_out = class_names, examples.left_out
-
-    def __len__(self) -> int:
-        return len(self._examples)
+    def __init__(self, inner: Examples, table: np.ndarray, class_names: Names | None):
+        super().__init__(inner)
+        self._table, self._class_names = table, class_names
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
-        return self._examples.image_shape
+    def labels(self) -> np.ndarray:
+        return self._table[self.inner.labels]
 
     @property
-    def labels(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._table[self._examples.labels]
+    def class_names(self) -> Names | None:
+        return self._class_names
 
     @property
-    def digest(self) -> str | None:
-        return self._examples.digest
-
-    @property
-    def damaged(self) -> Mapping[int, str]:
-        return self._examples.damaged
+    def num_classes(self) -> int:
+        names = self._class_names
+        return int(self._table.max()) + 1 if names is None else len(names)
 
     def counts(self) -> np.ndarray | None:
-        found = self._examples.counts()
+        found = self.inner.counts()
         if found is None:
             return None
         known = self._table[: len(found)]
         return np.bincount(known[found > 0], found[found > 0]).astype(int)
 
-    @property
-    def num_classes(self) -> int:
-        names = self.class_names
-        return int(self._table.max()) + 1 if names is None else len(names)
-
     def read(self, rows: np.ndarray) -> Arrays:
-        images, labels = self._examples.read(rows)
-        return images, self._table[labels]
-
-    def read_all(self) -> Arrays:
-        images, labels = self._examples.read_all()
+        images, labels = self.inner.read(rows)
         return images, self._table[labels]
 
 

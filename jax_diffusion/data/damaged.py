@@ -1,69 +1,30 @@
 """Images that cannot be decoded: finding them beforehand, and going on without them."""
 
-import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
 
 from jax_diffusion.data.decode import in_threads
-from jax_diffusion.data.examples import Arrays, DamagedImageError, Examples
+from jax_diffusion.data.examples import Arrays, DamagedImageError, Examples, Wrapped
 
 CHECKED_TOGETHER = 256  # images between two updates of the progress bar
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class WithoutDamaged(Examples):
+class WithoutDamaged(Wrapped):
     """Examples with the next whole image, in stored order, in place of a damaged one.
 
     There are as many rows as before, the last of which is followed by the first, and
     what a row holds depends on the files alone: batches stay a function of (seed,
-    step), in memory or not. The label is that of the image that is read.
+    step), in memory or not. The label is that of the image that is read, while
+    `labels` and `counts` are those of all images, of damaged ones, too.
 
-    Attributes:
+    Args:
         inner: the examples.
     """
 
-    inner: Examples
-    _damaged: dict[int, str] = dataclasses.field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        return self.inner.image_shape
-
-    @property
-    def labels(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """int32 [n], of the damaged images, too."""
-        return self.inner.labels
-
-    @property
-    def num_classes(self) -> int:
-        return self.inner.num_classes
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:  # pyright: ignore
-        return self.inner.class_names
-
-    @property
-    def old_class_names(self) -> tuple[str, ...] | None:
-        return self.inner.old_class_names
-
-    @property
-    def labeled(self) -> bool:  # pyright: ignore
-        return self.inner.labeled
-
-    @property
-    def left_out(self) -> str:  # pyright: ignore
-        return self.inner.left_out
-
-    def counts(self) -> np.ndarray | None:
-        return self.inner.counts()
-
-    @property
-    def digest(self) -> str | None:
-        return self.inner.digest
+    def __init__(self, inner: Examples):
+        super().__init__(inner)
+        self._damaged: dict[int, str] = {}
 
     @property
     def damaged(self) -> Mapping[int, str]:

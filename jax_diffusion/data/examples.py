@@ -98,6 +98,58 @@ class Examples(abc.ABC):
         return self.read(np.arange(len(self)))
 
 
+class Wrapped(Examples):
+    """Examples that are `inner`, but for what a subclass says otherwise."""
+
+    def __init__(self, inner: Examples):
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.inner.image_shape
+
+    @property
+    def labels(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.labels
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:  # pyright: ignore
+        return self.inner.class_names
+
+    @property
+    def old_class_names(self) -> tuple[str, ...] | None:
+        return self.inner.old_class_names
+
+    @property
+    def labeled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.labeled
+
+    @property
+    def left_out(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.left_out
+
+    @property
+    def num_classes(self) -> int:
+        return self.inner.num_classes
+
+    @property
+    def digest(self) -> str | None:
+        return self.inner.digest
+
+    @property
+    def damaged(self) -> Mapping[int, str]:
+        return self.inner.damaged
+
+    def counts(self) -> np.ndarray | None:
+        return self.inner.counts()
+
+    def read(self, rows: np.ndarray) -> Arrays:
+        return self.inner.read(rows)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class InMemory(Examples):
     """Decoded images and their labels, as `check_arrays` returns them.
