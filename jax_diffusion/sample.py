@@ -101,8 +101,7 @@ def draw_images(
 
     out = Path(args.out)
     if out.suffix == ".npz":
-        owner = run if upsample is None or run.takes_labels else upsample
-        called = data.numbers_called(owner.class_names)
+        called = data.numbers_called(bound.class_names)
         _write_npz(out, args.n, draw, record, called)
     else:
         channels = run.image_shape[-1]

@@ -150,6 +150,7 @@ class BoundSampler:
             "ema", "mask".
         second: the sampler that enlarges what this one draws, if there is one.
         second_labels: its label for each label, int32 [k]; None if they agree.
+        class_names: what the labels are called; None where they are numbers only.
     """
 
     draw: Callable[..., Any]
@@ -161,6 +162,7 @@ class BoundSampler:
     choices: Mapping[str, Any]
     second: "BoundSampler | None" = None
     second_labels: np.ndarray | None = None
+    class_names: tuple[str, ...] | None = None
 
     def batches(
         self,
@@ -328,7 +330,7 @@ def _bind(
     numbers = options.numbers(run.null_label)
     return BoundSampler(
         *(draw, params, schedule, inputs.rows, numbers, options.rounding, choices),
-        *(second, inputs.upsample_labels),
+        *(second, inputs.upsample_labels, inputs.class_names),
     )
 
 

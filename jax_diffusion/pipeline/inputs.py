@@ -102,11 +102,13 @@ class Inputs(NamedTuple):
             "low_res" uint8; image i has row i of each, in turn.
         guide_labels: the classifier's label for each label, int32; None if they agree.
         upsample_labels: the second stage's, likewise.
+        class_names: what the labels are called; None where they are numbers only.
     """
 
     rows: dict[str, np.ndarray]
     guide_labels: np.ndarray | None = None
     upsample_labels: np.ndarray | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def read_inputs(
@@ -137,7 +139,7 @@ def read_inputs(
     known = None if owner is None else owner.num_labels
     guide_labels = _labels_of(guide, owner)
     upsample_labels = _labels_of(upsample, owner)
-    names = owner and owner.class_names
+    names = None if owner is None else owner.class_names
     if guide_labels is not None and not names:  # up to the last one that both know
         known = 1 + int(np.flatnonzero(guide_labels >= 0).max(initial=-1))
     wanted = options.labels(known, names)
@@ -163,7 +165,7 @@ def read_inputs(
         None if table is None or (table == np.arange(len(table))).all() else table
         for table in (guide_labels, upsample_labels)
     ]
-    return Inputs({**rows, "label": labels.astype(np.int32)}, *tables)
+    return Inputs({**rows, "label": labels.astype(np.int32)}, *tables, names)
 
 
 def check_known(
