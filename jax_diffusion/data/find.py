@@ -21,6 +21,7 @@ SUFFIXES = (
 )
 SHEETS = "sheets"  # sub-folder of the output of `sample` with what is no sample
 SHEET_FILES = ("grid.png", "denoising.gif")
+SAMPLE = re.compile(r"\d{5,}\.png")  # names of samples, as 00000.png
 
 
 class FoundImages(NamedTuple):
@@ -106,7 +107,7 @@ def _entries(folder: str, left_out: dict[str, int]) -> list[os.DirEntry[str]]:
         raise ValueError(
             f"{folder} must be a folder that can be listed, got {error}."
         ) from error
-    of_sample = any(re.fullmatch(r"\d{5,}\.png", entry.name) for entry in entries)
+    of_sample = any(SAMPLE.fullmatch(entry.name) for entry in entries)
     if os.path.basename(folder) == SHEETS:
         images = {e.name for e in entries if e.name.lower().endswith(SUFFIXES)}
         of_sample = images <= {*SHEET_FILES}

@@ -6,17 +6,15 @@ record.json      the job: its options, seed and number of images
 """
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_diffusion.data.find import SHEET_FILES, SHEETS
+from jax_diffusion.data.find import SAMPLE, SHEET_FILES, SHEETS
 from jax_diffusion.runtime import files
 
 RECORD = "record.json"
-SAMPLE = re.compile(r"\d{5,}\.png")
 
 
 def check_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -32,7 +30,7 @@ def check_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool) ->
             of `sample`.
     """
     there = _inside(folder)
-    if not there or _stored(folder) == json.loads(json.dumps(record)):
+    if not there or _is_of(record, folder):
         return
     if not overwrite:
         raise ValueError(
@@ -48,7 +46,7 @@ def check_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool) ->
 
 def begin(folder: Path, record: Mapping[str, Any]) -> None:
     """Removes the samples of another job, and writes the record of this one."""
-    if _stored(folder) != json.loads(json.dumps(record)):
+    if not _is_of(record, folder):
         for path in _inside(folder):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,9 +69,10 @@ def _is_ours(path: Path) -> bool:
     return bool(SAMPLE.fullmatch(name)) or name in (*SHEET_FILES, RECORD)
 
 
-def _stored(folder: Path) -> Any:
-    """The record in a folder; None if there is none that can be read."""
+def _is_of(record: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a folder has the record of this job, and one that can be read."""
     try:
-        return json.loads((folder / RECORD).read_text())
+        stored = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
-        return None
+        return False
+    return stored == json.loads(json.dumps(record))
