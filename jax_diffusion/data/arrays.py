@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_diffusion import checks
 from jax_diffusion.data import philox
-from jax_diffusion.data.classes import class_order
+from jax_diffusion.data.classes import class_order, label_table
 from jax_diffusion.data.decode import Decoder, height_and_width, reading
 from jax_diffusion.data.examples import (
     Arrays,
@@ -145,8 +145,7 @@ def load_npz(
     names = None
     if labels is not None and labels.dtype.kind == "U" and labels.ndim == 1:
         names = class_order(labels.tolist())
-        numbers = {name: i for i, name in enumerate(names)}
-        labels = np.array([numbers[name] for name in labels.tolist()])
+        labels = label_table(labels.tolist(), names)
     images = (decoder or Decoder()).convert(images, str(path))
     with of_file(path):
         found = InMemory.of((images, labels))

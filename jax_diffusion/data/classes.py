@@ -41,9 +41,9 @@ def _value(name: str) -> int:
 
 
 def numbers_called(names: Sequence[str] | None) -> list[int] | None:
-    """Returns the numbers that classes are called by, if all are: "a number is a name".
+    """Returns the numbers that are the names of classes; None unless all are numbers.
 
-    None if some are not, or if two are the same number or too large for a label.
+    None also if two names are the same number, or one is too large for a label.
 
     >>> numbers_called(["1", "02"]), numbers_called(["1", "cat"])
     ([1, 2], None)
@@ -97,7 +97,8 @@ class Relabeled(Wrapped):
         if found is None:
             return None
         known = self._table[: len(found)]
-        return np.bincount(known[found > 0], found[found > 0]).astype(int)
+        used, n = found > 0, self.num_classes
+        return np.bincount(known[used], found[used], minlength=n).astype(int)
 
     def read(self, rows: np.ndarray) -> Arrays:
         images, labels = self.inner.read(rows)
@@ -109,8 +110,9 @@ def match(examples: Examples, class_names: Names | None, field: str) -> Examples
 
     Args:
         examples: images and labels.
-        class_names: names by label; None leaves the numbers as they are. So does a
-            source without names, unless all of these are numbers: then its are names.
+        class_names: names by label; None leaves the labels as they are. If the
+            examples have no names, their labels are taken for names where all of these
+            are numbers, and stay as they are elsewhere.
         field: what the examples are, for errors.
 
     Raises:
@@ -125,7 +127,10 @@ def match(examples: Examples, class_names: Names | None, field: str) -> Examples
                 f"up to {most - 1}."
             )
         own, class_names = range(most), tuple(class_names)
-        table = label_table([*map(str, own)], [*map(str, called)])
+        table = np.full(most, -1, np.int32)
+        for i, number in enumerate(called):
+            if number < most:
+                table[number] = i
     elif own is None or class_names is None or own == class_names:
         return examples
     else:
@@ -153,7 +158,8 @@ def fit_labels(
     Args:
         examples: images and labels.
         class_names: what the labels of the network are called, if that is known; then
-            classes are matched by name. Else names must be numbers.
+            classes are matched by name. Else the names of the examples' classes must
+            be numbers, which are the labels then.
         num_labels: how many labels the network knows.
         field: what the examples are, for errors.
         remedy: end of the errors, such as "; give `label` instead".
@@ -204,9 +210,10 @@ def describe(examples: Examples) -> str:
     else:
         counts, names = examples.counts(), examples.class_names
         n = examples.num_classes
-        shown = [printable(name) for name in names or map(str, range(n))][:SHOWN]
+        shown = [printable(str(name)) for name in (names or range(n))[:SHOWN]]
         if counts is not None:
-            shown = [f"{k} {c:,}" for k, c in zip(shown, counts.tolist(), strict=False)]
+            first = counts[:SHOWN].tolist()
+            shown = [f"{k} {c:,}" for k, c in zip(shown, first, strict=False)]
         listed = ", ".join([*shown, *["..."] * (n > SHOWN)])
         line += f"{n:,} class{'es' * (n != 1)} ({listed})"
     return line + (f"; left out: {examples.left_out}" if examples.left_out else "")

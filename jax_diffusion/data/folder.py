@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_diffusion.data.arrays import check_folder, read_image_file
-from jax_diffusion.data.classes import class_order
+from jax_diffusion.data.classes import class_order, label_table
 from jax_diffusion.data.decode import (
     Decoder,
     fit,
@@ -204,8 +204,7 @@ def read_folder(
     labels, class_names = np.zeros(len(paths), np.int32), None
     if layout.classes is not None:
         class_names = class_order(layout.classes)
-        numbers = {name: i for i, name in enumerate(class_names)}
-        labels = np.fromiter((numbers[c] for c in layout.classes), np.int32, len(paths))
+        labels = label_table(layout.classes, class_names)
     rows = layout.rows(split)
     others = np.setdiff1d(np.arange(len(paths)), rows)
     return Folder(

@@ -195,7 +195,7 @@ def _look_through(parts: list[_Part], to_splits: bool = False) -> list[_Part]:
             break
         if to_splits and (only.lower() in ROLES or HELD_OUT.fullmatch(only)):
             break
-        parts = [part.inside(part.wraps) for part in parts]
+        parts = [part.inside(only) for part in parts]
     return parts
 
 

@@ -233,6 +233,16 @@ def test_a_second_stage_and_a_classifier_are_told_the_label_of_the_same_name(run
         labels_of(named, label="ant,cat", guide=guide)
 
 
+def test_labels_are_called_as_by_the_network_that_they_are_of(runs):
+    plain = dataclasses.replace(runs["plain"], class_names=("5", "6"))  # of its data
+    guided = pipeline.SamplingOptions(classifier=runs["classifier"].workdir)
+    assert pipeline.bind_sampler(plain).class_names is None
+    assert pipeline.bind_sampler(plain, guided).class_names == ("owl", "dog", "cat")
+    some = pipeline.SamplingOptions(label="bee")
+    bound = pipeline.bind_sampler(plain, some, upsample=runs["upsample"])
+    assert bound.class_names == ("dog", "cat", "bee")
+
+
 def test_a_second_stage_that_takes_labels_is_told_some(runs):
     with pytest.raises(ValueError, match=r"^label must be given"):
         labels_of(runs["plain"], upsample=runs["upsample"])
@@ -399,6 +409,16 @@ def test_second_networks_and_files_of_samples_know_numbers_by_name(
     np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["arr_1"], [10, 2])
     again = labels_of(numbered, task="edit", images=tmp_path / "a.npz")[0]
     assert again == labels_of(numbered, label="10,2")[0]
+
+
+def test_renumbered_classes_are_counted_alike_in_memory_or_not(tmp_path):
+    path, counts = write_classes(tmp_path / "images", ("cat", "dog"), n=2), []
+    of_all: dict = dict(path=path, image_size=8, batch_size=1, train=False)
+    for in_memory in (True, False):
+        found = data.load("folder", "all", in_memory=in_memory, **of_all).examples
+        found = data.match(found, ("ant", "cat", "dog", "owl"), "images")
+        counts.append(found.counts())
+    np.testing.assert_array_equal(counts, [[0, 2, 2, 0]] * 2)
 
 
 # The programs
