@@ -52,7 +52,7 @@ READING: cli.Flags = {
     "--layout": dict(
         help="With --config, the code whose tensor names the file has: "
         f"{', '.join(sorted({*layouts.LAYOUTS, lucidrains_layout.NAME}))}. By default "
-        "it is recognized; openai_new has to be said.",
+        "it is recognized; only openai_new must be given.",
     ),
     "--image-size": dict(
         type=parse_size,
@@ -105,10 +105,13 @@ def main() -> None:
     if (args.checkpoint is None) == (args.to is None):
         given = "neither" if args.to is None else "both"
         raise ValueError(f"one of --checkpoint and --to must be given, got {given}.")
-    side, useless = ("--checkpoint", READING) if args.to else ("--to", WRITING)
+    if args.checkpoint is None:
+        useless, why = READING, f"is for --checkpoint, got --to {args.to}"
+    else:
+        useless, why = WRITING, f"is for --to, got --checkpoint {args.checkpoint}"
     with cli.fields_as_flags(args):
-        names = [flag.removeprefix("--") for flag in useless]
-        cli.refuse_useless(args.given, names, f"is for {side}, got {args.workdir}")
+        names = [flag.removeprefix("--").replace("-", "_") for flag in useless]
+        cli.refuse_useless(args.given, names, why)
     if args.checkpoint is not None:
         config = configs.load_config(args.config) if args.config else None
         with cli.fields_as_flags(args):

@@ -206,6 +206,7 @@ def cases():
         flags = [*EVALUATE, "--metrics", "fid", "--save-moments", path]
         yield "evaluate", flags, "moments"
     convert = ["--workdir", "labelled"]
+    openai = [*convert, "--to", "openai", "--out", "new.pt"]
     for flags, word in [
         (convert, "--checkpoint"),
         ([*convert, "--checkpoint", "file", "--to", "openai"], "both"),
@@ -213,10 +214,17 @@ def cases():
         ([*convert, "--to", "x", "--out", "new"], "to must be"),
         ([*convert, "--to", "openai", "--out", "new.txt"], "out"),
         ([*convert, "--to", "safetensors", "--out", "file"], "out"),
-        ([*convert, "--to", "openai", "--out", "new.pt", "--name", "x"], "--name"),
-        ([*convert, "--to", "openai", "--out", "new.pt", "--ema", "0.5"], "--ema"),
+        ([*openai, "--name", "x"], "--name"),
+        ([*openai, "--image-size", "8"], "--image-size is for --checkpoint"),
+        ([*openai, "--ignore-objects"], "--ignore-objects is for --checkpoint"),
+        ([*openai, "--allow-nonfinite"], "--allow-nonfinite is for --checkpoint"),
+        ([*openai, "--ema", "0.5"], "--ema"),
         (["--workdir", "new", "--checkpoint", "few.npz", "--out", "x"], "--out"),
         (["--workdir", "new", "--checkpoint", "few.npz", "--ema", "0.9"], "--ema"),
+        (
+            ["--workdir", "new", "--checkpoint", "few.npz", "--drop-variance"],
+            "--drop-variance is for --to",
+        ),
         (["--workdir", "new", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
         (["--workdir", "file", "--checkpoint", "few.npz"], "workdir"),
         (["--workdir", "nowhere", "--to", "openai", "--out", "new.pt"], "nowhere"),
