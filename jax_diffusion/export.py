@@ -254,19 +254,16 @@ def _check_record(record: Mapping[str, Any]) -> None:
     Raises:
         ValueError: that names the field.
     """
-    weights = record.get("weights", "")
-    wanted: list[tuple[str, Any, type]] = [
-        ("sha256", record.get("sha256"), str),
-        ("versions.jax", _inside(record, "versions", "jax"), str),
-    ]
-    if weights is not None:
-        wanted.append(("weights.sha256", _inside(record, "weights", "sha256"), str))
-    for name, value, kind in wanted:
-        if not isinstance(value, kind):
-            raise ValueError(f"{name} must be a {kind.__name__}, got {value!r:.80}")
+    texts = ["sha256", "versions.jax"]
+    if record.get("weights", "") is not None:  # they lie beside the sampler
+        texts.append("weights.sha256")
+    for name in texts:
+        value = _inside(record, *name.split("."))
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be a string, got {value!r:.80}.")
     label = _inside(record, "inputs", "label")
     if not isinstance(label, dict) or "num_labels" not in label:
-        raise ValueError(f"inputs.label must have num_labels, got {label!r:.80}")
+        raise ValueError(f"inputs.label must have num_labels, got {label!r:.80}.")
     if label["num_labels"] is not None:
         checks.integer("num_labels", label["num_labels"], at_least=0)
 

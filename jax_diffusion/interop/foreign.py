@@ -17,6 +17,8 @@ from jaxtyping import PyTree
 from jax_diffusion import checks
 from jax_diffusion import config as configs
 from jax_diffusion.config import Config
+from jax_diffusion.config.fields import OF_DENOISERS
+from jax_diffusion.config.groups import GROUPS
 from jax_diffusion.models import Network, example_inputs
 
 MAX_SIDE = 2**14  # pixels of an image
@@ -68,28 +70,29 @@ def check_record(record: Mapping[str, Any]) -> tuple[Config, tuple[int, int, int
         ValueError: if a field is missing or of a wrong type.
     """
     config, shape = record.get("config"), record.get("image_shape")
-    if not isinstance(config, dict) or not isinstance(shape, list) or len(shape) != 3:
-        raise ValueError("a record must have a config and an image_shape, got neither.")
+    if not isinstance(config, dict):
+        raise ValueError(f"config must be a group of fields, got {config!r:.40}.")
+    if not isinstance(shape, list) or len(shape) != 3:
+        raise ValueError(f"image_shape must be [h, w, c], got {shape!r:.40}.")
     for side in shape:
         checks.integer("image_shape", side, at_least=1, at_most=MAX_SIDE)
     checks.integer("format", record.get("format", 1), at_least=1)
     needed = [name for name in configs.FIELDS if name not in configs.DEFAULTS]
     if missing := [name for name in needed if name not in config]:
         raise ValueError(f"config lacks the fields {missing}.")
-    for name in ("data", "schedule", "model", "optimizer", "timesteps"):
-        if not isinstance(config[name], dict):
-            raise ValueError(
-                f"config.{name} must be a group, got {config[name]!r:.40}."
-            )
-    for name in ("objective", "sampling"):
-        if not isinstance(config[name], dict | None):
-            raise ValueError(
-                f"config.{name} must be a group, got {config[name]!r:.40}."
-            )
+    for name in (name for name in needed if name in GROUPS):
+        group = config[name]
+        no_group = group is None and name in OF_DENOISERS
+        if not isinstance(group, dict) and not no_group:
+            raise ValueError(f"config.{name} must be a group, got {group!r:.40}.")
     try:
         upgraded = configs.upgrade(record)["config"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"config must be of format 1 or 2, got {error!r}.") from error
+        classes = config["model"].get("num_classes")
+        raise ValueError(
+            "config.model.num_classes must be an integer in a config of format 1 with "
+            f"label_dropout, got {classes!r:.40}."
+        ) from error
     h, w, c = shape
     return upgraded, (h, w, c)
 
@@ -119,7 +122,7 @@ def check_no_code(config: Config, path: Path) -> None:
 def model_and_shapes(
     config: Config,
     image_shape: tuple[int, ...],
-    tensors: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Any],
 ) -> tuple[Network, PyTree]:
     """Builds the network of a config, and the shapes of its parameters.
 
@@ -127,7 +130,7 @@ def model_and_shapes(
         config: a config; groups schedule, objective and model are read.
         image_shape: (h, w, c).
         tensors: the tensors that the network shall have, by name: what the config
-            describes may not be larger. None: it may be of any size.
+            describes may not be larger.
 
     Returns:
         The network, and a tree of `jax.ShapeDtypeStruct`; nothing is computed.
@@ -135,8 +138,7 @@ def model_and_shapes(
     Raises:
         ValueError: if the network cannot be built.
     """
-    if tensors is not None:
-        check_sizes(config, tensors)
+    check_sizes(config, tensors)
     try:
         model: Any = configs.build(config, image_shape[-1]).model
         shapes = jax.eval_shape(
@@ -153,7 +155,7 @@ def model_and_shapes(
 
 
 def check_sizes(config: Config, tensors: Mapping[str, Any]) -> None:
-    """Checks that building a network takes no more than its file.
+    """Checks that the network of a config is no larger than the file beside it.
 
     Args:
         config: a config; groups schedule and model are read.
@@ -165,14 +167,14 @@ def check_sizes(config: Config, tensors: Mapping[str, Any]) -> None:
     steps = config["schedule"].get("num_steps")
     if steps is not None:
         checks.integer("config.schedule.num_steps", steps, at_most=MAX_STEPS)
-    numbers = sum(tensor.size for tensor in tensors.values())
+    most = max(sum(tensor.size for tensor in tensors.values()), 512)
     group: dict[str, Any] = flatten_dict(dict(config["model"]), sep=".")
     for name, value in group.items():
         for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, int | float) and not abs(number) <= max(numbers, 512):
+            if isinstance(number, int | float) and not abs(number) <= most:
                 raise ValueError(
-                    f"config.model.{name} must be at most {numbers}, the size of all "
-                    f"tensors beside it, got {number!r:.40}."
+                    f"config.model.{name} must be at most {most}, as the tensors "
+                    f"beside it have no more numbers, got {number!r:.40}."
                 )
     depth, levels = group.get("num_res_blocks"), group.get("multipliers")
     if isinstance(depth, int) and isinstance(levels, list | tuple):

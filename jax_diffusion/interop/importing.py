@@ -223,7 +223,7 @@ def read_own_file(
         known, image_shape = foreign.check_record(record)
     except ValueError as error:
         reason = str(error).rstrip(".")
-        raise ValueError(f"{path} must hold a whole record, got {reason}.") from error
+        raise ValueError(f"{path} must hold a whole record: {reason}.") from error
     if config is None:
         foreign.check_no_code(known, path)
     else:
@@ -241,7 +241,7 @@ def read_own_file(
     return Checkpoint(unflatten_dict(params, sep="."), known, image_shape)
 
 
-# Our parameter of the first convolution in the layouts -> its tensor.
+# Layout -> the tensor of the first convolution, whose second axis tells the channels.
 FIRST = {
     "openai": "input_blocks.0.0.weight",
     "ddpm": "conv_in.weight",
