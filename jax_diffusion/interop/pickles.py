@@ -8,7 +8,7 @@ file cannot ask for much memory or time.
 """
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 MAX_INSTRUCTIONS = 1_000_000  # a checkpoint needs about 40 for each tensor
@@ -139,6 +139,13 @@ class _Machine:
         items, self.stack = self.stack, self.outer.pop()
         return items
 
+    def pop_pairs(self) -> list[tuple[Any, Any]]:
+        """Returns the keys and values that were pushed since the last mark."""
+        items = self.pop_mark()
+        if len(items) % 2:
+            raise IndexError
+        return list(zip(items[::2], items[1::2], strict=True))
+
     def do_pop(self, _):
         self.stack.pop()
 
@@ -156,11 +163,9 @@ class _Machine:
     do_frozenset = do_list
 
     def do_dict(self, _):
-        items = self.pop_mark()
-        if len(items) % 2:
-            raise IndexError
-        self.stack.append({})
-        self.update(list(zip(items[::2], items[1::2], strict=True)))
+        made: dict[Any, Any] = {}
+        self.update(made, self.pop_pairs())
+        self.stack.append(made)
 
     def do_dup(self, _):
         self.stack.append(self.stack[-1])
@@ -176,13 +181,11 @@ class _Machine:
 
     def do_setitem(self, _):
         value, key = self.stack.pop(), self.stack.pop()
-        self.update([(key, value)])
+        self.update(self.stack[-1], [(key, value)])
 
     def do_setitems(self, _):
-        items = self.pop_mark()
-        if len(items) % 2:
-            raise IndexError
-        self.update(list(zip(items[::2], items[1::2], strict=True)))
+        pairs = self.pop_pairs()
+        self.update(self.stack[-1], pairs)
 
     def do_global(self, argument):
         module, _, name = argument.partition(" ")
@@ -225,19 +228,17 @@ class _Machine:
         elif target is not OBJECT:
             raise TypeError
 
-    def update(self, items: list[tuple[Any, Any]]) -> None:
-        """Sets items of the dict on the stack, those with simple keys."""
-        target = self.stack[-1]
+    def update(self, target: Any, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """Sets items of a dict, those with simple keys."""
         if target is OBJECT:
             return
         if not isinstance(target, dict):
             raise TypeError
-        for key, value in items:
-            if key is None or isinstance(key, str):
-                target[key] = value
-            elif isinstance(key, int) and abs(key) < MAX_KEY:
-                target[key] = value
-            elif isinstance(key, float) and 0 < key < 1:  # a decay; few can collide
+        for key, value in pairs:
+            text = key is None or isinstance(key, str)
+            small = isinstance(key, int) and abs(key) < MAX_KEY
+            decay = isinstance(key, float) and 0 < key < 1  # few of them can collide
+            if text or small or decay:
                 target[key] = value
             else:
                 self.objects.add(f"a {type(key).__name__} as a key")
@@ -252,9 +253,7 @@ class _Machine:
         if module == "collections" and name in ("OrderedDict", "defaultdict"):
             made: dict[Any, Any] = {}
             if name == "OrderedDict" and arguments:
-                self.stack.append(made)
-                self.update([(key, value) for key, value in arguments[0]])
-                self.stack.pop()
+                self.update(made, arguments[0])
             return made
         made = self.call(function, arguments)
         if made is not NotImplemented:
