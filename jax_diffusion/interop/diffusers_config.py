@@ -138,7 +138,8 @@ def sides_of(config: Json) -> tuple[int, int]:
         config: content of the config.json of the UNet2DModel.
 
     Raises:
-        ValueError: if they are not given.
+        ValueError: if `sample_size` is neither one side nor two, or one is out of
+            range.
     """
     size = config["sample_size"]
     sides = size if isinstance(size, list | tuple) else [size, size]
@@ -323,7 +324,7 @@ def process_from_scheduler(config: Json) -> tuple[dict[str, Any], dict[str, Any]
         not names
         or kind not in schedules
         or mean not in means
-        or (variance not in VARIANCES)
+        or variance not in VARIANCES
     ):
         raise ValueError(
             f"a scheduler must have a beta_schedule of {sorted(schedules)}, a "

@@ -105,7 +105,7 @@ def from_lucidrains(
         )
     where = names(shapes)
     flat: dict[tuple[str, ...], Any] = flatten_dict(shapes)
-    orders = {path: _order(path, shapes) for path in flat}
+    orders = {path: _order(path, leaf.ndim, shapes) for path, leaf in flat.items()}
     wanted = {}
     for path, leaf in flat.items():
         theirs = tuple(leaf.shape[axis] for axis in orders[path])
@@ -121,15 +121,12 @@ def from_lucidrains(
     return unflatten_dict(ours)
 
 
-def _order(path: tuple[str, ...], shapes: PyTree) -> tuple[int, ...]:
+def _order(path: tuple[str, ...], ndim: int, shapes: PyTree) -> tuple[int, ...]:
     """Returns our axes of a parameter in the order of theirs."""
-    leaf: Any = shapes
-    for name in path:
-        leaf = leaf[name]
+    axes = tuple(range(ndim))
     if path[-1] == "memory":  # ours: [k or v, number, head, channel]
         linear = "norm_out" in shapes[path[0]]
         return (0, 2, 3, 1) if linear else (0, 2, 1, 3)
     if path[-1] == "kernel":
-        axes = range(len(leaf.shape))
         return (*axes[-1:], *axes[-2:-1], *axes[:-2])
-    return tuple(range(len(leaf.shape)))
+    return axes

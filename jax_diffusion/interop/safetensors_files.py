@@ -169,5 +169,5 @@ def safetensors_content(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
             "got none."
         ) from None
     check_dtypes(tensors, SAFE_DTYPES.values())
-    dense = {k: np.asarray(array, order="C") for k, array in tensors.items()}
-    return save(dense, metadata=dict(metadata))
+    arrays = {k: np.asarray(array, order="C") for k, array in tensors.items()}
+    return save(arrays, metadata=dict(metadata))

@@ -192,7 +192,7 @@ def unwrap(
         if name.startswith(prefix)
     }
     # Buffers of a process, such as betas: parameters of all layouts have a dot.
-    for name in [n for n in found if "." not in n and len(found[n].shape) < 2]:
+    for name in [n for n in found if "." not in n and found[n].ndim < 2]:
         del found[name]
     used = {f"{prefix}{name}" for name in found}
     averaged = (

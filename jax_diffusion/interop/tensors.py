@@ -107,7 +107,7 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Number of elements, which may be more than the file holds: see `check`."""
+        """Number of elements; `check_sizes` checks that a file holds as many."""
         return math.prod(self.shape)
 
     @property
