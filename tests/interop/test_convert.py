@@ -1,9 +1,9 @@
 """Checkpoints in and runs out, and what the other side then computes."""
 
+import functools
 import json
 import re
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,17 @@ import pytest
 from ml_collections import ConfigDict
 from support.jobs import evaluations
 from support.peers import peer
-from support.programs import convert, evaluate, sample
+from support.programs import convert, evaluate, failure, run_main, sample
+from support.tiny_files import MODEL, save_like_diffusers
+from support.tiny_runs import random_params
 
 import jax_diffusion as jd
-from jax_diffusion import cli, data, diffusion, training
 from jax_diffusion import config as settings
+from jax_diffusion import data, diffusion, training
 from jax_diffusion import pipeline as runs
 from jax_diffusion.interop import (
     diffusers_config,
     exporting,
-    foreign,
     importing,
     safetensors_files,
     torch_files,
@@ -34,14 +35,6 @@ from jax_diffusion.runtime import checkpoint
 with_diffusers = pytest.mark.filterwarnings("default")
 
 SIZE = 8
-MODEL = dict(
-    name="unet",
-    channels=8,
-    multipliers=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(4,),
-    num_groups=4,
-)
 SCHEDULE = dict(name="cosine", num_steps=20)
 EPS = dict(mean_type="eps", var_type="learned_range", loss="hybrid")
 DATA = dict(name="digits", batch_size=16)
@@ -68,19 +61,11 @@ def config_of(model=None, schedule=None, objective=EPS, data=None):
     )
 
 
-def random_params(config, image_shape):
-    """Of an untrained network, but nowhere zero, so that all of it matters."""
-    model, shapes = foreign.model_and_shapes(config, image_shape)
-    leaves, tree = jax.tree.flatten(shapes)
-    rng = np.random.default_rng(0)
-    drawn = [rng.normal(scale=0.2, size=leaf.shape) for leaf in leaves]
-    return model, jax.tree.unflatten(tree, [a.astype(np.float32) for a in drawn])
-
-
 def make_run(workdir, *, image_shape=(SIZE, SIZE, 1), **changes):
     """A run as training leaves it, its only average random."""
     config = config_of(**changes)
-    _, params = random_params(config, image_shape)
+    model = settings.build(config, image_shape[-1]).model
+    params = random_params(model, image_shape)
     record = dict(config=json.loads(ConfigDict(config).to_json()), window=[])
     record["image_shape"] = list(image_shape)
     state = {"params": jax.tree.map(np.zeros_like, params)}
@@ -88,11 +73,6 @@ def make_run(workdir, *, image_shape=(SIZE, SIZE, 1), **changes):
     with checkpoint.make_manager(workdir) as manager:
         checkpoint.save(manager, 10, state, record)
     return workdir
-
-
-def run_main(monkeypatch, program, *args):
-    monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, args)])
-    program.main()
 
 
 @pytest.fixture
@@ -105,16 +85,7 @@ def program(monkeypatch):
 def fails(monkeypatch, capsys):
     """Runs a program that must print one sentence and exit with 2; returns it."""
 
-    def run(program, *args):
-        with pytest.raises(SystemExit) as info:
-            cli.run_program(lambda: run_main(monkeypatch, program, *args))
-        error = capsys.readouterr().err
-        assert info.value.code == 2
-        assert error.startswith("error: ") and error.endswith(".\n")
-        assert error.count("\n") == 1
-        return error
-
-    return run
+    return functools.partial(failure, monkeypatch, capsys)
 
 
 def images(channels=1, n=2):
@@ -154,38 +125,11 @@ def their_output(unet, x, t=T, label=None):
     return y.permute(0, 2, 3, 1).numpy()
 
 
-def hub_pipeline(folder, safe, **options):
-    """A folder as those of google/ddpm-* are, with random weights."""
-    torch = pytest.importorskip("torch")
-    diffusers = peer("diffusers")
-    torch.manual_seed(0)
-    arguments = dict(
-        sample_size=SIZE,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        norm_num_groups=4,
-        norm_eps=1e-6,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        downsample_padding=0,
-    )
-    unet = diffusers.UNet2DModel(**(arguments | options)).eval()
-    scheduler = diffusers.DDPMScheduler(
-        num_train_timesteps=20, beta_schedule="squaredcos_cap_v2"
-    )
-    pipeline = diffusers.DDPMPipeline(unet=unet, scheduler=scheduler)
-    pipeline.save_pretrained(folder, safe_serialization=safe)
-    return unet
-
-
 @pytest.mark.slow
 @with_diffusers
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "flat", "old names"])
 def test_a_folder_of_diffusers_computes_the_same_here(kind, tmp_path, program):
-    unet = hub_pipeline(tmp_path / "hub", kind == "safetensors")
+    unet = save_like_diffusers(tmp_path / "hub", kind == "safetensors")
     source = tmp_path / "hub"
     if kind == "flat":  # as google/ddpm-cifar10-32 lies on the hub
         source = shutil.copytree(tmp_path / "hub" / "unet", tmp_path / "flat")
@@ -220,7 +164,7 @@ def test_a_folder_of_diffusers_computes_the_same_here(kind, tmp_path, program):
     ids=str,
 )
 def test_every_switch_of_diffusers_computes_the_same(options, tmp_path, program):
-    unet = hub_pipeline(tmp_path / "hub", True, **options)
+    unet = save_like_diffusers(tmp_path / "hub", True, **options)
     program("--checkpoint", tmp_path / "hub", "--workdir", tmp_path / "run")
     run = runs.load_run(tmp_path / "run")
     label = LABEL if "num_class_embeds" in options else None
@@ -256,7 +200,7 @@ def test_schedules_of_diffusers_are_known(options):
 @pytest.mark.slow
 @with_diffusers
 def test_a_converted_folder_is_sampled_and_scored(tmp_path, program, monkeypatch):
-    hub_pipeline(tmp_path / "hub", True)
+    save_like_diffusers(tmp_path / "hub", True)
     program("--checkpoint", tmp_path / "hub", "--workdir", tmp_path / "run")
     options = ("--n", 3, "--steps", 2)
     where = ("--workdir", tmp_path / "run")
@@ -521,7 +465,8 @@ def test_a_network_of_ones_own_is_described_by_a_config(layout, tmp_path, progra
 def test_a_classifier_is_converted(tmp_path, program, monkeypatch):
     model = dict(name="encoder", num_labels=10, pool="attention", num_heads=2)
     config = config_of(model=model, objective=None)
-    model, params = random_params(config, (SIZE, SIZE, 1))
+    model = settings.build(config, 1).model
+    params = random_params(model, (SIZE, SIZE, 1))
     wanted = weights.leaves(params, "openai", lambda channels: 2)
     file = tmp_path / "classifier.pt"
     torch_files.write_torch(file, weights.to_torch(params, wanted))
@@ -562,7 +507,7 @@ def test_safetensors_and_back_is_bit_exact(ema, tmp_path, program):
 def test_annotated_networks_come_back_from_safetensors_too(tmp_path, program):
     config = config_of(objective=dict(mean_type="eps", loss="huber"))
     config["model"] = dict(name="annotated", channels=16, multipliers=(1, 2))
-    _, params = random_params(config, (SIZE, SIZE, 1))
+    params = random_params(settings.build(config, 1).model, (SIZE, SIZE, 1))
     record = dict(config=config, image_shape=(SIZE, SIZE, 1), window=[])
     checkpoint.save_params(
         tmp_path / "run", params, record | dict(config=config | dict(ema_decays=()))

@@ -1,6 +1,7 @@
 """Checkpoints as people have them: wrapped, in shards, beside objects, unnamed."""
 
 import argparse
+import functools
 import json
 import re
 import shutil
@@ -13,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.peers import peer
-from support.programs import convert
-from support.tiny_files import save_like_torch, tiny_run
+from support.programs import convert, failure, run_main
+from support.tiny_files import save_like_diffusers, save_like_torch, tiny_run
 
 import jax_diffusion as jd
-from jax_diffusion import cli
 from jax_diffusion import config as configs
 from jax_diffusion.interop import (
     exporting,
@@ -258,12 +258,17 @@ def hub(run, tmp_path):
     return tmp_path / "hub"
 
 
-def other_weights(folder):
-    """Weights that are not the average."""
+def weights_in(folder):
+    """The file of a network's weights, and the arrays in it."""
     path = folder / f"{WEIGHTS}.safetensors"
     found = safetensors_files.read_safetensors(path).tensors
-    changed = {name: np.asarray(array) + 1 for name, array in found.items()}
-    safetensors_files.write_safetensors(path, changed, {})
+    return path, {name: np.asarray(tensor) for name, tensor in found.items()}
+
+
+def other_weights(folder):
+    """Weights that are not the average."""
+    path, arrays = weights_in(folder)
+    safetensors_files.write_safetensors(path, more(arrays), {})
 
 
 def training_checkpoint(hub):
@@ -275,14 +280,12 @@ def training_checkpoint(hub):
     return place
 
 
-def shard(hub, variant=""):
-    path = hub / "unet" / f"{WEIGHTS}.safetensors"
-    found = safetensors_files.read_safetensors(path).tensors
-    arrays = {name: np.asarray(array) for name, array in found.items()}
+def shard(hub):
+    path, arrays = weights_in(hub / "unet")
     path.unlink()
     places = {}
     for i, name in enumerate(arrays):
-        places[name] = f"{WEIGHTS}{variant}-0000{i % 3 + 1}-of-00003.safetensors"
+        places[name] = f"{WEIGHTS}-0000{i % 3 + 1}-of-00003.safetensors"
     for file in set(places.values()):
         inside = {n: arrays[n] for n, place in places.items() if place == file}
         safetensors_files.write_safetensors(path.with_name(file), inside, {})
@@ -292,9 +295,8 @@ def shard(hub, variant=""):
 
 
 def half(hub):
-    path = hub / "unet" / f"{WEIGHTS}.safetensors"
-    found = safetensors_files.read_safetensors(path).tensors
-    arrays = {name: np.asarray(array, np.float16) for name, array in found.items()}
+    path, arrays = weights_in(hub / "unet")
+    arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
     path.unlink()
     half = path.with_name(f"{WEIGHTS}.fp16.safetensors")
     safetensors_files.write_safetensors(half, arrays, {})
@@ -354,25 +356,11 @@ def test_networks_of_images_that_are_not_square_go_out_and_come_back(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of their own imports
 def test_folders_as_diffusers_itself_saves_them_are_opened(tmp_path):
-    torch, diffusers = pytest.importorskip("torch"), peer("diffusers")
+    torch = pytest.importorskip("torch")
+    unet = save_like_diffusers(tmp_path / "out", sample_size=[8, 16])
     from diffusers.training_utils import EMAModel
 
-    arguments = dict(
-        sample_size=[8, 16],
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        norm_num_groups=4,
-    )
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(**arguments).eval()
-    ema = EMAModel(
-        unet.parameters(), model_cls=diffusers.UNet2DModel, model_config=unet.config
-    )
-    scheduler = diffusers.DDPMScheduler(num_train_timesteps=20)
-    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "out")
+    ema = EMAModel(unet.parameters(), model_cls=type(unet), model_config=unet.config)
     for kind in ({}, {"variant": "fp16"}, {"max_shard_size": "20KB"}):
         place = tmp_path / str(len(kind) and next(iter(kind.values()))) / "unet"
         unet.save_pretrained(place, **kind)
@@ -397,18 +385,14 @@ def test_folders_as_diffusers_itself_saves_them_are_opened(tmp_path):
 # Names and shapes
 
 
-def fails(monkeypatch, capsys, *args):
+@pytest.fixture
+def fails(monkeypatch, capsys):
     """`convert` prints one sentence and exits with 2; returns the sentence."""
-    monkeypatch.setattr(sys, "argv", ["convert", *map(str, args)])
-    with pytest.raises(SystemExit) as info:
-        cli.run_program(convert.main)
-    error = capsys.readouterr().err
-    assert info.value.code == 2 and error.count("\n") == 1
-    return error
+    return functools.partial(failure, monkeypatch, capsys, convert)
 
 
 def test_an_unknown_name_says_which_names_fit_and_what_else_helps(
-    run, state, tmp_path, monkeypatch, capsys
+    run, state, tmp_path, monkeypatch, fails
 ):
     monkeypatch.setitem(
         importing.RELEASED, "tiny", Released("openai", 8, {}, {}, {}, {})
@@ -417,13 +401,13 @@ def test_an_unknown_name_says_which_names_fit_and_what_else_helps(
     monkeypatch.setitem(recognize.COUNTS, "tiny", (len(state), count))
     torch_files.write_torch(tmp_path / "mine.pt", state)
     where = ("--checkpoint", tmp_path / "mine.pt", "--workdir", tmp_path / "run")
-    error = fails(monkeypatch, capsys, *where)
+    error = fails(*where)
     assert error.startswith("error: --name must be that of a released checkpoint")
     assert "fit the name 'tiny'" in error and "--config FILE --layout openai" in error
-    error = fails(monkeypatch, capsys, *where, "--name", "tinny")
+    error = fails(*where, "--name", "tinny")
     assert "got 'tinny'" in error and "fit the name 'tiny'" in error
     torch_files.write_torch(tmp_path / "mine.pt", {"a.weight": np.ones(3, np.float32)})
-    error = fails(monkeypatch, capsys, *where)
+    error = fails(*where)
     assert "fit none" in error and "such as 'a.weight', are named as in no" in error
     assert not (tmp_path / "run").exists()
 
@@ -448,9 +432,9 @@ def test_the_layout_is_recognized(layout, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["0", "8x", "x8", "8x8x8", "-8", "8.5", "ab"])
-def test_wrong_sizes_are_refused(text, tmp_path, monkeypatch, capsys):
+def test_wrong_sizes_are_refused(text, tmp_path, fails):
     where = ("--checkpoint", tmp_path, "--workdir", tmp_path / "run")
-    error = fails(monkeypatch, capsys, *where, f"--image-size={text}")
+    error = fails(*where, f"--image-size={text}")
     assert error.startswith("error: --image-size must be")
 
 
@@ -503,9 +487,6 @@ def test_objects_in_files_of_torch_itself_are_left_out(zipped, run, state, tmp_p
 def test_weights_that_are_not_finite_are_refused_unless_allowed(
     kind, value, run, tmp_path
 ):
-    params = jax.tree.map(np.copy, run.params)
-    params["conv_out"]["bias"][0] = value
-    bad = jax.tree.map(np.copy, params)
     wrong = tiny_run()
     wrong.params["conv_out"]["bias"][0] = value
     out, options = tmp_path / "a", dict(config=config_of(run, image_size=8))
@@ -525,7 +506,7 @@ def test_weights_that_are_not_finite_are_refused_unless_allowed(
         jd.load_checkpoint(out, **options)
     found = jd.load_checkpoint(out, **options, allow_nonfinite=True)
     np.testing.assert_array_equal(
-        found.params["conv_out"]["bias"], bad["conv_out"]["bias"]
+        found.params["conv_out"]["bias"], wrong.params["conv_out"]["bias"]
     )
 
 
@@ -662,8 +643,7 @@ def test_ddim_of_diffusers_draws_without_the_variance_and_convert_says_so(
     where = ("--workdir", tmp_path / "run")
 
     def program(*args):
-        monkeypatch.setattr(sys, "argv", ["convert", *map(str, [*where, *args])])
-        convert.main()
+        run_main(monkeypatch, convert, *where, *args)
         return capsys.readouterr().out
 
     program("--checkpoint", tmp_path / "run.safetensors")

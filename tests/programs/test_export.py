@@ -11,10 +11,11 @@ import textwrap
 import jax
 import numpy as np
 import pytest
+from support.tiny_runs import random_params
 
 from jax_diffusion import diffusion, export, samplers, schedules
 from jax_diffusion.diffusion import Objective
-from jax_diffusion.models import bind, example_inputs
+from jax_diffusion.models import bind
 from jax_diffusion.models.unet import UNet
 from jax_diffusion.runtime import files
 
@@ -40,14 +41,7 @@ def make(sampler="ddim", *, multipliers=(1, 2), num_classes=None):
         num_groups=4,
         num_classes=num_classes,
     )
-    shapes = jax.eval_shape(
-        model.init, jax.random.key(0), **example_inputs(model, IMAGE)
-    )
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda a: rng.normal(scale=0.2, size=a.shape).astype(np.float32),
-        shapes["params"],
-    )
+    params = random_params(model, IMAGE)
 
     def draw(params, seed, ids, label):
         keys = samplers.image_keys(jax.random.key(seed), ids)

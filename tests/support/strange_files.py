@@ -313,10 +313,13 @@ def hubs(root, good):
         yield f"scheduler {kind}", hub(f"sc {kind}", steps=content)
     for i, content in enumerate((b"", b"<html>", weights[:-1], weights + b"x")):
         yield f"weights {i}", hub(f"w{i}", content=content)
-    index = {"no map": {}, "list": {"weight_map": []}, "absent": {}, "none": {}}
-    index["outside"] = {"weight_map": {"w": f"../../{name}"}}
-    index["absent"] = {"weight_map": {"w": "w.safetensors"}}
-    index["none"] = {"weight_map": {}}
+    index = {
+        "no map": {},
+        "list": {"weight_map": []},
+        "absent": {"weight_map": {"w": "w.safetensors"}},
+        "none": {"weight_map": {}},
+        "outside": {"weight_map": {"w": f"../../{name}"}},
+    }
     for kind, fields in index.items():
         place = hub(f"i {kind}")
         (place / name).unlink()
@@ -339,10 +342,11 @@ def records(run):
     tensors = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     good = json.loads(metadata[RECORD])
 
+    def replaced(group, value):
+        return {**good, "config": {**good["config"], group: value}}
+
     def changed(group, **fields):
-        config = good["config"]
-        value = {**config[group], **fields} if fields else group
-        return {**good, "config": {**config, group: value}}
+        return replaced(group, {**good["config"][group], **fields})
 
     wrong = {
         "list": [],
@@ -355,9 +359,9 @@ def records(run):
         "huge side": {**good, "image_shape": [2**40, 2**40, 1]},
         "zero side": {**good, "image_shape": [0, 8, 1]},
         "format": {**good, "format": "x"},
-        "model text": {**good, "config": {**good["config"], "model": "unet"}},
-        "schedule list": {**good, "config": {**good["config"], "schedule": []}},
-        "objective text": {**good, "config": {**good["config"], "objective": "eps"}},
+        "model text": replaced("model", "unet"),
+        "schedule list": replaced("schedule", []),
+        "objective text": replaced("objective", "eps"),
         "code": changed("model", name="os:system"),
         "code in schedule": changed("schedule", name="subprocess:getoutput"),
         "code in data": changed("data", name="os.path:exists"),
@@ -395,13 +399,8 @@ def records(run):
         "integer weights": np.zeros(tensors["conv_in.bias"].shape, np.int32),
         "infinite weights": np.full(tensors["conv_in.bias"].shape, np.inf, np.float16),
     }.items():
-        changed_tensors = tensors | {"conv_in.bias": bad}
-        yield (
-            name,
-            safetensors_files.safetensors_content(
-                changed_tensors, {RECORD: metadata[RECORD]}
-            ),
-        )
+        wrong_tensors, extra = tensors | {"conv_in.bias": bad}, dict(metadata)
+        yield name, safetensors_files.safetensors_content(wrong_tensors, extra)
 
 
 SIDE_CARS = {
@@ -438,9 +437,9 @@ def exports(root, export):
         for end in ("", ".json", ".npz"):
             shutil.copy(f"{export}{end}", folder / f"a{end}")
         if record is not None:
-            content = record if isinstance(record, bytes) else json.dumps(record)
-            content = content if isinstance(content, bytes) else content.encode()
-            (folder / "a.json").write_bytes(content)
+            is_text = isinstance(record, bytes)
+            text = record if is_text else json.dumps(record).encode()
+            (folder / "a.json").write_bytes(text)
         for end, new in ((".npz", npz), ("", data)):
             if new is not None:
                 (folder / f"a{end}").write_bytes(new)

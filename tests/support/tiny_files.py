@@ -1,17 +1,20 @@
-"""A tiny run with random weights; and files as PyTorch writes them."""
+"""A tiny run with random weights; and files as PyTorch and diffusers write them."""
 
 import io
 import json
 import pickle
 
-import jax
 import numpy as np
+import pytest
+from ml_collections import ConfigDict
 
 from jax_diffusion import config as configs
 from jax_diffusion.interop import foreign
 from jax_diffusion.interop.tensors import STORAGES
 from jax_diffusion.pipeline import Run
+from support.peers import peer
 from support.strange_files import pickled_zip, storage, tensor
+from support.tiny_runs import random_params
 
 MODEL = dict(
     name="unet",
@@ -37,18 +40,12 @@ def tiny_run(image_shape=(8, 8, 3), objective=None, **model):
         objective or dict(mean_type="eps"),
         dict(name="digits", batch_size=16),
     )
-    network, shapes = foreign.model_and_shapes(config, image_shape)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32), shapes
-    )
-    record = {"config": config, "format": configs.FORMAT}
-    plain = json.loads(configs.of_record(record).to_json())
+    built = configs.build(config, image_shape[-1])
     return Run(
-        config=configs.of_record({**record, "config": plain}),
-        model=network,
-        params=params,
-        objective=configs.build(config, image_shape[-1]).objective,
+        config=ConfigDict(json.loads(ConfigDict(config).to_json())),
+        model=built.model,
+        params=random_params(built.model, image_shape),
+        objective=built.objective,
         image_shape=image_shape,
     )
 
@@ -78,3 +75,35 @@ def save_like_torch(path, tree):
     entries = [(f"data/{i}", a.tobytes()) for i, a in enumerate(pickler.arrays)]
     path.write_bytes(pickled_zip(out.getvalue(), entries))
     return path
+
+
+def save_like_diffusers(folder, safe=True, **options):
+    """Saves a folder as those of google/ddpm-* are; returns its network.
+
+    Args:
+        folder: where; it is made.
+        safe: whether the weights are .safetensors.
+        options: arguments of the UNet2DModel.
+    """
+    torch, diffusers = pytest.importorskip("torch"), peer("diffusers")
+    torch.manual_seed(0)
+    arguments = dict(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        norm_num_groups=4,
+        norm_eps=1e-6,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        downsample_padding=0,
+    )
+    unet = diffusers.UNet2DModel(**(arguments | options)).eval()
+    scheduler = diffusers.DDPMScheduler(
+        num_train_timesteps=20, beta_schedule="squaredcos_cap_v2"
+    )
+    pipeline = diffusers.DDPMPipeline(unet=unet, scheduler=scheduler)
+    pipeline.save_pretrained(folder, safe_serialization=safe)
+    return unet

@@ -26,18 +26,28 @@ KNOWN = 4  # labels of the network; one more, the last, means hidden
 LABELS = dict(model=UNET | dict(num_classes=KNOWN), label_dropout=0.1)
 
 
+def random_params(model, shape, scale=0.2):
+    """Parameters of a network for images of a shape, nowhere zero: all of it matters.
+
+    Args:
+        model: the network.
+        shape: (h, w, c).
+        scale: standard deviation of the parameters.
+    """
+    inputs = example_inputs(model, shape)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: rng.normal(scale=scale, size=leaf.shape).astype(np.float32), shapes
+    )
+
+
 def make_run(workdir, *, shape=(SIZE, SIZE, 3), scale=0.3, class_names=None, **changes):
     """A run as conversion leaves it, of a random network, nowhere zero."""
     source = dict(name="npz", path=str(workdir.parent / "images.npz"), batch_size=1)
     config = dict(data=source, schedule=COSINE, objective=X_0, model=UNET)
     config |= dict(ema_decays=(), label_dropout=0.0) | changes
-    model = configs.build(config, shape[-1]).model
-    inputs = example_inputs(model, shape)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: rng.normal(scale=scale, size=leaf.shape).astype(np.float32), shapes
-    )
+    params = random_params(configs.build(config, shape[-1]).model, shape, scale)
     record = dict(config=json.loads(ConfigDict(config).to_json()), window=[])
     record |= dict(image_shape=list(shape), format=configs.FORMAT)
     if class_names is not None:
