@@ -6,9 +6,10 @@
 
 From Python: `jax_diffusion.sample_images(run, n=64, steps=50)`.
 
-A folder gets a PNG for each image and a record of the job; besides, sheets/ has a grid
-and, of whole images, denoising.gif, which no reader of the folder takes for samples. A
-folder that holds something else is refused; --overwrite replaces samples in it.
+A folder gets a PNG for each image, record.json with the options of the job, and sheets/
+with a grid and, of the task generate, denoising.gif; what reads the folder as images
+leaves sheets/ out. A folder that holds something else is refused; --overwrite replaces
+samples in it.
 FILE.npz has the images as arr_0, uint8 [n, h, w, c], and their labels as arr_1, as in
 improved-diffusion; where all classes are called by numbers, those are the labels.
 

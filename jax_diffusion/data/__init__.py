@@ -41,7 +41,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jax_diffusion import registry
+from jax_diffusion import checks, registry
 from jax_diffusion.data.arrays import load_digits, load_idx, load_npz, load_synthetic
 from jax_diffusion.data.batches import PREFETCH_BATCHES, Batch, Batches, from_arrays
 from jax_diffusion.data.classes import (
@@ -176,8 +176,7 @@ def load(
     >>> batches.num_examples, batches.num_classes, batches.image_shape
     (1618, 10, (8, 8, 1))
     """
-    if on_error not in ON_ERROR:
-        raise ValueError(f"on_error must be one of {ON_ERROR}, got {on_error!r}.")
+    checks.choice("on_error", on_error, ON_ERROR)
     examples = open_examples(name, split, path, image_size, background, max_value)
     if isinstance(examples, InMemory):
         if in_memory is False:

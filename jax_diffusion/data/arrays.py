@@ -103,7 +103,9 @@ def check_folder(path: Source, reader: str = "folder") -> Path:
     if place is None or not place.is_dir():
         got = "None" if place is None else f"{str(path)!r}"
         if place is not None:
-            got += ", which is none" if place.exists() else ", which does not exist"
+            got += (
+                ", which is no folder" if place.exists() else ", which does not exist"
+            )
         raise ValueError(
             f"config.data.path must be a folder for the reader {reader!r}, got {got}."
         )

@@ -43,7 +43,10 @@ HEADERS = 64  # files of a folder, at most, whose headers say whether all are gr
 
 
 class PackedStrings:
-    """Millions of strings in one piece of memory, 8 bytes each besides their own."""
+    """A sequence of millions of strings in one piece of memory.
+
+    Each takes its own bytes and 8 more, where a list would take about 60 more.
+    """
 
     def __init__(self, strings: Iterable[str]):
         encoded = [os.fsencode(string) for string in strings]

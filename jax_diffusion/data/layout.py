@@ -72,8 +72,8 @@ class Layout(NamedTuple):
         rows = [there[name] for name in wanted.get(split, there) if name in there]
         if not rows:
             raise ValueError(
-                f"split {split!r} must have a folder of its own in {self.root}, where "
-                f"others have, got {in_words(there)}."
+                f"split {split!r} must have a folder of its own in {self.root}, as "
+                f"other splits have, got {in_words(there)}."
             )
         return np.concatenate(rows).astype(int)
 
@@ -184,7 +184,7 @@ def read_layout(root: Path, names: Sequence[str]) -> Layout:
 
 
 def _look_through(parts: list[_Part], to_splits: bool = False) -> list[_Part]:
-    """Enters folders that only wrap another one, of one name in all parts.
+    """Enters the one folder that is all there is, while all parts call it the same.
 
     Args:
         parts: files of one split each.
@@ -297,7 +297,7 @@ def find_classes(parts: list[_Part], root: Path) -> list[list[str]] | None:
             names = {top for other in parts if other is not part for top in other.tops}
             raise ValueError(
                 f"{part.where / part.wraps} must be a class that other splits have, or "
-                "wrap all of them, got only folders in it, and in other splits "
-                f"{in_words(sorted(names))}."
+                "hold the folders of all classes in every split, got only folders in "
+                f"it, and in other splits {in_words(sorted(names))}."
             )
     return [own for own in found if own]

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_diffusion import checks
+
 ROUNDINGS = ("floor", "round")  # what `to_uint8` offers
 
 
@@ -49,8 +51,7 @@ def to_uint8(x: Any, rounding: str = "floor") -> np.ndarray:
     >>> to_uint8(x).tolist(), to_uint8(x, "round").tolist()
     ([0, 127, 254, 255], [0, 128, 255, 255])
     """
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}.")
+    checks.choice("rounding", rounding, ROUNDINGS)
     half = 0.5 if rounding == "round" else 0.0
     scaled = (np.asarray(x, np.float32) + 1) * 127.5 + half
     return scaled.clip(0, 255).astype(np.uint8)

@@ -165,7 +165,8 @@ def read_inputs(
         None if table is None or (table == np.arange(len(table))).all() else table
         for table in (guide_labels, upsample_labels)
     ]
-    return Inputs({**rows, "label": labels.astype(np.int32)}, *tables, names)
+    rows = {**rows, "label": labels.astype(np.int32)}
+    return Inputs(rows, *tables, class_names=names)
 
 
 def check_known(
@@ -210,8 +211,8 @@ def _as_text(numbers: Iterable[int]) -> tuple[str, ...]:
 def _names_beside(run: Run, other: Run) -> tuple[str, ...] | None:
     """What a run's labels are called; of one of version 0.1, as its own folder tells.
 
-    If that cannot be read, the other one tells: that version sorted the classes of a
-    folder as text.
+    If the folder cannot be read, the names of `other` are taken, where it has as many:
+    sorted as text, as that version sorted the classes of a folder.
     """
     if run.class_names is not None:
         return run.class_names

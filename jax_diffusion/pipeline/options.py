@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_diffusion import checks, data
 from jax_diffusion import config as configs
-from jax_diffusion import data
 from jax_diffusion.config import Config
 from jax_diffusion.registry import hint, lookup
 from jax_diffusion.samplers import SAMPLERS, Sampler, as_sampler
@@ -37,8 +37,8 @@ class SamplingOptions:
             thresholding), in (0, 1].
         rounding: how floats become uint8: "floor" (OpenAI) or "round" (DDIM).
         label: the images get these labels in turn: numbers or names of classes, as 3,
-            "0,1,2", "dog,cat" or ["dog", "cat"]; by default all labels. Where classes
-            are called by numbers, a number is a name.
+            "0,1,2", "dog,cat" or ["dog", "cat"]; by default all labels. Where names of
+            classes are numbers, 3 is the class of that name, not the fourth class.
         guidance: scale of classifier-free guidance; 1 is the labeled prediction.
         guidance_rescale: how far, in [0, 1], guided images are scaled to the standard
             deviation of the labeled prediction.
@@ -79,10 +79,7 @@ class SamplingOptions:
         if self.eta and not takes_eta:
             names = [name for name, row in SAMPLERS.items() if row.takes_eta]
             raise ValueError(f"eta is for the samplers {names}, got {self.sampler!r}.")
-        if self.rounding not in data.ROUNDINGS:
-            raise ValueError(
-                f"rounding must be one of {data.ROUNDINGS}, got {self.rounding!r}."
-            )
+        checks.choice("rounding", self.rounding, data.ROUNDINGS)
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}.")
         if self.threshold is not None and not self.clip:

@@ -181,8 +181,8 @@ def fit_labels(
 ) -> data.Examples:
     """Returns the examples with the run's labels, by name where names are known.
 
-    A run of version 0.1 does not know the names of its classes. Of folders, they are
-    numbered as that version did.
+    A run of version 0.1 does not know the names of its classes; those of its folder are
+    numbered as that version numbered them.
 
     Args:
         examples: images and labels.
