@@ -45,22 +45,21 @@ class Lock:
     Args:
         field: name of the argument that is protected, for errors.
         path: what is protected, for errors.
-        file: the lock itself; None for a process that does not hold it.
+        file: the lock itself.
         word: the word of its owner.
     """
 
-    def __init__(self, field: str, path: Path, file: Path | None, word: str):
+    def __init__(self, field: str, path: Path, file: Path, word: str):
         self._field, self._path, self._file, self._word = field, path, file, word
         self._ended = threading.Event()
-        if file is not None:
-            threading.Thread(target=self._beat, daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
 
     def check(self) -> None:
         """Raises OSError if the folder was removed, or another process has the lock.
 
-        Call it before something is written: what others have taken must not be mixed.
+        What another process has taken must not be mixed with what this one writes.
         """
-        if self._file is not None and _read(self._file).get("word") != self._word:
+        if not self._is_ours():
             what = "was removed" if not self._file.exists() else "is another process's"
             raise OSError(
                 f"{self._field} {str(self._path)!r} {what} while this process was "
@@ -70,21 +69,25 @@ class Lock:
     def release(self) -> None:
         """Removes the lock if it is still ours."""
         self._ended.set()
-        if self._file is not None and _read(self._file).get("word") == self._word:
+        if self._is_ours():
             self._file.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
             with contextlib.suppress(OSError):  # `check` tells
-                if self._file and _read(self._file).get("word") == self._word:
+                if self._is_ours():
                     os.utime(self._file)
+
+    def _is_ours(self) -> bool:
+        return _read(self._file).get("word") == self._word
 
 
 @contextlib.contextmanager
-def hold(field: str, path: str | os.PathLike, kind: str = "folder") -> Iterator[Lock]:
+def hold(field: str, path: str | os.PathLike, kind: str = "folder") -> Iterator[None]:
     """Holds the lock of a folder or a file; on several hosts, all of them call it.
 
-    The folder is made; if nothing was written to it, it is removed in the end.
+    Before something is written, `check` tells whether the lock was lost meanwhile. The
+    folder is made; if nothing was written to it, it is removed in the end.
 
     Args:
         field: name of the argument that names the path, for errors.
@@ -116,7 +119,7 @@ def hold(field: str, path: str | os.PathLike, kind: str = "folder") -> Iterator[
     if lock is not None:
         HELD[target.absolute()] = lock
     try:
-        yield lock or Lock(field, target, None, "")
+        yield
     finally:
         if lock is not None:
             HELD.pop(target.absolute(), None)
@@ -256,10 +259,9 @@ def _touched(file: Path) -> tuple[float, int] | None:
     return found.st_mtime, found.st_ino
 
 
-def _read(file: Path | None) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     """What a lock file says; nothing if it is gone, half-written or damaged."""
     try:
-        assert file is not None
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
         return {}

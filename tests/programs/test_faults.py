@@ -165,8 +165,8 @@ def test_several_hosts_are_one_owner(tmp_path, monkeypatch):
     with locks.hold("workdir", tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(jax, "process_index", lambda: 1)
-            with locks.hold("workdir", tmp_path) as lock:
-                lock.check()
+            with locks.hold("workdir", tmp_path):
+                locks.check(tmp_path)
         assert (tmp_path / locks.NAME).exists()
 
 

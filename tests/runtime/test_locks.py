@@ -93,8 +93,8 @@ def test_a_killed_owners_lock_is_taken_over(tmp_path, owner):
         leave_lock(tmp_path, ticks="1")
     else:
         leave_lock(tmp_path).write_text('{"host"')
-    with locks.hold("workdir", tmp_path) as lock:
-        lock.check()
+    with locks.hold("workdir", tmp_path):
+        locks.check(tmp_path)
         assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()
     assert not [*tmp_path.iterdir()]
 
@@ -102,8 +102,8 @@ def test_a_killed_owners_lock_is_taken_over(tmp_path, owner):
 def test_an_owner_elsewhere_is_dead_if_it_does_not_touch_its_lock(tmp_path):
     leave_lock(tmp_path, **ELSEWHERE)
     begun = time.monotonic()
-    with locks.hold("workdir", tmp_path) as lock:
-        lock.check()
+    with locks.hold("workdir", tmp_path):
+        locks.check(tmp_path)
     assert time.monotonic() - begun >= locks.PATIENCE
 
 
@@ -162,15 +162,15 @@ def test_of_many_that_find_a_dead_owner_one_takes_its_lock(tmp_path):
 
 @pytest.mark.parametrize("loss", ["removed", "taken over"])
 def test_an_owner_learns_that_its_folder_is_gone_or_anothers(tmp_path, loss):
-    with locks.hold("workdir", tmp_path / "a") as lock:
-        lock.check()
+    with locks.hold("workdir", tmp_path / "a"):
+        locks.check(tmp_path / "a")
         if loss == "removed":
             shutil.rmtree(tmp_path / "a")
         else:
             (tmp_path / "a" / ".lock").write_text(json.dumps(ELSEWHERE))
         words = "was removed" if loss == "removed" else "is another process's"
         with pytest.raises(OSError, match=words) as info:
-            lock.check()
+            locks.check(tmp_path / "a")
         assert len(str(info.value).splitlines()) == 1
     assert (tmp_path / "a" / ".lock").exists() == (loss == "taken over")
 
