@@ -33,13 +33,17 @@ from jaxtyping import PyTree
 from jax_diffusion.runtime import locks, sharding
 from jax_diffusion.runtime.digests import digests
 from jax_diffusion.runtime.files import json_text, leaves_by_name, reason_of_disk
-from jax_diffusion.runtime.orbax import LeanNumpyHandler, is_news
+from jax_diffusion.runtime.orbax import is_news, lean_handlers
 
 BAD = "bad_checkpoints"  # folder in the workdir, for damaged ones
 
 
 def make_manager(
-    workdir: str | Path, *, keep: int | None = 3, keep_every: int | None = None
+    workdir: str | Path,
+    *,
+    keep: int | None = 3,
+    keep_every: int | None = None,
+    handlers: dict[str, Any] | None = None,
 ) -> ocp.CheckpointManager:
     """Makes Orbax's manager of WORKDIR/checkpoints; the folder is made if need be.
 
@@ -47,6 +51,7 @@ def make_manager(
         workdir: the folder of the run.
         keep: number of newest checkpoints that stay; None for all.
         keep_every: checkpoints at multiples of this step stay too.
+        handlers: Orbax's of "state" and "record", in place of its own choice.
     """
     logging.getLogger("absl").addFilter(is_news)  # the same one is added once
     options = ocp.CheckpointManagerOptions(
@@ -55,7 +60,9 @@ def make_manager(
         create=True,
         cleanup_tmp_directories=True,  # what a killed run has left half-written
     )
-    return ocp.CheckpointManager(_directory(workdir), options=options)
+    return ocp.CheckpointManager(
+        _directory(workdir), options=options, item_handlers=handlers
+    )
 
 
 def latest_step(workdir: str | Path) -> int | None:
@@ -145,16 +152,7 @@ def save_params(
     """
     if latest_step(workdir) is not None:
         raise ValueError(f"workdir must be new, and {str(workdir)!r} holds a run.")
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, LeanNumpyHandler()),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),
-    )
-    state: Any = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    handlers = dict(state=state, record=ocp.JsonCheckpointHandler())
-    options = ocp.CheckpointManagerOptions(create=True)
-    manager = ocp.CheckpointManager(
-        _directory(workdir), options=options, item_handlers=handlers
-    )
+    manager = make_manager(workdir, keep=None, handlers=lean_handlers())
     with closing(manager):
         item = {"params": params, "ema_params": {}}
         save(manager, step, item, record, as_item=ocp.args.PyTreeSave)

@@ -2,7 +2,10 @@
 
 import asyncio
 import logging
+from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jax_diffusion.runtime.files import reason_of_disk
@@ -25,6 +28,16 @@ class LeanNumpyHandler(ocp.type_handlers.NumpyHandler):
         async with self._freed:
             self._left += size
             self._freed.notify_all()
+
+
+def lean_handlers() -> dict[str, Any]:
+    """Returns handlers of "state" and "record" that do not copy NumPy arrays."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, LeanNumpyHandler()),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+    )
+    state: Any = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    return {"state": state, "record": ocp.JsonCheckpointHandler()}
 
 
 def is_news(record: logging.LogRecord) -> bool:
