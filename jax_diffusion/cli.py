@@ -268,11 +268,10 @@ def fields_as_flags(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        name = str(error).partition(" ")[0]
         told = re.sub(r"`(\w+)`", lambda m: flags.get(m[1], m[0]), str(error))
-        rest = told.partition(" ")[2]
+        name, _, rest = told.partition(" ")
         if name in flags and rest.startswith(("must ", "needs ", "is for ")):
-            raise ValueError(f"{flags[name]} {rest}") from error
+            told = f"{flags[name]} {rest}"
         if told != str(error):
             raise ValueError(told) from error
         raise

@@ -54,9 +54,12 @@ EXTRACTOR_ARGUMENTS = {
 # The arguments that not every metric uses, and their defaults but None.
 NOT_FOR_ALL = ("n", "reference_split", *NETWORK_ARGUMENTS, *EXTRACTOR_ARGUMENTS)
 DEFAULTS = {
-    **{"split": "test", "reference_split": "train"},
-    **{"ode_steps": 200, "ode_probes": 2},
-    **{"inception_url": URL, "inception_sha256": SHA256},
+    "split": "test",
+    "reference_split": "train",
+    "ode_steps": 200,
+    "ode_probes": 2,
+    "inception_url": URL,
+    "inception_sha256": SHA256,
 }
 
 
@@ -117,12 +120,12 @@ def choose(
     check_sources(run, source, data, trains, how, [*sampled], reference is not None)
     rows, names = choose_metrics(metrics, run, source, trains, save_moments)
     check_used(changed, rows, names, run, trains)
-    if data is not None and not (source is None or reference is None or names):
-        if not trains:
-            raise ValueError(
-                "data is for samples, a reference or a metric of the network, got "
-                f"{data!r} beside images and reference."
-            )
+    reads_data = trains or source is None or reference is None or names
+    if data is not None and not reads_data:
+        raise ValueError(
+            "data is for samples, a reference or a metric of the network, got "
+            f"{data!r} beside images and reference."
+        )
     return Chosen(run, source, how, rows, names)
 
 

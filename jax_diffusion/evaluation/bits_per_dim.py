@@ -6,7 +6,6 @@ integrates the probability-flow ODE (Song et al. 2021). The formulas are in
 """
 
 import functools
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,9 +78,8 @@ def bound(
         means = {"vb": bits.vlb, "mse": bits.eps_mse, "xstart_mse": bits.x_0_mse}
         means = {name: np.mean(a, axis=0) for name, a in means.items()}
         for name, mean in means.items():  # in these files the last timestep comes first
-            content = io.BytesIO()
-            np.savez(content, mean[::-1])
-            files.write_atomic(out / f"{name}_terms.npz", content.getvalue())
+            save = functools.partial(np.savez, arr_0=mean[::-1])
+            files.write_atomic(out / f"{name}_terms.npz", save)
         plotting.save_vlb_curve(out / "bpd_terms.png", {"vlb": means["vb"]})
     values = {
         "bits_per_dim": bits.total,

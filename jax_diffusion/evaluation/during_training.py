@@ -261,8 +261,10 @@ def make_watch(
     if not config.eval_every:  # a wrong field is told now, not when it is wanted
         settings.call(check_fields, fields, "config.evaluation")
         return None
-    run = Run(config, model, None, objective, batches.image_shape)
-    run = dataclasses.replace(run, class_names=batches.class_names)
+    of_data: Any = dict(
+        image_shape=batches.image_shape, class_names=batches.class_names
+    )
+    run = Run(config, model, None, objective, **of_data)
     evaluation = settings.call(
         PeriodicEvaluation,
         fields,

@@ -275,12 +275,13 @@ def score_images(
     clock.end("samples")
     finish, known = [found.finish], {}
     if reference is not None:
-        path, record = out and out / "reference.npz", {**reference.about}
-        record["extractors"], compute = (
-            used,
+        known, end = collect(
             features.map_features(reference, extractors),
+            reference.n,
+            path=out and out / "reference.npz",
+            keep=(),
+            record={**reference.about, "extractors": used},
         )
-        known, end = collect(compute, reference.n, path=path, keep=(), record=record)
         finish.append(end)
         clock.end("reference")
     about = {"samples": samples.about, "extractors": used}
