@@ -33,14 +33,6 @@ for options in (diffusion.Objective, pipeline.SamplingOptions, pipeline.TaskOpti
     typing.no_type_check(options)
 
 
-@pytest.fixture(scope="module")
-def quick_to_compile():
-    """Programs that run for a moment are not worth more."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def pytest_collection_modifyitems(items):
     """Jobs of several processes first: what takes longest must not be left for last."""
     items.sort(key=lambda item: not item.path.stem.endswith("_hosts"))

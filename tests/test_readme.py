@@ -4,7 +4,6 @@ import importlib
 import pathlib
 import re
 
-import jax
 import numpy as np
 import pytest
 from support.tiny_runs import make_run
@@ -15,14 +14,6 @@ from jax_diffusion.evaluation import METRICS, NETWORK_METRICS
 README = pathlib.Path("README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 PAGES = ("README.md", "CONTRIBUTING.md", "tests/benchmarks/README.md")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Programs that run for a moment are not worth more."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def run_block(block):

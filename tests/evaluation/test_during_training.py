@@ -9,7 +9,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from support.jobs import SMALL, evaluations, lines_of
+from support.jobs import evaluations, lines_of
+from support.tiny import SMALL
 
 import jax_diffusion as jd
 from jax_diffusion import config as settings
@@ -24,10 +25,8 @@ from jax_diffusion.training import TrainState
 from jax_diffusion.training.reporting import Reporter
 from jax_diffusion.training.setup import make_setup
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 SCORED = [
     *SMALL,
-    *("--config.model.channels=8", "--config.model.attention_resolutions=()"),
     *("--config.total_steps=8", "--config.log_every=4", "--config.save_every=2"),
     *("--config.ema_decays=(0.5, 0.9)", "--config.ema_warmup=False"),
     "--config.optimizer.lr=0.003",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.features import images_of, refuses
-from support.jobs import SMALL
+from support.tiny import SMALL
 
 import jax_diffusion as jd
 from jax_diffusion import data, metrics

@@ -17,7 +17,6 @@ from jax_diffusion.evaluation.feature_classifier import (
 from jax_diffusion.models.feature_cnn import FeatureCNN
 from jax_diffusion.runtime import sharding
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 DIGITS = data.load("digits", "train", batch_size=32)
 HELD_OUT = data.load("digits", "test", batch_size=100, train=False)
 SMALL = data.load("digits", "train", image_size=4, batch_size=32)

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from support.tiny_runs import COSINE, KNOWN, LABELS, SIZE, UNET, make_run, write_images
@@ -12,14 +11,6 @@ import jax_diffusion as jd
 from jax_diffusion import samplers
 
 DIGITS = dict(name="digits", split="train", batch_size=16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Programs that run for a moment are not worth more."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

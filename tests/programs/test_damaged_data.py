@@ -49,7 +49,6 @@ def file_of_step(root, step):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_to_compile")
 def test_training_saves_before_a_damaged_image_stops_it_and_goes_on_without_it(
     tmp_path,
 ):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from support.jobs import SMALL, Job, evaluations
+from support.jobs import Job, evaluations
 from support.programs import evaluate, sample
+from support.tiny import SMALL
 
 import jax_diffusion as jd
 from jax_diffusion import cli, data, metrics
@@ -25,10 +26,7 @@ from jax_diffusion.runtime import checkpoint
 from jax_diffusion.runtime.checkpoint import load_record
 from jax_diffusion.runtime.resumable_npz import ResumableNpz
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-# Smaller still than `SMALL`. Most tests share the shapes of batches: these are compiled
-# once.
-TINY = (*SMALL, "--config.model.channels=8", "--config.model.attention_resolutions=()")
+# Most tests share the shapes of batches: these are compiled once.
 # 100 samples and 64 pixels: enough for moments of full rank.
 DRAWN = ("--n", "100", "--steps", "3", "--batch-size", "32")
 
@@ -37,7 +35,7 @@ DRAWN = ("--n", "100", "--steps", "3", "--batch-size", "32")
 def run(tmp_path_factory):
     """A run as after four steps of training; its parameters are random numbers."""
     workdir = tmp_path_factory.mktemp("run")
-    config = jd.load_config("configs/smoke.py", TINY)
+    config = jd.load_config("configs/smoke.py", SMALL)
     params = random_params(config)
     record = {"config": json.loads(config.to_json()), "window": []}
     record |= {"image_shape": [8, 8, 1], "format": FORMAT}
@@ -100,7 +98,7 @@ def write_pngs(folder, images):
 def test_scores_add_up_and_say_how_they_were_made(run, tmp_path, score, capsys):
     score("--workdir", run, "--out", tmp_path, *DRAWN)
     printed = capsys.readouterr().out
-    (found,) = json.loads((tmp_path / "scores.json").read_text())["evaluations"]
+    (found,) = evaluations_of(tmp_path)
     scores, errors = found["scores"], found["errors"]
     parts = scores["prior"] + scores["kl"] + scores["decoder"]
     np.testing.assert_allclose(scores["bits_per_dim"], parts, rtol=1e-5)
@@ -135,7 +133,7 @@ def test_a_distance_is_that_of_the_samples_which_are_kept(run, tmp_path, score):
     distance = metrics.frechet_distance(
         metrics.moments(pixels(images)), metrics.moments(pixels(digits("train")))
     )
-    (found,) = json.loads((tmp_path / "scores.json").read_text())["evaluations"]
+    (found,) = evaluations_of(tmp_path)
     np.testing.assert_allclose(found["scores"]["pixel_distance"], distance, rtol=1e-6)
 
 

@@ -25,8 +25,6 @@ from jax_diffusion.runtime import checkpoint, logs, sharding
 from jax_diffusion.training import fine_tuning
 from jax_diffusion.training.setup import make_setup
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 LABELED = dict(model=dict(num_classes=4))
 
 

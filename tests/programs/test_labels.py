@@ -16,8 +16,6 @@ from support.tiny_runs import ENCODER, LABELS, UNET, make_run, write_images
 import jax_diffusion as jd
 from jax_diffusion import data, pipeline
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 NAMES = ("ant", "cat", "dog", "owl")
 LOW_RES = UNET | dict(num_classes=3, low_res=True)
 

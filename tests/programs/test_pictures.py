@@ -104,7 +104,6 @@ def odd(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_to_compile")
 def test_images_of_any_height_width_and_channels_are_drawn_edited_and_scored(odd):
     workdir, images = odd
     run = jd.load_run(workdir)
@@ -131,7 +130,6 @@ def test_images_of_any_height_width_and_channels_are_drawn_edited_and_scored(odd
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_to_compile")
 def test_images_of_any_height_width_and_channels_train(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (32, 4, 8, 4), np.uint8)
     np.savez(tmp_path / "images.npz", images=images)
@@ -165,7 +163,6 @@ def test_images_of_any_height_width_and_channels_train(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_to_compile")
 def test_gray_photographs_are_colorized_by_a_run_with_colors(tmp_path):
     run = jd.load_run(tiny_runs.make_run(tmp_path / "run", shape=(H, W, 3)))
     tiny_runs.write_images(tmp_path / "images.npz")

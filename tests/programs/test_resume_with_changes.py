@@ -14,8 +14,6 @@ from support.tiny_runs import UNET, tiny_config, write_images
 from jax_diffusion import data
 from jax_diffusion.runtime import checkpoint, logs
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):

@@ -44,14 +44,6 @@ from jax_diffusion.sample import main, upgrade_record
 N = 5  # images of a job, the same in most: then programs are compiled once
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Programs that run for a moment are not worth more."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def stored_images(folder):
     """Those that tasks start from, as integers, and their labels."""
     path = folder / "images.npz"

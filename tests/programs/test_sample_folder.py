@@ -53,7 +53,6 @@ def test_an_occupied_folder_is_refused_or_cleared_of_samples_on_request(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_to_compile")
 def test_evaluate_scores_the_folder_that_sample_writes(tmp_path, monkeypatch, capsys):
     workdir = tiny_runs.make_run(tmp_path / "run", shape=(4, 8, 3))
     out = tmp_path / "out"

@@ -24,23 +24,9 @@ from jax_diffusion import data, pipeline, training
 from jax_diffusion.runtime import checkpoint, logs
 from jax_diffusion.training import setup
 
-SMALL = [  # smoke.py, smaller still: what is tested is the loop
-    "--config.model.multipliers=(1,)",
-    "--config.model.attention_resolutions=(8,)",
-    "--config.schedule.num_steps=10",
-    "--config.timesteps.history=1",
-    "--config.total_steps=12",
-    "--config.log_every=4",
-    "--config.save_every=6",
-    "--config.sample_every=100",
-    "--config.sampling.n=4",
-    "--config.sampling.steps=2",
-    "--config.log_to=('tensorboard',)",
-]
-
 
 def smoke_of(*overrides):
-    return settings.load_config("configs/smoke.py", [*SMALL, *overrides])
+    return settings.load_config("configs/smoke.py", [*tiny.SMALL, *overrides])
 
 
 def config_of(*overrides):
@@ -273,7 +259,7 @@ def test_samples_colours_stand_beside_those_of_the_data(whole):
 
 
 def bad(*overrides):
-    return ["--config", "configs/smoke.py", *SMALL, *overrides]
+    return ["--config", "configs/smoke.py", *tiny.SMALL, *overrides]
 
 
 @pytest.mark.parametrize(
@@ -416,9 +402,9 @@ def test_pictures_are_of_all_labels_but_the_hidden_one_or_of_the_first_images(
 @pytest.mark.slow
 def test_a_run_that_hides_labels_and_enlarges_trains_and_draws(tmp_path):
     few = (  # and as little to compile as there can be
-        *("--config.total_steps=2", "--config.log_to=()"),
+        "--config.total_steps=2",
         *("--config.objective.var_type=fixed_small", "--config.objective.loss=l2"),
-        *("--config.ema_decays=(0.9,)", "--config.model.attention_resolutions=()"),
+        "--config.ema_decays=(0.9,)",
     )
     state = train.train(enlarging(*HIDES, *few), tmp_path)
     assert int(state.step) == 2 and int(state.skipped) == 0
@@ -518,7 +504,7 @@ def test_sigterm_from_outside_saves_and_ends_well(tmp_path):
             command(
                 "train",
                 *("--config", "configs/smoke.py", "--workdir", tmp_path / "run"),
-                *SMALL,
+                *tiny.SMALL,
                 "--config.total_steps=1000000",
             ),
             stdout=file,

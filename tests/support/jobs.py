@@ -12,14 +12,6 @@ import numpy as np
 from jax_diffusion.runtime import checkpoint, logs
 from support import tiny
 
-# smoke.py, smaller still, with its loss-aware sampler; dropout too.
-SMALL = (
-    *("--config.model.multipliers=(1,)", "--config.model.attention_resolutions=(8,)"),
-    *("--config.schedule.num_steps=10", "--config.timesteps.history=1"),
-    *("--config.model.channels=32", "--config.sampling.n=4"),
-    *("--config.sampling.steps=2", "--config.total_steps=12", "--config.log_every=2"),
-    *("--config.save_every=4", "--config.sample_every=100", "--config.keep=10"),
-)
 LONG = "--config.total_steps=100000"
 
 

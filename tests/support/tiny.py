@@ -1,8 +1,8 @@
-"""A network that is traced and saved in a moment, and the config of runs of it.
+"""Configs of runs that are over in a moment, and a network that is traced in one.
 
-For tests of what stands around a network: processes, kills, resumes, devices. It has
-what the trainer must deal with: labels, dropout, a kernel that is large enough to be
-split over devices.
+For tests of what stands around a network: processes, kills, resumes, devices. The tiny
+network has what the trainer must deal with: labels, dropout, a kernel that is large
+enough to be split over devices.
 """
 
 import flax.linen as nn
@@ -12,6 +12,15 @@ from ml_collections import ConfigDict
 from configs import smoke
 
 CONFIG = "tests/support/tiny.py"
+SHORT = {  # fields of a run that is over in a moment
+    **{"schedule.num_steps": 10, "timesteps.history": 1, "total_steps": 12},
+    **{"log_every": 2, "save_every": 4, "sample_every": 100, "keep": 10},
+    **{"sampling.n": 4, "sampling.steps": 2},
+}
+SMALL = [  # flags of a short run of smoke.py's U-Net, of one level
+    *(f"--config.{field}={value}" for field, value in SHORT.items()),
+    *("--config.model.multipliers=(1,)", "--config.model.attention_resolutions=()"),
+]
 
 
 class TinyNet(nn.Module):
@@ -36,9 +45,5 @@ def get_config() -> ConfigDict:
     """smoke.py with its loss-aware sampler, over in a moment."""
     config = smoke.get_config()
     config.model = dict(name="support.tiny:TinyNet", channels=32)
-    config.schedule.num_steps = 10
-    config.timesteps.history = 1
-    config.total_steps, config.log_every = 12, 2
-    config.save_every, config.sample_every, config.keep = 4, 100, 10
-    config.sampling.n, config.sampling.steps = 4, 2
+    config.update_from_flattened_dict(SHORT)
     return config
