@@ -31,8 +31,9 @@ class IncompleteError(Exception):
 class Parser(argparse.ArgumentParser):
     """Raises ValueError for a wrong command line: `run_program` makes it a sentence.
 
-    What it parses has one name more, `given`: a set of the names that stood on the
-    command line, as a flag without effect is refused even with its default.
+    The parsed arguments have one more attribute, `given`: the set of names that stood
+    on the command line. It tells a flag that was given with its default value from one
+    that was not given.
     """
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]

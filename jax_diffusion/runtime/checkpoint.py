@@ -86,8 +86,8 @@ def save(
         manager: of `make_manager`.
         step: number of updates made.
         state: a pytree of arrays.
-        record: plain JSON values; of a window of metrics, numbers that are not finite
-            come back as `float` reads them.
+        record: plain JSON values; numbers that are not finite become words that `float`
+            reads, see `files.json_text`.
         as_item: Orbax's argument that the manager takes for the state.
 
     Raises:
@@ -121,7 +121,7 @@ def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Makes OSError of what the many layers below raise if a disk does not take it."""
+    """Turns the errors of many kinds that a full or lost disk causes into OSError."""
     workdir = Path(manager.directory).parent
     try:
         yield

@@ -63,7 +63,7 @@ class Lock:
             what = "was removed" if not self._file.exists() else "is another process's"
             raise OSError(
                 f"{self._field} {str(self._path)!r} {what} while this process was "
-                f"writing to it; it stops ({self._file.name} tells)"
+                "writing to it; this process stops"
             )
 
     def release(self) -> None:
@@ -235,7 +235,7 @@ def is_alive(file: Path, owner: dict[str, Any]) -> bool:
         return _ticks(owner["process"]) == owner["ticks"]
     if owner:
         print(
-            f"{file} is of process {owner.get('process')} on {owner.get('host')}: "
+            f"{file} belongs to process {owner.get('process')} on {owner.get('host')}: "
             f"watching for up to {PATIENCE:.0f} s whether it is alive",
             flush=True,
         )
