@@ -11,6 +11,7 @@ adds no operation, and waits for no device.
 import contextlib
 import math
 import numbers
+import operator
 import reprlib
 from collections.abc import Sequence
 from types import EllipsisType
@@ -73,10 +74,7 @@ def number(
         not isinstance(found, REAL)
         or isinstance(found, bool)
         or not (math.isfinite(found) or (infinite and not math.isnan(found)))
-        or (at_least is not None and found < at_least)
-        or (above is not None and found <= above)
-        or (at_most is not None and found > at_most)
-        or (below is not None and found >= below)
+        or not _inside(found, at_least, above, at_most, below)
     ):
         raise ValueError(f"{name} must be {rule}, got {shown(found)}.")
 
@@ -106,8 +104,7 @@ def integer(
     if (
         not isinstance(value, INTEGRAL)
         or isinstance(value, bool)
-        or (at_least is not None and value < at_least)
-        or (at_most is not None and value > at_most)
+        or not _inside(value, at_least, None, at_most, None)
     ):
         raise ValueError(f"{name} must be {rule}, got {shown(value)}.")
 
@@ -308,14 +305,7 @@ def vector(
         wrong_type = True
     if wrong_type or found.ndim != 1:
         raise ValueError(f"{rule}, got {shown(value)}.")
-    inside = np.isfinite(found)
-    for bound, holds in (
-        (at_least, np.greater_equal),
-        (above, np.greater),
-        (at_most, np.less_equal),
-        (below, np.less),
-    ):
-        inside &= True if bound is None else holds(found, bound)
+    inside = np.isfinite(found) & _inside(found, at_least, above, at_most, below)
     if not inside.all():
         raise ValueError(f"{rule}, got {found[~inside][0]}.")
     return found
@@ -346,6 +336,20 @@ def shown(value: Any) -> str:
         return reprlib.repr(value)
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def _inside(value: Any, at_least: Any, above: Any, at_most: Any, below: Any) -> Any:
+    """Whether a number, or which number of an array, is in a range."""
+    inside: Any = True
+    for bound, holds in (
+        (at_least, operator.ge),
+        (above, operator.gt),
+        (at_most, operator.le),
+        (below, operator.lt),
+    ):
+        if bound is not None:
+            inside = inside & holds(value, bound)
+    return inside
 
 
 def _range(at_least: Any, above: Any, at_most: Any, below: Any) -> str:

@@ -45,7 +45,7 @@ def lookup(what: str, name: Any, registry: Mapping[str, Any]) -> Any:
     if not isinstance(name, str) or ":" not in name:
         raise ValueError(
             f"{what} must be one of {sorted(registry)} or 'package.module:function', "
-            f"got {short(name)}{hint(str(name)[:100], registry)}"
+            f"got {short(name)}{hint(name, registry)}"
         )
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not look there
@@ -82,8 +82,14 @@ def choose(what: str, name: Any, known: Mapping[str, Any]) -> Any:
 
 def hint(name: Any, known: Iterable[str]) -> str:
     """Ends a sentence about an unknown name: "; did you mean 'ddim'?", or a period."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
+    close = difflib.get_close_matches(str(name)[:100], list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def check_is_group(where: str, group: Any) -> None:
+    """Raises ValueError unless a group of a config, called `where`, is one."""
+    if not hasattr(group, "items"):
+        raise ValueError(f"{where} must be a group of fields, got {short(group)}.")
 
 
 Parameters = Mapping[str, inspect.Parameter]
@@ -116,37 +122,31 @@ def check_arguments(
     group: Any,
     where: str,
     fixed: Iterable[str] = (),
-    *,
-    needs_all: bool = True,
 ) -> None:
     """Checks names and types of the arguments that a group of a config gives.
 
     Args:
         known: parameters by name, see `parameters`.
         group: arguments by name.
-        where: the group's name, such as "config.data"; "" for arguments alone.
+        where: the group's name, such as "config.data".
         fixed: arguments that a group may not give, as they are set for it.
-        needs_all: whether all parameters without a default must be there.
 
     Raises:
         ValueError: for an argument that is unknown, missing or of a wrong type; it
             names the argument, the rule and what came.
     """
-    dot = f"{where}." if where else ""
     kinds = {p.kind for p in known.values()}
     for name in group:
         if name in fixed:
             raise ValueError(
-                f"{dot}{name} must be left out, as the program sets it, got "
+                f"{where}.{name} must be left out, as the program sets it, got "
                 f"{short(group[name])}."
             )
         if name not in known and inspect.Parameter.VAR_KEYWORD not in kinds:
             names = [n for n in known if n not in fixed]
             raise ValueError(f"{where} has no field {name!r}{hint(name, names)}")
-        if name in known:
-            check_type(f"{dot}{name}", group[name], known[name].annotation)
-        else:
-            check_type(f"{dot}{name}", group[name], Any)
+        kind = known[name].annotation if name in known else Any
+        check_type(f"{where}.{name}", group[name], kind)
     missing = [
         name
         for name, p in known.items()
@@ -155,7 +155,7 @@ def check_arguments(
         and name not in group
         and name not in fixed
     ]
-    if missing and needs_all:
+    if missing:
         raise ValueError(f"{where} lacks the fields {missing}.")
 
 
@@ -321,8 +321,7 @@ def call(function: Callable, group: Any, where: str, **fixed: Any) -> Any:
             for one of a wrong type; or as the function does, which then names the field
             as `where` does.
     """
-    if not hasattr(group, "items"):
-        raise ValueError(f"{where} must be a group of fields, got {short(group)}.")
+    check_is_group(where, group)
     given = {
         name: value.to_dict() if hasattr(value, "to_dict") else value
         for name, value in group.items()

@@ -23,7 +23,7 @@ import contextlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +98,8 @@ def train(
 
     # Compiled first: whatever does not fit is found before anything is written.
     used = resume.undecoded(config) if saved and saved.refused else config
-    try:
-        setup = make_setup(
-            used, optimizer, fresh=saved is None, saved=saved and saved.record
-        )
-    except DamagedImageError as error:
-        raise DamagedImageError(
-            f"{str(error).rstrip('.')}; --check-data lists all such images, and "
-            '--config.data.on_error="skip" goes on without them.'
-        ) from error
+    with saying_how_to_skip():
+        setup = make_setup(used, optimizer, saved=saved and saved.record)
     record = {
         "config": plain_config,
         "format": configs.FORMAT,
@@ -126,8 +119,9 @@ def train(
             weights = fine_tuning.load_weights(source, config, setup)
         record["init_from"] = weights.record
     described = (setup.model, setup.objective, setup.batches, setup.mesh)
-    evaluate = during_training.make_watch(config, workdir, record, *described)
-    compiled = compile_step(setup, fresh=saved is None and weights is None)
+    with saying_how_to_skip():
+        evaluate = during_training.make_watch(config, workdir, record, *described)
+        compiled = compile_step(setup, fresh=saved is None and weights is None)
     if weights is not None:
         init = fine_tuning.make_init(weights.params, setup, compiled.shardings)
         compiled = compiled._replace(init=init)
@@ -138,6 +132,18 @@ def train(
             print(weights.report(), flush=True)
     changes = saved.changes if saved else ()
     return run_loop(config, workdir, setup, compiled, evaluate, record, changes)
+
+
+@contextlib.contextmanager
+def saying_how_to_skip() -> Iterator[None]:
+    """Adds to an error about a damaged image what can be done, before training."""
+    try:
+        yield
+    except DamagedImageError as error:
+        raise DamagedImageError(
+            f"{str(error).rstrip('.')}; --check-data lists all such images, and "
+            '--config.data.on_error="skip" goes on without them.'
+        ) from error
 
 
 def given_config(
@@ -274,7 +280,7 @@ def run_loop(
             if not isinstance(error, DamagedImageError):
                 raise
             raise DamagedImageError(
-                f"{str(error).rstrip('.')}; step {saved} is saved; mend or remove the "
+                f"{str(error).rstrip('.')}; {saved} is saved; mend or remove the "
                 "image and add --allow-change data.path, or give "
                 "--config.data.on_error=skip; --check-data lists all such images."
             ) from error
@@ -286,7 +292,7 @@ def run_loop(
 
 def save_at_error(
     manager: Any, step: int, state: TrainState, record: dict[str, Any]
-) -> int | None:
+) -> str:
     """Saves the updates made before something went wrong, such as a damaged picture.
 
     Of several hosts, one alone cannot save; and after an error of the devices there is
@@ -297,7 +303,7 @@ def save_at_error(
         step, state, record: what is to be saved.
 
     Returns:
-        The newest step that is saved; None if there is none.
+        What is saved: the newest "step 3", or "no step".
     """
     saved = manager.latest_step()
     lost = any(a.is_deleted() for a in jax.tree.leaves(state))
@@ -305,8 +311,8 @@ def save_at_error(
         with contextlib.suppress(Exception):  # the first error is the one to tell
             checkpoint.save(manager, step, state, record)
             manager.wait_until_finished()
-            return step
-    return saved
+            saved = step
+    return "no step" if saved is None else f"step {saved}"
 
 
 def check_data(config: Config) -> None:

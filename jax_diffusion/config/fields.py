@@ -13,8 +13,15 @@ from jax_diffusion import checks
 from jax_diffusion.config.groups import GROUPS, check_group
 from jax_diffusion.data import DATASETS
 from jax_diffusion.models import MODELS, traits
-from jax_diffusion.registry import check_type, hint, lookup, short
-from jax_diffusion.training.step import ema_name
+from jax_diffusion.registry import (
+    check_is_group,
+    check_type,
+    hint,
+    lookup,
+    named,
+    short,
+)
+from jax_diffusion.training.averages import check_decays
 
 Config = Any  # a ConfigDict or a dict: neither has fields of static types
 
@@ -152,11 +159,7 @@ def complete(config: Config) -> Config:
     given = plain(config)
     for name, default in DEFAULTS.items():
         if isinstance(default, dict) and name in given:
-            if not isinstance(given[name], dict):
-                raise ValueError(
-                    f"config.{name} must be a group of fields, got "
-                    f"{short(given[name])}."
-                )
+            check_is_group(f"config.{name}", given[name])
             given[name] = {**default, **given[name]}
     return ConfigDict(DEFAULTS | given)
 
@@ -220,19 +223,16 @@ def check_config(config: Config) -> None:
                 f"config.{name}", value, at_least=field.least, at_most=field.most
             )
         elif name in GROUPS and not (value is None and name in OF_DENOISERS):
-            if not isinstance(value, dict):
-                raise ValueError(
-                    f"config.{name} must be a group of fields, got {short(value)}."
-                )
             check_group(name, value)
         elif name not in GROUPS:
             check_type(f"config.{name}", value, field.hint)
-    checks.number("config.label_dropout", config.label_dropout, at_least=0, below=1)
-    decays = config.ema_decays
-    if not decays or not all(0 <= decay < 1 for decay in decays):
-        raise ValueError(f"config.ema_decays must be numbers in [0, 1), got {decays}.")
-    if len({ema_name(decay) for decay in decays}) < len(decays):
-        raise ValueError(f"config.ema_decays must differ, got {decays}.")
+    with named("config", ["label_dropout", "ema_decays"]):
+        checks.number("label_dropout", config.label_dropout, at_least=0, below=1)
+        check_decays(config.ema_decays)
+    if not config.ema_decays:
+        raise ValueError(
+            f"config.ema_decays must be at least one number, got {config.ema_decays}."
+        )
     lookup("config.data.name", config.data.name, DATASETS)
     model = lookup("config.model.name", config.model.get("name"), MODELS)
     classifies = traits(model).num_labels is not None

@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 from jax_diffusion import data, schedules, timesteps, training
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.models import MODELS
-from jax_diffusion.registry import Parameters, check_arguments, lookup, parameters
+from jax_diffusion.registry import (
+    Parameters,
+    check_arguments,
+    check_is_group,
+    lookup,
+    parameters,
+)
 from jax_diffusion.runtime import sharding
 from jax_diffusion.training.optimizer import OPTIMIZERS
 
@@ -110,7 +116,7 @@ def _field(name: str, hint: Any, default: Any = None) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=default, annotation=hint)
 
 
-def check_group(name: str, group: Mapping[str, Any]) -> None:
+def check_group(name: str, group: Any) -> None:
     """Checks that a group has fields that its functions take, of their types.
 
     Args:
@@ -120,6 +126,7 @@ def check_group(name: str, group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: that names the field, the rule and what came.
     """
+    check_is_group(f"config.{name}", group)
     if group == GIVEN_OPTIMIZER:
         return
     known, fixed = known_fields(name, group), GROUPS[name].fixed

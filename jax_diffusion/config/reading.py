@@ -96,11 +96,11 @@ def neighbors_importable(path: Path) -> Iterator[None]:
         for entry in added:
             if entry in sys.path:
                 sys.path.remove(entry)
-        for name, module in list(sys.modules.items()):
-            file = getattr(module, "__file__", None)
+        for name in [name for name in sys.modules if name not in before]:
+            file = getattr(sys.modules[name], "__file__", None)
             inside = name == package or name.startswith(f"{package}.")
             beside = "." not in name and file and Path(file).parent == folder
-            if name not in before and (inside or beside):
+            if inside or beside:
                 del sys.modules[name]
         for name in theirs:
             sys.modules.pop(name, None)
@@ -234,7 +234,7 @@ def parse(where: str, text: str | None, kind: Any, now: Any) -> Any:
             kinds = {kind, *typing.get_args(kind)}
             is_float = type(value) is int and float in kinds and int not in kinds
             return float(value) if is_float else value
-    allowed = rule(next(v for v in readings(text)), kind)
+    allowed = rule(next(readings(text)), kind)
     raise ValueError(f"{where} must be {allowed}, got {short(text)}.")
 
 

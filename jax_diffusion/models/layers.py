@@ -207,7 +207,7 @@ class GroupNorm(nn.Module):
         return nn.silu(y) if self.silu else y
 
 
-def check_sizes(network: nn.Module) -> None:
+def check_sizes(network: Any) -> None:
     """Checks the fields that networks share, by name, as far as they have them.
 
     Args:
@@ -220,30 +220,29 @@ def check_sizes(network: nn.Module) -> None:
         value = getattr(network, name, None)
         if value is not None:
             checks.integer(name, value, at_least=least, at_most=most)
-    rates: Any = network
     if hasattr(network, "dropout"):
-        checks.number("dropout", rates.dropout, at_least=0, below=1)
+        checks.number("dropout", network.dropout, at_least=0, below=1)
     if hasattr(network, "norm_epsilon"):
-        checks.number("norm_epsilon", rates.norm_epsilon, above=0)
-    multipliers = rates.multipliers
+        checks.number("norm_epsilon", network.norm_epsilon, above=0)
+    multipliers = network.multipliers
     if not 1 <= len(multipliers) <= MAX_LEVELS:
         raise ValueError(
             f"multipliers must be 1 to {MAX_LEVELS} numbers, got {multipliers}."
         )
     for factor in multipliers:
         checks.number("multipliers", factor, above=0, at_most=MAX_CHANNELS)
-    widest = max(multipliers) * rates.channels
+    widest = max(multipliers) * network.channels
     if widest > MAX_CHANNELS:
         raise ValueError(
-            f"multipliers of channels = {rates.channels} must make at most "
+            f"multipliers of channels = {network.channels} must make at most "
             f"{MAX_CHANNELS} channels, got {widest:.0f}."
         )
     try:
-        known = jnp.dtype(rates.dtype).name in DTYPES
+        known = jnp.dtype(network.dtype).name in DTYPES
     except TypeError:
         known = False
     if not known:
-        raise ValueError(f"dtype must be one of {DTYPES}, got {rates.dtype!r}.")
+        raise ValueError(f"dtype must be one of {DTYPES}, got {network.dtype!r}.")
 
 
 def check_halvings(x: Float[Array, "b *d c"], halvings: int) -> None:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jax_diffusion import checks
 from jax_diffusion.models.layers import Layers, check_halvings
 from jax_diffusion.models.unet import Trunk
 
@@ -83,8 +84,7 @@ class NoisyClassifier(Trunk):
 
     def __post_init__(self):
         """Raises ValueError for a field that is out of range or does not fit others."""
-        if self.pool not in POOLS:
-            raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}.")
+        checks.choice("pool", self.pool, POOLS)
         super().__post_init__()
 
     @nn.compact

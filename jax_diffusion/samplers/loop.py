@@ -35,6 +35,8 @@ StepFn = Callable[..., SampleState]
 `jax_diffusion.samplers` says what each argument is.
 """
 
+STEP_ARGUMENTS = "(keys, denoise_fn, schedule, state, t)"  # in words, for errors
+
 
 def image_keys(key: Key[Array, ""], ids: Int[Array, "b"]) -> Key[Array, "b"]:
     """Makes one key for each image from the run's key and the images' numbers.
@@ -141,8 +143,7 @@ def sample_frames(
             fit each other, or denoise_fn or step_fn returns something else.
     """
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
-    arguments = "(keys, denoise_fn, schedule, state, t)"
-    checks.function("step_fn", step_fn, arguments)
+    checks.function("step_fn", step_fn, STEP_ARGUMENTS)
     check_schedule(schedule)
     checks.data("x_T", x_T, ("b", ...))
     checks.keys("keys", keys, x_T.shape[0])

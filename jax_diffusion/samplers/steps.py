@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from jax_diffusion import checks, diffusion
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.samplers.loop import (
+    STEP_ARGUMENTS,
     SampleState,
     StepFn,
     check_step_arguments,
@@ -262,14 +263,14 @@ def as_sampler(sampler: Sampler | StepFn) -> Sampler:
     """
     if isinstance(sampler, Sampler):
         return sampler
-    checks.function("sampler", sampler, "(keys, denoise_fn, schedule, state, t)")
+    checks.function("sampler", sampler, STEP_ARGUMENTS)
     bound = getattr(sampler, "keywords", {})  # of functools.partial
     try:
         signature = inspect.signature(sampler)
         signature.bind(*("keys", "denoise_fn", "schedule", "state", "t"))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "sampler must be a function of (keys, denoise_fn, schedule, state, t), got "
+            f"sampler must be a function of {STEP_ARGUMENTS}, got "
             f"{checks.shown(sampler)}: {error}."
         ) from error
     takes_eta = "eta" in signature.parameters and "eta" not in bound

@@ -9,10 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jax_diffusion import checks
-from jax_diffusion.samplers.loop import StepFn, fold_in, normal
+from jax_diffusion.samplers.loop import STEP_ARGUMENTS, StepFn, fold_in, normal
 from jax_diffusion.schedules import take
-
-STEP = "(keys, denoise_fn, schedule, state, t)"  # the arguments of a step, in words
 
 
 def inpaint(
@@ -39,7 +37,7 @@ def inpaint(
         ValueError: if the shape of the mask does not fit the data, or x_known is no
             float array.
     """
-    checks.function("step_fn", step_fn, STEP)
+    checks.function("step_fn", step_fn, STEP_ARGUMENTS)
     checks.data("x_known", x_known, ("b", ...))
     if not callable(mask):
         checks.broadcasts("mask", mask, x_known.shape)
@@ -79,7 +77,7 @@ def share_noise(
     Raises:
         ValueError: unless step_fn is a function, until an integer, and key typed.
     """
-    checks.function("step_fn", step_fn, STEP)
+    checks.function("step_fn", step_fn, STEP_ARGUMENTS)
     checks.array("key", key, "key", ("b",) if np.ndim(key) else ())
     if isinstance(until, jax.Array):
         checks.array("until", until, "int", ())
@@ -110,7 +108,7 @@ def on_step(step_fn: StepFn, on_step: Callable[[Array], None]) -> StepFn:
     Raises:
         ValueError: unless both are functions.
     """
-    checks.function("step_fn", step_fn, STEP)
+    checks.function("step_fn", step_fn, STEP_ARGUMENTS)
     checks.function("on_step", on_step, "(t,)")
 
     def step(keys, denoise_fn, schedule, state, t):

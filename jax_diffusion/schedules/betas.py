@@ -281,9 +281,7 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     >>> zero_terminal_snr(np.array([0.1, 0.2, 0.3])).round(3)
     array([0.1  , 0.663, 1.   ])
     """
-    betas = checks.vector("betas", betas, above=0, at_most=1)
-    if len(betas) < 2:
-        raise ValueError(f"betas must be at least 2 values, got {len(betas)}.")
+    betas = check_betas(betas)
     signal = np.sqrt(np.cumprod(1 - betas))
     signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
     alpha_bar = signal**2
@@ -302,6 +300,18 @@ BETAS: dict[str, Callable[..., np.ndarray]] = {
     "given": given_betas,
 }
 """Variances by name: f(num_steps, **arguments) -> float64 [T]."""
+
+
+def check_betas(betas: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Returns variances as float64 [T], T >= 2.
+
+    Raises:
+        ValueError: if there are fewer than two, or one is not in (0, 1].
+    """
+    found = checks.vector("betas", betas, above=0, at_most=1)
+    if len(found) < 2:
+        raise ValueError(f"betas must be at least 2 values, got {len(found)}.")
+    return found
 
 
 def _check(num_steps: int, **variances: float) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jax_diffusion import checks
+from jax_diffusion.schedules.betas import check_betas
 
 Table = Any
 """One coefficient of every row: a jax.Array, or np.ndarray from `tabulate`."""
@@ -129,9 +130,7 @@ def tabulate(
     Raises:
         ValueError: if a beta or an index is out of range.
     """
-    betas = checks.vector("betas", betas, above=0, at_most=1)
-    if len(betas) < 2:
-        raise ValueError(f"betas must be at least 2 values, got {len(betas)}.")
+    betas = check_betas(betas)
     if np.any(betas[:-1] == 1):
         first = np.argmax(betas)
         raise ValueError(f"no beta but the last may be 1, got it at t = {first}.")

@@ -28,8 +28,6 @@ from jaxtyping import PyTree
 from jax_diffusion import config as configs
 from jax_diffusion import data
 from jax_diffusion.config import Config
-from jax_diffusion.interop.importing import load_checkpoint
-from jax_diffusion.interop.released import RELEASED
 from jax_diffusion.models import example_inputs, traits
 from jax_diffusion.pipeline import Run, load_run
 from jax_diffusion.pipeline.run import old_names
@@ -93,7 +91,7 @@ def load_weights(source: Run | str, config: Config, setup: TrainingSetup) -> Wei
     shapes = leaves_by_name(jax.eval_shape(setup.init).params)
     ours = classes_of(
         *(setup.model, setup.batches.image_shape, config.label_dropout),
-        getattr(setup.batches, "class_names", None),
+        setup.batches.class_names,
     )
     names = old_names(run) if run.class_names is None else run.class_names
     if names == ():  # as nobody knows them, they are none of ours
@@ -144,6 +142,10 @@ def load_source(source: str, config: Config) -> Run:
     Raises:
         ValueError: if it is not there or cannot be read.
     """
+    # Most runs begin with random weights, and start without these modules.
+    from jax_diffusion.interop.importing import load_checkpoint
+    from jax_diffusion.interop.released import RELEASED
+
     rule = "init_from must be WORKDIR, WORKDIR:EMA or a checkpoint that can be read"
     place, ema = Path(source).expanduser(), None
     if not place.exists() and ":" in source:

@@ -85,7 +85,6 @@ def make_setup(
     config: Config,
     optimizer: optax.GradientTransformation | None = None,
     *,
-    fresh: bool = True,
     saved: Mapping[str, Any] | None = None,
 ) -> TrainingSetup:
     """Builds all that training needs from a config; compiles nothing yet.
@@ -93,8 +92,8 @@ def make_setup(
     Args:
         config: a whole config, see `config.complete`.
         optimizer: used instead of the one that `config.optimizer` describes.
-        fresh: whether the run begins now: then fields that have no effect are refused.
-        saved: the record of the checkpoint that is continued, with its class names.
+        saved: the record of the checkpoint that is continued; None if the run begins
+            now: then fields that have no effect are refused.
 
     Raises:
         ValueError: for a field that is wrong, or that does not fit the others.
@@ -117,12 +116,15 @@ def make_setup(
         rows = sharding.host_rows(mesh, batches.batch_size)
     image_shape = batches.image_shape
     model = configs.make_network(config, objective, image_shape[-1])
-    old = saved is not None and "class_names" not in saved
-    check_fit(config, model, batches, fresh=fresh, old=old)
-    if saved is not None and Run(config, model, None, objective, ()).takes_labels:
-        batches = match_classes(batches, saved)
-    if fresh:
+    run = Run(config, model, None, objective, image_shape)
+    if saved is None:
+        check_fit(config, model, batches)
         check_attention(config, model, image_shape)
+    else:
+        old = "class_names" not in saved
+        check_fit(config, model, batches, fresh=False, old=old)
+        if run.takes_labels:
+            batches = match_classes(batches, saved)
     options = {name: config[name] for name in STEP_FIELDS}
     if mesh.shape["fsdp"] > 1:
         options["param_sharding"] = sharding.replicated(mesh)
@@ -132,8 +134,7 @@ def make_setup(
         )
     preview = None
     if objective is not None:
-        names = batches.class_names
-        run = Run(config, model, None, objective, image_shape, class_names=names)
+        run = dataclasses.replace(run, class_names=batches.class_names)
         preview = make_preview(run, batches, mesh)
     # On all devices at once: an array made on one host cannot be used by others.
     make_keys = jax.jit(

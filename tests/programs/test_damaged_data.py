@@ -69,6 +69,19 @@ def test_training_saves_before_a_damaged_image_stops_it_and_goes_on_without_it(
     assert '"damaged_images": 1' in last
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+def test_a_damaged_image_of_the_first_batch_is_told_with_the_way_out(tmp_path):
+    root = tmp_path / "data"
+    write(root)
+    file = file_of_step(root, 0)
+    file.write_bytes(b"damaged")
+    words = rf"{file} must be a whole image.*; --check-data lists .*on_error=\"skip\""
+    with pytest.raises(data.DamagedImageError, match=words):
+        program.train(config_of(root), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def run_program(monkeypatch, *args):
     monkeypatch.setattr("sys.argv", ["train", *map(str, args)])
     program.main()
