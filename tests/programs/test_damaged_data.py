@@ -70,7 +70,6 @@ def test_training_saves_before_a_damaged_image_stops_it_and_goes_on_without_it(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_to_compile")
 def test_a_damaged_image_of_the_first_batch_is_told_with_the_way_out(tmp_path):
     root = tmp_path / "data"
     write(root)
