@@ -32,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jax_diffusion import checks, cli, data, plotting
-from jax_diffusion.data.find import SHEETS
+from jax_diffusion.data.find import SHEETS, SUFFIXES
 from jax_diffusion.pipeline import (
     BoundSampler,
     SamplingOptions,
@@ -141,6 +141,8 @@ def check(args: argparse.Namespace) -> tuple[SamplingOptions, TaskOptions]:
         why = "is for strips, and for a folder with denoising.gif"
         cli.refuse_useless(args.given, ["frames"], f"{why}, got --out {args.out}")
     task.check_read(name for name in names if name in args.given)
+    if in_folder and Path(args.out).suffix.lower() in (*SUFFIXES, ".npy"):
+        raise ValueError(f"out must be a folder or FILE.npz, got {args.out!r}.")
     if args.overwrite and not in_folder:
         raise ValueError(f"overwrite is for a folder, got --out {args.out!r}.")
     if args.export is not None:
@@ -329,7 +331,7 @@ TASK_FLAGS: cli.Flags = {
     "--mask": dict(
         default="top",
         help=f"Known pixels of inpaint: {', '.join(HALVES)}, or a picture whose white "
-        "pixels are known.",
+        "pixels are known; half of white and darker is not.",
     ),
     "--block": dict(type=cli.positive, default=2, help="Upscaling factor of enlarge."),
     "--resamples": dict(

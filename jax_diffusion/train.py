@@ -14,7 +14,7 @@ A run is its workdir:
     checkpoints/     state and config, every config.save_every updates
     metrics.jsonl    a line every config.log_every updates (see `runtime.logs`)
     run.json         command, config, commit, versions and hardware of every start
-    samples/         a grid every config.sample_every updates
+    samples/         a grid every config.sample_every updates, and at the end
     best/            the best average, if config.eval_every is given
     loss.png         the loss curve, in the end
 """

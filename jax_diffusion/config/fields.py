@@ -80,7 +80,9 @@ FIELDS = {
     ),
     "log_every": Field("updates between two lines of the log", least=1, free=True),
     "save_every": Field("updates between two checkpoints", least=1, free=True),
-    "sample_every": Field("updates between two sample grids", least=1, free=True),
+    "sample_every": Field(
+        "updates between two sample grids; 0 for no grids", least=0, free=True
+    ),
     "sampling": Field(
         f"of the grids: {SAMPLE_FIELDS}; None for a classifier", free=True
     ),

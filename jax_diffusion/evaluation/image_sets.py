@@ -134,10 +134,9 @@ def network_of(run: Run) -> dict[str, Any]:
 
 
 def name_of_data(run: Run, source: str | None = None) -> str:
-    """Returns NAME:PATH of the run's data, or NAME for data that need no path."""
+    """Returns NAME:PATH of the run's data or of others, or NAME without a path."""
     group = run.config.data
-    path = group.get("path")
-    return source or (f"{group.name}:{path}" if path else group.name)
+    return source or data.source_name(group.name, group.get("path"))
 
 
 def from_split(

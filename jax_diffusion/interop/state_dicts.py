@@ -185,7 +185,7 @@ def unwrap(
                 prefixes[name.removesuffix(anchor)] = layout
     if not prefixes:
         return {n.removeprefix("module."): a for n, a in tensors.items()}, None, []
-    prefix = min(prefixes, key=lambda prefix: ("ema" not in prefix, len(prefix)))
+    prefix = min(prefixes, key=lambda prefix: (not AVERAGE.search(prefix), len(prefix)))
     found = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
@@ -195,9 +195,9 @@ def unwrap(
     for name in [n for n in found if "." not in n and found[n].ndim < 2]:
         del found[name]
     used = {f"{prefix}{name}" for name in found}
-    averaged = (
-        {} if "ema" in prefix else average_without_dots(tensors, prefix, [*found])
-    )
+    averaged = {}
+    if not AVERAGE.search(prefix):
+        averaged = average_without_dots(tensors, prefix, [*found])
     if averaged:
         used = {*averaged.values()}
         found = {name: tensors[theirs] for name, theirs in averaged.items()}

@@ -59,7 +59,7 @@ class TrainingSetup(NamedTuple):
         lr_fn: the learning rate by the number of updates made; None if `train` was
             given an optimizer of its own.
         preview: draws a grid, preview(state) -> uint8 [n, h, w, c]; None for a
-            classifier.
+            classifier, and if config.sample_every is 0.
         model: the network.
         objective: None for a classifier.
     """
@@ -133,7 +133,7 @@ def make_setup(
             model, tx, schedule, objective, timestep_sampler, **options
         )
     preview = None
-    if objective is not None:
+    if objective is not None and config.sample_every:
         run = dataclasses.replace(run, class_names=batches.class_names)
         preview = make_preview(run, batches, mesh)
     # On all devices at once: an array made on one host cannot be used by others.

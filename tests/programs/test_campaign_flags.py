@@ -122,6 +122,8 @@ def cases():
     yield "train", [*TRAIN, "busy"], "must not be in use"
     yield "train", [*TRAIN, "labelled"], "another config"
     yield "sample", [*SAMPLE, "--out", "file"], "must be a folder"
+    for name in ("grid.png", "frames.gif", "images.npy"):
+        yield "sample", [*SAMPLE, "--out", name], "must be a folder or FILE.npz"
     yield "sample", [*SAMPLE, "--out", "folder.npz"], "must be a file"
     yield "sample", [*SAMPLE, "--out", "busy"], "must not be in use"
     yield "sample", [*SAMPLE, "--out", "busy.npz"], "must not be in use"

@@ -376,6 +376,10 @@ def enlarging(*overrides):
     return config
 
 
+def test_a_run_without_sample_grids_prepares_none():
+    assert setup.make_setup(smoke_of("--config.sample_every=0")).preview is None
+
+
 @pytest.mark.parametrize("config", [smoke_of(*HIDES), enlarging()], ids=["hide", "2"])
 def test_pictures_are_of_all_labels_but_the_hidden_one_or_of_the_first_images(
     config, monkeypatch

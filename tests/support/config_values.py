@@ -60,7 +60,7 @@ OUT_OF_RANGE = {
         "total_steps": [*COUNTS, 2**31],
         "log_every": COUNTS,
         "save_every": COUNTS,
-        "sample_every": COUNTS,
+        "sample_every": [-1],
         "microbatches": [*COUNTS, 7],
         "keep": COUNTS,
         "keep_every": [-1],
