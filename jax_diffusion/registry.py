@@ -338,4 +338,38 @@ def call_by_name(
     """`call` of the function that the group's field `name` names."""
     arguments = dict(group)
     name = arguments.pop("name", None)
-    return call(lookup(f"{where}.name", name, registry), arguments, where, **fixed)
+    function = lookup(f"{where}.name", name, registry)
+    with outside(f"{where}.name", name, keep=[where]):
+        return call(function, arguments, where, **fixed)
+
+
+@contextlib.contextmanager
+def outside(what: str, name: Any, keep: Iterable[str] = ()) -> Iterator[None]:
+    """Makes a sentence of what somebody's own function raises; the error is its cause.
+
+    Args:
+        what: the field that names the function, such as "config.model.name".
+        name: the function; what rows of our registries raise is left as it is.
+        keep: beginnings of ValueErrors that are sentences already.
+
+    >>> with outside("config.data.name", "math:sqrt"):
+    ...     math.sqrt(-1)
+    Traceback (most recent call last):
+    ValueError: config.data.name must be ... raises ValueError: math domain error.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = isinstance(error, ValueError) and str(error).startswith((*keep,))
+        if told or not is_outside(name):
+            raise
+        text = " ".join(str(error).split())[:300].rstrip(".")
+        raise ValueError(
+            f"{what} must be a function that fits, got {name!r}, which raises "
+            f"{type(error).__name__}: {text}."
+        ) from error
+
+
+def is_outside(name: Any) -> bool:
+    """Tells whether a name is "package.module:attribute"."""
+    return isinstance(name, str) and ":" in name

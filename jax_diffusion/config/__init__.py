@@ -34,7 +34,16 @@ from jax_diffusion.config.reading import load_config
 from jax_diffusion.config.records import FORMAT, differences, of_record, upgrade
 from jax_diffusion.diffusion import Objective, check_signal
 from jax_diffusion.models import MODELS, traits
-from jax_diffusion.registry import call, call_by_name, check_type, lookup, named
+from jax_diffusion.registry import (
+    call,
+    call_by_name,
+    check_type,
+    is_outside,
+    lookup,
+    named,
+    outside,
+    short,
+)
 from jax_diffusion.schedules import NoiseSchedule
 from jax_diffusion.spacing import SPACINGS
 
@@ -128,13 +137,33 @@ def make_schedule(
     if steps is not None:
         if not 1 <= steps <= len(betas):
             raise ValueError(f"steps must be in [1, T = {len(betas)}], got {steps}.")
-        keep = lookup("spacing", spacing, SPACINGS)(betas, steps)
+        function = lookup("spacing", spacing, SPACINGS)
+        with outside("spacing", spacing):
+            keep = function(betas, steps)
         if keep is None:
             raise ValueError(f"spacing {spacing!r} must return steps, got None.")
-    with named("config.schedule", ["betas"]):
-        return schedules.make_schedule(
-            betas, keep=keep, rescale_timesteps=config.get("rescale_timesteps", False)
-        )
+    rescale = config.get("rescale_timesteps", False)
+    try:
+        return schedules.make_schedule(betas, keep=keep, rescale_timesteps=rescale)
+    except ValueError as error:
+        if str(error).startswith("keep ") and is_outside(spacing):
+            raise ValueError(
+                f"spacing must be a function that returns steps, got {spacing!r}: "
+                f"{error}"
+            ) from error
+        raise _about_betas(error, config) from error
+
+
+def _about_betas(error: ValueError, config: Config) -> ValueError:
+    """Says which field of `config.schedule` an error about its betas is of."""
+    name = config.get("name")
+    if not str(error).startswith(("betas ", "alpha_bar_fn ")):
+        return error
+    if is_outside(name):
+        rule = "config.schedule.name must be a function that returns betas"
+        return ValueError(f"{rule}, got {name!r}: {error}")
+    field = "config.schedule." if "betas" in config else "config.schedule's "
+    return ValueError(f"{field}{error}")
 
 
 def make_betas(config: Config) -> np.ndarray:
@@ -143,9 +172,13 @@ def make_betas(config: Config) -> np.ndarray:
     told = {name: group.pop(name, False) for name in OF_SCHEDULES}
     for name, value in told.items():
         check_type(f"config.schedule.{name}", value, bool)
-    betas = call_by_name(schedules.BETAS, group, "config.schedule")
-    zero_snr = told["zero_terminal_snr"]
-    return schedules.zero_terminal_snr(betas) if zero_snr else betas
+    try:
+        betas = call_by_name(schedules.BETAS, group, "config.schedule")
+        return (
+            schedules.zero_terminal_snr(betas) if told["zero_terminal_snr"] else betas
+        )
+    except ValueError as error:
+        raise _about_betas(error, config) from error
 
 
 def make_objective(config: Config, schedule: NoiseSchedule) -> Objective | None:
@@ -157,7 +190,8 @@ def make_objective(config: Config, schedule: NoiseSchedule) -> Objective | None:
     if config is None:
         return None
     objective = call(Objective, config, "config.objective")
-    check_signal(schedule, objective)
+    with named("config.objective", ["mean_type"]):
+        check_signal(schedule, objective)
     return objective
 
 
@@ -174,7 +208,13 @@ def make_model(
     if objective is not None:
         factor = 2 if objective.learns_variance else 1
         fixed["out_channels"] = factor * num_channels
-    return call_by_name(MODELS, group, "config.model", **fixed)
+    model = call_by_name(MODELS, group, "config.model", **fixed)
+    if not hasattr(model, "init") or not hasattr(model, "apply"):
+        raise ValueError(
+            "config.model.name must be a function that makes a network with init and "
+            f"apply, got {group['name']!r}, which makes {short(model)}."
+        )
+    return model
 
 
 def make_timestep_sampler(config: Config, num_steps: int) -> timesteps.TimestepSampler:
@@ -183,4 +223,10 @@ def make_timestep_sampler(config: Config, num_steps: int) -> timesteps.TimestepS
     checks.integer(
         "config.timesteps.num_steps", group["num_steps"], at_least=1, at_most=num_steps
     )
-    return call_by_name(timesteps.TIMESTEP_SAMPLERS, group, "config.timesteps")
+    made = call_by_name(timesteps.TIMESTEP_SAMPLERS, group, "config.timesteps")
+    if not all(hasattr(made, part) for part in timesteps.TimestepSampler._fields):
+        raise ValueError(
+            "config.timesteps.name must be a function that makes a TimestepSampler, "
+            f"got {group.get('name')!r}, which makes {short(made)}."
+        )
+    return made

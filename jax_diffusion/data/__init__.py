@@ -86,6 +86,7 @@ __all__ = [
     "ROUNDINGS",
     "SHOWN",
     "SPLITS",
+    "WITHOUT_PATH",
     "Arrays",
     "Batch",
     "Batches",
@@ -124,6 +125,7 @@ DATASETS: dict[str, Callable[..., Arrays | Examples]] = dict(
     tfds=open_tfds,
 )
 
+WITHOUT_PATH = ("digits", "synthetic")
 ON_ERROR = ("stop", "skip")  # what `load` does about a damaged image
 MAX_IN_MEMORY = 2 * 2**30  # bytes of images that `load` decodes unless told to
 
@@ -223,20 +225,22 @@ def open_examples(
     reader = registry.lookup("dataset", name, DATASETS)
     size = None if image_size is None else height_and_width(image_size)
     decoder = Decoder(background, max_value)
-    takes = inspect.signature(reader).parameters
-    found = reader(
-        *(split, path, size[0] if size and size[0] == size[1] else size),
-        **({"decoder": decoder} if "decoder" in takes else {}),
-    )
+    with registry.outside("name", name):
+        takes = inspect.signature(reader).parameters
+        found = reader(
+            *(split, path, size[0] if size and size[0] == size[1] else size),
+            **({"decoder": decoder} if "decoder" in takes else {}),
+        )
     if isinstance(found, Examples):
         return found
     if not isinstance(found, tuple) or len(found) != 2:
         raise ValueError(
-            "a reader must return (images, labels) or data.Examples, got "
-            f"{type(found).__name__} from {name!r}."
+            "name must be a reader that returns (images, labels) or data.Examples, got "
+            f"{name!r}, which returns a {type(found).__name__}."
         )
-    images, labels = found
-    return InMemory.of((decoder.convert(np.asarray(images)), labels))
+    with registry.outside("name", name, keep=["images", "labels"]):
+        images, labels = found
+        return InMemory.of((decoder.convert(np.asarray(images)), labels))
 
 
 def check(

@@ -185,7 +185,9 @@ def read_image_file(
     Raises:
         ValueError: if it is no such file of plain arrays, or has no images.
     """
-    file = Path(path or "").expanduser()
+    if not path:
+        raise ValueError(f"path must be a .npz or .npy file, got {path!r}.")
+    file = Path(path).expanduser()
     rule = f"{path} must be a .npz or .npy file of plain arrays"
     if path and not file.exists():
         raise ValueError(f"{rule}, got one that does not exist.")

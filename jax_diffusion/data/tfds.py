@@ -165,5 +165,6 @@ def _prepared(path: Source) -> Path:
     ready = [info.parent for info in infos]
     if not ready:
         command = PREPARE.format("NAME" if os.path.isabs(name) else name, home)
-        raise ValueError(f"TFDS data must be prepared by `{command}`, got no {path}.")
+        rule = f"path must name TFDS data, which must be prepared by `{command}`"
+        raise ValueError(f"{rule}, got no {path}.")
     return folder if folder in ready else max(ready, key=lambda f: Version(f.name))

@@ -288,8 +288,8 @@ def check_signal(schedule: NoiseSchedule, objective: Objective) -> None:
         return
     if not np.asarray(signal)[-1] > 0:  # NumPy: jnp would be traced within a jit
         raise ValueError(
-            "a schedule that ends in zero signal needs mean_type 'v', 'x_0' or 'mu', "
-            "got 'eps', which does not determine x_0 there."
+            "mean_type must be 'v', 'x_0' or 'mu' for a schedule that ends in zero "
+            "signal, got 'eps', which does not determine x_0 there."
         )
 
 

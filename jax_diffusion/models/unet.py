@@ -383,7 +383,7 @@ def fold(x: Float[Array, "b *d c"], size: int) -> Float[Array, "b *d_out c_out"]
         raise ValueError(f"x must be images [b, h, w, c], got shape {x.shape}.")
     b, h, w, c = x.shape
     if h % size or w % size:
-        raise ValueError(f"images must divide into blocks of {size}, got {h} x {w}.")
+        raise ValueError(f"block_size must divide {h} x {w} images, got {size}.")
     x = x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)
     return x.reshape(b, h // size, w // size, size * size * c)
 

@@ -90,6 +90,11 @@ def cosine_betas(
     """
     checks.number("offset", offset, at_least=0)
     checks.number("min_beta", min_beta, at_least=0, at_most=1)
+    checks.number("max_beta", max_beta, above=0, at_most=1)
+    if min_beta > max_beta:
+        raise ValueError(
+            f"min_beta must be at most max_beta = {max_beta}, got {min_beta}."
+        )
 
     def alpha_bar(u):
         return np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2

@@ -13,11 +13,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 
 from jax_diffusion import checks
-from jax_diffusion.registry import check_type, hint, lookup, parameters
+from jax_diffusion.registry import check_type, hint, is_outside, lookup, parameters
 
+RATES = {"b1", "b2", "momentum"}
 DECAYS = ("constant", "linear", "cosine")
 
 
@@ -113,21 +116,53 @@ def make_optimizer(
     lr_fn = optax.join_schedules([warmup, after], [warmup_steps])
     function = lookup("optimizer", name, OPTIMIZERS)
     check_arguments(function, name, arguments)
+    # A wrong argument of a row brings one of three; others may raise anything.
+    wrong = (Exception,)
+    if not is_outside(name):
+        wrong = (TypeError, AttributeError, OverflowError)
     try:
         tx = function(learning_rate=lr_fn, **arguments)
-    except (TypeError, AttributeError, OverflowError) as error:  # of a wrong argument
+    except wrong as error:
+        told = isinstance(error, ValueError)
+        if told and str(error).partition(" ")[0] in arguments:
+            raise
         raise ValueError(
             f"name must be an optimizer that takes {arguments}, got {name!r}, which "
             f"raises {type(error).__name__}: {error}."
         ) from error
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(
-            f"optimizer {name!r} must return an optax.GradientTransformation, got "
-            f"{type(tx).__name__}."
+            f"name must be an optimizer, got {name!r}, which returns "
+            f"{type(tx).__name__} instead of an optax.GradientTransformation."
         )
+    if is_outside(name):
+        check_outside(tx, name)
     if grad_clip is None:
         return tx, lr_fn
     return optax.chain(optax.clip_by_global_norm(grad_clip), tx), lr_fn
+
+
+def check_outside(tx: optax.GradientTransformation, name: str) -> None:
+    """Checks that an optimizer needs gradients and parameters only; computes nothing.
+
+    Args:
+        tx: the optimizer.
+        name: its name, for errors.
+
+    Raises:
+        ValueError: for one that needs the loss, or that cannot follow a schedule.
+    """
+    shapes = {"bias": (2,), "dense": (2, 2), "conv": (3, 3, 2, 2)}
+    params = {n: jax.ShapeDtypeStruct(s, np.float32) for n, s in shapes.items()}
+    try:
+        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
+    except Exception as error:  # it may do anything
+        text = " ".join(str(error).split())[:200].rstrip(".")
+        raise ValueError(
+            f"name must be an optimizer that needs gradients, parameters and a learning"
+            f" rate that changes, got {name!r}, which raises {type(error).__name__}: "
+            f"{text}."
+        ) from error
 
 
 def check_arguments(function: Any, name: str, arguments: dict[str, Any]) -> None:
@@ -147,14 +182,19 @@ def check_arguments(function: Any, name: str, arguments: dict[str, Any]) -> None
     for argument in ("learning_rate", *arguments):
         if argument not in known and not takes_any:
             raise ValueError(
-                f"optimizer {name!r} has no argument {argument!r}"
+                f"name must be an optimizer with these arguments, and {name!r} has no "
+                f"argument {argument!r}"
                 f"{hint(argument, known)}"
             )
         if argument in arguments and argument in known:
             check_type(argument, arguments[argument], known[argument].annotation)
+    if name.startswith("optax"):  # which does not look
+        for argument in RATES & {*arguments}:
+            if arguments[argument] is not None:
+                checks.number(argument, arguments[argument], at_least=0, below=1)
     try:
         signature.bind(learning_rate=None, **arguments)
     except TypeError as error:
         raise ValueError(
-            f"optimizer {name!r} must be given its arguments, got {error}."
+            f"name {name!r} must be given its arguments, got {error}."
         ) from error

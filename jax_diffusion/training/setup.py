@@ -32,7 +32,7 @@ from jax_diffusion.pipeline import (
     bind_sampler,
     match_classes,
 )
-from jax_diffusion.registry import choose
+from jax_diffusion.registry import choose, outside
 from jax_diffusion.runtime import logs, sharding
 from jax_diffusion.training import TrainState
 
@@ -106,6 +106,8 @@ def make_setup(
         config.timesteps, schedule.num_steps
     )
     tx, lr_fn = choose_optimizer(config, optimizer)
+    if fresh:
+        check_without_effect(config)
     batches = configs.call(
         data.load,
         config.data,
@@ -132,6 +134,9 @@ def make_setup(
         train_step = training.make_train_step(
             model, tx, schedule, objective, timestep_sampler, **options
         )
+    # What a network from outside raises is raised while it is traced.
+    told = outside("config.model.name", config.model.get("name"), keep=vars(model))
+    train_step = told(train_step)
     preview = None
     if objective is not None and config.sample_every:
         run = dataclasses.replace(run, class_names=batches.class_names)
@@ -144,6 +149,7 @@ def make_setup(
     key_init, key = make_keys()
 
     @jax.jit  # so that its shapes and its program share one trace
+    @told
     def init():
         return training.init_state(
             key_init, model, tx, timestep_sampler, image_shape, config.ema_decays
@@ -303,6 +309,26 @@ def check_choices(config: Config) -> None:
     if config.sampling is not None:
         n = config.sampling.n
         checks.integer("config.sampling.n", n, at_least=1, at_most=MAX_PREVIEW)
+
+
+def check_without_effect(config: Config) -> None:
+    """Refuses fields of new runs that would have no effect; old runs may have them.
+
+    Raises:
+        ValueError: that names the field.
+    """
+    name, path = config.data.name, config.data.get("path")
+    if path and name in data.WITHOUT_PATH:
+        raise ValueError(
+            f"config.data.path must be left out for {name}, which has none, got "
+            f"{path!r}."
+        )
+    dtype = config.model.get("dtype")
+    if str(dtype) == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError(
+            "config.model.dtype must be of at most 32 bits unless JAX_ENABLE_X64 is "
+            f"set, got {dtype!r}."
+        )
 
 
 def check_attention(

@@ -123,7 +123,10 @@ def test_a_reader_of_ones_own_may_be_lazy(own):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("wrong", r"a reader must return .*, got ndarray from 'own.*:wrong'\.$"),
+        (
+            "wrong",
+            r"name must be a reader .*, got 'own.*:wrong', which returns a ndarray\.$",
+        ),
         (
             "missing",
             r"dataset must be one of .* or an importable .*, got 'own.*:missing'",

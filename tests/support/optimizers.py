@@ -11,3 +11,8 @@ def needy(learning_rate, momentum):
 def none(learning_rate):
     """Returns something else."""
     return {}
+
+
+def broken(learning_rate):
+    """Raises an error of its own."""
+    raise KeyError("x")
