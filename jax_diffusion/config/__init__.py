@@ -158,7 +158,7 @@ def _about_betas(error: ValueError, config: Config) -> ValueError:
     """Says which field of `config.schedule` an error about its betas is of."""
     name = config.get("name")
     if not str(error).startswith(("betas ", "alpha_bar_fn ")):
-        return error
+        return ValueError(str(error))  # a new one: an error is not its own cause
     if is_outside(name):
         rule = "config.schedule.name must be a function that returns betas"
         return ValueError(f"{rule}, got {name!r}: {error}")

@@ -312,17 +312,10 @@ def check_choices(config: Config) -> None:
 
 
 def check_without_effect(config: Config) -> None:
-    """Refuses fields of new runs that would have no effect; old runs may have them.
-
-    Raises:
-        ValueError: that names the field.
-    """
+    """Raises ValueError for fields of new runs that would have no effect."""
     name, path = config.data.name, config.data.get("path")
     if path and name in data.WITHOUT_PATH:
-        raise ValueError(
-            f"config.data.path must be left out for {name}, which has none, got "
-            f"{path!r}."
-        )
+        raise ValueError(f"config.data.path must be left out for {name}, got {path!r}.")
     dtype = config.model.get("dtype")
     if str(dtype) == "float64" and not jax.config.jax_enable_x64:
         raise ValueError(
