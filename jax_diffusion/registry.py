@@ -42,7 +42,7 @@ def lookup(what: str, name: Any, registry: Mapping[str, Any]) -> Any:
     """
     if isinstance(name, str) and name in registry:
         return registry[name]
-    if not isinstance(name, str) or ":" not in name:
+    if not is_outside(name):
         raise ValueError(
             f"{what} must be one of {sorted(registry)} or 'package.module:function', "
             f"got {short(name)}{hint(name, registry)}"
@@ -102,7 +102,7 @@ def parameters(function: Callable, where: str) -> Parameters:
 
     Args:
         function: any function, or a class.
-        where: the group of a config that names it, for errors.
+        where: the field that names it, for errors.
 
     Raises:
         ValueError: if it cannot be told which arguments it takes.
@@ -114,7 +114,8 @@ def parameters(function: Callable, where: str) -> Parameters:
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} must name a function, got {function!r}.") from error
+        rule = f"{where} must be a function that tells which arguments it takes"
+        raise ValueError(f"{rule}, got {function!r}.") from error
 
 
 def check_arguments(
@@ -326,47 +327,65 @@ def call(function: Callable, group: Any, where: str, **fixed: Any) -> Any:
         name: value.to_dict() if hasattr(value, "to_dict") else value
         for name, value in group.items()
     }
-    known = parameters(function, where)
+    known = parameters(function, f"{where}.name")
     check_arguments(known, given, where, fixed)
     with named(where, {*known, *given} - {*fixed}):
         return function(**given, **fixed)
 
 
 def call_by_name(
-    registry: Mapping[str, Callable], group: Any, where: str, **fixed: Any
+    registry: Mapping[str, Callable],
+    group: Any,
+    where: str,
+    rule: str,
+    check: Callable[[Any], Any],
+    **fixed: Any,
 ) -> Any:
-    """`call` of the function that the group's field `name` names."""
+    """`call` of the function that the group's field `name` names.
+
+    Args:
+        registry: rows by name.
+        group, where, fixed: as for `call`.
+        rule: what the function must be, see `outside`.
+        check: returns what a function from outside has made, or raises ValueError.
+    """
     arguments = dict(group)
     name = arguments.pop("name", None)
     function = lookup(f"{where}.name", name, registry)
-    with outside(f"{where}.name", name, keep=[where]):
-        return call(function, arguments, where, **fixed)
+    with outside(f"{where}.name", name, rule):
+        made = call(function, arguments, where, **fixed)
+        return check(made) if is_outside(name) else made
 
 
 @contextlib.contextmanager
-def outside(what: str, name: Any, keep: Iterable[str] = ()) -> Iterator[None]:
+def outside(
+    what: str, name: Any, rule: str, of_rows: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
     """Makes a sentence of what somebody's own function raises; the error is its cause.
+
+    Errors that name a field of a config are such a sentence already.
 
     Args:
         what: the field that names the function, such as "config.model.name".
         name: the function; what rows of our registries raise is left as it is.
-        keep: beginnings of ValueErrors that are sentences already.
+        rule: what the function must be: "a function (a, b) -> c".
+        of_rows: errors that are told of rows as well.
 
-    >>> with outside("config.data.name", "math:sqrt"):
-    ...     math.sqrt(-1)
+    >>> with outside("config.data.name", "math:sqrt", "a reader"):
+    ...     math.sqrt("x")
     Traceback (most recent call last):
-    ValueError: config.data.name must be ... raises ValueError: math domain error.
+    ValueError: config.data.name must be a reader, got 'math:sqrt': TypeError: must ...
     """
     try:
         yield
     except Exception as error:
-        told = isinstance(error, ValueError) and str(error).startswith((*keep,))
-        if told or not is_outside(name):
+        told = isinstance(error, ValueError) and str(error).startswith("config.")
+        if told or not (is_outside(name) or isinstance(error, of_rows)):
             raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         text = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(
-            f"{what} must be a function that fits, got {name!r}, which raises "
-            f"{type(error).__name__}: {text}."
+            f"{what} must be {rule}, got {name!r}: {kind}{text}."
         ) from error
 
 

@@ -10,7 +10,7 @@ loss over uniform t. The state is a pytree of arrays, a part of the train state.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +171,38 @@ def loss_second_moment(
         return jax.lax.scan(push, state, (t, loss))[0]
 
     return TimestepSampler(init, sample, update)
+
+
+def check_results(sampler: Any) -> TimestepSampler:
+    """Returns the same sampler, which raises ValueError where a result does not fit.
+
+    Raises:
+        ValueError: unless it has the three functions.
+    """
+    names = TimestepSampler._fields
+    if not all(callable(getattr(sampler, name, None)) for name in names):
+        raise ValueError(f"it makes {checks.shown(sampler)}, without {', '.join(names)}.")
+
+    def sample(key, state, batch_size):
+        t, weight = sampler.sample(key, state, batch_size)
+        checks.array("t", t, "int", (batch_size,))
+        checks.array("weight", weight, "float", (batch_size,))
+        return t, weight
+
+    def update(state, t, loss):
+        new = sampler.update(state, t, loss)
+        types = [
+            jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), tree)
+            for tree in (state, new)
+        ]
+        if types[0] != types[1]:
+            raise ValueError(
+                f"update must return a state like the one that it is given, "
+                f"{types[0]}, got {types[1]}."
+            )
+        return new
+
+    return TimestepSampler(sampler.init, sample, update)
 
 
 def _check_draw(key: Array, batch_size: int) -> None:

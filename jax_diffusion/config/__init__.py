@@ -15,7 +15,9 @@ a registry or anybody's own "package.module:function" (see `registry.lookup`).
 This module builds what a config describes. Nothing behind it sees a ConfigDict.
 """
 
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
@@ -38,7 +40,6 @@ from jax_diffusion.registry import (
     call,
     call_by_name,
     check_type,
-    is_outside,
     lookup,
     named,
     outside,
@@ -138,32 +139,24 @@ def make_schedule(
         if not 1 <= steps <= len(betas):
             raise ValueError(f"steps must be in [1, T = {len(betas)}], got {steps}.")
         function = lookup("spacing", spacing, SPACINGS)
-        with outside("spacing", spacing):
-            keep = function(betas, steps)
-        if keep is None:
-            raise ValueError(f"spacing {spacing!r} must return steps, got None.")
+        with outside("spacing", spacing, "a function (betas, n) -> steps"):
+            keep = schedules.steps_to_keep(function(betas, steps), len(betas))
     rescale = config.get("rescale_timesteps", False)
-    try:
+    with _describing_a_schedule():
         return schedules.make_schedule(betas, keep=keep, rescale_timesteps=rescale)
+
+
+@contextlib.contextmanager
+def _describing_a_schedule() -> Iterator[None]:
+    """Names the group in errors about betas, which follow from several fields."""
+    try:
+        yield
     except ValueError as error:
-        if str(error).startswith("keep ") and is_outside(spacing):
-            raise ValueError(
-                f"spacing must be a function that returns steps, got {spacing!r}: "
-                f"{error}"
-            ) from error
-        raise _about_betas(error, config) from error
-
-
-def _about_betas(error: ValueError, config: Config) -> ValueError:
-    """Says which field of `config.schedule` an error about its betas is of."""
-    name = config.get("name")
-    if not str(error).startswith(("betas ", "alpha_bar_fn ")):
-        return ValueError(str(error))  # a new one: an error is not its own cause
-    if is_outside(name):
-        rule = "config.schedule.name must be a function that returns betas"
-        return ValueError(f"{rule}, got {name!r}: {error}")
-    field = "config.schedule." if "betas" in config else "config.schedule's "
-    return ValueError(f"{field}{error}")
+        if str(error).startswith("config."):
+            raise
+        raise ValueError(
+            f"config.schedule must describe a noise schedule, got one where {error}"
+        ) from error
 
 
 def make_betas(config: Config) -> np.ndarray:
@@ -172,13 +165,13 @@ def make_betas(config: Config) -> np.ndarray:
     told = {name: group.pop(name, False) for name in OF_SCHEDULES}
     for name, value in told.items():
         check_type(f"config.schedule.{name}", value, bool)
-    try:
-        betas = call_by_name(schedules.BETAS, group, "config.schedule")
-        return (
-            schedules.zero_terminal_snr(betas) if told["zero_terminal_snr"] else betas
+    rule = "a function (num_steps, ...) -> betas"
+    with _describing_a_schedule():
+        betas = call_by_name(
+            *(schedules.BETAS, group, "config.schedule", rule), schedules.check_betas
         )
-    except ValueError as error:
-        raise _about_betas(error, config) from error
+        zero_snr = told["zero_terminal_snr"]
+        return schedules.zero_terminal_snr(betas) if zero_snr else betas
 
 
 def make_objective(config: Config, schedule: NoiseSchedule) -> Objective | None:
@@ -208,25 +201,28 @@ def make_model(
     if objective is not None:
         factor = 2 if objective.learns_variance else 1
         fixed["out_channels"] = factor * num_channels
-    model = call_by_name(MODELS, group, "config.model", **fixed)
-    if not hasattr(model, "init") or not hasattr(model, "apply"):
-        raise ValueError(
-            "config.model.name must be a function that makes a network with init and "
-            f"apply, got {group['name']!r}, which makes {short(model)}."
-        )
-    return model
+    rule = "a function that makes a network"
+    return call_by_name(MODELS, group, "config.model", rule, _check_network, **fixed)
+
+
+def _check_network(made: Any) -> nn.Module:
+    if not all(callable(getattr(made, name, None)) for name in ("init", "apply")):
+        raise ValueError(f"it makes {short(made)}, without init and apply.")
+    return made
 
 
 def make_timestep_sampler(config: Config, num_steps: int) -> timesteps.TimestepSampler:
     """Builds the sampler of training timesteps that `config.timesteps` describes."""
-    group = {"num_steps": num_steps, **dict(config)}
-    checks.integer(
-        "config.timesteps.num_steps", group["num_steps"], at_least=1, at_most=num_steps
+    group = dict(config)
+    first = group.pop("num_steps", num_steps)
+    checks.integer("config.timesteps.num_steps", first, at_least=1, at_most=num_steps)
+    rule = "a function (num_steps, ...) -> TimestepSampler"
+    told = outside("config.timesteps.name", group.get("name"), rule)
+
+    def check(made):
+        return timesteps.TimestepSampler(*map(told, timesteps.check_results(made)))
+
+    return call_by_name(
+        *(timesteps.TIMESTEP_SAMPLERS, group, "config.timesteps", rule, check),
+        num_steps=first,
     )
-    made = call_by_name(timesteps.TIMESTEP_SAMPLERS, group, "config.timesteps")
-    if not all(hasattr(made, part) for part in timesteps.TimestepSampler._fields):
-        raise ValueError(
-            "config.timesteps.name must be a function that makes a TimestepSampler, "
-            f"got {group.get('name')!r}, which makes {short(made)}."
-        )
-    return made

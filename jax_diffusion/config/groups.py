@@ -99,7 +99,7 @@ def known_fields(name: str, group: Mapping[str, Any]) -> Parameters:
         found["name"] = _field("name", str, described.name)
     for function in functions:
         last = function is functions[-1]
-        for p in parameters(function, where).values():
+        for p in parameters(function, f"{where}.name").values():
             if p.kind is not p.VAR_KEYWORD or last:
                 found.setdefault(p.name, p)
     for field, hint in described.more.items():

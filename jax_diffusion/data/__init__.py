@@ -225,22 +225,21 @@ def open_examples(
     reader = registry.lookup("dataset", name, DATASETS)
     size = None if image_size is None else height_and_width(image_size)
     decoder = Decoder(background, max_value)
-    with registry.outside("name", name):
+    rule = "a reader (split, path, image_size) -> (images, labels) or data.Examples"
+    with registry.outside("name", name, rule):
         takes = inspect.signature(reader).parameters
         found = reader(
             *(split, path, size[0] if size and size[0] == size[1] else size),
             **({"decoder": decoder} if "decoder" in takes else {}),
         )
-    if isinstance(found, Examples):
-        return found
-    if not isinstance(found, tuple) or len(found) != 2:
-        raise ValueError(
-            "name must be a reader that returns (images, labels) or data.Examples, got "
-            f"{name!r}, which returns a {type(found).__name__}."
-        )
-    with registry.outside("name", name, keep=["images", "labels"]):
-        images, labels = found
-        return InMemory.of((decoder.convert(np.asarray(images)), labels))
+        if isinstance(found, Examples):
+            return found
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise ValueError(f"it returns {registry.short(found)}.")
+        images, labels = np.asarray(found[0]), found[1]
+    images = decoder.convert(images)  # a wrong max_value is no fault of the reader
+    with registry.outside("name", name, rule):
+        return InMemory.of((images, labels))
 
 
 def check(

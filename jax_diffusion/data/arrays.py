@@ -189,7 +189,7 @@ def read_image_file(
         raise ValueError(f"path must be a .npz or .npy file, got {path!r}.")
     file = Path(path).expanduser()
     rule = f"{path} must be a .npz or .npy file of plain arrays"
-    if path and not file.exists():
+    if not file.exists():
         raise ValueError(f"{rule}, got one that does not exist.")
     with reading(rule):
         with file.open("rb") as f:

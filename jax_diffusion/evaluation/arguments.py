@@ -27,7 +27,7 @@ from jax_diffusion.evaluation.sample_quality import METRICS, Metric
 from jax_diffusion.interop.inception_weights import SHA256, URL
 from jax_diffusion.models import traits
 from jax_diffusion.pipeline import Run, SamplingOptions, make_options
-from jax_diffusion.registry import lookup
+from jax_diffusion.registry import is_outside, lookup, outside, short
 from jax_diffusion.runtime import files
 
 # Metrics of the network of a run, which need no samples.
@@ -303,8 +303,18 @@ def as_metric(name: str, what: str = "metrics", *, also: Iterable[str] = ()) -> 
     """
     known = {**METRICS, **dict.fromkeys(also)}
     found = lookup(what, results.OLD_METRICS.get(name, name), known)
+    rule = "a Metric or a function (samples, reference) -> float"
+    told = outside(what, name, rule)
     if isinstance(found, Metric):
-        return found
+
+        @told
+        def scores(*args):
+            made = found.compute(*args)
+            if not isinstance(made, list) or {*map(type, made)} != {Score}:
+                raise ValueError(f"it computes {short(made)} instead of scores.")
+            return made
+
+        return found._replace(compute=scores) if is_outside(name) else found
     if not callable(found):
         raise ValueError(f"{what} must name a Metric or a function, got {found!r}.")
     function: Any = found
@@ -318,15 +328,11 @@ def as_metric(name: str, what: str = "metrics", *, also: Iterable[str] = ()) -> 
     except ValueError:  # compiled functions need not tell what they take
         pass
 
+    @told
     def compute(name, samples, reference):
-        found = function(samples["pool"], reference.features["pool"])
-        try:
-            if isinstance(found, str) or np.ndim(found):
-                raise TypeError
-            value = float(found)
-        except (TypeError, ValueError):
-            kind = type(found).__name__
-            raise ValueError(f"{name} must return a number, got {kind}.") from None
-        return [Score(name, value, len(samples["pool"]))]
+        value = function(samples["pool"], reference.features["pool"])
+        if np.ndim(value) or not hasattr(value, "__float__"):
+            raise ValueError(f"it returns {short(value)}.")
+        return [Score(name, float(value), len(samples["pool"]))]
 
     return Metric("pixels", compute, needs_reference_features=True)

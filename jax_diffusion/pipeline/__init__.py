@@ -46,6 +46,7 @@ from jax_diffusion.pipeline.run import (
     open_split,
 )
 from jax_diffusion.pipeline.tasks import TaskOptions, read_mask
+from jax_diffusion.registry import is_outside
 from jax_diffusion.runtime import sharding
 from jax_diffusion.schedules import NoiseSchedule
 
@@ -295,6 +296,8 @@ def _bind(
     """`bind_sampler` once all files are read."""
     schedule, spacing = options.make_schedule(run.config.schedule)
     num_steps = schedule.num_steps
+    if is_outside(options.sampler):
+        options.check_step(schedule, run.image_shape)
     if task.jump > max(num_steps, TaskOptions.jump):  # which is also the default
         raise ValueError(
             f"jump must be at most the number of steps, {num_steps}, got {task.jump}."

@@ -7,13 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_diffusion import checks, data
 from jax_diffusion import config as configs
 from jax_diffusion.config import Config
-from jax_diffusion.registry import hint, lookup
-from jax_diffusion.samplers import SAMPLERS, Sampler, as_sampler
+from jax_diffusion.diffusion import Prediction
+from jax_diffusion.registry import hint, is_outside, lookup, outside
+from jax_diffusion.samplers import SAMPLERS, Sampler, as_sampler, start
+from jax_diffusion.samplers.loop import STEP_ARGUMENTS, check_state
 from jax_diffusion.schedules import NoiseSchedule
 
 NEEDS = {  # the fields that have no effect without another one, and which
@@ -120,7 +124,39 @@ class SamplingOptions:
     @property
     def row(self) -> Sampler:
         """The sampler's row of `SAMPLERS`, or one made of a user's own step."""
-        return as_sampler(lookup("sampler", self.sampler, SAMPLERS))
+        row = as_sampler(lookup("sampler", self.sampler, SAMPLERS))
+        if not is_outside(self.sampler):
+            return row
+
+        @outside("sampler", self.sampler, f"a step {STEP_ARGUMENTS} -> SampleState")
+        def step(keys, denoise_fn, schedule, state, t, **eta):
+            new = row.step(keys, denoise_fn, schedule, state, t, **eta)
+            check_state(new, state)
+            return new
+
+        return row._replace(step=step)
+
+    def check_step(self, schedule: NoiseSchedule, image_shape: tuple[int, ...]) -> None:
+        """Checks what a user's own step returns; computes nothing.
+
+        Args:
+            schedule: the steps to take.
+            image_shape: (h, w, c).
+
+        Raises:
+            ValueError: unless it is a state like the one that the step is given.
+        """
+        row = self.row
+
+        def one(x, **eta):
+            def denoise_fn(x_t, t, **cond):
+                return Prediction(jnp.zeros_like(x_t), jnp.zeros_like(x_t))
+
+            keys, t = jax.random.split(jax.random.key(0), 2), jnp.zeros(2, jnp.int32)
+            return row.step(keys, denoise_fn, schedule, start(x), t, **eta)
+
+        eta = {"eta": np.float32(self.eta)} if row.takes_eta else {}
+        jax.eval_shape(one, np.zeros((2, *image_shape), np.float32), **eta)
 
     def make_schedule(self, config: Config) -> tuple[NoiseSchedule, str]:
         """Builds the schedule of these steps, and tells which spacing it has.

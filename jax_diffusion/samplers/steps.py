@@ -271,7 +271,7 @@ def as_sampler(sampler: Sampler | StepFn) -> Sampler:
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"sampler must be a function of {STEP_ARGUMENTS}, got "
-            f"{checks.shown(sampler)}: {error}."
+            f"{getattr(sampler, '__name__', checks.shown(sampler))}: {error}."
         ) from error
     takes_eta = "eta" in signature.parameters and "eta" not in bound
     return Sampler(sampler, takes_eta=takes_eta, adds_noise=True)

@@ -17,6 +17,7 @@ a noise level is a `Level`.
 from jax_diffusion.schedules.betas import (
     BETAS,
     betas_from_alpha_bar,
+    check_betas,
     constant_betas,
     cosine_betas,
     given_betas,
@@ -38,6 +39,7 @@ from jax_diffusion.schedules.noise_schedule import (
     check_step,
     make_schedule,
     pad,
+    steps_to_keep,
     tabulate,
     take,
 )
@@ -59,6 +61,7 @@ __all__ = [
     "angle_steps",
     "betas_from_alpha_bar",
     "check_batch",
+    "check_betas",
     "check_rows",
     "check_schedule",
     "check_step",
@@ -76,6 +79,7 @@ __all__ = [
     "sigmoid_alpha_bar_betas",
     "sigmoid_betas",
     "spaced_steps",
+    "steps_to_keep",
     "tabulate",
     "take",
     "trailing_steps",

@@ -4,6 +4,7 @@ Each function returns float64 [T], the variance of q(x_t | x_{t-1}) at every ste
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -158,7 +159,8 @@ def sigmoid_alpha_bar_betas(
     def alpha_bar(u):
         return (last - _sigmoid((u * (end - start) + start) / tau)) / (last - first)
 
-    return betas_from_alpha_bar(alpha_bar, num_steps, max_beta=max_beta)
+    with np.errstate(all="ignore"):  # extremes make no schedule, which is told then
+        return betas_from_alpha_bar(alpha_bar, num_steps, max_beta=max_beta)
 
 
 def constant_betas(num_steps: int, *, value: float = 0.02) -> np.ndarray:
@@ -307,11 +309,7 @@ BETAS: dict[str, Callable[..., np.ndarray]] = {
 """Variances by name: f(num_steps, **arguments) -> float64 [T]."""
 
 
-def check_betas(betas: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Checks variances, and returns them as float64 [T].
-
-    Args:
-        betas: [T] in (0, 1], T >= 2.
+def check_betas(betas: Any) -> np.ndarray:
 
     Raises:
         ValueError: if there are fewer than two, or one is not in (0, 1].

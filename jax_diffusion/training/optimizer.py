@@ -18,9 +18,17 @@ import numpy as np
 import optax
 
 from jax_diffusion import checks
-from jax_diffusion.registry import check_type, hint, is_outside, lookup, parameters
+from jax_diffusion.registry import (
+    check_type,
+    hint,
+    is_outside,
+    lookup,
+    outside,
+    parameters,
+    short,
+)
 
-RATES = {"b1", "b2", "momentum"}
+RATES = {"b1", "b2", "momentum"}  # in [0, 1); optax itself takes any number
 DECAYS = ("constant", "linear", "cosine")
 
 
@@ -116,25 +124,14 @@ def make_optimizer(
     lr_fn = optax.join_schedules([warmup, after], [warmup_steps])
     function = lookup("optimizer", name, OPTIMIZERS)
     check_arguments(function, name, arguments)
-    # A wrong argument of a row brings one of three; others may raise anything.
-    wrong = (Exception,)
-    if not is_outside(name):
-        wrong = (TypeError, AttributeError, OverflowError)
-    try:
+    rule = "an optimizer of optax"
+    rule += f" that takes {short(arguments)}" if arguments else ""
+    # What a wrong argument of a row raises.
+    of_rows = (TypeError, AttributeError, OverflowError)
+    with outside("name", name, rule, of_rows):
         tx = function(learning_rate=lr_fn, **arguments)
-    except wrong as error:
-        told = isinstance(error, ValueError)
-        if told and str(error).partition(" ")[0] in arguments:
-            raise
-        raise ValueError(
-            f"name must be an optimizer that takes {arguments}, got {name!r}, which "
-            f"raises {type(error).__name__}: {error}."
-        ) from error
-    if not isinstance(tx, optax.GradientTransformation):
-        raise ValueError(
-            f"name must be an optimizer, got {name!r}, which returns "
-            f"{type(tx).__name__} instead of an optax.GradientTransformation."
-        )
+        if not isinstance(tx, optax.GradientTransformation):
+            raise ValueError(f"it returns {short(tx)}.")
     if is_outside(name):
         check_outside(tx, name)
     if grad_clip is None:
@@ -154,15 +151,12 @@ def check_outside(tx: optax.GradientTransformation, name: str) -> None:
     """
     shapes = {"bias": (2,), "dense": (2, 2), "conv": (3, 3, 2, 2)}
     params = {n: jax.ShapeDtypeStruct(s, np.float32) for n, s in shapes.items()}
-    try:
+    rule = (
+        "an optimizer of optax that needs gradients, parameters and a learning rate "
+        "that changes, and nothing else"
+    )
+    with outside("name", name, rule):
         jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
-    except Exception as error:  # it may do anything
-        text = " ".join(str(error).split())[:200].rstrip(".")
-        raise ValueError(
-            f"name must be an optimizer that needs gradients, parameters and a learning"
-            f" rate that changes, got {name!r}, which raises {type(error).__name__}: "
-            f"{text}."
-        ) from error
 
 
 def check_arguments(function: Any, name: str, arguments: dict[str, Any]) -> None:
@@ -176,24 +170,21 @@ def check_arguments(function: Any, name: str, arguments: dict[str, Any]) -> None
     Raises:
         ValueError: that names the argument that is unknown, missing or of a wrong type.
     """
-    signature = inspect.signature(function)
-    known = parameters(function, f"optimizer {name!r}")
+    known = parameters(function, "name")
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for argument in ("learning_rate", *arguments):
         if argument not in known and not takes_any:
             raise ValueError(
                 f"name must be an optimizer with these arguments, and {name!r} has no "
-                f"argument {argument!r}"
-                f"{hint(argument, known)}"
+                f"argument {argument!r}{hint(argument, known)}"
             )
         if argument in arguments and argument in known:
             check_type(argument, arguments[argument], known[argument].annotation)
-    if name.startswith("optax"):  # which does not look
-        for argument in RATES & {*arguments}:
-            if arguments[argument] is not None:
-                checks.number(argument, arguments[argument], at_least=0, below=1)
+    for argument in RATES & {*arguments} if name.startswith("optax") else ():
+        if arguments[argument] is not None:
+            checks.number(argument, arguments[argument], at_least=0, below=1)
     try:
-        signature.bind(learning_rate=None, **arguments)
+        inspect.Signature([*known.values()]).bind(learning_rate=None, **arguments)
     except TypeError as error:
         raise ValueError(
             f"name {name!r} must be given its arguments, got {error}."

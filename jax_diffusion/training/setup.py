@@ -4,9 +4,10 @@
 fit; `compile_step` compiles them for the devices that are there.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -24,7 +25,6 @@ from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.evaluation import published
 from jax_diffusion.models import traits
-from jax_diffusion.models.unet import Trunk
 from jax_diffusion.pipeline import (
     Run,
     SamplingOptions,
@@ -34,7 +34,7 @@ from jax_diffusion.pipeline import (
 )
 from jax_diffusion.registry import choose, outside
 from jax_diffusion.runtime import logs, sharding
-from jax_diffusion.training import TrainState
+from jax_diffusion.training import TrainState, consistency
 
 # Fields of a config that are arguments of `make_train_step`.
 STEP_FIELDS = (
@@ -101,13 +101,11 @@ def make_setup(
     # What takes no time is built first: data may have to be decoded for minutes.
     mesh = configs.call(sharding.make_mesh, config.mesh, "config.mesh")
     schedule, objective, _ = configs.build(config, num_channels=1)
-    check_choices(config)
+    check_choices(config, fresh=saved is None)
     timestep_sampler = configs.make_timestep_sampler(
         config.timesteps, schedule.num_steps
     )
     tx, lr_fn = choose_optimizer(config, optimizer)
-    if fresh:
-        check_without_effect(config)
     batches = configs.call(
         data.load,
         config.data,
@@ -120,11 +118,11 @@ def make_setup(
     model = configs.make_network(config, objective, image_shape[-1])
     run = Run(config, model, None, objective, image_shape)
     if saved is None:
-        check_fit(config, model, batches)
-        check_attention(config, model, image_shape)
+        consistency.check_fit(config, model, batches)
+        consistency.check_attention(config, model, image_shape)
     else:
         old = "class_names" not in saved
-        check_fit(config, model, batches, fresh=False, old=old)
+        consistency.check_fit(config, model, batches, fresh=False, old=old)
         if run.takes_labels:
             batches = match_classes(batches, saved)
     options = {name: config[name] for name in STEP_FIELDS}
@@ -134,9 +132,6 @@ def make_setup(
         train_step = training.make_train_step(
             model, tx, schedule, objective, timestep_sampler, **options
         )
-    # What a network from outside raises is raised while it is traced.
-    told = outside("config.model.name", config.model.get("name"), keep=vars(model))
-    train_step = told(train_step)
     preview = None
     if objective is not None and config.sample_every:
         run = dataclasses.replace(run, class_names=batches.class_names)
@@ -149,7 +144,7 @@ def make_setup(
     key_init, key = make_keys()
 
     @jax.jit  # so that its shapes and its program share one trace
-    @told
+    @naming_network(config, model)
     def init():
         return training.init_state(
             key_init, model, tx, timestep_sampler, image_shape, config.ema_decays
@@ -159,9 +154,20 @@ def make_setup(
         return training.start_state(params, tx, timestep_sampler, config.ema_decays)
 
     return TrainingSetup(
-        *(batches, mesh, rows, train_step, init, start, key, lr_fn, preview, model),
-        objective,
+        *(batches, mesh, rows, naming_network(config, model)(train_step), init, start),
+        *(key, lr_fn, preview, model, objective),
     )
+
+
+@contextlib.contextmanager
+def naming_network(config: Config, model: nn.Module) -> Iterator[None]:
+    """Names config.model in what a network raises, which it does while it is traced."""
+    name, rule = config.model.get("name"), "a network that can be trained"
+    with (
+        outside("config.model.name", name, rule),
+        configs.named("config.model", vars(model)),
+    ):
+        yield
 
 
 def choose_optimizer(
@@ -210,8 +216,7 @@ def compile_step(setup: TrainingSetup, *, fresh: bool) -> CompiledStep:
         fresh: whether there is no checkpoint to go on from.
     """
     begun, mesh = time.perf_counter(), setup.mesh
-    with configs.named("config.model", vars(setup.model)):
-        shapes = jax.eval_shape(setup.init)
+    shapes = jax.eval_shape(setup.init)
     step, shardings = sharding.jit_step(mesh, setup.train_step, shapes)
     # Drawing hundreds of small arrays runs once and compiles slowly: on the CPU,
     # optimizing it costs more than the rest of the start.
@@ -290,12 +295,18 @@ def make_preview(
     return preview
 
 
-def check_choices(config: Config) -> None:
+def check_choices(config: Config, *, fresh: bool) -> None:
     """Checks fields that are needed only later, such as how to draw.
+
+    Args:
+        config: a whole config.
+        fresh: whether the run begins now: then fields must not be without effect.
 
     Raises:
         ValueError: that names the field.
     """
+    if fresh:
+        consistency.check_effect(config)
     with configs.named("config", ["log_to"]):
         logs.check_writers(config.log_to)
     if config.reproduces:
@@ -309,108 +320,3 @@ def check_choices(config: Config) -> None:
     if config.sampling is not None:
         n = config.sampling.n
         checks.integer("config.sampling.n", n, at_least=1, at_most=MAX_PREVIEW)
-
-
-def check_without_effect(config: Config) -> None:
-    """Raises ValueError for fields of new runs that would have no effect."""
-    name, path = config.data.name, config.data.get("path")
-    if path and name in data.WITHOUT_PATH:
-        raise ValueError(f"config.data.path must be left out for {name}, got {path!r}.")
-    dtype = config.model.get("dtype")
-    if str(dtype) == "float64" and not jax.config.jax_enable_x64:
-        raise ValueError(
-            "config.model.dtype must be of at most 32 bits unless JAX_ENABLE_X64 is "
-            f"set, got {dtype!r}."
-        )
-
-
-def check_attention(
-    config: Config, model: nn.Module, image_shape: Sequence[int]
-) -> None:
-    """Checks that a level of the U-Net has each resolution that shall have attention.
-
-    Runs of older versions may have others, to no effect: only new runs are checked.
-
-    Args:
-        config: its group model is checked, as far as it gives the resolutions.
-        model: the network.
-        image_shape: (h, w, c).
-
-    Raises:
-        ValueError: for a resolution that no level has.
-    """
-    wanted = config.model.get("attention_resolutions", ())
-    if not isinstance(model, Trunk):
-        return
-    height = image_shape[0] // getattr(model, "block_size", 1)
-    heights = [height // 2**level for level in range(len(model.multipliers))]
-    if not {*wanted} <= {*heights}:
-        raise ValueError(
-            f"config.model.attention_resolutions must be some of {heights}, the heights"
-            f" in pixels of the network's levels, got {wanted}."
-        )
-
-
-def check_fit(
-    config: Config,
-    model: nn.Module,
-    batches: data.Batches,
-    *,
-    fresh: bool = True,
-    old: bool = False,
-) -> None:
-    """Checks that the network takes these labels and image sizes.
-
-    Args:
-        config: its label_dropout, low_res_size and microbatches are checked.
-        model: the network, as `config.build` has built it.
-        batches: the training images and their labels.
-        fresh: whether the run begins now: then it has as many classes as the data name.
-        old: whether it continues a run of version 0.1.
-
-    Raises:
-        ValueError: that names the field.
-    """
-    share, image_shape, known = config.label_dropout, batches.image_shape, traits(model)
-    if share and known.num_classes is None:
-        raise ValueError(
-            "config.label_dropout must be 0 for a network that knows no labels, got "
-            f"{share}."
-        )
-    # `config.build` has added the class of hidden labels.
-    taken = known.num_classes and known.num_classes - bool(share)
-    names = batches.class_names
-    for name, count in (("num_classes", taken), ("num_labels", known.num_labels)):
-        if count is None:
-            continue
-        field = f"config.model.{name}"
-        # What version 0.1 took without labels goes on as it began.
-        if not batches.labeled and count > 1 and not old:
-            raise ValueError(
-                f"training images must have labels for {field} = {count}, got images "
-                f"without labels{f', all in {names[0]!r}' if names else ''}."
-            )
-        most = batches.num_classes
-        if names and (most > count or (fresh and most < count)):
-            raise ValueError(
-                f"{field} must be {most}, as the data have classes "
-                f"({data.in_words(names)}), got {count}."
-            )
-        if most > count:
-            raise ValueError(f"labels must be below {field} = {count}, got {most - 1}.")
-    if batches.batch_size % config.microbatches:
-        raise ValueError(
-            f"config.microbatches must divide the batch of {batches.batch_size} images,"
-            f" got {config.microbatches}."
-        )
-    size = config.low_res_size
-    if bool(size) != known.low_res:
-        raise ValueError(
-            "config.low_res_size must be given for a model with low_res and for no "
-            f"other, got {size}."
-        )
-    h, w, _ = image_shape
-    if size and (size < 0 or h % size or w % (h // size)):
-        raise ValueError(
-            f"config.low_res_size must divide images {image_shape}, got {size}."
-        )

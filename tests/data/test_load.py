@@ -125,7 +125,7 @@ def test_a_reader_of_ones_own_may_be_lazy(own):
     [
         (
             "wrong",
-            r"name must be a reader .*, got 'own.*:wrong', which returns a ndarray\.$",
+            r"name must be a reader .*, got 'own.*:wrong': it returns array\(",
         ),
         (
             "missing",

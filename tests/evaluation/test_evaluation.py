@@ -122,8 +122,8 @@ def test_metrics_of_a_users_module_are_named_by_module_and_function(
         ("own_metrics:none", "own_metrics:none"),
         ("math:pi", "or an importable function, got 'math:pi', which is 3.14"),
         ("math:sqrt", "metrics must name a function of two arguments"),
-        ("own_metrics:nothing", "own_metrics:nothing must return a number, got NoneT"),
-        ("own_metrics:every", "own_metrics:every must return a number, got ndarray"),
+        ("own_metrics:nothing", "'own_metrics:nothing': it returns None"),
+        ("own_metrics:every", "'own_metrics:every': it returns array("),
         ("fidd", "did you mean 'fid'"),
     ):
         assert words in refuses(jd.evaluate, FEW, reference=MANY, metrics=name)

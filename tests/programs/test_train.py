@@ -22,7 +22,7 @@ from support.programs import sample, train
 from jax_diffusion import config as settings
 from jax_diffusion import data, pipeline, training
 from jax_diffusion.runtime import checkpoint, logs
-from jax_diffusion.training import setup
+from jax_diffusion.training import consistency, setup
 
 
 def smoke_of(*overrides):
@@ -330,7 +330,7 @@ def test_a_new_network_has_as_many_classes_as_its_data_name(
     if num_classes > len(names) > 1:  # a run that began so goes on so
         batches = data.load(**config.data)
         model = settings.build(config, 1).model
-        setup.check_fit(config, model, batches, fresh=False)
+        consistency.check_fit(config, model, batches, fresh=False)
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,26 @@
 """Functions of one's own that do not fit: a sentence names the field of the config."""
 
 import re
-import textwrap
+import sys
 
 import jax
+import numpy as np
 import pytest
 from support.tiny import get_config
 
 from jax_diffusion import config as configs
-from jax_diffusion import train
+from jax_diffusion.evaluation import during_training, evaluate
+from jax_diffusion.pipeline import SamplingOptions
+from jax_diffusion.schedules import betas
+from jax_diffusion.train import train
 from jax_diffusion.training import setup
 
 OWN = """
 import flax.linen as nn
-import numpy as np
+import jax.numpy as jnp
+
+from jax_diffusion.evaluation import Metric
+from jax_diffusion.timesteps import TimestepSampler, uniform
 
 class Swapped(nn.Module):
     out_channels: int = 1
@@ -50,24 +57,50 @@ def value(*args, **kwargs):
 
 def odd(split, path, image_size):
     return {}, object()
+
+def undrawn(num_steps):
+    return TimestepSampler(lambda: (), boom, lambda state, t, loss: state)
+
+def halves(num_steps):
+    def sample(key, state, batch_size):
+        return jnp.full(batch_size, 0.5), jnp.ones(batch_size)
+    return TimestepSampler(lambda: (), sample, lambda state, t, loss: state)
+
+def forgetful(num_steps):
+    return uniform(num_steps)._replace(init=lambda: 0, update=lambda state, t, loss: ())
+
+def still(keys, denoise_fn, schedule, state, t):
+    return state.x
+
+def wide(keys, denoise_fn, schedule, state, t):
+    return state._replace(x=state.x[..., :1, :])
+
+def hasty(keys, denoise_fn):
+    pass
+
+def hasty3(samples, reference, more):
+    pass
+
+def listed(samples, reference):
+    return [1.0]
+
+row = Metric("pixels", number, needs_reference_features=True)
 """
 
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    (tmp_path / "own_functions.py").write_text(textwrap.dedent(OWN))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(__import__("sys").modules, "own_functions", raising=False)
-    return "own_functions"
+    (tmp_path / "own_functions.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_functions"
+    sys.modules.pop("own_functions", None)
 
 
 def changed(group, fields):
     config = get_config()
     config.model = dict(name="support.tiny:TinyNet", channels=8)
-    old = config[group].to_dict() if group in ("sampling", "optimizer") else {}
-    if group == "optimizer":
-        old = dict(lr=1e-3)
-    config[group] = {**old, **fields}
+    old = dict(sampling=config.sampling.to_dict(), optimizer=dict(lr=1e-3))
+    config[group] = {**old.get(group, {}), **fields}
     return configs.complete(config)
 
 
@@ -79,25 +112,38 @@ def built(config):
 
 
 BATCH = dict(batch_size=16)
+STEPS = dict(num_steps=10)
 CASES = [
-    ("schedule", "boom", dict(num_steps=10), "RuntimeError: boom"),
-    ("schedule", "value", dict(num_steps=10), "ValueError: no field"),
-    ("schedule", "text", dict(num_steps=10), "betas must be"),
-    ("timesteps", "boom", {}, "RuntimeError: boom"),
-    ("timesteps", "number", {}, "a TimestepSampler, .* which makes 3"),
-    ("model", "boom", {}, "RuntimeError: boom"),
-    ("model", "number", {}, "which makes 3"),
-    ("model", "Swapped", {}, "TypeError"),
-    ("model", "Fails", {}, "KeyError: 'train'"),
-    ("model", "Narrow", {}, "TypeError: .*out_channels"),
-    ("data", "boom", BATCH, "RuntimeError: boom"),
-    ("data", "value", BATCH, "ValueError: no field"),
-    ("data", "number", BATCH, "returns a int"),
-    ("data", "odd", BATCH, "own_functions:odd"),
-    ("optimizer", "boom", {}, "RuntimeError: boom"),
-    ("optimizer", "number", {}, "returns int"),
-    ("sampling", "boom", {}, "RuntimeError: boom"),
-    ("sampling", "text", {}, "own_functions:text"),
+    ("schedule", "own:boom", STEPS, "RuntimeError: boom"),
+    ("schedule", "own:value", STEPS, "no field begins this"),
+    ("schedule", "own:text", STEPS, "betas must be a vector"),
+    ("timesteps", "own:boom", {}, "RuntimeError: boom"),
+    ("timesteps", "own:number", {}, "makes 3, without init, sample, update"),
+    ("timesteps", "own:undrawn", {}, "RuntimeError: boom"),
+    ("timesteps", "own:halves", {}, "t must be .*float32"),
+    ("timesteps", "own:forgetful", {}, "update must return a state like"),
+    ("timesteps", "math:sqrt", {}, "TypeError: "),
+    ("timesteps", "builtins:max", {}, "tells which arguments it takes"),
+    ("model", "own:boom", {}, "RuntimeError: boom"),
+    ("model", "own:number", {}, "makes 3, without init and apply"),
+    ("model", "own:Swapped", {}, "TypeError"),
+    ("model", "own:Fails", {}, "KeyError: 'train'"),
+    ("model", "own:Narrow", {}, "TypeError: .*out_channels"),
+    ("data", "own:boom", BATCH, "RuntimeError: boom"),
+    ("data", "own:value", BATCH, "no field begins this"),
+    ("data", "own:number", BATCH, "it returns 3"),
+    ("data", "own:odd", BATCH, "images must be uint8"),
+    ("data", "builtins:max", BATCH, "no signature found"),
+    ("optimizer", "own:boom", {}, "RuntimeError: boom"),
+    ("optimizer", "own:number", {}, "it returns 3"),
+    ("optimizer", "builtins:max", {}, "tells which arguments it takes"),
+    ("spacing", "own:boom", {}, "RuntimeError: boom"),
+    ("spacing", "own:text", {}, "got 'abc'"),
+    ("spacing", "math:sqrt", {}, "TypeError: "),
+    ("sampler", "own:boom", {}, "RuntimeError: boom"),
+    ("sampler", "own:value", {}, "no field begins this"),
+    ("sampler", "own:still", {}, "state like the one .* got float32"),
+    ("sampler", "own:wide", {}, "with x float32"),
 ]
 
 
@@ -105,18 +151,50 @@ CASES = [
 def test_a_function_of_ones_own_that_does_not_fit_is_named(
     group, function, fields, words, own
 ):
-    field = "spacing" if group == "sampling" else "name"
+    function, field = function.replace("own", own), "name"
+    if group in ("spacing", "sampler"):
+        group, field = "sampling", group
     where = f"config.{group}.{field} must be "
     with pytest.raises(ValueError, match=re.escape(where)) as error:
-        built(changed(group, {field: f"{own}:{function}", **fields}))
+        built(changed(group, {field: function, **fields}))
     sentence = str(error.value)
-    assert re.search(words, sentence) and f"{own}:{function}" in sentence
+    assert re.search(words, sentence) and function.partition(":")[2] in sentence
     assert sentence.startswith(where) and "\n" not in sentence
-    if function in ("boom", "value"):
-        cause = error.value.__cause__
+    if function.endswith((":boom", ":value")):
+        cause = error.value
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        assert "boom" in str(cause) or "no field" in str(cause)
+        assert words.endswith(str(cause))
+
+
+def test_a_sampler_of_ones_own_with_other_arguments_is_refused(own):
+    with pytest.raises(ValueError, match=r"sampler must be a function of .*got hasty"):
+        SamplingOptions(sampler=f"{own}:hasty")
+
+
+METRIC_CASES = [
+    ("boom", "RuntimeError: boom"),
+    ("value", "no field begins this"),
+    ("text", "it returns 'abc'"),
+    ("listed", r"it returns \[1.0\]"),
+    ("row", "it computes 3 instead of scores"),
+]
+
+
+@pytest.mark.parametrize(("function", "words"), METRIC_CASES)
+def test_a_metric_of_ones_own_that_does_not_fit_is_named(function, words, own):
+    images = np.random.default_rng(0).integers(0, 255, (4, 4, 4, 1), np.uint8)
+    with pytest.raises(ValueError, match=words) as error:
+        evaluate(images, reference=images, metrics=f"{own}:{function}")
+    rule = "metrics must be a Metric or a function"
+    assert rule in str(error.value) and f"{own}:{function}" in str(error.value)
+
+
+def test_a_metric_of_ones_own_with_other_arguments_is_named_before_training(own):
+    fields = dict(n=4, reference=4, bpd_images=0, inception="")
+    words = "metric must name a function of two .*own_functions:hasty3"
+    with pytest.raises(ValueError, match=words):
+        during_training.check_fields(f"{own}:hasty3", **fields)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +203,12 @@ def test_a_function_of_ones_own_that_does_not_fit_is_named(
         (
             "schedule",
             dict(name="cosine", num_steps=9, offset=1e30),
-            "config.schedule's ",
+            "config.schedule must describe a noise schedule, got one where ",
         ),
         (
             "schedule",
             dict(name="sigmoid_alpha_bar", num_steps=9, tau=1e9, start=-1e-9, end=0.0),
-            "config.schedule's ",
+            "config.schedule must describe a noise schedule, got one where ",
         ),
         (
             "schedule",
@@ -162,4 +240,21 @@ def test_init_from_of_a_config_is_named_as_such(tmp_path):
     config = get_config()
     config.init_from = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"^config\.init_from must be "):
-        train.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(start=-1e-9, end=0.0, tau=1e9),
+        dict(start=-1e308, end=1e308),
+        dict(tau=1e-308),
+    ],
+)
+def test_extremes_of_a_sigmoid_raise_no_warning(fields):
+    try:  # every warning is an error in tests
+        made = betas.sigmoid_alpha_bar_betas(9, **fields)
+    except ValueError as error:
+        assert "alpha_bar_fn must return" in str(error)
+    else:
+        assert made.shape == (9,)
