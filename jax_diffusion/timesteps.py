@@ -176,12 +176,17 @@ def loss_second_moment(
 def check_results(sampler: Any) -> TimestepSampler:
     """Returns the same sampler, which raises ValueError where a result does not fit.
 
+    Args:
+        sampler: anything with the functions of a `TimestepSampler`.
+
     Raises:
-        ValueError: unless it has the three functions.
+        ValueError: unless it has them.
     """
     names = TimestepSampler._fields
     if not all(callable(getattr(sampler, name, None)) for name in names):
-        raise ValueError(f"it makes {checks.shown(sampler)}, without {', '.join(names)}.")
+        raise ValueError(
+            f"it makes {checks.shown(sampler)}, without {', '.join(names)}."
+        )
 
     def sample(key, state, batch_size):
         t, weight = sampler.sample(key, state, batch_size)

@@ -310,6 +310,10 @@ BETAS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def check_betas(betas: Any) -> np.ndarray:
+    """Checks variances, and returns them as float64 [T].
+
+    Args:
+        betas: [T] in (0, 1], T >= 2.
 
     Raises:
         ValueError: if there are fewer than two, or one is not in (0, 1].

@@ -23,7 +23,7 @@ def check_effect(config: Any) -> None:
     if path and name in data.WITHOUT_PATH:
         raise ValueError(f"config.data.path must be left out for {name}, got {path!r}.")
     dtype = config.model.get("dtype")
-    if str(dtype) == "float64" and not jax.config.jax_enable_x64:
+    if str(dtype) == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "config.model.dtype must be of at most 32 bits unless JAX_ENABLE_X64 is "
             f"set, got {dtype!r}."

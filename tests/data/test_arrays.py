@@ -210,7 +210,7 @@ PICKLED = np.array([{}], object)
         ),
         ((numbered(5),), dict(split="test"), "got 0 of 5; `split` 'all' has"),
         ((numbered(5),), dict(image_size=4), "npz must be 4 x 5, got 4"),
-        (None, dict(path=None), "None must be a .npz"),
+        (None, dict(path=None), "path must be a .npz"),
     ],
 )
 def test_bad_npz_files_are_refused(content, kwargs, words, tmp_path):
