@@ -49,9 +49,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def four(folder):
-    """A run by one process of four devices."""
-    from support.jobs import Job
+def alone(folder):
+    """A run by this process, of eight devices."""
+    from support.jobs import train_here
 
-    Job(folder / "four").finish()
-    return folder / "four"
+    train_here(folder / "alone")
+    return folder / "alone"

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 from support.jobs import evaluations, lines_of
-from support.tiny import SMALL
+from support import tiny
 
 import jax_diffusion as jd
 from jax_diffusion import config as settings
 from jax_diffusion.config import FORMAT
 from jax_diffusion.evaluate import main
-from jax_diffusion.evaluation import during_training
+from jax_diffusion.evaluation import during_training, feature_classifier
 from jax_diffusion.evaluation.during_training import current_fields, make_watch
 from jax_diffusion.pipeline import load_run
 from jax_diffusion.runtime import checkpoint
@@ -26,7 +26,6 @@ from jax_diffusion.training.reporting import Reporter
 from jax_diffusion.training.setup import make_setup
 
 SCORED = [
-    *SMALL,
     *("--config.total_steps=8", "--config.log_every=4", "--config.save_every=2"),
     *("--config.ema_decays=(0.5, 0.9)", "--config.ema_warmup=False"),
     "--config.optimizer.lr=0.003",
@@ -38,7 +37,7 @@ BITS = [f"bits_per_dim_n20_{ema}" for ema in ("0.5", "0.9")]
 
 
 def config_of(*overrides):
-    return settings.load_config("configs/smoke.py", [*SCORED, *overrides])
+    return settings.load_config(tiny.CONFIG, [*SCORED, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +199,9 @@ def test_other_scores_begin_with_a_new_best(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_distance_of_a_classifier_needs_no_file(tmp_path):
+def test_the_distance_of_a_classifier_needs_no_file(tmp_path, monkeypatch):
     """It is trained when it is wanted first, where `evaluate` finds it."""
+    monkeypatch.setattr(feature_classifier, "MIN_STEPS", 60)
     config = config_of(
         "--config.evaluation.metric=classifier_distance",
         "--config.total_steps=2",

@@ -24,8 +24,8 @@ BATCH = 8
 SET_SIZE = 2048  # images, as many as features
 # Distinct images in each set, a divisor of that. With 2048, both networks together need
 # six minutes on two cores, and SciPy's root of 2048 x 2048 numbers another one; so by
-# default each image counts 32 times, and every fourth feature.
-DISTINCT = int(os.environ.get("INCEPTION_TEST_IMAGES", "64"))
+# default each image counts 64 times, and every fourth feature.
+DISTINCT = int(os.environ.get("INCEPTION_TEST_IMAGES", "32"))
 EVERY = 1 if DISTINCT == SET_SIZE else 4
 OPTIMIZED = {"xla_backend_optimization_level": 3}  # this network computes for minutes
 
@@ -143,7 +143,7 @@ def test_fid_is_that_of_pytorch_fid(both, monkeypatch):
         return root if disp else (root, None)
 
     monkeypatch.setattr(fid_score, "linalg", types.SimpleNamespace(sqrtm=sqrtm))
-    few = DISTINCT // 8  # of the second set, unlike all others
+    few = max(DISTINCT // 8, BATCH)  # of the second set, unlike all others
     images = np.concatenate(
         [images_of(1, DISTINCT, 32), images_of(2, few, 32, sharp=True)]
     )

@@ -12,10 +12,6 @@ from jax_diffusion import data
 from jax_diffusion.runtime import checkpoint
 
 SMALL = [
-    "--config.model.channels=4",
-    "--config.model.multipliers=(1,)",
-    "--config.model.attention_resolutions=()",
-    "--config.model.num_groups=2",
     "--config.schedule.num_steps=4",
     "--config.timesteps.history=1",
     "--config.total_steps=5",
@@ -35,7 +31,7 @@ def write(root):
 
 def config_of(root, **changes):
     config = settings.load_config("configs/smoke.py", SMALL)
-    del config.model.num_classes  # the images have no labels
+    config.model = dict(name="support.networks:Tiny")
     config.data = dict(name="folder", path=str(root), image_size=4, batch_size=8)
     config.data.update(split="all", in_memory=False)
     config.data.update(changes)

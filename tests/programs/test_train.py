@@ -507,10 +507,10 @@ def test_sigterm_from_outside_saves_and_ends_well(tmp_path):
         process = subprocess.Popen(
             command(
                 "train",
-                *("--config", "configs/smoke.py", "--workdir", tmp_path / "run"),
-                *tiny.SMALL,
+                *("--config", tiny.CONFIG, "--workdir", tmp_path / "run"),
                 "--config.total_steps=1000000",
             ),
+            env=os.environ | {"PYTHONPATH": "tests"},  # of the network
             stdout=file,
             stderr=subprocess.STDOUT,
         )

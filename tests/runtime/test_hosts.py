@@ -1,4 +1,4 @@
-"""Two real processes of two devices each, beside one of four, through JAX's runtime."""
+"""Two real processes of two devices each, beside this one, through JAX's runtime."""
 
 import json
 import shutil
@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from support.jobs import Job, assert_same_losses, evaluations
+from support.jobs import Job, assert_same_losses, evaluations, train_here
+from support.programs import evaluate, run_main, sample
 
 from jax_diffusion.runtime import checkpoint, logs
 
@@ -26,11 +27,11 @@ def two(folder):
     return job
 
 
-def test_two_processes_train_as_one(two, four):
-    assert_same_losses(two.workdir, four, rtol=1e-6)
+def test_two_processes_train_as_one(two, alone):
+    assert_same_losses(two.workdir, alone, rtol=1e-6)
 
 
-def test_the_history_of_losses_is_that_of_one_process(two, four):
+def test_the_history_of_losses_is_that_of_one_process(two, alone):
     def history(workdir):
         path = workdir / "checkpoints" / "12" / "state"
         with ocp.PyTreeCheckpointer() as reader:
@@ -39,7 +40,7 @@ def test_the_history_of_losses_is_that_of_one_process(two, four):
             state = reader.restore(path, restore_args=as_numpy)
         return jax.tree.leaves(state["timestep_state"])
 
-    for a, b in zip(history(two.workdir), history(four), strict=True):
+    for a, b in zip(history(two.workdir), history(alone), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
@@ -53,12 +54,15 @@ def test_the_first_process_alone_writes_and_speaks(two):
     assert "--process-id 0" in start["command"]
 
 
-def test_two_processes_draw_and_score_as_one(two, folder):
-    drawn = {}
+def test_two_processes_draw_and_score_as_one(two, folder, monkeypatch):
+    here, drawn = ("--workdir", two.workdir), {}
     for processes in (1, 2):
         out = folder / f"drawn_{processes}.npz"
         options = ("--out", str(out), "--n", "6", "--steps", "3")
-        Job(two.workdir, *options, program="sample", processes=processes).finish()
+        if processes == 1:
+            run_main(monkeypatch, sample, *here, *options)
+        else:
+            Job(two.workdir, *options, program="sample", processes=2).finish()
         drawn[processes] = np.load(out)["arr_0"].astype(int)
     difference = np.abs(drawn[1] - drawn[2])
     assert drawn[1].shape == (6, 8, 8, 1) and drawn[1].std() > 0
@@ -67,7 +71,7 @@ def test_two_processes_draw_and_score_as_one(two, folder):
     options = (*options, "--batch-size", "32", "--bits-images", "60")
     job = Job(two.workdir, *options, program="evaluate", processes=2)
     job.finish()
-    Job(two.workdir, *options, program="evaluate").finish()
+    run_main(monkeypatch, evaluate, *here, *options)
     several, alone = (found["scores"] for found in evaluations(two.workdir))
     rows = {row["step"]: row for row in logs.read_metrics(two.workdir)}
     scored = {step for step, row in rows.items() if SCORE in row}
@@ -87,18 +91,17 @@ def test_processes_with_different_configs_stop_at_once(folder):
     assert not (folder / "quarrel").exists()
 
 
-def test_two_processes_fine_tune_and_change_as_one(four, folder):
+def test_two_processes_fine_tune_and_change_as_one(alone, folder):
     """Split over all devices, with a row of labels that is drawn anew."""
-    alone, several = folder / "tuned_1", folder / "tuned_2"
+    one, several = folder / "tuned_1", folder / "tuned_2"
     options = ("--config.label_dropout=0.1", "--config.mesh.fsdp=4")
-    begin = (*options, "--init-from", str(four))
-    Job(alone, *begin).finish()
-    Job(several, *begin, processes=2).finish()
-    assert_same_losses(several, alone, rtol=1e-5)
+    train_here(one, *options, init_from=alone)
+    Job(several, *options, "--init-from", str(alone), processes=2).finish()
+    assert_same_losses(several, one, rtol=1e-5)
     change = ("--config.total_steps=14", "--config.optimizer.lr=1e-4")
     change += ("--allow-change", "optimizer.lr")
     Job(several, *options, *change, processes=2).finish()
-    records = [checkpoint.load_record(workdir) for workdir in (alone, several)]
+    records = [checkpoint.load_record(workdir) for workdir in (one, several)]
     for name in ("init_from", "data_digest"):
         assert records[0][name] == records[1][name]
     assert records[1]["init_from"]["anew"] == ["label/embedding of (hidden)"]
@@ -107,11 +110,14 @@ def test_two_processes_fine_tune_and_change_as_one(four, folder):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_what_two_processes_saved_another_number_of_devices_continues(
-    two, four, folder, devices
+    two, alone, folder, devices
 ):
     workdir = folder / f"continued_{devices}"
     shutil.copytree(two.workdir, workdir)
     for step in (8, 12):
         shutil.rmtree(workdir / "checkpoints" / str(step))
-    Job(workdir, devices=devices).finish()
-    assert_same_losses(workdir, four, rtol=1e-5)
+    if devices == 8:
+        train_here(workdir)
+    else:
+        Job(workdir, devices=devices).finish()
+    assert_same_losses(workdir, alone, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Training runs as programs of their own, of several processes too, on fake devices."""
+"""Training runs on fake devices: here, or as programs of one process or several."""
 
 import json
 import os
@@ -9,10 +9,17 @@ import time
 
 import numpy as np
 
+from jax_diffusion import config as settings
 from jax_diffusion.runtime import checkpoint, logs
-from support import tiny
+from support import programs, tiny
 
 LONG = "--config.total_steps=100000"
+
+
+def train_here(workdir, *options, **how):
+    """A run of the tiny network by this process, on all of its eight devices."""
+    config = settings.load_config(tiny.CONFIG, [*options])
+    return programs.train.train(config, workdir, **how)
 
 
 class Job:
