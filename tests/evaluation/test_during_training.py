@@ -9,8 +9,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from support.jobs import evaluations, lines_of
 from support import tiny
+from support.jobs import evaluations, lines_of
 
 import jax_diffusion as jd
 from jax_diffusion import config as settings
