@@ -127,7 +127,8 @@ def check(args: argparse.Namespace) -> tuple[SamplingOptions, TaskOptions]:
     names = [field.name for field in dataclasses.fields(TaskOptions)]
     fields = {name: getattr(args, name) for name in names}
     checks.integer("seed", args.seed, at_least=0, at_most=2**32 - 1)
-    in_folder = args.out is not None and Path(args.out).suffix != ".npz"
+    suffix = Path(args.out or "").suffix
+    in_folder = args.out is not None and suffix != ".npz"
     if args.task == "generate" and in_folder and args.upsample is None:
         fields["frames"] = args.frames or GIF_FRAMES
     (task,) = make_options(fields, TaskOptions)
@@ -141,7 +142,7 @@ def check(args: argparse.Namespace) -> tuple[SamplingOptions, TaskOptions]:
         why = "is for strips, and for a folder with denoising.gif"
         cli.refuse_useless(args.given, ["frames"], f"{why}, got --out {args.out}")
     task.check_read(name for name in names if name in args.given)
-    if in_folder and Path(args.out).suffix.lower() in (*SUFFIXES, ".npy"):
+    if in_folder and suffix.lower() in (*SUFFIXES, ".npy", ".npz"):
         raise ValueError(f"out must be a folder or FILE.npz, got {args.out!r}.")
     if args.overwrite and not in_folder:
         raise ValueError(f"overwrite is for a folder, got --out {args.out!r}.")
