@@ -136,6 +136,8 @@ def load_sampler(
             the weights do not fit.
     """
     _check_flatbuffers()
+    if not isinstance(data, bytes):
+        raise ValueError(f"data must be the bytes of a file, got {checks.shown(data)}.")
     record = dict(record or {})
     if record:
         _check_record(record)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -224,6 +225,13 @@ def test_damaged_samplers_are_one_sentence(small, damage):
     with pytest.raises(ValueError, match="whole") as info:
         export.load_sampler(damage(small))
     sentence(info)
+
+
+@pytest.mark.parametrize("path", ["a.jaxexport", pathlib.Path("a.jaxexport"), None])
+def test_a_path_is_not_taken_for_the_bytes_of_a_file(path):
+    with pytest.raises(ValueError, match="data must be the bytes of a file, got") as e:
+        export.load_sampler(path)
+    sentence(e)
 
 
 @pytest.fixture
