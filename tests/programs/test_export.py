@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import json
 import pathlib
 import subprocess
@@ -230,7 +231,7 @@ def test_damaged_samplers_are_one_sentence(small, damage):
 @pytest.mark.parametrize("path", ["a.jaxexport", pathlib.Path("a.jaxexport"), None])
 def test_a_path_is_not_taken_for_the_bytes_of_a_file(path):
     with pytest.raises(ValueError, match="data must be the bytes of a file, got") as e:
-        export.load_sampler(path)
+        inspect.unwrap(export.load_sampler)(path)  # without the types of tests
     sentence(e)
 
 
