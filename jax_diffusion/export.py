@@ -35,6 +35,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -197,6 +198,8 @@ def write(
     Raises:
         ValueError: as `export_sampler` does.
     """
+    for suffix in ("", ".json", *([".npz"] if beside else [])):
+        files.check_output("path", f"{os.fspath(path)}{suffix}")
     path = Path(path)
     data = export_sampler(draw, params, beside=beside)
     record = {"file": path.name, "sha256": _sha256(data), "weights": None}

@@ -44,7 +44,8 @@ from jax_diffusion.pipeline import (
     make_options,
     sample_folder,
 )
-from jax_diffusion.pipeline.tasks import HALVES, TASKS
+from jax_diffusion.pipeline.masks import HALVES
+from jax_diffusion.pipeline.tasks import TASKS
 from jax_diffusion.runtime import checkpoint, files, locks, sharding
 from jax_diffusion.runtime.resumable_npz import ResumableNpz
 

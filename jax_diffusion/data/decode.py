@@ -14,6 +14,7 @@ from jax_diffusion import checks
 from jax_diffusion.data.examples import DamagedImageError
 
 MAX_SIDE = 16_384  # pixels: larger ones are mistakes, and would not fit in memory
+MAX_TEXT = 64 * 2**20  # bytes of a text in a file: more would not fit in memory
 CHUNK = 32  # images that a thread decodes at a time
 
 T = TypeVar("T")
@@ -66,9 +67,7 @@ class Decoder:
         Raises:
             DamagedImageError: if there is no header that can be read.
         """
-        from PIL import Image
-
-        with _whole(file), Image.open(file) as image:
+        with opened(file) as image:
             gray = _is_gray(image)
             return gray and (self._is_gray or not image.has_transparency_data)
 
@@ -86,9 +85,9 @@ class Decoder:
             DamagedImageError: if the file cannot be decoded.
             ValueError: if it has values beyond `max_value`, or if that must be given.
         """
-        from PIL import Image, ImageOps
+        from PIL import ImageOps
 
-        with _whole(file), Image.open(file) as stored:
+        with opened(file) as stored:
             deep = stored.mode[0] in "IF" or ";16" in str(stored.tile[:1])
             pixels, alpha = _channels(ImageOps.exif_transpose(stored), deep=deep)
         if pixels.dtype != np.uint8:
@@ -173,8 +172,32 @@ def _scale(values: np.ndarray, most: int | float) -> np.ndarray:
     return np.floor(values.astype(np.float64) / most * 255 + 0.5).astype(np.uint8)
 
 
-def _whole(file: str) -> contextlib.AbstractContextManager[None]:
-    return reading(f"{file} must be a whole image", DamagedImageError)
+_limits: list[int] = []  # of texts, before each file that is open now
+_limits_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def opened(file: str) -> Iterator[Any]:
+    """Opens an image file with Pillow, which may be done in many threads.
+
+    Pillow refuses a PNG with a compressed text, or a color profile, above 1 MiB.
+    Programs that generate images write longer ones: here the limit is `MAX_TEXT`.
+
+    Raises:
+        DamagedImageError: instead of anything that is raised while the file is open.
+    """
+    from PIL import Image, PngImagePlugin
+
+    with reading(f"{file} must be a whole image", DamagedImageError):
+        with _limits_lock:
+            _limits.append(PngImagePlugin.MAX_TEXT_CHUNK)
+            PngImagePlugin.MAX_TEXT_CHUNK = max(_limits[0], MAX_TEXT)
+        try:
+            with Image.open(file) as image:
+                yield image
+        finally:
+            with _limits_lock:  # the first one's is the last to come back
+                PngImagePlugin.MAX_TEXT_CHUNK = _limits.pop()
 
 
 def _is_gray(image: Any) -> bool:

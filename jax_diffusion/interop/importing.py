@@ -36,7 +36,7 @@ from jax_diffusion.interop.released import RELEASED, REPRODUCES
 from jax_diffusion.interop.state_dicts import StateDict, read_state_dict
 from jax_diffusion.interop.tensors import Tensor, as_float32
 from jax_diffusion.pipeline import Run
-from jax_diffusion.runtime import checkpoint, files
+from jax_diffusion.runtime import checkpoint, files, workdirs
 from jax_diffusion.runtime.untrusted import parse_json
 
 # Key of the metadata of our own .safetensors: config and image shape, as JSON.
@@ -127,13 +127,15 @@ def import_checkpoint(
         The run that the workdir holds.
 
     Raises:
-        ValueError: as `load_checkpoint` does, or if the workdir holds a run. Nothing is
-            written then.
+        ValueError: as `load_checkpoint` does, or if the workdir holds a run or anything
+            else. Nothing is written then.
     """
     files.check_output("workdir", workdir, "folder")
     if checkpoint.latest_step(Path(workdir)) is not None:
         raise ValueError(f"workdir must be new, and {str(workdir)!r} holds a run.")
+    workdirs.check_new(Path(workdir))
     run = load_checkpoint(path, **options)
+    workdirs.check_new(Path(workdir), run.config.data.get("path"))
     record = {
         "config": json.loads(run.config.to_json()),
         "image_shape": list(run.image_shape),

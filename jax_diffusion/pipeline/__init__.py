@@ -36,6 +36,7 @@ from jax_diffusion.pipeline.inputs import (
     load_other,
     read_inputs,
 )
+from jax_diffusion.pipeline.masks import read_mask
 from jax_diffusion.pipeline.options import SamplingOptions, make_options
 from jax_diffusion.pipeline.run import (
     Run,
@@ -45,7 +46,7 @@ from jax_diffusion.pipeline.run import (
     open_images,
     open_split,
 )
-from jax_diffusion.pipeline.tasks import TaskOptions, read_mask
+from jax_diffusion.pipeline.tasks import TaskOptions
 from jax_diffusion.registry import is_outside
 from jax_diffusion.runtime import sharding
 from jax_diffusion.schedules import NoiseSchedule
@@ -331,6 +332,12 @@ def _bind(
         "mask": None if mask is None else zlib.crc32(mask.tobytes()),
     }
     numbers = options.numbers(run.null_label)
+    if is_outside(task.task) and params["model"] is not None:
+        rows = {"ids": np.zeros(1, np.int32)}
+        rows |= {name: a[:1] for name, a in inputs.rows.items()}
+        rows = {k: np.float32(a) if a.dtype == np.uint8 else a for k, a in rows.items()}
+        scalars = {name: np.float32(number) for name, number in numbers.items()}
+        jax.eval_shape(draw, params, schedule, np.uint32(0), rows, scalars)
     return BoundSampler(
         *(draw, params, schedule, inputs.rows, numbers, options.rounding, choices),
         *(second, inputs.upsample_labels, inputs.class_names),

@@ -49,7 +49,7 @@ def make_sampler(
         options: sampler, clipping and guidance; its numbers are not used.
         task: what is drawn.
         num_steps: number of steps of the schedule.
-        mask: of the task, see `tasks.read_mask`.
+        mask: of the task, see `masks.read_mask`.
         null_label: the class that the network is told for a hidden label.
         classifier: the network that guides.
         guide_labels: its label for each label, int32 [k]; None if they agree.

@@ -5,12 +5,13 @@ A task is a pure function task(context, options) -> frames, float32 [k, b, h, w,
 its row says that all frames together are the result (`is_strip`).
 """
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,22 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jax_diffusion import checks, data, editing, samplers
+from jax_diffusion import checks, editing, samplers
 from jax_diffusion.diffusion import DenoiseFn
-from jax_diffusion.registry import lookup
+from jax_diffusion.registry import is_outside, lookup, outside
 from jax_diffusion.samplers import StepFn
 from jax_diffusion.schedules import NoiseSchedule
 
-HALVES: dict[str, Callable[[int, int], Any]] = {  # names of masks: the known half
-    "left": lambda h, w: np.s_[:, : w // 2],
-    "right": lambda h, w: np.s_[:, w // 2 :],
-    "top": lambda h, w: np.s_[: h // 2, :],
-    "bottom": lambda h, w: np.s_[h // 2 :, :],
-}
-
-
 # Above these, memory or time would have no bound.
 MOST = {"frames": 10_000, "resamples": 10_000, "group": 2**31 - 1}
+RULE = "a Task or a function (context, options) -> frames"  # of a task from outside
 
 
 class Task(NamedTuple):
@@ -141,7 +135,7 @@ class TaskOptions:
     def row(self) -> Task:
         """The task's row; a bare function of a user is a task without images."""
         row = lookup("task", OLD_TASKS.get(self.task, self.task), TASKS)
-        return row if isinstance(row, Task) else Task(row)
+        return own_task(self.task, row) if is_outside(self.task) else row
 
     @property
     def split_of_images(self) -> str:
@@ -152,6 +146,37 @@ class TaskOptions:
     def num_frames(self) -> int:
         """The number of frames that is asked for, or the task's default."""
         return self.frames or (10 if self.row.is_strip else 1)
+
+
+def own_task(name: str, found: Any) -> Task:
+    """Makes a row of a task from outside, whose frames are checked.
+
+    Args:
+        name: "package.module:attribute".
+        found: what it names: a `Task`, or a function (context, options) -> frames.
+
+    Raises:
+        ValueError: if it is neither; `draw` of the row raises it for anything that the
+            function raises, and unless it returns frames.
+    """
+    row = found if isinstance(found, Task) else Task(found)
+    told = functools.partial(outside, "task", name, RULE)
+    with told():
+        checks.function("draw", row.draw, "(context, options)")
+        with contextlib.suppress(ValueError):  # compiled ones need not tell
+            inspect.signature(row.draw).bind("context", "options")
+
+    @told()
+    def draw(context: SamplingContext, options: TaskOptions) -> jax.Array:
+        frames = row.draw(context, options)
+        shape = (len(context.rows["ids"]), *context.image_shape)
+        is_float = jnp.issubdtype(getattr(frames, "dtype", bool), jnp.floating)
+        if not is_float or frames.shape[1:] != shape or not frames.shape[0]:
+            rule = f"it must return frames, float [k, {', '.join(map(str, shape))}]"
+            raise ValueError(f"{rule}, got {checks.shown(frames)}.")
+        return frames
+
+    return row._replace(draw=draw)
 
 
 class SamplingContext(NamedTuple):
@@ -337,44 +362,3 @@ TASKS: dict[str, Task] = {
     "slerp": Task(slerp, is_strip=True, reads=("frames",)),
 }
 OLD_TASKS = {"colourise": "colorize"}  # names until version 0.1
-
-
-def read_mask(mask: Any, image_shape: tuple[int, ...]) -> np.ndarray:
-    """Returns a mask as float32 [h, w, 1], 1 where pixels are known.
-
-    Args:
-        mask: "left", "right", "top", "bottom", an array [h, w], or a picture file:
-            known is what is white and not transparent.
-        image_shape: (h, w, c).
-
-    Raises:
-        ValueError: if the mask cannot be read, is not as large as the images, hides
-            nothing or shows nothing.
-    """
-    h, w, _ = image_shape
-    known = np.zeros((h, w, 1), np.float32)
-    if isinstance(mask, str) and mask in HALVES:
-        known[HALVES[mask](h, w)] = 1
-        white = known[..., 0] > 0
-    elif isinstance(mask, np.ndarray):
-        white = mask[..., 0] > 0 if mask.shape == (h, w, 1) else mask > 0
-    else:
-        if not isinstance(mask, str | os.PathLike) or not Path(mask).is_file():
-            raise ValueError(
-                f"mask must be of {sorted(HALVES)} or a file, got {str(mask)!r}."
-            )
-        try:  # half of white, of a deep one as of 65535, is gray
-            decoder = data.Decoder(background="black", max_value=65535)
-            pixels = decoder.decode(os.fspath(mask))
-        except ValueError as error:
-            raise ValueError(f"mask must be a whole image, got: {error}") from error
-        gray = [299, 587, 114] if pixels.shape[-1] == 3 else [1000]  # ITU-R 601
-        white = pixels @ gray > 127_499
-    if white.shape != (h, w):
-        raise ValueError(f"mask must be {h} x {w}, as the images, got {white.shape}.")
-    if white.all() or not white.any():
-        found = "all are known" if white.all() else "none is known"
-        name = f" in {mask}" if isinstance(mask, str | os.PathLike) else ""
-        raise ValueError(f"mask must have known and unknown pixels, {found}{name}.")
-    known[white] = 1
-    return known

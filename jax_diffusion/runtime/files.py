@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -70,7 +71,7 @@ def write_all_atomic(files: Mapping[Path, Content], *, sync: bool = True) -> Non
 
 
 def check_output(field: str, path: Any, kind: str = "file") -> None:
-    """Checks that a path can be written to, before any work is done; writes nothing.
+    """Checks that a path can be written to, before any work is done; leaves nothing.
 
     Args:
         field: name of the argument, for errors.
@@ -81,7 +82,7 @@ def check_output(field: str, path: Any, kind: str = "file") -> None:
     Raises:
         ValueError: if the path is empty or no path, if something of the other kind is
             there, if it lies below a file, if a name in it is too long, or if the
-            folder that it needs may not be written to.
+            folder that it needs may not be written to, or takes no files (/proc).
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path).strip():
         raise ValueError(f"{field} must be the path of a {kind}, got {path!r}.")
@@ -113,10 +114,21 @@ def check_output(field: str, path: Any, kind: str = "file") -> None:
     for name in missing:  # a file is written as NAME.tmp first
         if len(os.fsencode(name)) + len(".tmp") > longest:
             raise ValueError(f"{field} must have shorter names, got {name!r}.")
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not takes_files(there):
         raise ValueError(
             f"{field} must be in a folder that may be written to, got {str(there)!r}."
         )
+
+
+def takes_files(folder: Path) -> bool:
+    """Whether files can be made in a folder; a disk that is full is told by writing."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return False
+    try:  # permissions say nothing of /proc, nor do those of root of anything
+        with tempfile.TemporaryFile(dir=folder):  # without a name where that can be
+            return True
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 
 
 def reason_of_disk(error: BaseException | None) -> str:

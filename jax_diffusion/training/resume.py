@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 from jax_diffusion import config as configs
 from jax_diffusion import data
 from jax_diffusion.registry import hint
-from jax_diffusion.runtime import checkpoint, sharding
+from jax_diffusion.runtime import checkpoint, sharding, workdirs
 from jax_diffusion.runtime.files import leaves_by_name
 from jax_diffusion.training.setup import TrainingSetup
 
@@ -147,7 +147,8 @@ def find_run(
 
     Raises:
         ValueError: if an allowed name is that of no field, if the run was begun with
-            other weights, or if the processes of this job have different configs.
+            other weights, if a run cannot begin in the workdir (see `workdirs`), or if
+            the processes of this job have different configs.
     """
     if isinstance(allow_change, str):
         raise ValueError(
@@ -162,6 +163,7 @@ def find_run(
     saved = record.get("config", {})
     check_names(allowed, saved, config)
     if fresh:
+        workdirs.check_new(workdir, config["data"].get("path"))
         return None
     changes = configs.differences(saved, {**config, "init_from": _origin(saved)})
     if config.get("init_from", "") not in ("", _origin(saved)):

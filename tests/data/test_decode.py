@@ -1,11 +1,14 @@
 """Decoding pictures whose pixels are known: alpha, depths, sizes, layouts of arrays."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from jax_diffusion import data
-from jax_diffusion.data.decode import Decoder, fit, parse_color
+from jax_diffusion.data import DamagedImageError
+from jax_diffusion.data.decode import MAX_TEXT, Decoder, fit, parse_color
 
 COLORS = dict(white=(255, 255, 255), black=(0, 0, 0)) | {"#ff8800": (255, 136, 0)}
 ALPHA = np.array([[0, 1, 64], [127, 254, 255]], np.uint8)  # of six pixels
@@ -15,6 +18,39 @@ def over(color, alpha, below):
     """Alpha compositing in exact arithmetic, rounded: float64 holds it."""
     a = alpha[..., None] / 255
     return np.rint(color * a + np.asarray(below) * (1 - a)).astype(np.uint8)
+
+
+def with_texts(path, *lengths, color_profile=b""):
+    """A PNG of known pixels with compressed texts, and perhaps a color profile."""
+    texts = PngImagePlugin.PngInfo()
+    for i, length in enumerate(lengths):
+        add = texts.add_itxt if i else texts.add_text
+        add("prompt", "x" * length, zip=True)
+    pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    Image.fromarray(pixels).save(path, pnginfo=texts, icc_profile=color_profile or None)
+    return pixels
+
+
+def test_a_png_with_long_texts_is_whole_in_many_threads(tmp_path):
+    before = PngImagePlugin.MAX_TEXT_CHUNK
+    files = [str(tmp_path / f"{i}.png") for i in range(6)]
+    for file in files:
+        profile = b"p" * 2 * 2**20
+        pixels = with_texts(file, 3 * 10**6, 2 * 10**6, color_profile=profile)
+    with ThreadPoolExecutor(6) as pool:
+        found = [*pool.map(Decoder().decode, files * 4)]
+        gray = [*pool.map(Decoder().is_gray, files * 4)]
+    assert all((image == pixels).all() for image in found) and not any(gray)
+    assert before == PngImagePlugin.MAX_TEXT_CHUNK
+
+
+def test_a_text_that_fits_in_no_memory_is_one_sentence(tmp_path):
+    before = PngImagePlugin.MAX_TEXT_CHUNK
+    file = str(tmp_path / "bomb.png")
+    with_texts(file, MAX_TEXT + 1)
+    with pytest.raises(DamagedImageError, match=r"must be a whole image, got .*large"):
+        Decoder().decode(file)
+    assert before == PngImagePlugin.MAX_TEXT_CHUNK
 
 
 def rgba(path):

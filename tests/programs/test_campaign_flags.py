@@ -36,6 +36,7 @@ OUTPUTS = {
     LONG: "must be a path that can be written",
     "x" * 253 + ".npz": "must be a path that can be written",
     "a\0b": "NUL",
+    "/proc/x": "that may be written to, got '/proc'",
 }
 TRAIN = ["--config", SMOKE, "--workdir"]
 SAMPLE = ["--workdir", "labelled", "--n", "2", "--steps", "2"]

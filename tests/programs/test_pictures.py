@@ -14,7 +14,7 @@ import jax_diffusion as jd
 from jax_diffusion import config as settings
 from jax_diffusion import plotting
 from jax_diffusion.evaluation import image_sets
-from jax_diffusion.pipeline import tasks
+from jax_diffusion.pipeline import masks
 
 H, W = 4, 8
 
@@ -50,7 +50,7 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_knows_what_is_white_and_not_transparent(tmp_path, name):
     file = png(tmp_path / "mask.png", MASKS[name])
-    found = tasks.read_mask(file, (H, W, 3))
+    found = masks.read_mask(file, (H, W, 3))
     np.testing.assert_array_equal(found[..., 0], LEFT > 0)
     assert found.dtype == np.float32 and found.shape == (H, W, 1)
 
@@ -69,9 +69,9 @@ def test_a_mask_that_hides_nothing_or_all_is_refused(tmp_path, mask, words):
     arrays = [mask > 0] if mask.dtype == np.uint8 and mask.ndim == 2 else []
     for given in (file, *arrays):
         with pytest.raises(ValueError, match=f"^mask must have known and .*{words}"):
-            tasks.read_mask(given, (H, W, 3))
+            masks.read_mask(given, (H, W, 3))
     with pytest.raises(ValueError, match="none is known in top"):
-        tasks.read_mask("top", (1, W, 3))
+        masks.read_mask("top", (1, W, 3))
 
 
 # Sheets

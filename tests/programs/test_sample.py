@@ -32,11 +32,16 @@ from jax_diffusion import (
     guidance,
     pipeline,
     samplers,
-    tasks,
 )
 from jax_diffusion import config as configs
 from jax_diffusion.models import bind
-from jax_diffusion.pipeline import SamplingOptions, TaskOptions, bind_sampler, draw
+from jax_diffusion.pipeline import (
+    SamplingOptions,
+    TaskOptions,
+    bind_sampler,
+    draw,
+    masks,
+)
 from jax_diffusion.pipeline.tasks import TASKS
 from jax_diffusion.runtime import resumable_npz, sharding
 from jax_diffusion.sample import main, upgrade_record
@@ -601,7 +606,7 @@ def test_a_mask_is_a_half_or_what_is_white_in_a_file(tmp_path):
         (white, white),
         (white.astype(np.float32)[..., None], white),
     ):
-        found = tasks.read_mask(mask, (SIZE, SIZE, 3))
+        found = masks.read_mask(mask, (SIZE, SIZE, 3))
         np.testing.assert_array_equal(found, known[..., None])
 
 

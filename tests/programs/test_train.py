@@ -294,6 +294,32 @@ def test_bad_input_is_refused_before_anything_is_written(overrides, words, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("workdir", "words"),
+    [
+        ("flat", "workdir must not be, hold or lie in config.data.path, got "),
+        ("flat/new", "workdir must not be, hold or lie in config.data.path, got "),
+        (".", "workdir must not be, hold or lie in config.data.path, got "),
+        ("cases", "workdir must be a new or empty folder, or that of a run, got "),
+    ],
+)
+def test_a_workdir_with_anything_of_others_in_it_is_left_as_it_is(
+    workdir, words, tmp_path, monkeypatch
+):
+    config = smoke_of()
+    monkeypatch.chdir(tmp_path)
+    for name in ("flat", "cases"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            pixels = np.full((8, 8), i, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    config.data = dict(name="folder", path="flat", image_size=8, batch_size=16)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=f"^{words}"):
+        train.train(config, workdir)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
     ("names", "num_classes", "words"),
     [
         (

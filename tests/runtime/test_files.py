@@ -5,6 +5,7 @@ import json
 import os
 import time
 import zipfile
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -387,6 +388,11 @@ REFUSED_OUTPUTS = {  # what is there is made by the test
     "an existing folder": ("shut", "folder", "that may be written to"),
     "a folder below it": ("shut/a/b", "folder", "that may be written to"),
 }
+if Path("/proc/self").exists():  # where root may write, by its permissions
+    for kind in ("file", "folder"):
+        words = "that may be written to, got '/proc'"
+        REFUSED_OUTPUTS[f"a new {kind} in /proc"] = ("/proc/x", kind, words)
+        REFUSED_OUTPUTS[f"a new {kind} below it"] = ("/proc/x/y", kind, words)
 
 
 @pytest.mark.parametrize("case", REFUSED_OUTPUTS)

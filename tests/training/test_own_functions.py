@@ -6,11 +6,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+from support.programs import sample
 from support.tiny import get_config
+from support.tiny_runs import make_run
 
 from jax_diffusion import config as configs
 from jax_diffusion.evaluation import during_training, evaluate
-from jax_diffusion.pipeline import SamplingOptions
+from jax_diffusion.pipeline import SamplingOptions, load_run, sample_images
 from jax_diffusion.schedules import betas
 from jax_diffusion.train import train
 from jax_diffusion.training import setup
@@ -20,6 +22,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jax_diffusion.evaluation import Metric
+from jax_diffusion.pipeline.tasks import Task
 from jax_diffusion.timesteps import TimestepSampler, uniform
 
 class Swapped(nn.Module):
@@ -85,6 +88,22 @@ def listed(samples, reference):
     return [1.0]
 
 row = Metric("pixels", number, needs_reference_features=True)
+
+def gray(context, options):
+    return context.x_T(context.keys)[None]
+
+def flat(context, options):
+    return gray(context, options)[0]
+
+def none(context, options):
+    return gray(context, options)[:0]
+
+def whole_numbers(context, options):
+    return gray(context, options).astype(int)
+
+task = Task(boom)
+uncallable = Task(3)
+pair = (1, 2)
 """
 
 
@@ -170,6 +189,51 @@ def test_a_function_of_ones_own_that_does_not_fit_is_named(
 def test_a_sampler_of_ones_own_with_other_arguments_is_refused(own):
     with pytest.raises(ValueError, match=r"sampler must be a function of .*got hasty"):
         SamplingOptions(sampler=f"{own}:hasty")
+
+
+TASK_CASES = [
+    ("boom", "RuntimeError: boom"),
+    ("value", "no field begins this"),
+    ("task", "RuntimeError: boom"),
+    ("number", "it must return frames, float \\[k, 1, 8, 8, 1\\], got 3"),
+    ("text", "got 'abc'"),
+    ("flat", "got float32 \\[1, 8, 8, 1\\]"),
+    ("none", "got float32 \\[0, 1, 8, 8, 1\\]"),
+    ("whole_numbers", "got int32 "),
+    ("hasty3", "TypeError: missing a required argument: 'more'"),
+    ("undrawn", "TypeError: too many positional arguments"),
+    ("pair", "got \\(1, 2\\)"),
+    ("uncallable", "got 3"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    shape, model = (8, 8, 1), dict(name="support.networks:Tiny")
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    return load_run(make_run(workdir, shape=shape, model=model))
+
+
+@pytest.mark.parametrize(("function", "words"), TASK_CASES)
+def test_a_task_of_ones_own_that_does_not_fit_is_named_and_nothing_is_written(
+    function, words, run, own, tmp_path, monkeypatch
+):
+    rule = r"task must be a Task or a function \(context, options\) -> frames, got "
+    words = f"{rule}'{own}:{function}': .*{words}"
+    with pytest.raises(ValueError, match=f"^{words}"):
+        sample_images(run, n=2, steps=1, task=f"{own}:{function}")
+    told = ["sample", "--workdir", str(run.workdir), "--task", f"{own}:{function}"]
+    for out in ("new", "new.npz"):
+        told_out = [*told, "--steps", "1", "--out", str(tmp_path / out)]
+        monkeypatch.setattr("sys.argv", told_out)
+        with pytest.raises(ValueError, match=f"^--{words}"):
+            sample.main()
+    assert not [*tmp_path.glob("new*")]
+
+
+def test_a_task_of_ones_own_draws(run, own):
+    drawn = sample_images(run, n=2, steps=1, task=f"{own}:gray")
+    assert drawn.shape == (2, 8, 8, 1) and np.ptp(drawn) > 100
 
 
 METRIC_CASES = [
