@@ -113,8 +113,9 @@ def main() -> None:
         names = [flag.removeprefix("--").replace("-", "_") for flag in useless]
         cli.refuse_useless(args.given, names, why)
     if args.checkpoint is not None:
-        config = configs.load_config(args.config) if args.config else None
         with cli.fields_as_flags(args):
+            given = args.config is not None
+            config = configs.load_config(args.config) if given else None
             run = import_checkpoint(
                 args.checkpoint,
                 args.workdir,

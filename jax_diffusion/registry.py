@@ -145,7 +145,8 @@ def check_arguments(
             )
         if name not in known and inspect.Parameter.VAR_KEYWORD not in kinds:
             names = [n for n in known if n not in fixed]
-            raise ValueError(f"{where} has no field {name!r}{hint(name, names)}")
+            of = f" of {group['name']!r}" if is_outside(group.get("name")) else ""
+            raise ValueError(f"{where}{of} has no field {name!r}{hint(name, names)}")
         kind = known[name].annotation if name in known else Any
         check_type(f"{where}.{name}", group[name], kind)
     missing = [

@@ -377,8 +377,9 @@ def main() -> None:
     cli.add_host_flags(parser)
     args, overrides = parser.parse_known_args()
     if (args.workdir is None) != args.check_data:
+        rule = "left out with" if args.check_data else "given without"
         raise ValueError(
-            f"--workdir must be given, except with --check-data, got {args.workdir}."
+            f"--workdir must be {rule} --check-data, got {args.workdir or 'none'}."
         )
     cli.refuse_misspelled(parser, overrides, besides=configs.FIELDS)
     cli.start_hosts(args)

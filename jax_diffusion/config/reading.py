@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jax_diffusion.config.fields import FIELDS, Config, check_config, complete
 from jax_diffusion.config.groups import GROUPS, known_fields
-from jax_diffusion.registry import check_type, fits, hint, rule, short
+from jax_diffusion.registry import check_type, fits, hint, is_outside, rule, short
 
 PREFIX = "config."
 WORDS = {"true": True, "t": True, "false": False, "f": False, "1": True, "0": False}
@@ -41,7 +41,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: if the file is missing or wrong, or a field unknown or ill-typed.
     """
     if not isinstance(path, str | os.PathLike) or not Path(path).is_file():
-        raise ValueError(f"config must be the path of a config file, got {path!r}.")
+        rule, got = "config must be the path of a config file", repr(path)
+        if isinstance(path, str | os.PathLike) and not Path(path).exists():
+            got = f"{os.fspath(path)!r}, where nothing is"
+        raise ValueError(f"{rule}, got {got}.")
     if isinstance(overrides, str):
         raise ValueError(f"overrides must be a list of strings, got {overrides!r}.")
     try:
@@ -174,7 +177,8 @@ def set_field(config: dict[str, Any], field: str, text: str | None) -> None:
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     if name not in known and not takes_any:
         names = [n for n in known if n not in fixed]
-        raise ValueError(f"config.{group} has no field {name!r}{hint(name, names)}")
+        of = f" of {fields['name']!r}" if is_outside(fields.get("name")) else ""
+        raise ValueError(f"config.{group}{of} has no field {name!r}{hint(name, names)}")
     kind = known[name].annotation if name in known else Any
     fields[name] = parse(where, text, kind, fields.get(name))
 

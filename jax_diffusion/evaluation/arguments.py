@@ -28,7 +28,7 @@ from jax_diffusion.interop.inception_weights import SHA256, URL
 from jax_diffusion.models import traits
 from jax_diffusion.pipeline import Run, SamplingOptions, make_options
 from jax_diffusion.registry import is_outside, lookup, outside, short
-from jax_diffusion.runtime import files
+from jax_diffusion.runtime import checkpoint, files
 
 # Metrics of the network of a run, which need no samples.
 NETWORK_METRICS = {
@@ -108,6 +108,7 @@ def choose(
         ValueError: if an argument is wrong, contradicts another, or is of no use.
     """
     run = run_or_images if isinstance(run_or_images, Run) else None
+    check_kinds(run_or_images, images, reference)
     if run is None and images is not None:
         raise ValueError("images must be given once, got them as run_or_images, too.")
     source: Any = images if run is not None else run_or_images
@@ -127,6 +128,30 @@ def choose(
             f"{data!r} beside images and reference."
         )
     return Chosen(run, source, how, rows, names)
+
+
+def check_kinds(run_or_images: Any, images: Any, reference: Any) -> None:
+    """Raises ValueError for what is neither a run nor images, and for workdirs."""
+    array = isinstance(run_or_images, Sequence) or hasattr(run_or_images, "__array__")
+    if not array and not isinstance(run_or_images, Run | os.PathLike):
+        raise ValueError(
+            "run_or_images must be a run, as load_run returns it, or images, which are "
+            f"uint8 [n h w c], PATH or NAME:PATH, got {short(run_or_images)}."
+        )
+    first = "; jd.load_run makes a Run of it, and --workdir takes it"
+    for field, value, remedy in (
+        ("images", run_or_images, first),
+        ("images", images, "; sample draws images from it"),
+        ("reference", reference, "; sample draws images from it"),
+    ):
+        if not isinstance(value, str | os.PathLike):
+            continue
+        folder = os.path.expanduser(os.fspath(value).removeprefix("folder:"))
+        if os.path.isdir(folder) and checkpoint.latest_step(folder) is not None:
+            raise ValueError(
+                f"{field} must be uint8 [n h w c], PATH or NAME:PATH of images, got "
+                f"the workdir of a run, {os.fspath(value)!r}{remedy}."
+            )
 
 
 def check_counts(seed: Any, optional: Mapping[str, Any], **counts: Any) -> None:

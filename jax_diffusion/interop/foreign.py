@@ -19,7 +19,7 @@ from jax_diffusion import config as configs
 from jax_diffusion.config import Config
 from jax_diffusion.config.fields import OF_DENOISERS
 from jax_diffusion.config.groups import GROUPS
-from jax_diffusion.models import Network, example_inputs
+from jax_diffusion.models import Network, init_params
 
 MAX_SIDE = 2**14  # pixels of an image
 MAX_STEPS = 10**6  # of a noise schedule
@@ -142,7 +142,7 @@ def model_and_shapes(
     try:
         model: Any = configs.build(config, image_shape[-1]).model
         shapes = jax.eval_shape(
-            lambda: model.init(jax.random.key(0), **example_inputs(model, image_shape))
+            lambda: init_params(model, jax.random.key(0), image_shape)
         )
     except ValueError:
         raise
@@ -151,7 +151,7 @@ def model_and_shapes(
         raise ValueError(
             f"a config must describe a network that can be built, got {reason}."
         ) from error
-    return model, shapes["params"]
+    return model, shapes
 
 
 def check_sizes(config: Config, tensors: Mapping[str, Any]) -> None:

@@ -4,7 +4,8 @@ A network never sees a noise schedule: it maps noisy images and timesteps to its
 Any `flax.linen.Module` that keeps the following protocol can be trained and sampled; a
 config names one from outside as "package.module:MyNetwork".
 
-The call is `(x, timesteps, [label], *, [low_res=], train=False)`:
+The call is `(x, timesteps, [label], *, [low_res=], train=False)`; the first three are
+given by position:
 
     x          float32 [b, h, w, c], noisy images
     timesteps  float32 [b], one number for each image: how noisy it is
@@ -142,6 +143,22 @@ def example_inputs(model: Any, image_shape: Sequence[int]) -> dict[str, Array]:
     if known.low_res:
         inputs["low_res"] = jnp.zeros((1, *image_shape))
     return inputs
+
+
+def init_params(model: Any, key: Array, image_shape: Sequence[int]) -> PyTree:
+    """Returns random parameters of a network.
+
+    Images, timesteps and labels are given by position, as in every call: a network may
+    name them as it likes.
+
+    Args:
+        model: the network.
+        key: a random key.
+        image_shape: shape of one image, (h, w, c).
+    """
+    inputs = example_inputs(model, image_shape)
+    low_res = {k: inputs.pop(k) for k in ("low_res",) if k in inputs}
+    return model.init(key, *inputs.values(), **low_res).get("params", {})
 
 
 def bind(model: Any, params: PyTree, label: Any, **options: Any) -> Callable[..., Any]:

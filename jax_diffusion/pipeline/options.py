@@ -196,10 +196,15 @@ class SamplingOptions:
         if self.guidance_interval is not None:
             found = _floats(self.guidance_interval)
             low, high = found if len(found) == 2 else (math.nan, math.nan)
-            if not 0 <= low <= high or len(numbers) == 1:
+            if len(numbers) == 1:
+                got = f"{self.guidance_interval!r} with neither"
                 raise ValueError(
-                    "guidance_interval must be LOW,HIGH with guidance or a classifier, "
-                    f"got {self.guidance_interval!r}."
+                    f"guidance_interval needs guidance or a classifier, got {got}."
+                )
+            if not 0 <= low <= high:
+                raise ValueError(
+                    "guidance_interval must be LOW,HIGH with 0 <= LOW <= HIGH, got "
+                    f"{self.guidance_interval!r}."
                 )
             numbers |= {"low": low, "high": high}
         return {name: float(number) for name, number in numbers.items()}

@@ -34,8 +34,8 @@ def check_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool) ->
         return
     if not overwrite:
         raise ValueError(
-            f"out must be a new or empty folder, or hold the same job, got "
-            f"{len(there)} files in {str(folder)!r}; --overwrite replaces samples."
+            "out must be a new or empty folder, or hold the same job, got "
+            f"{files.entries(there)} in {str(folder)!r}; --overwrite replaces samples."
         )
     if others := [path.name for path in there if not _is_ours(path)]:
         raise ValueError(

@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -129,6 +129,11 @@ def takes_files(folder: Path) -> bool:
             return True
     except OSError as error:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+
+
+def entries(found: Sequence[Any]) -> str:
+    """Says how many files and folders were found, in words: "1 entry", "2 entries"."""
+    return "1 entry" if len(found) == 1 else f"{len(found)} entries"
 
 
 def reason_of_disk(error: BaseException | None) -> str:

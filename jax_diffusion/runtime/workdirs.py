@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jax_diffusion.runtime.files import entries
+
 # What only a run has; what else a run, its logs and the tools around them leave.
 OF_RUNS = ("run.json", "metrics.jsonl")
 BESIDE_RUNS = (
@@ -28,22 +30,23 @@ def check_new(workdir: Path, data_path: Any = None, field: str = "workdir") -> N
     Raises:
         ValueError: if the folder is, holds or lies in the data, or holds anything else.
     """
-    if isinstance(data_path, str | os.PathLike) and os.fspath(data_path):
-        ours, theirs = Path(workdir).resolve(), Path(data_path).resolve()
+    place = os.fspath(data_path) if isinstance(data_path, str | os.PathLike) else ""
+    if place and "\0" not in place:  # of which the reader of the data tells
+        ours = Path(os.path.realpath(workdir))
+        theirs = Path(os.path.realpath(os.path.expanduser(place)))
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
             raise ValueError(
                 f"{field} must not be, hold or lie in config.data.path, got "
-                f"{str(workdir)!r} and {os.fspath(data_path)!r}."
+                f"{str(workdir)!r} and {place!r}."
             )
     there = [*workdir.iterdir()] if workdir.is_dir() else []
     if any(path.name in OF_RUNS for path in there):
         return
     others = sorted(path.name for path in there if not is_beside_runs(path))
     if others:
-        count = "1 entry" if len(others) == 1 else f"{len(others)} entries"
         raise ValueError(
-            f"{field} must be a new or empty folder, or that of a run, got {count} in "
-            f"{str(workdir)!r}, such as {others[0]!r}."
+            f"{field} must be a new or empty folder, or that of a run, got "
+            f"{entries(others)} in {str(workdir)!r}, such as {others[0]!r}."
         )
 
 

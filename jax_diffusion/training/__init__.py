@@ -12,15 +12,13 @@ The loop itself is `jax_diffusion.train`. This package re-exports the first thre
 need no config.
 """
 
+from jax_diffusion.models import bind, example_inputs, num_classes
 from jax_diffusion.training.averages import ema_decay_at, ema_name
 from jax_diffusion.training.optimizer import DECAYS, OPTIMIZERS, make_optimizer
 from jax_diffusion.training.step import (
     TrainState,
-    bind,
-    example_inputs,
     init_state,
     make_train_step,
-    num_classes,
     start_state,
 )
 

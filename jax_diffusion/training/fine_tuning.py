@@ -28,7 +28,7 @@ from jaxtyping import PyTree
 from jax_diffusion import config as configs
 from jax_diffusion import data
 from jax_diffusion.config import Config
-from jax_diffusion.models import example_inputs, traits
+from jax_diffusion.models import init_params, traits
 from jax_diffusion.pipeline import Run, load_run
 from jax_diffusion.pipeline.run import old_names
 from jax_diffusion.runtime import checkpoint, sharding
@@ -276,8 +276,7 @@ def _plain(config: Config) -> dict[str, Any]:
 
 
 def shapes_of(model: Any, image_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    inputs = example_inputs(model, image_shape)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), image_shape))
     return {name: a.shape for name, a in leaves_by_name(shapes).items()}
 
 

@@ -17,7 +17,7 @@ from optax import microbatching
 
 from jax_diffusion import checks, data, editing, guidance, losses
 from jax_diffusion.diffusion import Objective, check_objective
-from jax_diffusion.models import bind, example_inputs, num_classes
+from jax_diffusion.models import bind, init_params, num_classes
 from jax_diffusion.schedules import NoiseSchedule, check_schedule
 from jax_diffusion.timesteps import TimestepSampler
 from jax_diffusion.training.averages import check_decays, ema_decay_at, ema_name
@@ -77,8 +77,7 @@ def init_state(
         raise ValueError(f"{rule}, got {checks.shown(image_shape)}.")
     for axis in image_shape:
         checks.integer("image_shape's axes", axis, at_least=1)
-    init: Any = model.init
-    params = init(key, **example_inputs(model, image_shape))["params"]
+    params = init_params(model, key, image_shape)
     return start_state(params, tx, timestep_sampler, ema_decays)
 
 

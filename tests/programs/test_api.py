@@ -5,10 +5,12 @@ import sys
 
 import numpy as np
 import pytest
+from support.programs import evaluate
 from support.tiny_runs import COSINE, KNOWN, LABELS, SIZE, UNET, make_run, write_images
 
 import jax_diffusion as jd
 from jax_diffusion import samplers
+from jax_diffusion.evaluation import arguments
 
 DIGITS = dict(name="digits", split="train", batch_size=16)
 
@@ -121,6 +123,38 @@ REFUSED = [
 def test_what_does_not_fit_is_refused_in_a_sentence(fields, sentence, labeled):
     with pytest.raises(ValueError, match=sentence):
         jd.sample_images(labeled, **fields)
+
+
+@pytest.mark.parametrize("value", [None, 3, 2.5, print, object()])
+def test_what_evaluate_scores_is_checked_before_what_it_is_compared_with(value):
+    words = "^run_or_images must be a run, as load_run returns it, or images, "
+    with pytest.raises(ValueError, match=words):
+        arguments.check_kinds(value, None, None)
+
+
+def test_a_workdir_in_the_place_of_images_is_told_what_it_is(labeled, monkeypatch):
+    workdir, rule = labeled.workdir, "PATH of images, got the workdir of a run"
+    given = [workdir, str(workdir), f"folder:{workdir}"]
+    for path in given:
+        with pytest.raises(ValueError, match=rf"^images must .*{rule}.*jd\.load_run"):
+            jd.evaluate(path)
+        with pytest.raises(ValueError, match=f"^images must .*{rule}"):
+            jd.evaluate(labeled, images=path)
+        with pytest.raises(ValueError, match=f"^reference must .*{rule}"):
+            jd.evaluate(labeled, reference=path)
+    told = ["evaluate", "--images", str(workdir), "--reference", str(workdir)]
+    monkeypatch.setattr("sys.argv", told)
+    with pytest.raises(ValueError, match=f"^--images must .*{rule}"):
+        evaluate.main()
+
+
+@pytest.mark.parametrize("interval", [(1, 0), "1,0", (-1, 2), (1,), "x"])
+def test_an_interval_of_guidance_has_its_ends_in_order(interval, labeled):
+    words = r"^guidance_interval must be LOW,HIGH with 0 <= LOW <= HIGH, got "
+    with pytest.raises(ValueError, match=words):
+        jd.sample_images(labeled, guidance=2.0, guidance_interval=interval)
+    with pytest.raises(ValueError, match=r"^guidance_interval needs "):
+        jd.sample_images(labeled, guidance_interval=interval)
 
 
 def test_options_may_be_given_as_one_object(labeled):

@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import pytest
+from support.programs import convert
 
 from jax_diffusion import config as configs
 from jax_diffusion.diffusion import Objective
@@ -53,8 +54,17 @@ def test_bad_overrides_are_named_in_one_sentence(overrides, words):
 
 
 def test_a_missing_config_file_is_named():
-    with pytest.raises(ValueError, match="got 'configs/nowhere"):
+    words = "^config must be .*, got 'configs/nowhere.py', where nothing is"
+    with pytest.raises(ValueError, match=words):
         configs.load_config("configs/nowhere.py")
+
+
+def test_convert_names_the_flag_of_a_missing_config_file(tmp_path, monkeypatch):
+    told = ["--checkpoint", "x.pt", "--workdir", str(tmp_path / "new")]
+    for name, words in (("missing.py", ".*missing.py', where nothing is"), ("", ".*")):
+        monkeypatch.setattr("sys.argv", ["convert", *told, "--config", name])
+        with pytest.raises(ValueError, match=f"^--config must be the path{words}"):
+            convert.main()
 
 
 def test_a_config_file_with_a_misspelt_field_gets_a_suggestion(tmp_path):

@@ -121,7 +121,10 @@ def test_check_data_lists_damaged_files_of_all_splits(tmp_path, monkeypatch, cap
     assert [line.split(" ")[0] for line in printed] == [
         str(tmp_path / "data" / name) for name in ("05.png", "09.png")
     ]
-    for args in ([], ["--check-data", "--workdir", tmp_path / "run"]):
-        with pytest.raises(ValueError, match="--workdir must be given, except with"):
+    for args, rule in (
+        ([], "given without --check-data, got none"),
+        (["--check-data", "--workdir", tmp_path / "run"], "left out with --check-data"),
+    ):
+        with pytest.raises(ValueError, match=f"^--workdir must be {rule}"):
             run_program(monkeypatch, "--config", config, *args)
     assert not (tmp_path / "run").exists()

@@ -32,6 +32,16 @@ class Swapped(nn.Module):
     def __call__(self, t, images, train=False):
         return images
 
+class Renamed(nn.Module):
+    out_channels: int = 1
+    num_classes: int = 10
+    low_res: bool = True
+
+    @nn.compact
+    def __call__(self, images, sigma, kind, *, low_res, train=False):
+        time = nn.Dense(1)(sigma[:, None])[:, None, None]
+        return nn.Dense(self.out_channels)(images + low_res.mean((1, 2), keepdims=True) + time)
+
 class Fails(nn.Module):
     out_channels: int = 1
 
@@ -145,7 +155,7 @@ CASES = [
     ("timesteps", "builtins:max", {}, "tells which arguments it takes"),
     ("model", "own:boom", {}, "RuntimeError: boom"),
     ("model", "own:number", {}, "makes 3, without init and apply"),
-    ("model", "own:Swapped", {}, "TypeError"),
+    ("model", "own:Swapped", {}, "got float32 .16."),
     ("model", "own:Fails", {}, "KeyError: 'train'"),
     ("model", "own:Narrow", {}, "TypeError: .*out_channels"),
     ("data", "own:boom", BATCH, "RuntimeError: boom"),
@@ -184,6 +194,21 @@ def test_a_function_of_ones_own_that_does_not_fit_is_named(
         while cause.__cause__ is not None:
             cause = cause.__cause__
         assert words.endswith(str(cause))
+
+
+def test_a_network_of_ones_own_may_name_what_it_is_given_as_it_likes(own):
+    fields = {"name": f"{own}:Renamed"}
+    config = changed("model", fields)
+    config.model, config.low_res_size = fields, 4
+    built(config)
+
+
+def test_a_field_that_a_network_of_ones_own_does_not_have_is_named_with_it(own):
+    words = f"^config.model of '{own}:Narrow' has no field 'channels'"
+    config = changed("model", {})
+    config.model = dict(name=f"{own}:Narrow", channels=8)
+    with pytest.raises(ValueError, match=words):
+        configs.check_config(config)
 
 
 def test_a_sampler_of_ones_own_with_other_arguments_is_refused(own):
