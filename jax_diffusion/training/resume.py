@@ -257,6 +257,6 @@ def _refusal(workdir: Path, lines: list[str], misfit: str, others: str) -> Value
     if misfit:
         then = f"whose saved state is not that of this one, as of its arrays {misfit}"
     return ValueError(
-        f"workdir {str(workdir)!r} holds a run with another config "
-        f"({'; '.join(lines)}), {then}."
+        f"workdir {str(workdir)!r} holds a run with another config, {then}; what "
+        f"differs: {'; '.join(lines)}."
     )

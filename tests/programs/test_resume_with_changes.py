@@ -48,7 +48,7 @@ def test_a_named_field_changes_and_the_record_and_run_json_say_when(begun, run, 
     config = config_of(begun, optimizer=dict(lr=0.5))
     line = "optimizer.lr: 0.01 -> 0.5"
     sentence = refuses(train.train, config, run)
-    assert sentence.endswith(f"--allow-change optimizer.lr: {line}.")
+    assert sentence.endswith(f"--allow-change optimizer.lr; what differs: {line}.")
     before = checkpoint.load_params(run, ema=None)
     state = train.train(config, run, allow_change=["optimizer.lr"])
     assert f"from step 2 on: {line}" in capsys.readouterr().out
@@ -79,16 +79,20 @@ def test_a_change_that_is_taken_back_is_in_the_record_twice(begun, run):
 @pytest.mark.parametrize(
     ("changes", "allowed", "words"),
     [
-        (dict(seed=1), ["optimizer.lr"], "--allow-change seed: seed: 0 -> 1."),
+        (
+            dict(seed=1),
+            ["optimizer.lr"],
+            "--allow-change seed; what differs: seed: 0 -> 1.",
+        ),
         (
             dict(seed=1, optimizer=dict(lr=0.5)),
             ["optimizer.lr"],
-            "--allow-change seed: seed: 0 -> 1.",
+            "--allow-change seed; what differs: seed: 0 -> 1.",
         ),
         (
             dict(seed=1, optimizer=dict(lr=0.5)),
             [],
-            "--allow-change optimizer.lr,seed: optimizer.lr: 0.01 -> 0.5; seed: 0 -> 1",
+            "--allow-change optimizer.lr,seed; what differs: optimizer.lr: 0.01 -> 0.5; seed: 0 -> 1",
         ),
         ({}, ["optimizer.rl"], "got 'optimizer.rl'; did you mean 'optimizer.lr'?"),
         ({}, ["lr"], "allow_change must name fields of the config, got 'lr'"),
@@ -165,7 +169,7 @@ def test_larger_images_may_go_on_if_that_is_allowed(begun, run, tmp_path):
     write_images(tmp_path / "large.npz", channels=1, size=16)
     config = tiny_config(tmp_path / "large.npz", total_steps=3)
     sentence = refuses(train.train, config, run)
-    assert "told --allow-change data.path: " in sentence
+    assert "told --allow-change data.path; what differs: " in sentence
     assert "images (16, 16, 1), the run was trained on (8, 8, 1)." in sentence
     assert int(train.train(config, run, allow_change=["data.path"]).step) == 3
 
@@ -211,7 +215,10 @@ def test_other_images_are_another_run_wherever_they_lie(begun, run, tmp_path):
     config, before = tiny_config(other, total_steps=3), files_of(run)
     sentence = refuses(train.train, config, run)
     assert sentence.endswith(f"{other}, which holds other images.")
-    assert "--allow-change data.path: " in sentence and files_of(run) == before
+    assert (
+        "--allow-change data.path; what differs: " in sentence
+        and files_of(run) == before
+    )
     state = train.train(config, run, allow_change=["data.path"])
     assert int(state.step) == 3
     # The path of now has, behind the run's back, other images again.
@@ -236,7 +243,9 @@ def test_a_record_without_a_digest_is_read_as_before(
     moved = tmp_path / "elsewhere.npz"
     shutil.copy(begun / "images.npz", moved)
     config = tiny_config(moved, total_steps=3)
-    assert "--allow-change data.path: data.path: " in refuses(train.train, config, run)
+    assert "--allow-change data.path; what differs: data.path: " in refuses(
+        train.train, config, run
+    )
     capsys.readouterr()
     assert int(train.train(config_of(begun), run).step) == 3
     told = "did not record a digest of its images, so that others would not be noticed"

@@ -40,7 +40,8 @@ class Renamed(nn.Module):
     @nn.compact
     def __call__(self, images, sigma, kind, *, low_res, train=False):
         time = nn.Dense(1)(sigma[:, None])[:, None, None]
-        return nn.Dense(self.out_channels)(images + low_res.mean((1, 2), keepdims=True) + time)
+        small = low_res.mean((1, 2), keepdims=True)
+        return nn.Dense(self.out_channels)(images + small + time)
 
 class Fails(nn.Module):
     out_channels: int = 1
