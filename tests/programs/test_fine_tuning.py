@@ -325,7 +325,7 @@ def test_the_command_line_begins_goes_on_and_changes_in_words_of_its_flags(
     assert f"init_from {source}:0.5: EMA 0.5, step 2" in capsys.readouterr().out
     sentences.append(refuses(run, "--init-from", source))
     longer = "--config.total_steps=3"
-    assert "--allow-change optimizer.lr: " in refuses(run, longer, faster)
+    assert "--allow-change optimizer.lr; " in refuses(run, longer, faster)
     run(longer, faster, "--config.log_every=3", "--allow-change", "optimizer.lr,seed")
     assert "from step 2 on: optimizer.lr: 0.01 -> 0.5" in capsys.readouterr().out
     sentences.append(refuses(run, "--allow-change", "init_from"))
