@@ -92,8 +92,8 @@ def test_a_change_that_is_taken_back_is_in_the_record_twice(begun, run):
         (
             dict(seed=1, optimizer=dict(lr=0.5)),
             [],
-            "--allow-change optimizer.lr,seed; what differs: optimizer.lr: 0.01 -> 0.5; "
-            "seed: 0 -> 1",
+            "--allow-change optimizer.lr,seed; what differs: optimizer.lr: 0.01 -> 0.5;"
+            " seed: 0 -> 1",
         ),
         ({}, ["optimizer.rl"], "got 'optimizer.rl'; did you mean 'optimizer.lr'?"),
         ({}, ["lr"], "allow_change must name fields of the config, got 'lr'"),
