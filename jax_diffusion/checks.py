@@ -12,6 +12,7 @@ import contextlib
 import math
 import numbers
 import operator
+import os
 import reprlib
 from collections.abc import Sequence
 from types import EllipsisType
@@ -134,6 +135,21 @@ def function(name: str, value: Any, arguments: str) -> None:
     if not callable(value):
         rule = f"{name} must be a function of {arguments}"
         raise ValueError(f"{rule}, got {shown(value)}.")
+
+
+def path(name: str, value: Any, rule: str = "a path") -> None:
+    """Raises ValueError unless `value`, the argument `name`, is a path of any file.
+
+    That is a string or an os.PathLike of one, and not blank. `rule` says in words what
+    else the path must be.
+
+    >>> path("out", 3)
+    Traceback (most recent call last):
+    ValueError: out must be a path, got 3.
+    """
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{name} must be {rule}, got {shown(value)}.")
 
 
 def array(
@@ -332,8 +348,11 @@ def shown(value: Any) -> str:
         value = value.item()
     if value is None or type(value) in (bool, int, float, complex, str):
         return reprlib.repr(value)
+    if type(value) in (list, tuple) and any(hasattr(one, "dtype") for one in value):
+        return f"a {type(value).__name__} of {len(value)}, {shown(value[0])} first"
     if type(value) in (list, tuple, dict):
-        return reprlib.repr(value)
+        text = reprlib.repr(value)
+        return text if len(text) <= 100 else f"{text[:100]}..."
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jax_diffusion import checks
 from jax_diffusion.runtime import files
 
 
@@ -27,9 +28,16 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 1) -> np.nda
         One image, uint8 [rows * (h + gap) + gap, columns * (w + gap) + gap, c], with c
         1 or 3.
 
+    Raises:
+        ValueError: if an argument is not as described.
+
     >>> grid(np.zeros((6, 8, 8, 3), np.uint8), columns=3).shape
     (19, 28, 3)
     """
+    checks.array("images", images, "uint8", ("n", "h", "w", "c"))
+    if columns is not None:
+        checks.integer("columns", columns, at_least=1)
+    checks.integer("gap", gap, at_least=0)
     if images.shape[-1] not in (1, 3):
         images = np.concatenate(np.moveaxis(images, -1, 0), axis=2)[..., None]
     n, h, w, c = images.shape
@@ -76,6 +84,7 @@ def save_gif(
 
 def _write(path: str | Path, content: Callable[[BinaryIO], Any]) -> None:
     """Writes a picture under another name first: a kill leaves no half of one."""
+    checks.path("path", path, "a string or an os.PathLike")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, content, sync=False)
 
@@ -83,6 +92,7 @@ def _write(path: str | Path, content: Callable[[BinaryIO], Any]) -> None:
 def _to_pillow(image: np.ndarray, min_size: int) -> Any:
     from PIL import Image
 
+    checks.array("image", image, "uint8", ("h", "w", "c"))
     factor = max(1, -(-min_size // max(image.shape[:2])))
     image = np.repeat(np.repeat(image, factor, axis=0), factor, axis=1)
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

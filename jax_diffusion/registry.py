@@ -76,13 +76,14 @@ def choose(what: str, name: Any, known: Mapping[str, Any]) -> Any:
     """
     if not isinstance(name, str) or name not in known:
         rule = f"{what} must be one of {sorted(known)}"
-        raise ValueError(f"{rule}, got {name!r}{hint(name, known)}")
+        raise ValueError(f"{rule}, got {short(name)}{hint(name, known)}")
     return known[name]
 
 
 def hint(name: Any, known: Iterable[str]) -> str:
     """Ends a sentence about an unknown name: "; did you mean 'ddim'?", or a period."""
-    close = difflib.get_close_matches(str(name)[:100], list(known), n=1)
+    text = name[:100] if isinstance(name, str) else ""
+    close = difflib.get_close_matches(text, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
@@ -107,10 +108,8 @@ def parameters(function: Callable, where: str) -> Parameters:
     Raises:
         ValueError: if it cannot be told which arguments it takes.
     """
-    try:
+    with contextlib.suppress(Exception):  # strings among the hints may name anything
         return inspect.signature(function, eval_str=True).parameters
-    except Exception:  # strings among the hints may name anything
-        pass
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
@@ -186,8 +185,8 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 def fits(value: Any, hint: Any) -> bool:
     """Tells whether a value has the type that a hint names, every item included.
 
-    An int is a float, but a bool is no number. Lists and tuples count as the same, as
-    configs are kept as JSON. A string is no list of strings.
+    An int is a float, but a bool is no number. Lists and tuples count as the same (JSON
+    has one of them). A string is no list of strings, a path is text.
 
     Args:
         value: anything.
@@ -216,6 +215,8 @@ def fits(value: Any, hint: Any) -> bool:
         if origin is tuple and inner and inner[-1] is not Ellipsis:
             return len(value) == len(inner) and all(map(fits, value, inner))
         return not inner or all(fits(item, inner[0]) for item in value)
+    if hint is os.PathLike:
+        return isinstance(value, hint) and isinstance(os.fspath(value), str)
     if inspect.isclass(hint) and not inner and not hasattr(hint, "_is_protocol"):
         with contextlib.suppress(TypeError):
             return isinstance(value, hint)
@@ -260,7 +261,8 @@ def in_words(hint: Any) -> str:
         return SIMPLE[hint][1]
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        words = [in_words(h) for h in inner if not (h is int and float in inner)]
+        wider = {int: float, str: os.PathLike}  # what includes the other, in words
+        words = [in_words(h) for h in inner if wider.get(h, h) not in {*inner} - {h}]
         return " or ".join(dict.fromkeys(words))
     if origin is typing.Literal:
         return f"one of {inner}"
@@ -278,7 +280,9 @@ def in_words(hint: Any) -> str:
 
 
 def short(value: Any, length: int = 100) -> str:
-    """Returns the repr of a value in one line of at most about `length` characters."""
+    """Returns a value's repr in one line of about `length` characters."""
+    if getattr(value, "ndim", 0):  # an array
+        return f"{value.dtype} [{', '.join(map(str, value.shape))}]"
     text = " ".join(repr(value).split())
     return text if len(text) <= length else f"{text[:length]}..."
 

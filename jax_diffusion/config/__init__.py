@@ -16,7 +16,7 @@ This module builds what a config describes. Nothing behind it sees a ConfigDict.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -43,6 +43,7 @@ from jax_diffusion.registry import (
     lookup,
     named,
     outside,
+    parameters,
     short,
 )
 from jax_diffusion.schedules import NoiseSchedule
@@ -60,6 +61,7 @@ __all__ = [
     "build",
     "call",
     "check_config",
+    "check_signature",
     "complete",
     "differences",
     "load_config",
@@ -87,6 +89,24 @@ class Built(NamedTuple):
     schedule: NoiseSchedule
     objective: Objective | None
     model: nn.Module
+
+
+def check_signature(
+    function: Callable, given: Mapping[str, Any], names: Iterable[str]
+) -> None:
+    """Checks arguments of a call from Python against the function's type hints.
+
+    Args:
+        function: what was called.
+        given: its arguments by name, such as its `locals()`.
+        names: of the arguments to check.
+
+    Raises:
+        ValueError: for the first one that does not fit.
+    """
+    known = parameters(function, "function")
+    for name in names:
+        check_type(name, given[name], known[name].annotation)
 
 
 def build(config: Config, num_channels: int) -> Built:

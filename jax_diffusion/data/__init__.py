@@ -38,6 +38,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -179,6 +180,11 @@ def load(
     (1618, 10, (8, 8, 1))
     """
     checks.choice("on_error", on_error, ON_ERROR)
+    check_path(path)
+    if in_memory is not None:
+        checks.boolean("in_memory", in_memory)
+    if path and name in WITHOUT_PATH:
+        raise ValueError(f"path must be left out for {name!r}, got {path!r}.")
     examples = open_examples(name, split, path, image_size, background, max_value)
     if isinstance(examples, InMemory):
         if in_memory is False:
@@ -223,6 +229,7 @@ def open_examples(
         `InMemory` of a reader that returns arrays; else what the reader returns.
     """
     reader = registry.lookup("dataset", name, DATASETS)
+    check_path(path)
     size = None if image_size is None else height_and_width(image_size)
     decoder = Decoder(background, max_value)
     rule = "a reader (split, path, image_size) -> (images, labels) or data.Examples"
@@ -240,6 +247,13 @@ def open_examples(
     images = decoder.convert(images)  # a wrong max_value is no fault of the reader
     with registry.outside("name", name, rule):
         return InMemory.of((images, labels))
+
+
+def check_path(path: Any) -> None:
+    """Raises ValueError unless `path` may be given to a reader of a data set."""
+    missing = path is None or (isinstance(path, str) and not path)
+    if not missing:  # for which readers have words of their own
+        checks.path("path", path, "a string or an os.PathLike")
 
 
 def check(
@@ -279,7 +293,7 @@ def open_stored(source: str | os.PathLike, field: str = "images") -> Examples:
     Raises:
         ValueError: if it cannot be read.
     """
-    name, path = parse_source(os.fspath(source), field, must_exist=True)
+    name, path = parse_source(source, field, must_exist=True)
     if name != "folder":
         return load(name, "all", path=path, batch_size=1, train=False).examples
     found = read_folder("all", path, None)
@@ -293,7 +307,7 @@ def source_name(name: str, path: Source) -> str:
 
 
 def parse_source(
-    text: str, field: str = "images", *, must_exist: bool = False
+    text: str | os.PathLike, field: str = "images", *, must_exist: bool = False
 ) -> tuple[str, str | None]:
     """Parses images on a command line, PATH or NAME:PATH, to the arguments of `load`.
 
@@ -317,6 +331,12 @@ def parse_source(
     >>> parse_source("digits")
     ('digits', None)
     """
+    rule = (
+        "a folder, an image, a .npz or .npy file, or NAME:PATH with NAME one of "
+        f"{sorted(DATASETS)} or 'package.module:function'"
+    )
+    checks.path(field, text, rule)
+    text = os.fspath(text)
     name, _, path = text.partition(":")
     place = os.path.expanduser(text)
     arrays = text.lower().endswith((".npz", ".npy")) and not os.path.isdir(place)
@@ -332,8 +352,5 @@ def parse_source(
     if own := re.fullmatch(r"([\w.]+:\w+)(?::(.*))?", text):
         return own[1], own[2] or None
     absent = "" if os.path.exists(place) else ", which does not exist"
-    raise ValueError(
-        f"{field} must be a folder, an image, a .npz or .npy file, or NAME:PATH with "
-        f"NAME one of {sorted(DATASETS)} or 'package.module:function', got {text!r}"
-        f"{absent}{registry.hint(name, DATASETS)}"
-    )
+    end = registry.hint(name, DATASETS)
+    raise ValueError(f"{field} must be {rule}, got {text!r}{absent}{end}")

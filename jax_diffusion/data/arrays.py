@@ -106,9 +106,7 @@ def check_folder(path: Source, reader: str = "folder") -> Path:
             got += (
                 ", which is no folder" if place.exists() else ", which does not exist"
             )
-        raise ValueError(
-            f"config.data.path must be a folder for the reader {reader!r}, got {got}."
-        )
+        raise ValueError(f"path must be a folder for the reader {reader!r}, got {got}.")
     return place
 
 
@@ -117,7 +115,8 @@ def _read_idx(folder: Path, stem: str, ndim: int) -> np.ndarray:
     ends = [f"{mark}idx{ndim}-ubyte{gz}" for mark in "-." for gz in ("", ".gz")]
     file = next((f for end in ends if (f := folder / (stem + end)).is_file()), None)
     if file is None:
-        raise ValueError(f"{folder} must hold {stem}{ends[0]}[.gz], got no such file.")
+        rule = f"path must hold {stem}{ends[0]}[.gz]"
+        raise ValueError(f"{rule}, got no such file in {str(folder)!r}.")
     with reading(f"{file} must be a whole file"):
         data = file.read_bytes()
         data = gzip.decompress(data) if file.suffix == ".gz" else data
@@ -169,7 +168,7 @@ def of_file(path: Source) -> Iterator[None]:
 
 
 def read_image_file(
-    path: Source, *, with_labels: bool = True
+    path: Source, field: str = "path", *, with_labels: bool = True
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Reads images, and labels if there are any, from a .npz or .npy file.
 
@@ -177,6 +176,7 @@ def read_image_file(
         path: a .npz file with "images" and perhaps "labels", or with "arr_0" and
             perhaps "arr_1" as improved-diffusion and guided-diffusion write them; its
             other arrays are not read. Or a .npy file, which is mapped into memory.
+        field: what names the file, for errors.
         with_labels: False leaves the labels unread.
 
     Returns:
@@ -185,26 +185,35 @@ def read_image_file(
     Raises:
         ValueError: if it is no such file of plain arrays, or has no images.
     """
-    if not path:
-        raise ValueError(f"path must be a .npz or .npy file, got {path!r}.")
-    file = Path(path).expanduser()
-    rule = f"{path} must be a .npz or .npy file of plain arrays"
+    checks.path(field, path, "a .npz or .npy file")
+    file = Path(path or "").expanduser()
+    rule = f"{field} must be a .npz or .npy file of plain arrays, got {str(path)!r}"
     if not file.exists():
-        raise ValueError(f"{rule}, got one that does not exist.")
-    with reading(rule):
+        raise ValueError(f"{rule}, which does not exist.")
+    with _reading(rule):
         with file.open("rb") as f:
             start = f.read(len(np.lib.format.MAGIC_PREFIX))
         if start == np.lib.format.MAGIC_PREFIX:
             return np.lib.format.open_memmap(file, mode="r"), None
     if not zipfile.is_zipfile(file):
-        raise ValueError(f"{rule}, got one that starts with {start}, or cut off.")
+        raise ValueError(f"{rule}, which starts with {start}, or is cut off.")
     for names in (("images", "labels"), ("arr_0", "arr_1")):
-        found = files.read_npz(file, names if with_labels else names[:1])
+        with _reading(rule):
+            found = files.read_npz(file, names if with_labels else names[:1])
         if names[0] in found:
             return found[names[0]], found.get(names[1])
     with zipfile.ZipFile(file) as archive:
         there = [name.removesuffix(".npy") for name in archive.namelist()]
     raise ValueError(
-        f"{path} must have arrays called images and perhaps labels, or arr_0 and "
-        f"perhaps arr_1, got {there}."
+        f"{field} must have arrays called images and perhaps labels, or arr_0 and "
+        f"perhaps arr_1, got {there} in {str(path)!r}."
     )
+
+
+@contextlib.contextmanager
+def _reading(rule: str) -> Iterator[None]:
+    """Turns any error of a reader into a ValueError: "RULE: ERROR."."""
+    try:
+        yield
+    except Exception as error:  # whose cause tells what a sentence of its own says
+        raise ValueError(f"{rule}: {error.__cause__ or error!r}.") from error

@@ -264,9 +264,9 @@ def check_images(name: str, images: np.ndarray) -> None:
 
 def check_split(split: str) -> None:
     """Raises ValueError unless `split` is in `SPLITS`."""
-    if split not in SPLITS:
+    if not isinstance(split, str) or split not in SPLITS:
         raise ValueError(
-            f"split must be one of {SPLITS}, got {split!r}"
+            f"split must be one of {SPLITS}, got {registry.short(split)}"
             f"{registry.hint(split, SPLITS)}"
         )
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jax_diffusion import checks
 from jax_diffusion.data.arrays import check_folder, read_image_file
 from jax_diffusion.data.classes import class_order, label_table
 from jax_diffusion.data.decode import (
@@ -202,7 +203,7 @@ def read_folder(
         return Folder(alone, label, image_size, decoder, labeled=False)
     root = check_folder(path)
     found = find_images(root)
-    paths = _not_empty(root, found.paths)
+    paths = _not_empty("path", root, found.paths)
     layout = read_layout(root, [path[len(str(root)) + 1 :] for path in paths])
     labels, class_names = np.zeros(len(paths), np.int32), None
     if layout.classes is not None:
@@ -229,10 +230,11 @@ def is_image_file(path: Source) -> bool:
     return file.suffix.lower() in readable_suffixes() and file.is_file()
 
 
-def _not_empty(root: Path, paths: list[str]) -> list[str]:
-    """Returns the paths, or raises ValueError if there are none."""
+def _not_empty(field: str, root: Path, paths: list[str]) -> list[str]:
+    """Returns the paths, or raises ValueError, by a field's name, if there are none."""
     if not paths:
-        raise ValueError(f"{root} must hold images, {readable_suffixes()}, got none.")
+        rule = f"{field} must hold images, {readable_suffixes()}"
+        raise ValueError(f"{rule}, got none in {str(root)!r}.")
     return paths
 
 
@@ -320,17 +322,17 @@ def open_images(
     Raises:
         ValueError: if there are no images there or they are not as described.
     """
+    rule = "in a folder, or in a .npz or .npy file"
+    checks.path("images", path, rule)
     place = Path(path).expanduser()
-    if not os.fspath(path) or not place.exists():
-        raise ValueError(
-            f"images must be in a folder, or in a .npz or .npy file, got no {path!r}."
-        )
+    if not place.exists():
+        raise ValueError(f"images must be {rule}, got no {os.fspath(path)!r}.")
     if place.is_dir():
-        paths = PackedStrings(_not_empty(place, find_images(place).paths))
+        paths = PackedStrings(_not_empty("images", place, find_images(place).paths))
         labels = np.zeros(len(paths), np.int32)
         found = Folder(paths, labels, None, decoder or Decoder())
         return StoredImages(place, found.image_shape, found)
-    images, _ = read_image_file(place, with_labels=False)
+    images, _ = read_image_file(place, "images", with_labels=False)
     if images.ndim == 3:
         images = images[..., None]
     images = (decoder or Decoder()).convert(images)

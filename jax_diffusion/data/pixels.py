@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jax_diffusion import checks
@@ -24,8 +25,7 @@ def from_uint8(images: Any) -> Any:
     >>> from_uint8(np.array([0, 51, 255], np.uint8)).round(3).tolist()
     [-1.0, -0.6000000238418579, 1.0]
     """
-    if images.dtype != np.uint8:
-        raise ValueError(f"images to scale must be uint8, got {images.dtype}.")
+    checks.array("images", images, "uint8")
     return images.astype(np.float32) / 127.5 - 1
 
 
@@ -45,7 +45,7 @@ def to_uint8(x: Any, rounding: str = "floor") -> np.ndarray:
         A uint8 array of NumPy of the same shape.
 
     Raises:
-        ValueError: if `rounding` is not in `ROUNDINGS`.
+        ValueError: if `x` has no numbers, or `rounding` is not in `ROUNDINGS`.
 
     >>> x = np.array([-1.0, 0.0, 0.999, 7.0])
     >>> to_uint8(x).tolist(), to_uint8(x, "round").tolist()
@@ -53,5 +53,8 @@ def to_uint8(x: Any, rounding: str = "floor") -> np.ndarray:
     """
     checks.choice("rounding", rounding, ROUNDINGS)
     half = 0.5 if rounding == "round" else 0.0
-    scaled = (np.asarray(x, np.float32) + 1) * 127.5 + half
+    found = np.asarray(x)
+    if found.dtype != bool and not jnp.issubdtype(found.dtype, jnp.number):
+        raise ValueError(f"x must be an array of numbers, got {checks.shown(x)}.")
+    scaled = (found.astype(np.float32) + 1) * 127.5 + half
     return scaled.clip(0, 255).astype(np.uint8)

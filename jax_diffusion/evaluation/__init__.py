@@ -67,6 +67,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from jax_diffusion import config as configs
 from jax_diffusion.evaluation import arguments, image_sets, results
 from jax_diffusion.evaluation import feature_classifier as classifiers
 from jax_diffusion.evaluation.arguments import NETWORK_METRICS
@@ -95,7 +96,7 @@ def evaluate(
     images: Images | None = None,
     reference: Images | None = None,
     reference_split: str = "train",
-    data: str | None = None,
+    data: str | os.PathLike | None = None,
     split: str = "test",
     n: int | None = None,
     seed: int = 0,
@@ -165,6 +166,7 @@ def evaluate(
             process is evaluating into `out`.
     """
     as_called = locals()
+    configs.check_signature(evaluate, as_called, arguments.OF_ONE_TYPE)
     ode: dict[str, Any] = dict(ode_steps=ode_steps, ode_probes=ode_probes)
     counts: dict[str, Any] = dict(n=n, bpd_images=bpd_images, bpd_steps=bpd_steps)
     arguments.check_counts(seed, counts, batch_size=batch_size, **ode)
@@ -178,9 +180,9 @@ def evaluate(
     if folder is not None:  # must be readable when the scores are there
         results.read_records(folder / "scores.json")
     file = feature_classifier or classifiers.default_file(folder, run)
-    of_data: dict[str, Any] = dict(source=data, batch_size=batch_size)
-    both: dict[str, Any] = {}
-    found: list[Result] = []
+    source = data and os.fspath(data)
+    of_data: dict[str, Any] = dict(source=source, batch_size=batch_size)
+    both, found = {}, []
     if rows:  # opened now, so that nothing is written if they are wrong
         drawn: Any = dict(n=n, options=how, seed=seed, split=reference_split, **of_data)
         both = open_both(run, images, reference, rows, names, **drawn)

@@ -51,6 +51,9 @@ EXTRACTOR_ARGUMENTS = {
     "inception_sha256": "inception",
     "feature_classifier": "classifier",
 }
+# The arguments of which no other check says more than their type hint does.
+OF_ONE_TYPE = ("data", "split", "reference_split", "train_feature_classifier", "out")
+OF_ONE_TYPE += (*EXTRACTOR_ARGUMENTS, "options")
 # The arguments that not every metric uses, and their defaults but None.
 NOT_FOR_ALL = ("n", "reference_split", *NETWORK_ARGUMENTS, *EXTRACTOR_ARGUMENTS)
 DEFAULTS = {
@@ -85,7 +88,7 @@ def choose(
     run_or_images: Run | Images,
     images: Images | None,
     reference: Images | None,
-    data: str | None,
+    data: str | os.PathLike | None,
     metrics: Any,
     options: SamplingOptions | None,
     sampling: Mapping[str, Any],
@@ -171,7 +174,7 @@ def check_counts(seed: Any, optional: Mapping[str, Any], **counts: Any) -> None:
 def check_sources(
     run: Run | None,
     images: Images | None,
-    data: str | None,
+    data: str | os.PathLike | None,
     trains: bool,
     how: SamplingOptions,
     sampled: Sequence[str],
@@ -200,7 +203,7 @@ def check_sources(
     if guide.endswith(".npz"):
         raise ValueError(
             "classifier must be the workdir of a noisy classifier that guides, got "
-            f"{guide!r}; --feature-classifier takes the file whose features are "
+            f"{guide!r}; `feature_classifier` takes the file whose features are "
             "compared."
         )
     if run is not None and traits(run.model).low_res:
@@ -307,7 +310,7 @@ def check_used(
     if split is None or reference is None:
         return
     is_path = isinstance(reference, str | os.PathLike)
-    if not is_path or parse_source(os.fspath(reference), "reference")[0] in AS_THEY_ARE:
+    if not is_path or parse_source(reference, "reference")[0] in AS_THEY_ARE:
         raise ValueError(
             f"reference_split needs a data set with splits, got {split!r} for images."
         )

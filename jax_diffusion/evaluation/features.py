@@ -119,12 +119,13 @@ def inception(
     Raises:
         ValueError: if the file cannot be had, or has the wrong hash.
     """
-    advice = f"get the file from {url} and give its path, --inception FILE"
+    advice = f"get the file from {url} and give its path as `inception`"
     if source is not None:
         path = Path(source).expanduser()
         if not path.is_file():
             raise ValueError(
-                f"Inception's weights must be a file, got {str(path)!r}; {advice}."
+                f"inception must be the file of its weights, got {str(path)!r}, where "
+                f"no file is; {advice}."
             )
     elif sha256 is None:
         raise ValueError(

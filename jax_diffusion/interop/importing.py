@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
+from jax_diffusion import checks, data
 from jax_diffusion import config as configs
-from jax_diffusion import data
 from jax_diffusion.config import Config
 from jax_diffusion.interop import (
     foreign,
@@ -169,6 +169,14 @@ def read_checkpoint(
     Raises:
         ValueError: if the file is unknown or damaged, or is not of that network.
     """
+    names = ("name", "layout", "image_size", "ignore_objects", "allow_nonfinite")
+    configs.check_signature(read_checkpoint, locals(), names)
+    if config is not None and not hasattr(config, "items"):
+        raise ValueError(
+            "config must be a config, as load_config reads it from a file, got "
+            f"{checks.shown(config)}."
+        )
+    checks.path("checkpoint", path, "a file or folder")
     path = Path(path)
     if not path.exists():
         raise ValueError(
@@ -182,7 +190,11 @@ def read_checkpoint(
         folder = hub_folders.read_folder(path, config, ignore_objects=ignore_objects)
         params = _params(*folder, "diffusers", allow_nonfinite)
         return Checkpoint(params, folder.config, folder.image_shape)
-    found = read_state_dict(path, ignore_objects=ignore_objects)
+    try:
+        found = read_state_dict(path, ignore_objects=ignore_objects)
+    except ValueError as error:
+        rule = "checkpoint must be a file that can be read"
+        raise ValueError(f"{rule}, got: {error}") from error
     if RECORD in found.metadata:
         return read_own_file(path, found, config, allow_nonfinite)
     if config is not None:

@@ -8,6 +8,7 @@ Image i depends on the seed and on i alone, whatever the batch size and the devi
     run      Run, load_run; open_images and open_split of its data
     options  SamplingOptions: solver, steps, clipping, labels, guidance
     inputs   labels, images to start from, a classifier; checked against the run
+    masks    read_mask: which pixels of an image are known
     draw     make_sampler: the compiled function that draws a batch
 """
 
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from jax_diffusion import config as configs
 from jax_diffusion import data, export, schedules
+from jax_diffusion.checks import shown
 from jax_diffusion.models import traits
 from jax_diffusion.pipeline.draw import make_sampler
 from jax_diffusion.pipeline.inputs import (
@@ -45,6 +47,7 @@ from jax_diffusion.pipeline.run import (
     match_classes,
     open_images,
     open_split,
+    with_effect,
 )
 from jax_diffusion.pipeline.tasks import TaskOptions
 from jax_diffusion.registry import is_outside
@@ -68,6 +71,7 @@ __all__ = [
     "open_split",
     "read_inputs",
     "sample_images",
+    "with_effect",
 ]
 
 LONG = 100  # steps, from which on a sampler has a progress bar of its own
@@ -107,7 +111,7 @@ def sample_images(
         ValueError: for a field that is unknown, out of range, or does not fit the run.
     """
     if not isinstance(run, Run):
-        raise ValueError(f"run must be what load_run returns, got {run!r}.")
+        raise ValueError(f"run must be what load_run returns, got {shown(run)}.")
     for name, value, least in (
         ("n", n, 1),
         ("batch_size", batch_size, 1),
@@ -116,13 +120,13 @@ def sample_images(
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if not whole or not least <= value < 2**32:
             raise ValueError(
-                f"{name} must be an integer in [{least}, 2^32), got {value!r}."
+                f"{name} must be an integer in [{least}, 2^32), got {shown(value)}."
             )
     numbers = np.arange(n) if ids is None else np.asarray(ids)
     if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
-        raise ValueError(f"ids must be integers [n], got {ids!r}.")
+        raise ValueError(f"ids must be integers [n], got {shown(ids)}.")
     if numbers.min() < 0 or numbers.max() >= 2**31:
-        raise ValueError(f"ids must be in [0, 2^31), got {ids!r}.")
+        raise ValueError(f"ids must be in [0, 2^31), got {shown(ids)}.")
     if options is not None:
         fields = vars(options) | fields
     options, task = make_options(fields, SamplingOptions, TaskOptions)

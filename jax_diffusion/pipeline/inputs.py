@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from jax_diffusion import data
+from jax_diffusion import checks, data
 from jax_diffusion.models import traits
 from jax_diffusion.pipeline.options import SamplingOptions
 from jax_diffusion.pipeline.run import (
@@ -77,7 +78,7 @@ def check_inputs(
     if (task.low_res is not None) != enlarges:
         raise ValueError(
             "low_res must be given for a network with low_res and for no other, got "
-            f"{task.low_res!r}."
+            f"{checks.shown(task.low_res)}."
         )
     if upsample is None:
         return
@@ -222,6 +223,14 @@ def _names_beside(run: Run, other: Run) -> tuple[str, ...] | None:
     return names
 
 
+def as_images(field: str, images: Any) -> np.ndarray:
+    """Returns an array of images as uint8 [n h w c]; errors begin with the field."""
+    try:
+        return data.check_arrays(images, None)[0]
+    except ValueError as error:
+        raise ValueError(str(error).replace("images", field, 1)) from error
+
+
 def read_images(
     run: Run, task: TaskOptions, owner: Run | None
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
@@ -234,26 +243,31 @@ def read_images(
     """
     rows: dict[str, np.ndarray] = {}
     examples, field = None, "images"
-    if task.low_res is not None:
+    is_array = np.ndarray | jax.Array
+    low_res: Any = task.low_res
+    given: Any = task.images
+    if low_res is not None:
         field = "low_res"
-        if isinstance(task.low_res, np.ndarray):
-            rows["low_res"] = task.low_res
-            if task.low_res.dtype != np.float32:
-                rows["low_res"], _ = data.check_arrays(task.low_res, None)
+        if isinstance(low_res, is_array):
+            if low_res.dtype == np.float32:
+                checks.array("low_res", low_res, "float", ("n", "h", "w", "c"))
+                rows["low_res"] = np.asarray(low_res)
+            else:
+                rows["low_res"] = as_images("low_res", low_res)
         else:
-            examples = data.open_stored(task.low_res, field)
+            examples = data.open_stored(low_res, field)
     elif task.row.from_images:
-        if isinstance(task.images, np.ndarray):
-            rows["image"], _ = data.check_arrays(task.images, None)
+        if isinstance(given, is_array):
+            rows["image"] = as_images("images", given)
         else:
             split = task.split_of_images
             of_split: Any = dict(batch_size=1, gray=True, labels=False)
-            examples = open_images(run, task.images, split, **of_split).examples
+            examples = open_images(run, given, split, **of_split).examples
     labels = None
     if examples is not None:
         rows["low_res" if field == "low_res" else "image"] = examples.read_all()[0]
         if owner is not None:
-            own = task.images is None and task.low_res is None and owner is run
+            own = given is None and low_res is None and owner is run
             remedy = "; give `label` instead"
             examples = fit_labels(examples, owner, field, own=own, remedy=remedy)
             labels = examples.labels
@@ -263,9 +277,11 @@ def read_images(
             images = rows[name] = np.repeat(images, 3, axis=-1)
         wrong = images.shape[1:] != run.image_shape
         if name == "image" and wrong:
+            array = isinstance(given, is_array)
+            got = checks.shown(given) if array else images.shape[1:]
             raise ValueError(
-                f"images must be {run.image_shape}, as the run's, got "
-                f"{images.shape[1:]}."
+                f"images must be [n h w c] with (h, w, c) {run.image_shape}, as the "
+                f"run's, got {got}."
             )
         if name == "low_res" and images.shape[-1] != run.image_shape[-1]:
             raise ValueError(

@@ -111,15 +111,23 @@ class SamplingOptions:
             value = getattr(self, name)
             number = isinstance(value, Real) and not isinstance(value, bool)
             if not number and (value is not None or name not in optional):
-                raise ValueError(f"{name} must be a number, got {value!r}.")
+                raise ValueError(f"{name} must be a number, got {checks.shown(value)}.")
         for name in ("clip", "reclip"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"{name} must be True or False, got {getattr(self, name)!r}."
-                )
+            checks.boolean(name, getattr(self, name))
+        label: Any = self.label
+        if isinstance(label, np.ndarray | jax.Array):
+            label = np.ravel(label).tolist()
+        several = isinstance(label, Sequence) and not isinstance(label, str | bytes)
+        for one in label if several else [label]:
+            if one is not None or several:
+                if not isinstance(one, str | Integral) or isinstance(one, bool):
+                    rule = "label must be an integer, a string, or a list of them"
+                    raise ValueError(f"{rule}, got {checks.shown(self.label)}.")
         whole = isinstance(self.steps, Integral) and not isinstance(self.steps, bool)
         if self.steps is not None and not whole:
-            raise ValueError(f"steps must be an integer, got {self.steps!r}.")
+            raise ValueError(
+                f"steps must be an integer, got {checks.shown(self.steps)}."
+            )
 
     @property
     def row(self) -> Sampler:

@@ -9,8 +9,8 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import PyTree
 
+from jax_diffusion import checks, data
 from jax_diffusion import config as configs
-from jax_diffusion import data
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.models import traits
@@ -74,12 +74,13 @@ def load_run(workdir: str | os.PathLike, ema: str | float | None = None) -> Run:
     Raises:
         ValueError: if there is no checkpoint, or no such average.
     """
-    if not isinstance(workdir, str | os.PathLike) or not os.fspath(workdir).strip():
-        raise ValueError(f"workdir must be the path of a folder, got {workdir!r}.")
+    checks.path("workdir", workdir, "the path of a folder")
     if isinstance(ema, float):
         ema = ema_name(ema)
     if not isinstance(ema, str | None):
-        raise ValueError(f"ema must be a name such as '0.999', got {ema!r}.")
+        raise ValueError(
+            f"ema must be a name such as '0.999', got {checks.shown(ema)}."
+        )
     workdir = Path(workdir)
     record = checkpoint.load_record(workdir)
     config = configs.of_record(record)
@@ -127,8 +128,17 @@ def open_split(config: Config, split: str, **changes: Any) -> data.Batches:
         ValueError: if the data cannot be read, or a field is wrong.
     """
     given = {"split": split, "flip": False, "train": False, **changes}
-    group = {name: value for name, value in config.data.items() if name not in given}
+    group = {k: v for k, v in with_effect(config.data).items() if k not in given}
     return configs.call(data.load, group, "config.data", **given)
+
+
+def with_effect(group: Config) -> dict[str, Any]:
+    """Returns the group data of a config without a path that has no effect.
+
+    Runs of older versions may have one; `data.load` refuses it.
+    """
+    useless = ["path"] if group.get("name") in data.WITHOUT_PATH else []
+    return {name: value for name, value in group.items() if name not in useless}
 
 
 def open_images(
@@ -159,7 +169,7 @@ def open_images(
     """
     changes: dict[str, Any] = dict(batch_size=batch_size)
     if source is not None:
-        name, path = data.parse_source(os.fspath(source), field, must_exist=True)
+        name, path = data.parse_source(source, field, must_exist=True)
         h, w, _ = run.image_shape
         changes |= dict(name=name, path=path, image_size=h if h == w else (h, w))
         changes["in_memory"] = None  # that was said of the run's own

@@ -74,7 +74,8 @@ class TaskOptions:
         frames: number of frames of a strip (default 10), or of `generate` (default 1).
         group: `complete`: number of images that share their first steps.
         mask: `inpaint`: which pixels are known: "left", "right", "top", "bottom", a
-            picture file whose white pixels are known, or an array [h, w] of 0 and 1.
+            picture file whose white pixels are known, or an array of bool or of 0 and
+            1; see `masks.read_mask`.
         block: `enlarge`: upscaling factor.
         resamples: `inpaint`, `colorize`, `enlarge`: how often unknown pixels are drawn,
             as RePaint does; 1 for plain replacement.
@@ -105,8 +106,21 @@ class TaskOptions:
             value = getattr(self, name)
             if value is not None or name != "frames":
                 checks.integer(name, value, at_least=1, at_most=MOST.get(name))
-        if not isinstance(self.level, Real) or not 0 <= self.level <= 1:
-            raise ValueError(f"level must be in [0, 1], got {self.level!r}.")
+        for name in ("images", "low_res"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, np.ndarray | jax.Array):
+                rule = "an array [n, h, w, c], PATH or NAME:PATH"
+                checks.path(name, value, rule)
+        if isinstance(self.images, np.ndarray | jax.Array) and self.split:
+            if self.split != "all":
+                raise ValueError(
+                    "split must be 'all' or None for images that are an array, got "
+                    f"{checks.shown(self.split)}."
+                )
+        is_number = isinstance(self.level, Real) and not isinstance(self.level, bool)
+        if not is_number or not 0 <= self.level <= 1:
+            got = checks.shown(self.level)
+            raise ValueError(f"level must be in [0, 1], got {got}.")
         if self.images is not None and not self.row.from_images:
             names = [name for name, row in TASKS.items() if row.from_images]
             raise ValueError(f"images must be for {names}, got task {self.task!r}.")

@@ -319,8 +319,8 @@ def _newest_good(
         result, problem = None, None
         try:
             result = read(_directory(workdir) / str(step))
-        except _UnknownAverage:
-            raise
+        except _UnknownAverage as error:
+            raise ValueError(str(error)) from None
         except Exception as error:  # Orbax raises all kinds
             problem = f"{error}".strip().split("\n")[0][:200] or type(error).__name__
         if not sharding.true_on_all_hosts(problem is None):

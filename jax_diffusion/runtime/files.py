@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from jax_diffusion import checks
 from jax_diffusion.runtime.untrusted import check_npy, check_zip
 
 DATE = (1980, 1, 1, 0, 0, 0)  # of all archive entries: bytes must not tell the time
@@ -84,8 +85,7 @@ def check_output(field: str, path: Any, kind: str = "file") -> None:
             there, if it lies below a file, if a name in it is too long, or if the
             folder that it needs may not be written to, or takes no files (/proc).
     """
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path).strip():
-        raise ValueError(f"{field} must be the path of a {kind}, got {path!r}.")
+    checks.path(field, path, f"the path of a {kind}")
     text, target = os.fspath(path), Path(path).absolute()
     if "\0" in text:
         raise ValueError(f"{field} must be a path without NUL, got {text!r}.")

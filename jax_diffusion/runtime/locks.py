@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from jax_diffusion import checks
 from jax_diffusion.runtime import sharding
 from jax_diffusion.runtime.files import check_output
 
@@ -98,6 +99,7 @@ def hold(field: str, path: str | os.PathLike, kind: str = "folder") -> Iterator[
         ValueError: if the path cannot be written to, or if another process, or this
             one, writes to it already.
     """
+    checks.path(field, path, f"the path of a {kind}")
     target, lock, made, problem = Path(path), None, [], None
     if jax.process_index() == 0:
         try:

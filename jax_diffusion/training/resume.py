@@ -9,15 +9,15 @@ be moved.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import PyTree
 
+from jax_diffusion import checks, data
 from jax_diffusion import config as configs
-from jax_diffusion import data
 from jax_diffusion.registry import hint
 from jax_diffusion.runtime import checkpoint, sharding, workdirs
 from jax_diffusion.runtime.files import leaves_by_name
@@ -150,11 +150,14 @@ def find_run(
             other weights, if a run cannot begin in the workdir (see `workdirs`), or if
             the processes of this job have different configs.
     """
-    if isinstance(allow_change, str):
+    several = isinstance(allow_change, Iterable) and not isinstance(allow_change, str)
+    names: list[Any] = [*allow_change] if several else [None]
+    if not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"allow_change must be a list of names of fields, got {allow_change!r}."
+            "allow_change must be a list of names of fields, got "
+            f"{checks.shown(allow_change)}."
         )
-    allowed = tuple(str(name).removeprefix("config.") for name in allow_change)
+    allowed = tuple(name.removeprefix("config.") for name in names)
     if not sharding.same_on_all_hosts(json.dumps([config, allowed], sort_keys=True)):
         raise ValueError("all processes must be given one config, got several.")
     fresh, record = checkpoint.latest_step(workdir) is None, {}

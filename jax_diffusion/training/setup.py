@@ -31,6 +31,7 @@ from jax_diffusion.pipeline import (
     TaskOptions,
     bind_sampler,
     match_classes,
+    with_effect,
 )
 from jax_diffusion.registry import choose, outside
 from jax_diffusion.runtime import logs, sharding
@@ -108,7 +109,7 @@ def make_setup(
     tx, lr_fn = choose_optimizer(config, optimizer)
     batches = configs.call(
         data.load,
-        config.data,
+        config.data if saved is None else with_effect(config.data),
         "config.data",
         **dict(seed=config.seed, train=True, start_step=0),
     )

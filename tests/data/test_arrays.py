@@ -137,7 +137,7 @@ def test_damaged_idx_files_are_refused(tmp_path, fault):
 @pytest.mark.parametrize(
     "path, split, words",
     [
-        (None, "train", r"config\.data\.path must be a folder.*got None"),
+        (None, "train", r"^path must be a folder.*got None"),
         (
             "nowhere",
             "train",
@@ -188,12 +188,12 @@ PICKLED = np.array([{}], object)
 @pytest.mark.parametrize(
     "content, kwargs, words",
     [
-        (None, {}, r"a\.npz must be a .npz or .npy file.*got one that does not exist"),
-        (b"", {}, r"a\.npz must be a .npz or .npy file of plain arrays, got"),
+        (None, {}, r"^path must be a .npz or .npy file.*a\.npz', which does not exist"),
+        (b"", {}, r"^path must be a .npz or .npy file of plain arrays, got '.*a\.npz'"),
         (
             b"no archive",
             {},
-            r"a\.npz must be a .npz or .npy file .* that starts with b.no arc., or",
+            r"^path must be a .npz .* got .*a\.npz', which starts with b.no arc., or",
         ),
         (b"PK\x03\x04 no archive", {}, "must be a .npz or .npy file of plain arrays"),
         ((PICKLED,), {}, "plain arrays, got.*allow_pickle=False"),

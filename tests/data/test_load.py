@@ -125,7 +125,7 @@ def test_a_reader_of_ones_own_may_be_lazy(own):
     [
         (
             "wrong",
-            r"name must be a reader .*, got 'own.*:wrong': it returns array\(",
+            r"name must be a reader .*, got 'own.*:wrong': it returns uint8 \[6, ",
         ),
         (
             "missing",
@@ -167,7 +167,7 @@ def test_a_source_of_images_is_a_path_or_a_name_and_a_path(
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("", r"got '', which does not exist\.$"),
+        ("", r"got ''\.$"),
         ("nowhere", r"got 'nowhere', which does not exist\.$"),
         ("fodler", r"did you mean 'folder'\?$"),
         ("digit:x/y", r"one of \['digits', 'folder', .*did you mean 'digits'\?$"),

@@ -50,5 +50,7 @@ def test_another_rounding_is_refused():
 
 
 def test_from_uint8_refuses_what_is_scaled_already():
-    with pytest.raises(ValueError, match="must be uint8, got float32"):
+    with pytest.raises(
+        ValueError, match=r"^images must be a uint8 array \[...\], got float32 \[3\]"
+    ):
         data.from_uint8(np.zeros(3, np.float32))

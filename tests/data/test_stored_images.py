@@ -193,7 +193,8 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, name):
         Image.fromarray(large).save(path)
     path.write_bytes(path.read_bytes()[:-1000])
     place = tmp_path if name.endswith("png") else path
-    with pytest.raises(ValueError, match=re.escape(name) + " must be .*, got "):
+    by_file = rf"{re.escape(name)} must be .*, got |^images must .*, got .*{name}'"
+    with pytest.raises(ValueError, match=by_file):
         data.open_images(place)
 
 
@@ -210,15 +211,16 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, name):
             r"\[n h w c\], got uint8 \(70, 3, 4, 5\), .*transpose",
         ),
         ({"arr_0": PIXELS[:0]}, r"n >= 1, got uint8 \(0, 4, 5, 3\)\.$"),
-        ({"pixels": PIXELS}, r"images .* or arr_0 .*, got \['pixels'\]\.$"),
+        ({"pixels": PIXELS}, r"images .* or arr_0 .*, got \['pixels'\] in .*x\.npz'"),
         ({"arr_0": np.array([{}])}, "of plain arrays, got "),
     ],
     ids=["floats", "one row", "channels first", "none", "unnamed", "pickled"],
 )
 def test_arrays_that_are_no_images_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "x.npz", **arrays)
-    with pytest.raises(ValueError, match="x[.]npz .*" + message):
+    with pytest.raises(ValueError, match=message) as error:
         data.open_images(tmp_path / "x.npz")
+    assert str(error.value).startswith("images ") and "x.npz" in str(error.value)
 
 
 def test_an_array_of_no_images_in_a_file_of_its_own_is_refused(tmp_path):
@@ -229,12 +231,12 @@ def test_an_array_of_no_images_in_a_file_of_its_own_is_refused(tmp_path):
 
 def test_a_place_without_images_is_refused(tmp_path):
     (tmp_path / "x.txt").write_text("no image")
-    with pytest.raises(ValueError, match=r"must hold images, .* got none\.$"):
+    with pytest.raises(ValueError, match=r"^images must hold images, .* got none in '"):
         data.open_images(tmp_path)
-    with pytest.raises(ValueError, match=r"x\.txt must be a \.npz or \.npy file"):
+    with pytest.raises(ValueError, match=r"must be a \.npz or \.npy file .*x\.txt'"):
         data.open_images(tmp_path / "x.txt")
     for missing in ("", str(tmp_path / "none")):
-        with pytest.raises(ValueError, match=r"must be in a folder, .* got no '"):
+        with pytest.raises(ValueError, match=r"must be in a folder, .* got (no )?'"):
             data.open_images(missing)
 
 

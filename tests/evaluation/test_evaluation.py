@@ -123,7 +123,7 @@ def test_metrics_of_a_users_module_are_named_by_module_and_function(
         ("math:pi", "or an importable function, got 'math:pi', which is 3.14"),
         ("math:sqrt", "metrics must name a function of two arguments"),
         ("own_metrics:nothing", "'own_metrics:nothing': it returns None"),
-        ("own_metrics:every", "'own_metrics:every': it returns array("),
+        ("own_metrics:every", "'own_metrics:every': it returns float32 [64]"),
         ("fidd", "did you mean 'fid'"),
     ):
         assert words in refuses(jd.evaluate, FEW, reference=MANY, metrics=name)

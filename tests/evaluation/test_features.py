@@ -114,7 +114,7 @@ def refused(cache, **options):
     """The sentence, after which nothing has come into the cache."""
     sentence = refuses(extractors.inception, cache=cache, **options)
     gc.collect()
-    assert "--inception FILE" in sentence and options["url"] in sentence
+    assert "as `inception`" in sentence and options["url"] in sentence
     assert not cache.exists() or not [*cache.iterdir()]
     return sentence
 
@@ -198,7 +198,7 @@ def test_a_cache_that_cannot_be_written_is_refused(weights, tmp_path):
     cache = tmp_path / "file"
     cache.write_bytes(b"")
     options = dict(url=weights[0].as_uri(), sha256=weights[1], cache=cache / "cache")
-    assert "--inception FILE" in refuses(extractors.inception, **options)
+    assert "as `inception`" in refuses(extractors.inception, **options)
 
 
 def test_another_file_in_the_cache_is_refused_and_not_removed(weights, tmp_path):
@@ -214,13 +214,13 @@ def test_another_file_in_the_cache_is_refused_and_not_removed(weights, tmp_path)
 
 def test_a_path_of_another_hash_is_refused(weights):
     sentence = refuses(extractors.inception, weights[0], sha256="0" * 64)
-    assert f"got {weights[1]}" in sentence and "--inception FILE" in sentence
+    assert f"got {weights[1]}" in sentence and "as `inception`" in sentence
     assert inception_weights.URL in sentence
 
 
 def test_a_path_without_a_file_is_refused(tmp_path):
     sentence = refuses(extractors.inception, tmp_path / "no.pth")
-    assert "no.pth" in sentence and "--inception FILE" in sentence
+    assert "no.pth" in sentence and "as `inception`" in sentence
 
 
 def test_a_file_that_is_none_of_pytorch_is_refused(tmp_path):
@@ -228,7 +228,7 @@ def test_a_file_that_is_none_of_pytorch_is_refused(tmp_path):
     path.write_bytes(b"no weights")
     sentence = refuses(extractors.inception, path, sha256=None)
     assert f"{path} must be a whole PyTorch file" in sentence
-    assert "--inception FILE" in sentence
+    assert "as `inception`" in sentence
 
 
 @pytest.mark.parametrize("tree", [STATE, [STATE["weight"]], {}])
@@ -237,7 +237,7 @@ def test_other_tensors_are_refused(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(extractors, "read_torch", lambda path: tree)
     sentence = refuses(extractors.inception, tmp_path / "a.pth", sha256=None)
     assert "must hold Inception's weights" in sentence
-    assert "--inception FILE" in sentence
+    assert "as `inception`" in sentence
 
 
 def test_a_download_is_never_unchecked(tmp_path):

@@ -89,7 +89,14 @@ def test_labels_are_names_or_numbers(runs, label, found):
     assert labels_of(runs["named"], label=label)[0] == found
 
 
-@pytest.mark.parametrize("label", ["bee", "Dog", "", "4", -1, ["dog", 4], 1.5, [{}]])
+@pytest.mark.parametrize("label", [True, 1.0, 1.5, [{}], [True], [None], np.ones(2)])
+def test_labels_that_are_neither_names_nor_integers_are_refused(label):
+    words = "^label must be an integer, a string, or a list of them, got"
+    with pytest.raises(ValueError, match=words):
+        pipeline.SamplingOptions(label=label)
+
+
+@pytest.mark.parametrize("label", ["bee", "Dog", "", "4", -1, ["dog", 4], "1.5"])
 def test_labels_that_the_run_does_not_know_are_refused_with_its_names(runs, label):
     words = r"^label must be of the classes ant, cat, dog, owl, or from 0 to 3, got"
     with pytest.raises(ValueError, match=words):

@@ -3,6 +3,7 @@
 import json
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -53,6 +54,30 @@ def test_a_mask_knows_what_is_white_and_not_transparent(tmp_path, name):
     found = masks.read_mask(file, (H, W, 3))
     np.testing.assert_array_equal(found[..., 0], LEFT > 0)
     assert found.dtype == np.float32 and found.shape == (H, W, 1)
+
+
+@pytest.mark.parametrize("dtype", [bool, int, np.uint8, np.float32, np.float16])
+@pytest.mark.parametrize("axes", [(), (None,)])
+def test_a_mask_of_zeros_and_ones_knows_the_ones(dtype, axes):
+    mask = (LEFT > 0).astype(dtype)[..., *axes]
+    for given in (mask, jnp.asarray(mask)):
+        found = masks.read_mask(given, (H, W, 3))
+        np.testing.assert_array_equal(found[..., 0], LEFT > 0)
+
+
+def test_a_mask_means_the_same_as_an_array_and_as_a_file(tmp_path):
+    grays = np.arange(H * W).reshape(H, W).astype(np.uint8) * 8  # 0 to 248
+    for mask in (grays, grays // 2 + 60, 255 - grays):
+        found = masks.read_mask(png(tmp_path / "mask.png", mask), (H, W, 3))
+        np.testing.assert_array_equal(masks.read_mask(mask, (H, W, 3)), found)
+        np.testing.assert_array_equal(found[..., 0], mask > 127)
+
+
+@pytest.mark.parametrize("value", [7.5, 0.5, -1, 2, 255, np.nan, np.inf, 1j])
+def test_a_mask_of_other_numbers_is_refused(value):
+    words = "^mask must be of bool, of 0 and 1, or a uint8 picture, got "
+    with pytest.raises(ValueError, match=words):
+        masks.read_mask(np.where(LEFT > 0, value, 0), (H, W, 3))
 
 
 @pytest.mark.parametrize(
