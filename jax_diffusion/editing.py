@@ -5,6 +5,7 @@ What is known of an image is a mask or a projection, see `samplers.inpaint`. `gr
 `block_mean` are projections: with `inpaint` they colorize and enlarge.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -126,7 +127,8 @@ def renoise(
     ratio = high.signal / low.signal
     var = high.noise**2 - (ratio * low.noise) ** 2
     std = jnp.sqrt(jnp.maximum(var, 0.0))
-    return ratio * x + std * samplers.normal(keys, x.shape[1:])
+    x_to = ratio * x + std * samplers.normal(keys, x.shape[1:])
+    return x_to.astype(x.dtype)
 
 
 def repaint(
@@ -146,10 +148,12 @@ def repaint(
     Every stretch of `jump` steps is repeated: noise takes the image back to the level
     where the stretch began, and the steps are made again, `resamples` times in all.
     Each time the generated pixels fit the known ones better. A step that uses the last
-    prediction (`samplers.dpmpp_2m_step`) forgets it between repetitions.
+    prediction (`samplers.dpmpp_2m_step`) forgets it where noise takes the image back.
 
     Args:
-        keys: one for each image.
+        keys: one for each image. The noise of an image at a row depends on its key, the
+            row, and how often the row has been visited: the first visit draws what
+            `samplers.sample` draws there, a later one has its number folded into keys.
         denoise_fn: the network as a denoiser.
         step_fn: the sampler's step, not wrapped by `samplers.inpaint`.
         schedule: the steps to take.
@@ -176,26 +180,28 @@ def repaint(
     jump = min(jump, len(ts))  # longer ones would be padded only
     ts = jnp.pad(ts, (-len(ts) % jump, 0), constant_values=-1).reshape(-1, jump)
 
-    def stretch(x, number_and_ts):
-        number, ts = number_and_ts
-        keys_here = samplers.fold_in(keys, number)
+    def stretch(state, ts):
         # Skipped steps, -1, come first in a stretch: it begins at the largest t.
-        first, last = jnp.max(ts), ts[-1]
+        first, last = (jnp.full(x_T.shape[:1], t) for t in (jnp.max(ts), ts[-1]))
 
-        def once(x, i):
-            keys_once = samplers.fold_in(keys_here, 2 * i)
-            x = samplers.sample(keys_once, denoise_fn, step_fn, schedule, x, ts=ts)
-            keys_back = samplers.fold_in(keys_here, 2 * i + 1)
-            rows = (jnp.full(x.shape[:1], t) for t in (last, first))
-            back = renoise(keys_back, schedule, x, *rows)
-            return jnp.where(i < resamples - 1, back, x), None
+        def once(state, visit):
+            # Negative, so that the number of a visit is none of a row.
+            keys_now = jnp.where(visit > 0, samplers.fold_in(keys, -visit), keys)
+            args = (keys_now, denoise_fn, step_fn, schedule)
+            state = samplers.sample(*args, state=state, ts=ts)
+            # A third purpose of the row, after those of `step_fn` and of `inpaint`.
+            keys_back = samplers.fold_in(samplers.fold_in(keys_now, last), 2)
+            back = renoise(keys_back, schedule, state.x, last, first)
+            goes_back = visit < resamples - 1
+            again = functools.partial(jnp.where, goes_back)
+            return jax.tree.map(again, samplers.start(back), state), None
 
-        done, _ = jax.lax.scan(once, x, jnp.arange(resamples))
-        return jnp.where(last < 0, x, done), None
+        done, _ = jax.lax.scan(once, state, jnp.arange(resamples, dtype=jnp.int32))
+        skipped = functools.partial(jnp.where, ts[-1] < 0)
+        return jax.tree.map(skipped, state, done), None
 
-    # Noise is keyed by how many stretches are left, so that skipped ones do not count.
-    x, _ = jax.lax.scan(stretch, x_T, (jnp.arange(len(ts))[::-1], ts))
-    return x
+    state, _ = jax.lax.scan(stretch, samplers.start(x_T), ts)
+    return state.x
 
 
 def edit(

@@ -1,7 +1,9 @@
 """The state of a sampler, keys for images, and the one scan over sampling steps."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,9 @@ from jax_diffusion.schedules import NoiseSchedule, check_batch, check_schedule
 class SampleState(NamedTuple):
     """What a sampler carries from one step to the next.
 
-    A solver that needs more of the past than this carries it here.
+    A step that needs more, as a longer history or log weights, carries a NamedTuple, or
+    a dataclass that is a pytree, with these fields and its own: see `sample`. Steps and
+    wrappers of ours replace these three and leave the others as they are.
 
     Attributes:
         x: [b, ...] the sample, at the noise level that the last step has reached.
@@ -29,13 +33,30 @@ class SampleState(NamedTuple):
     log_snr: Array
 
 
-StepFn = Callable[..., SampleState]
+@runtime_checkable
+class StateLike(Protocol):
+    """What has the fields of `SampleState`, and perhaps others."""
+
+    @property
+    def x(self) -> Array: ...
+    @property
+    def x_0(self) -> Array: ...
+    @property
+    def log_snr(self) -> Array: ...
+
+
+State = TypeVar("State", bound=StateLike)
+
+StepFn = Callable[..., Any]
 """One step of a sampler: step(keys, denoise_fn, schedule, state, t) -> state.
 
 `jax_diffusion.samplers` says what each argument is.
 """
 
 STEP_ARGUMENTS = "(keys, denoise_fn, schedule, state, t)"  # in words, for errors
+
+# The keys that `sample` gives to a step while the step is traced.
+_keys_of_step: ContextVar[Any] = ContextVar("keys_of_step", default=None)
 
 
 def image_keys(key: Key[Array, ""], ids: Int[Array, "b"]) -> Key[Array, "b"]:
@@ -60,43 +81,59 @@ def image_keys(key: Key[Array, ""], ids: Int[Array, "b"]) -> Key[Array, "b"]:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)
 
 
-def fold_in(keys: Key[Array, "b"], number: int | Int[Array, ""]) -> Key[Array, "b"]:
+def fold_in(
+    keys: Key[Array, "b"], number: int | Int[Array, ""] | Int[Array, "b"]
+) -> Key[Array, "b"]:
     """Makes other keys [b] for the same images: `jax.random.fold_in` for many keys.
+
+    A step draws with `fold_in(keys, t)`: noise of an image at a row of the schedule.
 
     Args:
         keys: one for each image.
-        number: says what the new keys are for: a step, or a second purpose.
+        number: says what the new keys are for: a row t, or a second purpose; one for
+            all images, or [b].
 
     Raises:
-        ValueError: unless keys are typed keys [b], and number is one integer.
+        ValueError: unless keys are typed keys [b], and number is one integer or [b].
     """
     checks.keys("keys", keys)
+    axis = None
     if isinstance(number, jax.Array):
-        checks.array("number", number, "integer", ())
+        axis = 0 if number.ndim else None
+        checks.array("number", number, "integer", keys.shape[: number.ndim])
     else:
         checks.integer("number", number, at_least=0, at_most=2**32 - 1)
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+    return jax.vmap(jax.random.fold_in, in_axes=(0, axis))(keys, number)
 
 
 def normal(keys: Key[Array, "b"], shape: tuple[int, ...]) -> Float[Array, "b *d"]:
     """Draws standard normal noise [b, *shape], as x_T or within a step.
 
+    It is float32 whatever the dtype of images, so that a key means the same noise in
+    all of them.
+
     Args:
-        keys: one for each image.
+        keys: one for each image; within a step those of the row, `fold_in(keys, t)`.
         shape: of one image.
 
     Raises:
-        ValueError: unless keys are typed keys [b], and shape is one.
+        ValueError: unless keys are typed keys [b], and shape is one; and if they are
+            what `sample` gives to every step, without a row folded in.
 
     >>> normal(image_keys(jax.random.key(0), jnp.arange(2)), (8, 8, 3)).shape
     (2, 8, 8, 3)
     """
     checks.keys("keys", keys)
+    if keys is _keys_of_step.get():
+        raise ValueError(
+            "keys of noise in a step must be those of its row, samplers.fold_in(keys, "
+            "t), got keys that are the same at every step."
+        )
     if not isinstance(shape, tuple | list):
         raise ValueError(f"shape must be that of an image, got {checks.shown(shape)}.")
     for axis in shape:
         checks.integer("shape's axes", axis, at_least=0)
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
 def start(x_T: Float[Array, "b *d"]) -> SampleState:
@@ -106,10 +143,20 @@ def start(x_T: Float[Array, "b *d"]) -> SampleState:
         ValueError: unless x_T is a float array with an axis [b].
     """
     checks.data("x_T", x_T, ("b", ...))
-    no_level = jnp.full(x_T.shape[:1] + (1,) * (x_T.ndim - 1), -jnp.inf)
+    x_T = jnp.asarray(x_T)
+    shape = x_T.shape[:1] + (1,) * (x_T.ndim - 1)
+    no_level = jnp.full(shape, -jnp.inf, jnp.promote_types(x_T.dtype, jnp.float32))
     return SampleState(x_T, jnp.zeros_like(x_T), no_level)
 
 
+def advance(state: State, **fields: Array) -> State:
+    """Replaces fields of a state, each in the dtype that it has; keeps the others."""
+    typed = {k: jnp.asarray(v, getattr(state, k).dtype) for k, v in fields.items()}
+    replace: Any = getattr(type(state), "_replace", dataclasses.replace)
+    return replace(state, **typed)
+
+
+@overload
 def sample_frames(
     keys: Key[Array, "b"],
     denoise_fn: DenoiseFn,
@@ -119,7 +166,29 @@ def sample_frames(
     *,
     num_frames: int,
     ts: Int[Array, "n"] | None = None,
-) -> SampleState:
+) -> SampleState: ...
+@overload
+def sample_frames(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    step_fn: StepFn,
+    schedule: NoiseSchedule,
+    *,
+    num_frames: int,
+    ts: Int[Array, "n"] | None = None,
+    state: State,
+) -> State: ...
+def sample_frames(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    step_fn: StepFn,
+    schedule: NoiseSchedule,
+    x_T: Float[Array, "b *d"] | None = None,
+    *,
+    num_frames: int,
+    ts: Int[Array, "n"] | None = None,
+    state: Any = None,
+) -> Any:
     """Runs `step_fn` over `ts`, keeping `num_frames` evenly spaced states and the last.
 
     Memory grows with `num_frames`, not with the number of steps. Steps are recomputed
@@ -127,62 +196,65 @@ def sample_frames(
 
     Args:
         keys: one for each image, see `image_keys`. The noise of an image at a step
-            depends on its key and on how many steps are still to go.
+            depends on its key and on the row t of the step alone.
         denoise_fn: the network as a denoiser, called with x_t and t.
         step_fn: the sampler's step, such as `ddim_step`.
         schedule: the steps to take.
         x_T: where to start; noise for generation, or data for inversion.
-        ts: timesteps as they are visited, negative ones skipped; default T - 1 to 0.
+        ts: timesteps as they are visited, negative ones skipped; default T - 1 to 0. A
+            row that comes back would get the same noise again: sample in several calls
+            then, with another number folded into keys, as `editing.repaint` does.
         num_frames: a divisor of the length of `ts`.
+        state: where to start instead of x_T, see `sample`.
 
     Returns:
-        SampleState with a leading axis [num_frames] on every field.
+        SampleState, or what `state` is, with a leading axis [num_frames] on every leaf.
 
     Raises:
-        ValueError: if num_frames does not divide the number of steps, arguments do not
-            fit each other, or denoise_fn or step_fn returns something else.
+        ValueError: if num_frames does not divide the number of steps, ts, where known,
+            repeats a row, arguments do not fit each other, denoise_fn is made with
+            another schedule, or denoise_fn or step_fn returns something else.
     """
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     checks.function("step_fn", step_fn, STEP_ARGUMENTS)
     check_schedule(schedule)
-    checks.data("x_T", x_T, ("b", ...))
-    checks.keys("keys", keys, x_T.shape[0])
+    first = _first_state(x_T, state)
+    checks.keys("keys", keys, first.x.shape[0])
     if ts is None:
         ts = schedule.steps[::-1]
     else:
         checks.array("ts", ts, "int", ("n",))
         checks.rows("ts", ts, schedule.num_steps, negative=True)
+        checks.distinct("ts", ts)
     num_steps = ts.shape[0]
     checks.integer("num_frames", num_frames)
     if num_frames < 1 or num_steps % num_frames:
         raise ValueError(f"num_frames must divide {num_steps} steps, got {num_frames}.")
 
-    def visit(state, to_go_and_t):
-        to_go, t = to_go_and_t
-        step_keys = fold_in(keys, to_go)
-        t = jnp.full(x_T.shape[:1], t, jnp.int32)
-        new = step_fn(step_keys, denoise_fn, schedule, state, t)
+    def visit(state, t):
+        t = jnp.full(state.x.shape[:1], t, jnp.int32)
+        token = _keys_of_step.set(keys)
+        try:
+            new = step_fn(keys, denoise_fn, schedule, state, t)
+        finally:
+            _keys_of_step.reset(token)
         check_state(new, state)
         return new
 
     visit = jax.checkpoint(visit, prevent_cse=False)  # a scan cannot merge steps anyway
 
-    def one(state, to_go_and_t):
-        skip = to_go_and_t[1] < 0
-        return jax.lax.cond(skip, lambda s, _: s, visit, state, to_go_and_t), None
+    def one(state, t):
+        return jax.lax.cond(t < 0, lambda s, _: s, visit, state, t), None
 
-    def frame(state, chunk):
-        state, _ = jax.lax.scan(one, state, chunk)
+    def frame(state, ts):
+        state, _ = jax.lax.scan(one, state, ts)
         return state, state
 
-    # Noise is keyed by the steps still to go, so that skipped rows, which come first
-    # in a padded schedule, do not change it.
-    steps = (jnp.arange(num_steps, dtype=jnp.int32)[::-1], ts)
-    chunks = jax.tree.map(lambda a: a.reshape(num_frames, -1), steps)
-    _, frames = jax.lax.scan(frame, start(x_T), chunks)
+    _, frames = jax.lax.scan(frame, first, ts.reshape(num_frames, -1))
     return frames
 
 
+@overload
 def sample(
     keys: Key[Array, "b"],
     denoise_fn: DenoiseFn,
@@ -191,11 +263,41 @@ def sample(
     x_T: Float[Array, "b *d"],
     *,
     ts: Int[Array, "n"] | None = None,
-) -> Float[Array, "b *d"]:
-    """Runs `step_fn` over `ts` and returns the last x, [b, ...] as x_T.
+) -> Float[Array, "b *d"]: ...
+@overload
+def sample(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    step_fn: StepFn,
+    schedule: NoiseSchedule,
+    *,
+    ts: Int[Array, "n"] | None = None,
+    state: State,
+) -> State: ...
+def sample(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    step_fn: StepFn,
+    schedule: NoiseSchedule,
+    x_T: Float[Array, "b *d"] | None = None,
+    *,
+    ts: Int[Array, "n"] | None = None,
+    state: Any = None,
+) -> Any:
+    """Runs `step_fn` over `ts` from x_T, or from a state, as far as it leads.
 
-    `keys`, `denoise_fn`, `step_fn`, `schedule`, `x_T` and `ts` are those of
-    `sample_frames`, which says what raises ValueError.
+    Of x_T [b, ...] it returns the last x, [b, ...]; of a state it returns the last
+    state. So a chain may be cut anywhere, and is the same chain:
+
+        state = samplers.start(x_T)
+        state = sample(..., state=state, ts=ts[:7])
+        state = sample(..., state=state, ts=ts[7:])  # state.x is sample(..., x_T)
+
+    A state of your own has the fields of `SampleState` and others, of any shape:
+    Weighted(*samplers.start(x_T), log_weight=jnp.zeros(4)).
+
+    `keys`, `denoise_fn`, `step_fn`, `schedule` and `ts` are those of `sample_frames`,
+    which says what raises ValueError.
 
     >>> from jax_diffusion import diffusion, samplers, schedules
     >>> schedule = schedules.make_schedule(schedules.cosine_betas(4))
@@ -206,10 +308,21 @@ def sample(
     >>> sample(keys, denoise_fn, samplers.ddim_step, schedule, x_T).shape
     (2, 3)
     """
+    first = _first_state(x_T, state)
     frames = sample_frames(
-        keys, denoise_fn, step_fn, schedule, x_T, num_frames=1, ts=ts
+        keys, denoise_fn, step_fn, schedule, num_frames=1, ts=ts, state=first
     )
-    return frames.x[-1]
+    return frames.x[-1] if state is None else jax.tree.map(lambda a: a[-1], frames)
+
+
+def _first_state(x_T, state):
+    """Where a chain starts: x_T or a state, with arrays for leaves."""
+    if state is None:
+        return start(x_T)
+    if x_T is not None:
+        raise ValueError(f"state must be given without x_T, got {checks.shown(x_T)}.")
+    check_fields(state)
+    return jax.tree.map(jnp.asarray, state)
 
 
 def check_step_arguments(
@@ -221,26 +334,32 @@ def check_step_arguments(
     `jax_diffusion.samplers`. t may be an integer of no axis within `jax.vmap`.
     """
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
-    if not all(hasattr(state, name) for name in SampleState._fields):
-        rule = "state must be a SampleState, such as samplers.start makes"
-        raise ValueError(f"{rule}, got {checks.shown(state)}.")
+    check_fields(state)
     check_batch(schedule, t, **{"state.x": state.x})
-    checks.data("state.x", state.x, ("b", ...))
     checks.keys("keys", keys, state.x.shape[0])
 
 
-def check_state(new: Any, old: SampleState) -> None:
+def check_fields(state: Any) -> None:
+    """Raises ValueError unless a state has the fields of SampleState, and x is data."""
+    is_one = dataclasses.is_dataclass(state) or hasattr(state, "_replace")
+    if not is_one or not all(hasattr(state, name) for name in SampleState._fields):
+        rule = "state must be a SampleState, such as samplers.start makes"
+        raise ValueError(f"{rule}, got {checks.shown(state)}.")
+    checks.data("state.x", state.x, ("b", ...))
+
+
+def check_state(new: Any, old: Any) -> None:
     """Raises ValueError unless a step returns a state, `new`, like its `old` one.
 
     Otherwise the scan would say so, in words that name neither.
     """
+    rule = "step_fn must return a state like the one that it is given"
     if jax.tree.structure(new) != jax.tree.structure(old):
-        rule = "step_fn must return a state like the one that it is given"
         raise ValueError(f"{rule}, got {checks.shown(new)}.")
-    pairs = zip(old._fields, jax.tree.leaves(new), jax.tree.leaves(old), strict=False)
-    for name, a, b in pairs:
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
+    leaves = jax.tree_util.tree_leaves_with_path(old)
+    for (path, b), a in zip(leaves, jax.tree.leaves(new), strict=True):
+        if (jnp.shape(a), jnp.result_type(a)) != (b.shape, b.dtype):
+            name = jax.tree_util.keystr(path).lstrip(".")
             raise ValueError(
-                f"step_fn must return a state like the one that it is given, with "
-                f"{name} {checks.shown(b)}, got {checks.shown(a)}."
+                f"{rule}, with {name} {checks.shown(b)}, got {checks.shown(a)}."
             )

@@ -15,9 +15,11 @@ from jax_diffusion import checks, diffusion
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.samplers.loop import (
     STEP_ARGUMENTS,
-    SampleState,
+    State,
     StepFn,
+    advance,
     check_step_arguments,
+    fold_in,
     normal,
 )
 from jax_diffusion.schedules import NoiseSchedule, take
@@ -27,9 +29,9 @@ def ddpm_step(
     keys: Key[Array, "b"],
     denoise_fn: DenoiseFn,
     schedule: NoiseSchedule,
-    state: SampleState,
+    state: State,
     t: Int[Array, "b"],
-) -> SampleState:
+) -> State:
     """One step of ancestral sampling, from t to t - 1 (Ho et al. 2020, algorithm 2).
 
     The mean is that of q(x_{t-1} | x_t, x_0) at the predicted x_0; the variance is the
@@ -39,7 +41,7 @@ def ddpm_step(
         keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
 
     Returns:
-        SampleState at the level of t - 1.
+        The state at the level of t - 1.
 
     Raises:
         ValueError: unless these fit each other.
@@ -51,19 +53,19 @@ def ddpm_step(
     level = take(schedule, t, state.x.ndim).now
     std = jnp.where(t.reshape(level.noise.shape) == 0, 0.0, 1.0)
     std = std * jnp.exp(0.5 * prediction.log_var)
-    x = mean + std * normal(keys, state.x.shape[1:])
-    return SampleState(x, prediction.x_0, level.log_snr)
+    x = mean + std * normal(fold_in(keys, t), state.x.shape[1:])
+    return advance(state, x=x, x_0=prediction.x_0, log_snr=level.log_snr)
 
 
 def ddim_step(
     keys: Key[Array, "b"],
     denoise_fn: DenoiseFn,
     schedule: NoiseSchedule,
-    state: SampleState,
+    state: State,
     t: Int[Array, "b"],
     *,
     eta: float | Float[Array, ""] = 0.0,
-) -> SampleState:
+) -> State:
     """One step of DDIM, from t to t - 1 (Song et al. 2021, eq. 12 and 16).
 
     The predicted variance is not used. eps is computed from the predicted x_0 after any
@@ -75,7 +77,7 @@ def ddim_step(
             ancestral sampling with the posterior variance (`fixed_small`).
 
     Returns:
-        SampleState at the level of t - 1.
+        The state at the level of t - 1.
 
     Raises:
         ValueError: unless these fit each other, or eta is out of range.
@@ -102,17 +104,18 @@ def ddim_step(
     # The bound keeps the gradient by eta finite at t = 0, where all of it is zero.
     kept = (1 - eta**2) + eta**2 * ratio**2 * (1 - c.betas)
     direction = c.prev.noise * jnp.sqrt(jnp.maximum(kept, 1e-20))
-    x = c.prev.signal * x_0 + direction * eps + sigma * normal(keys, state.x.shape[1:])
-    return SampleState(x, x_0, c.now.log_snr)
+    drawn = normal(fold_in(keys, t), state.x.shape[1:])
+    x = c.prev.signal * x_0 + direction * eps + sigma * drawn
+    return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
 def ddim_inversion_step(
     keys: Key[Array, "b"],
     denoise_fn: DenoiseFn,
     schedule: NoiseSchedule,
-    state: SampleState,
+    state: State,
     t: Int[Array, "b"],
-) -> SampleState:
+) -> State:
     """One step of DDIM inversion, from t up to t + 1, with eta = 0.
 
     No row of `SAMPLERS`, as it goes from data to noise; `invert` runs it.
@@ -123,7 +126,7 @@ def ddim_inversion_step(
         schedule, state, t: see `jax_diffusion.samplers`.
 
     Returns:
-        SampleState at the level of t + 1.
+        The state at the level of t + 1.
 
     Raises:
         ValueError: unless these fit each other.
@@ -132,16 +135,17 @@ def ddim_inversion_step(
     del keys
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
-    return SampleState(_carry(state.x, x_0, c.now, c.next), x_0, c.now.log_snr)
+    x = _carry(state.x, x_0, c.now, c.next)
+    return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
 def dpmpp_2m_step(
     keys: Key[Array, "b"],
     denoise_fn: DenoiseFn,
     schedule: NoiseSchedule,
-    state: SampleState,
+    state: State,
     t: Int[Array, "b"],
-) -> SampleState:
+) -> State:
     """One step of DPM-Solver++(2M), from t to t - 1 (Lu et al. 2022, algorithm 2).
 
     This is a step of DDIM with eta = 0 for which x_0 is extrapolated: a line in log-SNR
@@ -153,7 +157,7 @@ def dpmpp_2m_step(
         keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
 
     Returns:
-        SampleState at the level of t - 1.
+        The state at the level of t - 1.
 
     Raises:
         ValueError: unless these fit each other.
@@ -167,16 +171,17 @@ def dpmpp_2m_step(
     finite = jnp.isfinite(step) & jnp.isfinite(last_step) & (last_step > 0)
     weight = jnp.where(finite, step, 0.0) / jnp.where(finite, 2 * last_step, 1.0)
     ahead = x_0 + weight * (x_0 - state.x_0)
-    return SampleState(_carry(state.x, ahead, c.now, c.prev), x_0, c.now.log_snr)
+    x = _carry(state.x, ahead, c.now, c.prev)
+    return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
 def heun_step(
     keys: Key[Array, "b"],
     denoise_fn: DenoiseFn,
     schedule: NoiseSchedule,
-    state: SampleState,
+    state: State,
     t: Int[Array, "b"],
-) -> SampleState:
+) -> State:
     """One step of Heun's method, from t to t - 1, with two calls of the denoiser.
 
     A step of DDIM with eta = 0 is made, and then made again with the mean of the x_0
@@ -189,7 +194,7 @@ def heun_step(
         keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
 
     Returns:
-        SampleState at the level of t - 1.
+        The state at the level of t - 1.
 
     Raises:
         ValueError: unless these fit each other.
@@ -198,10 +203,11 @@ def heun_step(
     del keys
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
-    x = _carry(state.x, x_0, c.now, c.prev)
+    x = _carry(state.x, x_0, c.now, c.prev).astype(state.x.dtype)
     end_x_0 = _x_0(denoise_fn, schedule, x, jnp.maximum(t - 1, 0))
     mean = jnp.where(c.prev.noise > 0, (x_0 + end_x_0) / 2, x_0)
-    return SampleState(_carry(state.x, mean, c.now, c.prev), x_0, c.now.log_snr)
+    x = _carry(state.x, mean, c.now, c.prev)
+    return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
 def _x_0(denoise_fn, schedule, x, t):

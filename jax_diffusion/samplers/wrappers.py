@@ -9,7 +9,13 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jax_diffusion import checks
-from jax_diffusion.samplers.loop import STEP_ARGUMENTS, StepFn, fold_in, normal
+from jax_diffusion.samplers.loop import (
+    STEP_ARGUMENTS,
+    StepFn,
+    advance,
+    fold_in,
+    normal,
+)
 from jax_diffusion.schedules import take
 
 
@@ -31,7 +37,7 @@ def inpaint(
             known of them, such as `editing.gray`.
 
     Returns:
-        A step that draws with its own keys, besides those of `step_fn`.
+        A step that also draws by itself, with a second purpose of the keys of its row.
 
     Raises:
         ValueError: if the shape of the mask does not fit the data, or x_known is no
@@ -51,9 +57,9 @@ def inpaint(
     def step(keys, denoise_fn, schedule, state, t):
         state = step_fn(keys, denoise_fn, schedule, state, t)
         prev = take(schedule, t, x_known.ndim).prev
-        keys = fold_in(keys, 1)  # the step itself has drawn with the keys as they are
+        keys = fold_in(fold_in(keys, t), 1)  # `step_fn` has drawn with those of row t
         known = prev.signal * x_known + prev.noise * normal(keys, x_known.shape[1:])
-        return state._replace(x=state.x - project(state.x) + project(known))
+        return advance(state, x=state.x - project(state.x) + project(known))
 
     return step
 
@@ -85,11 +91,7 @@ def share_noise(
         checks.integer("until", until)
 
     def step(keys, denoise_fn, schedule, state, t):
-        shared = jax.vmap(jax.random.fold_in)(jnp.broadcast_to(key, t.shape), t)
-        data = jnp.where(
-            t[:, None] >= until, jax.random.key_data(shared), jax.random.key_data(keys)
-        )
-        keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
+        keys = jnp.where(t >= until, key, keys)
         return step_fn(keys, denoise_fn, schedule, state, t)
 
     return step

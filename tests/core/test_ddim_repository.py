@@ -75,9 +75,9 @@ def ours(betas, rows):
         denoise_fn = diffusion.clip_x_0(denoise_fn)
         x_T = samplers.normal(samplers.fold_in(keys, 10_000), (SIZE,))
         x = samplers.sample(keys, denoise_fn, samplers.ddpm_step, schedule, x_T)
-        to_go = jnp.arange(len(rows))[::-1]  # what `sample` folds into the keys
+        ts = jnp.arange(len(rows))[::-1]  # what steps fold into the keys
         draws = jax.vmap(lambda n: samplers.normal(samplers.fold_in(keys, n), (SIZE,)))
-        return x_T[0], draws(to_go)[:, 0], x[0]
+        return x_T[0], draws(ts)[:, 0], x[0]
 
     return (np.asarray(a, np.float64) for a in chain(keys))
 

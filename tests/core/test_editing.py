@@ -173,7 +173,7 @@ def test_known_pixels_have_the_noise_of_the_level_where_a_step_ends():
 
 def noise_step(keys, denoise_fn, schedule, state, t):
     """Puts the noise of the step in the place of x, 50 pixels from where it was."""
-    eps = samplers.normal(keys, state.x.shape[1:])
+    eps = samplers.normal(samplers.fold_in(keys, t), state.x.shape[1:])
     return state._replace(x=jnp.roll(eps, 50, axis=1))
 
 

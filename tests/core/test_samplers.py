@@ -291,6 +291,7 @@ def test_an_images_key_is_its_own_whatever_its_batch():
 
 def noise_step(keys, denoise_fn, schedule, state, t):
     """Puts the noise of the step in the place of x."""
+    keys = samplers.fold_in(keys, t)
     return state._replace(x=samplers.normal(keys, state.x.shape[1:]))
 
 
@@ -401,7 +402,7 @@ def test_the_number_of_frames_must_divide_the_steps(num_frames):
 
 
 def test_a_frame_continued_is_the_same_image():
-    """Noise is keyed by the steps to go, so that a partial run ends as the whole."""
+    """Noise is keyed by the row, so that a partial run ends as the whole."""
 
     @jax.jit
     def both(x_T):
@@ -474,7 +475,8 @@ def test_images_of_one_key_share_noise_until_they_part():
     own = np.eye(6, dtype=bool)
     for t in (3, 0):
         np.testing.assert_array_equal(correlated(noise_shared_by(keys, 6 * [t])), own)
-    alone = samplers.normal(KEYS[:6], (50,))  # as a step draws that shares nothing
+    # as a step draws that shares nothing
+    alone = samplers.normal(samplers.fold_in(KEYS[:6], jnp.full(6, 3)), (50,))
     np.testing.assert_array_equal(noise_shared_by(keys, 6 * [3]), alone)
     # Images 0 and 2 are still together, 5 of their group is not, nor are 1 and 4.
     own[[0, 2], [2, 0]] = True

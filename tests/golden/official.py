@@ -348,12 +348,12 @@ def step_keys(num_images):
 
 @contextlib.contextmanager
 def drawing(noise, num_steps):
-    """Draws noise[k] at iteration k, which has num_steps - 1 - k steps to go."""
+    """Draws noise[k] at iteration k, whose step starts from row num_steps - 1 - k."""
 
     def normal(keys, shape):
         assert shape == noise.shape[2:]
-        to_go = jax.random.key_data(keys)[0, 0].astype(jnp.int32)
-        return noise[num_steps - 1 - to_go]
+        t = jax.random.key_data(keys)[0, 0].astype(jnp.int32)
+        return noise[num_steps - 1 - t]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samplers.steps, "normal", normal)
