@@ -244,6 +244,8 @@ def from_run(
         "image_shape": [*run.image_shape],
         "network": network_of(run),
     }
+    if "noise" in sampler.choices:
+        about["noise"] = sampler.choices["noise"]
     for name, value in changed_options(options).items():
         if name not in {*about, "rounding"}:
             about[name] = value

@@ -52,6 +52,7 @@ from jax_diffusion.pipeline.run import (
 from jax_diffusion.pipeline.tasks import TaskOptions
 from jax_diffusion.registry import is_outside
 from jax_diffusion.runtime import sharding
+from jax_diffusion.samplers import SAMPLERS
 from jax_diffusion.schedules import NoiseSchedule
 
 __all__ = [
@@ -153,7 +154,7 @@ class BoundSampler:
         numbers: eta and the scales of guidance.
         rounding: how floats become uint8.
         choices: what defaults and files have come to, for records: "steps", "spacing",
-            "ema", "mask".
+            "ema", "mask"; "noise" if it depends on rows since version 0.2 only.
         second: the sampler that enlarges what this one draws, if there is one.
         second_labels: its label for each label, int32 [k]; None if they agree.
         class_names: what the labels are called; None where they are numbers only.
@@ -335,6 +336,10 @@ def _bind(
         "ema": run.ema,
         "mask": None if mask is None else zlib.crc32(mask.tobytes()),
     }
+    # Until 0.1 these drew other noise: a job that was begun then is not gone on with.
+    repaints = task.row.reads is None or "resamples" in task.row.reads
+    if repaints or options.sampler not in SAMPLERS:
+        choices["noise"] = "by row"
     numbers = options.numbers(run.null_label)
     if is_outside(task.task) and params["model"] is not None:
         rows = {"ids": np.zeros(1, np.int32)}

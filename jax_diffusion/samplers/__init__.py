@@ -4,18 +4,19 @@ A sampler is a function of this form:
 
     step(keys, denoise_fn, schedule, state, t) -> state
 
-    keys        typed keys [b], one for each image, new at every step
+    keys        typed keys [b], one for each image, the same at every step
     denoise_fn  denoise_fn(x_t, t) -> Prediction, see `diffusion.denoiser`
     schedule    NoiseSchedule; t are numbers of its rows
-    state       SampleState, whose x is at the noise level of t
+    state       SampleState, whose x is at the noise level of t, or one of your own
     t           int32 [b], all equal when `sample` calls the step
-    -> state    SampleState: x at the level of t - 1, which is clean data for t = 0; x_0
-                as predicted at t; the log-SNR of t
+    -> state    the state: x at the level of t - 1, which is clean data for t = 0; x_0
+                as predicted at t; the log-SNR of t; dtypes as they were
 
-A step draws noise from `keys` only and treats every image by itself, so that an image
-depends on its own key and not on the batch around it. It never indexes a table with
-t - 1 but reads `prev` of `schedules.take`. `loop` calls it in a `lax.scan` and skips
-negative t.
+A step draws `normal(fold_in(keys, t), shape)`, and for a second purpose folds in one
+more number. So the noise of an image depends on its key and on the row t alone: not on
+the batch around it, nor on who calls the step, nor on where a chain was cut. It never
+indexes a table with t - 1 but reads `prev` of `schedules.take`. `loop` calls it in a
+`lax.scan` and skips negative t; a scan of your own does as well.
 
     loop      SampleState, keys for images, the scan: sample_frames, sample
     steps     every sampler's step, and SAMPLERS, the table of them

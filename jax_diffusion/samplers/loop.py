@@ -145,7 +145,8 @@ def start(x_T: Float[Array, "b *d"]) -> SampleState:
     checks.data("x_T", x_T, ("b", ...))
     x_T = jnp.asarray(x_T)
     shape = x_T.shape[:1] + (1,) * (x_T.ndim - 1)
-    no_level = jnp.full(shape, -jnp.inf, jnp.promote_types(x_T.dtype, jnp.float32))
+    dtype = jnp.promote_types(x_T.dtype, jnp.float32)
+    no_level = jnp.full_like(x_T, -jnp.inf, dtype, shape)  # varies in shard_map as x_T
     return SampleState(x_T, jnp.zeros_like(x_T), no_level)
 
 
@@ -232,7 +233,9 @@ def sample_frames(
         raise ValueError(f"num_frames must divide {num_steps} steps, got {num_frames}.")
 
     def visit(state, t):
-        t = jnp.full(state.x.shape[:1], t, jnp.int32)
+        # Like x, so that within shard_map it varies as x does, and what a step takes
+        # of its row with it.
+        t = jnp.full_like(state.x, t, jnp.int32, state.x.shape[:1])
         token = _keys_of_step.set(keys)
         try:
             new = step_fn(keys, denoise_fn, schedule, state, t)

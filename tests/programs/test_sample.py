@@ -276,6 +276,25 @@ def test_parts_of_another_mask_are_refused(
     assert "got mask " in refuses(labelled, *options, out=out)
 
 
+@pytest.mark.slow
+def test_parts_whose_noise_was_drawn_by_another_rule_are_refused(
+    labelled, tmp_path, program, refuses, monkeypatch
+):
+    """RePaint's, until 0.1; plain chains have the noise that they had."""
+    options = ("--n", N, "--batch-size", 2)
+    for task in ("generate", "inpaint"):
+        out = ("--out", tmp_path / f"{task}.npz")
+        arguments = (*out, "--task", task, *options)
+        cut_off(monkeypatch, program, "--workdir", labelled, *arguments)
+        record = tmp_path / f"{task}.parts" / "record.json"
+        told = json.loads(record.read_text())
+        assert ("noise" in told) == (task == "inpaint")
+    told.pop("noise")
+    record.write_text(json.dumps(told))
+    refused = refuses(labelled, "--task", "inpaint", *options, out=out)
+    assert "got noise None -> by row" in refused
+
+
 OF_0_1 = dict(  # the record of parts that version 0.1 has written
     **dict(block=2, classifier="c", classifier_scale=1.0, eta=0.5, export=None),
     **dict(frames=10, group=8, guidance=None, guidance_interval=None, images=None),
