@@ -817,7 +817,31 @@ OTHERS = [
     ),
     (
         "step_fn must return a state like the one that it is given, with x bfloat16",
-        lambda: samplers.sample(KEYS, DENOISE, STEP, S, X.astype(jnp.bfloat16)),
+        lambda: samplers.sample(KEYS, DENOISE, wide_step, S, X.astype(jnp.bfloat16)),
+    ),
+    (
+        "ts must be different rows, got 4 twice",
+        lambda: samplers.sample(KEYS, DENOISE, STEP, S, X, ts=T[1] + 0 * T[:2]),
+    ),
+    (
+        "state must be given without x_T, got float32 [3, 8, 8, 3]",
+        lambda: samplers.sample(KEYS, DENOISE, STEP, S, X, state=samplers.start(X)),
+    ),
+    (
+        "state must be a SampleState, such as samplers.start makes, got float32",
+        lambda: samplers.sample(KEYS, DENOISE, STEP, S, state=X),
+    ),
+    (
+        "x_T must be a float array [b, ...], got None",
+        lambda: samplers.sample(KEYS, DENOISE, STEP, S),
+    ),
+    (
+        "keys of noise in a step must be those of its row",
+        lambda: samplers.sample(KEYS, DENOISE, old_step, S, X),
+    ),
+    (
+        "number must be an integer array [3], got int32 [2]",
+        lambda: samplers.fold_in(KEYS, T[:2]),
     ),
     (A_KEY + "uint32 [2]", lambda: samplers.image_keys(OLD_KEY, LABEL)),
     (
@@ -1040,6 +1064,14 @@ def update(t, loss):
     return sampler.update(sampler.init(), t, loss)
 
 
+def wide_step(keys, denoise_fn, schedule, state, t):
+    return state._replace(x=state.x.astype(jnp.float32))
+
+
+def old_step(keys, denoise_fn, schedule, state, t):
+    return state._replace(x=samplers.normal(keys, state.x.shape[1:]))
+
+
 def other_cases():
     for i, case in enumerate(OTHERS):
         yield f"{i}: {case[0]}", case
@@ -1125,6 +1157,15 @@ RIGHT = {
         lambda: jax.jit(
             lambda x: editing.edit(KEYS, DENOISE, STEP, PADDED, x, t=3),
         )(X),
+        X.shape,
+    ),
+    "bfloat16 and a state": (
+        lambda: (
+            samplers.sample(
+                *(KEYS, DENOISE, STEP, S),
+                state=samplers.start(X.astype(jnp.bfloat16)),
+            ).x
+        ),
         X.shape,
     ),
     "negative ts are skipped": (
