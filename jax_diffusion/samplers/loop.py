@@ -344,8 +344,9 @@ def check_step_arguments(
 
 def check_fields(state: Any) -> None:
     """Raises ValueError unless a state has the fields of SampleState, and x is data."""
-    is_one = dataclasses.is_dataclass(state) or hasattr(state, "_replace")
-    if not is_one or not all(hasattr(state, name) for name in SampleState._fields):
+    kind = type(state)
+    replaceable = hasattr(kind, "_replace") or hasattr(kind, "__dataclass_fields__")
+    if not replaceable or not all(hasattr(state, name) for name in SampleState._fields):
         rule = "state must be a SampleState, such as samplers.start makes"
         raise ValueError(f"{rule}, got {checks.shown(state)}.")
     checks.data("state.x", state.x, ("b", ...))
