@@ -38,11 +38,19 @@ class StateLike(Protocol):
     """What has the fields of `SampleState`, and perhaps others."""
 
     @property
-    def x(self) -> Array: ...
+    def x(self) -> Array:
+        """[b, ...] the sample."""
+        ...
+
     @property
-    def x_0(self) -> Array: ...
+    def x_0(self) -> Array:
+        """[b, ...] the last prediction."""
+        ...
+
     @property
-    def log_snr(self) -> Array: ...
+    def log_snr(self) -> Array:
+        """[b, 1, ...] the level of the last prediction."""
+        ...
 
 
 State = TypeVar("State", bound=StateLike)

@@ -824,7 +824,7 @@ OTHERS = [
         lambda: samplers.sample(KEYS, DENOISE, STEP, S, X, ts=T[1] + 0 * T[:2]),
     ),
     (
-        "state must be given without x_T, got float32 [3, 8, 8, 3]",
+        "state must be given without x_T, got float32 [3, 4, 4, 2]",
         lambda: samplers.sample(KEYS, DENOISE, STEP, S, X, state=samplers.start(X)),
     ),
     (
