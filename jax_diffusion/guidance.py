@@ -76,7 +76,7 @@ def classifier_free(
         checks.array("null_label", null_label, "int", label.shape)
     elif checks.known(null_label):
         checks.integer("null_label", np.asarray(null_label).item())
-    _check_scale(scale)
+    _check_scale(scale, schedule=diffusion.schedule_of(denoise_fn))
     checks.number("rescale", rescale, at_least=0, at_most=1)
 
     def guided(x_t, t, **conditioning):
@@ -100,7 +100,7 @@ def classifier_free(
         grad = None if prediction.grad is None else prediction.grad[::2]
         return prediction._replace(x_0=x_0, log_var=log_var[::2], grad=grad)
 
-    return guided
+    return diffusion.with_schedule(guided, denoise_fn)
 
 
 def classifier(
@@ -142,7 +142,8 @@ def classifier(
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     checks.function("log_prob_fn", log_prob_fn, "(x_t, timesteps)")
     check_schedule(schedule)
-    _check_scale(scale)
+    diffusion.check_schedule_of(denoise_fn, schedule)
+    _check_scale(scale, schedule=schedule)
 
     def guided(x_t, t, **conditioning):
         check_rows(schedule, t)
@@ -161,7 +162,7 @@ def classifier(
             grad = prediction.grad + grad
         return prediction._replace(grad=grad)
 
-    return guided
+    return diffusion.with_schedule(guided, schedule)
 
 
 def shift_x_0(denoise_fn: DenoiseFn, schedule: NoiseSchedule) -> DenoiseFn:
@@ -184,6 +185,7 @@ def shift_x_0(denoise_fn: DenoiseFn, schedule: NoiseSchedule) -> DenoiseFn:
     """
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     check_schedule(schedule)
+    diffusion.check_schedule_of(denoise_fn, schedule)
 
     def shifted(x_t, t, **conditioning):
         prediction = denoise_fn(x_t, t, **conditioning)
@@ -191,7 +193,7 @@ def shift_x_0(denoise_fn: DenoiseFn, schedule: NoiseSchedule) -> DenoiseFn:
         x_0 = diffusion.guided_x_0(schedule, prediction, t)
         return prediction._replace(x_0=x_0, grad=None)
 
-    return shifted
+    return diffusion.with_schedule(shifted, schedule)
 
 
 def label_log_prob(
@@ -264,7 +266,7 @@ def within(
         inside = (ratio >= low) & (ratio <= high)
         return jnp.where(inside, scale, outside)
 
-    return scale_fn
+    return diffusion.with_schedule(scale_fn, schedule)
 
 
 def drop_labels(
@@ -302,9 +304,13 @@ def drop_labels(
     ).astype(label.dtype)
 
 
-def _check_scale(scale: Any, name: str = "scale") -> None:
-    """Raises ValueError unless a scale is one number, numbers [b], or a function."""
+def _check_scale(scale: Any, name: str = "scale", schedule: Any = None) -> None:
+    """Raises ValueError unless a scale is one number, numbers [b], or a function.
+
+    A function that is made with another schedule, if one is given, is refused, too.
+    """
     if callable(scale):
+        diffusion.check_schedule_of(scale, schedule, name)
         return
     if np.ndim(scale) == 0:
         checks.number(name, scale)

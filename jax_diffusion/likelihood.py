@@ -270,6 +270,7 @@ def _keys_of(key, denoise_fn, schedule, x_0):
     """One key for each image, once the arguments of a likelihood fit each other."""
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     check_schedule(schedule)
+    diffusion.check_schedule_of(denoise_fn, schedule)
     checks.data("x_0", x_0, ("b", ...))
     if np.ndim(key):
         checks.keys("key", key, x_0.shape[0])

@@ -7,6 +7,7 @@
     process    q_sample, q_posterior; conversions between x_0, eps, v, mu and score
     objective  Objective: what the network predicts, and the loss
     denoisers  Prediction, denoiser (the learned variance, too), clip_x_0, threshold_x_0
+    same_schedule  schedule_of: the schedule a denoiser is made with; no other is taken
 
 Conventions, relied on everywhere in the package:
 
@@ -61,6 +62,11 @@ from jax_diffusion.diffusion.process import (
     x_0_from_mu,
     x_0_from_v,
 )
+from jax_diffusion.diffusion.same_schedule import (
+    check_schedule_of,
+    schedule_of,
+    with_schedule,
+)
 
 __all__ = [
     "DenoiseFn",
@@ -74,6 +80,7 @@ __all__ = [
     "check_objective",
     "check_output",
     "check_prediction",
+    "check_schedule_of",
     "check_signal",
     "clip_x_0",
     "denoiser",
@@ -84,11 +91,13 @@ __all__ = [
     "q_mean_log_var",
     "q_posterior",
     "q_sample",
+    "schedule_of",
     "score_from_x_0",
     "split_output",
     "target",
     "threshold_x_0",
     "v_from_x_0",
+    "with_schedule",
     "x_0_from_eps",
     "x_0_from_mu",
     "x_0_from_v",

@@ -15,6 +15,7 @@ from jax_diffusion.diffusion.process import (
     x_0_from_mu,
     x_0_from_v,
 )
+from jax_diffusion.diffusion.same_schedule import with_schedule
 from jax_diffusion.schedules import (
     NoiseSchedule,
     check_batch,
@@ -252,7 +253,8 @@ def denoiser(
         objective: says what the network outputs.
 
     Returns:
-        denoise_fn(x_t, t, **conditioning) -> Prediction.
+        denoise_fn(x_t, t, **conditioning) -> Prediction. Beside another schedule it is
+        refused, see `schedule_of`.
 
     Raises:
         ValueError: if the network predicts eps and the schedule ends in zero signal;
@@ -272,7 +274,7 @@ def denoiser(
         output = model_fn(x_t, schedule.timesteps[t], **conditioning)
         return predict(schedule, objective, output, x_t, t)
 
-    return denoise
+    return with_schedule(denoise, schedule)
 
 
 def check_signal(schedule: NoiseSchedule, objective: Objective) -> None:
@@ -359,7 +361,7 @@ def clip_x_0(denoise_fn: DenoiseFn, low: float = -1.0, high: float = 1.0) -> Den
         check_prediction(prediction, x_t)
         return prediction._replace(x_0=jnp.clip(prediction.x_0, low, high))
 
-    return clipped
+    return with_schedule(clipped, denoise_fn)
 
 
 def threshold_x_0(denoise_fn: DenoiseFn, quantile: float = 0.995) -> DenoiseFn:
@@ -391,4 +393,4 @@ def threshold_x_0(denoise_fn: DenoiseFn, quantile: float = 0.995) -> DenoiseFn:
         bound = bound.reshape((-1,) + (1,) * (x_0.ndim - 1))
         return prediction._replace(x_0=jnp.clip(x_0, -bound, bound) / bound)
 
-    return thresholded
+    return with_schedule(thresholded, denoise_fn)

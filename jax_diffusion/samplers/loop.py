@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import checks
-from jax_diffusion.diffusion import DenoiseFn
+from jax_diffusion.diffusion import DenoiseFn, check_schedule_of
 from jax_diffusion.schedules import NoiseSchedule, check_batch, check_schedule
 
 
@@ -227,6 +227,7 @@ def sample_frames(
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     checks.function("step_fn", step_fn, STEP_ARGUMENTS)
     check_schedule(schedule)
+    check_schedule_of(denoise_fn, schedule)
     first = _first_state(x_T, state)
     checks.keys("keys", keys, first.x.shape[0])
     if ts is None:
@@ -347,6 +348,7 @@ def check_step_arguments(
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     check_fields(state)
     check_batch(schedule, t, **{"state.x": state.x})
+    check_schedule_of(denoise_fn, schedule)
     checks.keys("keys", keys, state.x.shape[0])
 
 

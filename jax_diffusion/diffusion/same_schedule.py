@@ -1,0 +1,94 @@
+"""Which schedule a denoiser is made with, so that it meets no other one."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jax_diffusion import checks
+from jax_diffusion.schedules import NoiseSchedule
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Tables that differ by less give the same samples: a table in another precision does.
+RTOL, ATOL = 1e-4, 1e-6
+
+
+def schedule_of(function: Any) -> NoiseSchedule | None:
+    """The schedule that a function of rows t is made with; None if it does not say.
+
+    It is the attribute `schedule`, which `denoiser` sets, and every wrapper of this
+    package. What copies attributes keeps it: `jax.jit`, `functools.wraps`; this looks
+    into `functools.partial`.
+
+    >>> from jax_diffusion import diffusion, schedules
+    >>> schedule = schedules.make_schedule(schedules.cosine_betas(10))
+    >>> objective = diffusion.Objective()
+    >>> denoise_fn = diffusion.denoiser(lambda x, t: x, schedule, objective)
+    >>> schedule_of(diffusion.clip_x_0(denoise_fn)) is schedule
+    True
+    """
+    found = getattr(function, "schedule", None)
+    if found is None and isinstance(function, functools.partial):
+        return schedule_of(function.func)
+    return found if isinstance(found, NoiseSchedule) else None
+
+
+def with_schedule(function: Function, source: Any) -> Function:
+    """Makes a function of rows t say of which schedule they are.
+
+    Args:
+        function: a denoiser, or a scale of guidance; it gets an attribute.
+        source: the schedule, or the function that is wrapped, which may know none.
+
+    Returns:
+        The function.
+    """
+    schedule = source if isinstance(source, NoiseSchedule) else schedule_of(source)
+    if schedule is not None:
+        function.__dict__["schedule"] = schedule
+    return function
+
+
+def check_schedule_of(
+    function: Any, schedule: NoiseSchedule | None, name: str = "denoise_fn"
+) -> None:
+    """Checks that a function of rows t is made with the schedule that it meets.
+
+    Rows that the schedule visits must be the same ones in both, so that either may be
+    padded. Nothing is computed where one of them is traced, or not known at all.
+
+    Args:
+        function: a denoiser, or a scale of guidance.
+        schedule: where its rows are taken from.
+        name: of the function, in the sentence.
+
+    Raises:
+        ValueError: if it is made with another one.
+    """
+    own = schedule_of(function)
+    if own is schedule or own is None or schedule is None:
+        return
+    if not all(map(checks.known, jax.tree.leaves((own, schedule)))):
+        return
+    rule = f"{name} must be made with the schedule that it is used with, got one of"
+    mine, theirs = jax.tree.map(np.asarray, jax.device_get((own, schedule)))
+    num_mine, num_theirs = (int(np.sum(table.visited)) for table in (mine, theirs))
+    if num_theirs > num_mine:
+        raise ValueError(f"{rule} {num_mine} steps for {num_theirs}.")
+    for field in dataclasses.fields(NoiseSchedule):
+        if field.name == "next":  # no denoiser's, and of the last row not the same
+            continue
+        columns = (
+            jax.tree.leaves(getattr(table, field.name)) for table in (mine, theirs)
+        )
+        for a, b in zip(*columns, strict=True):
+            same = np.isclose(a[:num_theirs], b[:num_theirs], RTOL, ATOL)
+            if not same.all():
+                raise ValueError(
+                    f"{rule} {num_mine} steps for {num_theirs}, with other "
+                    f"{field.name} in row {np.argmin(same)}."
+                )

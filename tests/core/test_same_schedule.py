@@ -1,0 +1,190 @@
+"""A denoiser that is made with one schedule is refused beside another one.
+
+The table holds every function that takes both, and every wrapper of a denoiser.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.oracles import normal
+
+from jax_diffusion import diffusion, editing, guidance, likelihood, samplers, schedules
+from jax_diffusion.diffusion import Prediction
+from jax_diffusion.samplers import SAMPLERS
+
+BETAS = schedules.cosine_betas(20)
+S = schedules.make_schedule(BETAS)
+OTHERS = {  # schedules in whose place S was meant, and what is said of them
+    "other betas": (schedules.make_schedule(schedules.linear_betas(20)), "other betas"),
+    "respaced": (schedules.make_schedule(BETAS, keep=[*range(0, 20, 2)]), "for 10, wi"),
+    "shifted": (schedules.make_schedule(BETAS, keep=[*range(20)][1:]), "for 19, with"),
+    "other timesteps": (
+        schedules.make_schedule(BETAS, rescale_timesteps=True),
+        "with other timesteps in row 1",
+    ),
+    "longer": (
+        schedules.make_schedule(np.append(BETAS, 0.5)),
+        "for 21",
+    ),
+    "padded": (
+        schedules.pad(schedules.make_schedule(schedules.linear_betas(20)), 24),
+        "other betas",
+    ),
+}
+SAME = {  # other objects that are the same
+    "itself": S,
+    "made again": schedules.make_schedule(BETAS),
+    "padded": schedules.pad(S, 24),
+    "of float64": schedules.tabulate(BETAS),
+    "cut": schedules.make_schedule(BETAS[:9]),
+}
+KEY, KEYS = jax.random.key(0), samplers.image_keys(jax.random.key(0), jnp.arange(2))
+X, T = jnp.tanh(normal(0, 2, 4, 4, 1)), jnp.array([3, 3])
+STATE = samplers.start(X)
+MASK = jnp.ones((4, 4, 1))
+
+
+def model_fn(x, timesteps, **conditioning):
+    return jnp.tanh(x + 1e-3 * timesteps[:, None, None, None])
+
+
+def made(schedule):
+    return diffusion.denoiser(model_fn, schedule, diffusion.Objective("v"))
+
+
+def log_prob(x, timesteps):
+    return -jnp.sum(x**2, axis=(1, 2, 3))
+
+
+WRAPPERS = {  # of a denoiser f that is made with schedule s
+    "clip_x_0": lambda f, s: diffusion.clip_x_0(f),
+    "threshold_x_0": lambda f, s: diffusion.threshold_x_0(f),
+    "classifier_free": lambda f, s: guidance.classifier_free(f, T, 0, 2.0),
+    "classifier": lambda f, s: guidance.classifier(f, s, log_prob),
+    "shift_x_0": lambda f, s: guidance.shift_x_0(f, s),
+    "partial": lambda f, s: functools.partial(f, label=T),
+    "jit": lambda f, s: jax.jit(f),
+    "checkpoint": lambda f, s: jax.checkpoint(f),
+    "wraps": lambda f, s: functools.wraps(f)(lambda x, t: f(x, t)),
+    "all": lambda f, s: diffusion.clip_x_0(
+        guidance.shift_x_0(
+            guidance.classifier(
+                functools.partial(guidance.classifier_free(f, T, 0, 2.0)), s, log_prob
+            ),
+            s,
+        )
+    ),
+}
+
+
+def step_call(step_fn):
+    return lambda f, s: step_fn(KEYS, f, s, STATE, jnp.full(2, 3))
+
+
+ddim = samplers.ddim_step
+CALLS = {  # everything that takes a denoiser f and a schedule s
+    **{name: step_call(row.step) for name, row in SAMPLERS.items()},
+    "ddim_inversion_step": step_call(samplers.ddim_inversion_step),
+    "inpaint": step_call(samplers.inpaint(ddim, X, MASK)),
+    "share_noise": step_call(samplers.share_noise(ddim, KEY, until=2)),
+    "on_step": step_call(samplers.on_step(ddim, lambda t: None)),
+    "sample": lambda f, s: samplers.sample(KEYS, f, ddim, s, X),
+    "sample with a step of one's own": lambda f, s: samplers.sample(
+        KEYS, f, lambda keys, f, s, state, t: state, s, X
+    ),
+    "sample from a state": lambda f, s: samplers.sample(KEYS, f, ddim, s, state=STATE),
+    "sample_frames": lambda f, s: samplers.sample_frames(
+        KEYS, f, ddim, s, X, num_frames=1
+    ),
+    "invert": lambda f, s: samplers.invert(f, s, X),
+    "interpolate": lambda f, s: samplers.interpolate(
+        KEYS, f, ddim, s, X, X, jnp.ones(1), t=3
+    ),
+    "repaint": lambda f, s: editing.repaint(KEYS, f, ddim, s, X, X, MASK),
+    "edit": lambda f, s: editing.edit(KEYS, f, ddim, s, X, t=3),
+    "descend": lambda f, s: editing.descend(KEYS, f, ddim, s, X, t=3),
+    "reconstruct": lambda f, s: editing.reconstruct(KEYS, f, s, X, t=3),
+    "between_noises": lambda f, s: editing.between_noises(
+        KEYS, f, ddim, s, X, X, jnp.ones(1)
+    ),
+    "bits_per_dim": lambda f, s: likelihood.bits_per_dim(KEY, f, s, X),
+    "ode_bits_per_dim": lambda f, s: likelihood.ode_bits_per_dim(KEY, f, s, X),
+    "classifier": lambda f, s: guidance.classifier(f, s, log_prob),
+    "shift_x_0": lambda f, s: guidance.shift_x_0(f, s),
+}
+RULE = r"^denoise_fn must be made with the schedule that it is used with, got one of "
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_sampling_on_another_schedule_is_refused(other):
+    schedule, said = OTHERS[other]
+    with pytest.raises(ValueError, match=f"{RULE}20 steps.*{said}.*"):
+        CALLS["sample"](made(S), schedule)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_everything_that_takes_a_denoiser_and_a_schedule_refuses_another_one(call):
+    schedule, _ = OTHERS["respaced"]
+    with pytest.raises(ValueError, match=RULE):
+        CALLS[call](made(S), schedule)
+    with pytest.raises(ValueError, match=RULE):  # both are known within jit
+        jax.jit(lambda: CALLS[call](made(S), schedule) and None)()
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_every_wrapper_of_a_denoiser_knows_its_schedule(wrapper):
+    denoise_fn = WRAPPERS[wrapper](made(S), S)
+    assert diffusion.schedule_of(denoise_fn) is S
+    with pytest.raises(ValueError, match=RULE):
+        CALLS["sample"](denoise_fn, OTHERS["respaced"][0])
+
+
+def test_a_scale_of_another_schedule_is_refused():
+    scale = guidance.within(S, 3.0)
+    said = r"^scale must be made with the schedule that it is used with, got one of 20 "
+    f = made(OTHERS["respaced"][0])
+    with pytest.raises(ValueError, match=said):
+        guidance.classifier_free(f, T, 0, scale)
+    with pytest.raises(ValueError, match=said):
+        guidance.classifier(f, OTHERS["respaced"][0], log_prob, scale)
+    guidance.classifier_free(made(S), T, 0, scale)
+    guidance.classifier_free(lambda x, t, label: None, T, 0, scale)  # does not say
+
+
+@pytest.mark.parametrize("same", SAME)
+def test_a_schedule_that_is_the_same_is_accepted(same):
+    found = CALLS["descend"](made(S), SAME[same])
+    np.testing.assert_allclose(found, CALLS["descend"](made(S), S), atol=1e-5)
+    diffusion.check_schedule_of(made(schedules.pad(S, 30)), S)
+
+
+def test_schedules_that_are_traced_and_functions_that_do_not_say_pass():
+    other, _ = OTHERS["other betas"]
+    jax.eval_shape(lambda s: CALLS["sample"](made(S), s), other)
+    jax.eval_shape(lambda s: CALLS["sample"](made(s), other), S)
+    f = made(S)
+    jax.eval_shape(lambda: CALLS["sample"](lambda x, t: f(x, t), other))
+
+    def plain(x_t, t):
+        return Prediction(x_t, jnp.zeros(()))
+
+    assert diffusion.schedule_of(diffusion.clip_x_0(plain)) is None
+    assert diffusion.schedule_of(guidance.classifier(plain, S, log_prob)) is S
+
+
+def test_vmap_over_schedules_is_not_hindered():
+    pair = jax.tree.map(lambda *a: jnp.stack(a), S, OTHERS["other betas"][0])
+    found = jax.vmap(lambda s: CALLS["sample"](made(s), s))(pair)
+    assert found.shape == (2, *X.shape)
+
+
+def test_what_is_compiled_is_the_same_whether_the_schedule_is_known_or_not():
+    f = made(S)
+    programs = [
+        str(jax.make_jaxpr(lambda x, g=g: samplers.sample(KEYS, g, ddim, S, x))(X))
+        for g in (f, lambda x, t: f(x, t))
+    ]
+    assert programs[0] == programs[1]
