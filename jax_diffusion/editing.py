@@ -128,7 +128,7 @@ def renoise(
     var = high.noise**2 - (ratio * low.noise) ** 2
     std = jnp.sqrt(jnp.maximum(var, 0.0))
     x_to = ratio * x + std * samplers.normal(keys, x.shape[1:])
-    return x_to.astype(x.dtype)
+    return x_to.astype(jnp.result_type(x))
 
 
 def repaint(
@@ -235,7 +235,7 @@ def edit(
     checks.keys("keys", keys, x.shape[0])
     level = jnp.full(x.shape[:1], t, jnp.int32)
     eps = samplers.normal(samplers.fold_in(keys, 0), x.shape[1:])
-    x_t = diffusion.q_sample(schedule, x, level, eps)
+    x_t = diffusion.q_sample(schedule, x, level, eps).astype(jnp.result_type(x))
     return descend(samplers.fold_in(keys, 1), denoise_fn, step_fn, schedule, x_t, t=t)
 
 

@@ -300,7 +300,7 @@ def drop_labels(
         checks.integer("null_label", null_label)
     checks.number("share", share, at_least=0, at_most=1)
     return jnp.where(
-        jax.random.bernoulli(key, share, label.shape), null_label, label
+        jax.random.bernoulli(key, jnp.float32(share), label.shape), null_label, label
     ).astype(label.dtype)
 
 

@@ -25,6 +25,7 @@ from jax_diffusion import checks, diffusion, losses, samplers
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.schedules import NoiseSchedule, check_schedule
 
+LOG_2 = np.log(2.0).item()  # plain numbers leave float32 as it is
 BINS = 127.5  # how many values of 8-bit data fall into an interval of length 1
 
 
@@ -89,7 +90,7 @@ def prior_bpd(schedule: NoiseSchedule, x_0: Float[Array, "b *d"]) -> Float[Array
     last = jnp.broadcast_to(last, x_0.shape[:1])
     mean, log_var = diffusion.q_mean_log_var(schedule, x_0, last)
     zero = jnp.zeros_like(mean)
-    return losses.mean_flat(losses.normal_kl(mean, log_var, zero, zero)) / np.log(2.0)
+    return losses.mean_flat(losses.normal_kl(mean, log_var, zero, zero)) / LOG_2
 
 
 def bits_per_dim(
@@ -123,7 +124,8 @@ def bits_per_dim(
         largest = float(np.max(np.abs(np.asarray(jax.device_get(x_0), np.float64))))
         if not largest <= 1 + 1e-6:
             raise ValueError(f"x_0 must be in [-1, 1], got a value of {largest:.4g}.")
-    num_images = x_0.shape[0]
+    dtype = jnp.result_type(x_0, jnp.float32)
+    num_images, zeros = x_0.shape[0], losses.mean_flat(jnp.zeros_like(x_0, dtype))
 
     def terms_at(step):
         t = jnp.full((num_images,), step, jnp.int32)
@@ -135,10 +137,11 @@ def bits_per_dim(
         vlb = losses.vlb_terms(schedule, prediction, x_0, x_t, t)
         eps_hat = diffusion.eps_from_x_0(schedule, x_t, t, prediction.x_0)
         x_0_mse = losses.mean_flat((prediction.x_0 - x_0) ** 2)
-        return vlb, x_0_mse, losses.mean_flat((eps_hat - eps) ** 2)
+        terms = vlb, x_0_mse, losses.mean_flat((eps_hat - eps) ** 2)
+        return tuple(term.astype(dtype) for term in terms)
 
     def term(_, step: Int[Array, ""]):  # zero in rows added by `schedules.pad`
-        none = (jnp.zeros(num_images),) * 3
+        none = (zeros,) * 3
         visited = schedule.visited[step]
         return None, jax.lax.cond(visited, terms_at, lambda _: none, step)
 
@@ -197,7 +200,8 @@ def dequantize(
     checks.data("x_0", x_0, ("b", ...))
     checks.keys("keys", keys, x_0.shape[0])
     draw = functools.partial(jax.random.uniform, minval=-0.5, maxval=0.5)
-    return x_0 + jax.vmap(lambda key: draw(key, x_0.shape[1:]))(keys) / BINS
+    shape, dtype = x_0.shape[1:], jnp.float32
+    return x_0 + jax.vmap(lambda key: draw(key, shape, dtype))(keys) / BINS
 
 
 dequantise = dequantize  # its old name
@@ -246,15 +250,17 @@ def ode_bits_per_dim(
     keys = _keys_of(key, denoise_fn, schedule, x_0)
     signal = schedule.now.signal[0]
     x = signal * dequantize(keys, x_0)  # with these keys, and probes with others
-    shape, dtype = x_0.shape[1:], jnp.float32
-    draw = jax.vmap(lambda key: jax.random.rademacher(key, shape, dtype))
-    signs = jnp.stack([draw(samplers.fold_in(keys, 1 + i)) for i in range(probes)])
+    half, shape = jnp.float32(0.5), x_0.shape[1:]
+    draw = jax.vmap(lambda key: jax.random.bernoulli(key, half, shape))
+    heads = jnp.stack([draw(samplers.fold_in(keys, 1 + i)) for i in range(probes)])
+    signs = 2 * heads.astype(x.dtype) - 1
     flow = functools.partial(_flow, denoise_fn, schedule, x, signs)
 
     def bits(stride):
         x_T, volume = flow(stride)
-        prior = (losses.mean_flat(x_T**2) + np.log(2 * np.pi)) / (2 * np.log(2.0))
-        growth = (volume + jnp.log(signal)) / np.log(2.0) - np.log2(BINS)
+        log_2_pi = np.log(2 * np.pi).item()
+        prior = (losses.mean_flat(x_T**2) + log_2_pi) / (2 * LOG_2)
+        growth = (volume + jnp.log(signal)) / LOG_2 - np.log2(BINS).item()
         return prior, prior[None] - growth
 
     # A map, so that the network is compiled once for both lengths of step.
@@ -262,7 +268,7 @@ def ode_bits_per_dim(
     fine, coarse = jnp.mean(total, axis=1)
     two_steps = jnp.sum(schedule.visited, dtype=jnp.int32) > 2
     step_error = jnp.where(two_steps, jnp.abs(fine - coarse), jnp.nan)
-    probe_error = jnp.std(total[0], axis=0, ddof=1) / np.sqrt(probes)
+    probe_error = jnp.std(total[0], axis=0, ddof=1) / np.sqrt(probes).item()
     return OdeBits(fine, prior[0], step_error, probe_error)
 
 
@@ -294,7 +300,7 @@ def _flow(denoise_fn, schedule, x, signs, stride):
             prediction = denoise_fn(x, t)
             diffusion.check_prediction(prediction, x)
             x_0 = diffusion.guided_x_0(schedule, prediction, t)
-            return diffusion.v_from_x_0(schedule, x, t, x_0)
+            return diffusion.v_from_x_0(schedule, x, t, x_0).astype(x.dtype)
 
         # The value is the same for all probes, and computed once.
         values, slopes = jax.vmap(lambda sign: jax.jvp(v, (x,), (sign,)))(signs)
@@ -312,6 +318,6 @@ def _flow(denoise_fn, schedule, x, signs, stride):
         start = i * stride
         return jax.lax.cond(start < last, heun, lambda s, _: s, state, start), None
 
-    state = x, jnp.zeros(signs.shape[:2])
+    state = x, jnp.zeros(signs.shape[:2], x.dtype)
     state, _ = jax.lax.scan(one, state, jnp.arange(schedule.num_steps - 1))
     return state

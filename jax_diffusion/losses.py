@@ -272,7 +272,8 @@ def training_loss(
     diffusion.check_output(output, x_0)
     value, _ = diffusion.split_output(objective, output, x_0.shape[-1])
     error = value - diffusion.target(schedule, objective, x_0, x_t, t, eps)
-    mse, vlb = mean_flat(error**2), jnp.zeros(x_0.shape[:1])
+    mse = mean_flat(error**2)
+    vlb = jnp.zeros_like(mse)
 
     if objective.loss in ("vlb", "hybrid"):
         if objective.loss == "hybrid":  # the bound must not reach the mean
@@ -332,7 +333,7 @@ def _noised(key, schedule, x_0, t, eps):
     check_batch(schedule, t, per_image=True, x_0=x_0)
     if eps is None:
         checks.key("key", key)
-        eps = jax.random.normal(key, x_0.shape)
+        eps = jax.random.normal(key, x_0.shape, jnp.float32)
     return diffusion.q_sample(schedule, x_0, t, eps), eps
 
 

@@ -56,7 +56,8 @@ def _stateless(num_steps: int, draw: Callable[..., Array]) -> TimestepSampler:
     def sample(key, state, batch_size):
         del state
         _check_draw(key, batch_size)
-        return draw(key, batch_size).astype(jnp.int32), jnp.ones(batch_size)
+        t = draw(key, batch_size).astype(jnp.int32)
+        return t, jnp.ones(batch_size, jnp.float32)
 
     return TimestepSampler(lambda: (), sample, lambda state, t, loss: state)
 
@@ -74,7 +75,7 @@ def uniform(num_steps: int) -> TimestepSampler:
     """
 
     def draw(key, b):
-        return jax.random.randint(key, (b,), 0, num_steps)
+        return jax.random.randint(key, (b,), 0, num_steps, jnp.int32)
 
     return _stateless(num_steps, draw)
 
@@ -87,7 +88,7 @@ def antithetic(num_steps: int) -> TimestepSampler:
     """
 
     def draw(key, b):
-        t = jax.random.randint(key, (b // 2 + 1,), 0, num_steps)
+        t = jax.random.randint(key, (b // 2 + 1,), 0, num_steps, jnp.int32)
         return jnp.concatenate([t, num_steps - 1 - t])[:b]
 
     return _stateless(num_steps, draw)
@@ -104,7 +105,7 @@ def stratified(num_steps: int) -> TimestepSampler:
     """
 
     def draw(key, b):
-        shift = jax.random.randint(key, (), 0, num_steps)
+        shift = jax.random.randint(key, (), 0, num_steps, jnp.int32)
         return (shift + np.arange(b) * num_steps // b) % num_steps
 
     return _stateless(num_steps, draw)
@@ -144,7 +145,7 @@ def loss_second_moment(
 
     def init():
         counts = jnp.zeros(num_steps, jnp.int32)
-        return LossHistory(jnp.zeros((num_steps, history)), counts)
+        return LossHistory(jnp.zeros((num_steps, history), jnp.float32), counts)
 
     def sample(key, state, batch_size):
         _check_draw(key, batch_size)
@@ -158,6 +159,7 @@ def loss_second_moment(
         checks.array("t", t, "int", ("b",))
         checks.array("loss", loss, "float", t.shape)
         checks.rows("t", t, num_steps)
+        loss = loss.astype(state.losses.dtype)
 
         def push(state, item):  # one by one: a timestep may occur twice in a batch
             t, loss = item

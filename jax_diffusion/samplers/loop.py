@@ -160,7 +160,8 @@ def start(x_T: Float[Array, "b *d"]) -> SampleState:
 
 def advance(state: State, **fields: Array) -> State:
     """Replaces fields of a state, each in the dtype that it has; keeps the others."""
-    typed = {k: jnp.asarray(v, getattr(state, k).dtype) for k, v in fields.items()}
+    dtypes = {name: jnp.result_type(getattr(state, name)) for name in fields}
+    typed = {name: jnp.asarray(a, dtypes[name]) for name, a in fields.items()}
     replace: Any = getattr(type(state), "_replace", dataclasses.replace)
     return replace(state, **typed)
 

@@ -72,6 +72,7 @@ def slerp(
     checks.data("x", x, ("b", ...))
     checks.data("y", y, x.shape)
     checks.array("weight", weight, "float", x.shape[:1])
+    weight = weight.astype(jnp.result_type(x, y, jnp.float32))
     shape = (-1,) + (1,) * (x.ndim - 1)
     flat_x, flat_y = (a.reshape(a.shape[0], -1) for a in (x, y))
     squares = jnp.sum(flat_x**2, axis=-1) * jnp.sum(flat_y**2, axis=-1)
@@ -83,7 +84,8 @@ def slerp(
     safe = jnp.where(straight, 1.0, sine)
     of_x = jnp.where(straight, 1 - weight, jnp.sin((1 - weight) * angle) / safe)
     of_y = jnp.where(straight, weight, jnp.sin(weight * angle) / safe)
-    return of_x.reshape(shape) * x + of_y.reshape(shape) * y
+    between = of_x.reshape(shape) * x + of_y.reshape(shape) * y
+    return between.astype(jnp.result_type(x, y))
 
 
 def interpolate(
@@ -125,6 +127,7 @@ def interpolate(
     checks.keys("keys", keys, x_a.shape[0])
     checks.array("weights", weights, "float", ("n",))
     keys_a, keys_b, keys_steps = (fold_in(keys, i) for i in range(3))
+    weights = weights.astype(jnp.result_type(x_a, jnp.float32))
     level = jnp.full(x_a.shape[:1], t, jnp.int32)
     noised_a, noised_b = (
         diffusion.q_sample(schedule, x_0, level, normal(k, x_0.shape[1:]))
@@ -134,6 +137,7 @@ def interpolate(
 
     def at(weight):
         x_t = (1 - weight) * noised_a + weight * noised_b
+        x_t = x_t.astype(jnp.result_type(x_a))
         return sample(keys_steps, denoise_fn, step_fn, schedule, x_t, ts=ts)
 
     return jax.lax.map(at, weights)

@@ -203,7 +203,7 @@ def heun_step(
     del keys
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
-    x = _carry(state.x, x_0, c.now, c.prev).astype(state.x.dtype)
+    x = _carry(state.x, x_0, c.now, c.prev).astype(jnp.result_type(state.x))
     end_x_0 = _x_0(denoise_fn, schedule, x, jnp.maximum(t - 1, 0))
     mean = jnp.where(c.prev.noise > 0, (x_0 + end_x_0) / 2, x_0)
     x = _carry(state.x, mean, c.now, c.prev)
