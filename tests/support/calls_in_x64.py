@@ -157,7 +157,7 @@ def draws_of(sampler, x):
 
 
 def logits_fn(x, timesteps):
-    return x.astype(jnp.float32).mean((1, 2)) * jnp.arange(1, 3, dtype=jnp.float32)
+    return x.astype(jnp.float32).mean((1, 2)) * jnp.array([[1.0, 2.0]], jnp.float32)
 
 
 RESULT_CALLS = {  # of float32 or better
