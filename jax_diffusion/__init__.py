@@ -8,14 +8,14 @@
 
 The mathematics needs jax, numpy and jaxtyping, and takes a network from any library:
 
-    checks        whether an argument is a number in its range
+    checks        whether an argument is a number in its range; where arrays lie
     schedules     variances and noise levels -> NoiseSchedule
     spacing       which steps of a schedule to take
     diffusion     forward process, posterior, eps / x_0 / v / mu; the denoiser
     timesteps     which timesteps to train on
     losses        simple, variational and hybrid losses; weightings
     samplers      DDPM, DDIM, DPM-Solver++, Heun; one scan over steps; inpainting
-    guidance      classifier-free and classifier guidance
+    guidance      classifier-free, by a classifier, by a measurement
     editing       RePaint, SDEdit, reconstruction
     likelihood    bits/dim by the variational bound and by the ODE
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import checks, diffusion, samplers
+from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.samplers import StepFn
 from jax_diffusion.schedules import (
@@ -63,7 +64,9 @@ def block_mean(x: Float[Array, "b h w c"], *, size: int) -> Float[Array, "b h w 
         ValueError: unless x is such a float array, and size divides h and w.
     """
     small = shrink(x, size=size)
-    return jnp.repeat(jnp.repeat(small, size, axis=1), size, axis=2)
+    layout = placement.of_batch(x, x.ndim)
+    tall = jnp.repeat(small, size, axis=1, out_sharding=layout)
+    return jnp.repeat(tall, size, axis=2, out_sharding=layout)
 
 
 def shrink(x: Float[Array, "b h w c"], *, size: int) -> Float[Array, "b h2 w2 c"]:
@@ -87,7 +90,8 @@ def shrink(x: Float[Array, "b h w c"], *, size: int) -> Float[Array, "b h2 w2 c"
     checks.integer("size", size, at_least=1)
     if h % size or w % size:
         raise ValueError(f"size must divide {h} x {w}, got {size}.")
-    return x.reshape(b, h // size, size, w // size, size, c).mean(axis=(2, 4))
+    x = placement.reshape(x, (b, h // size, size, w // size, size, c))
+    return x.mean(axis=(2, 4))
 
 
 def renoise(

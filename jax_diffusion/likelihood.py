@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import checks, diffusion, losses, samplers
+from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.schedules import NoiseSchedule, check_schedule
 
@@ -128,7 +129,7 @@ def bits_per_dim(
     num_images, zeros = x_0.shape[0], losses.mean_flat(jnp.zeros_like(x_0, dtype))
 
     def terms_at(step):
-        t = jnp.full((num_images,), step, jnp.int32)
+        t = placement.beside(jnp.full((num_images,), step, jnp.int32), x_0)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
         eps = samplers.normal(step_keys, x_0.shape[1:])
         x_t = diffusion.q_sample(schedule, x_0, t, eps)
@@ -252,7 +253,8 @@ def ode_bits_per_dim(
     x = signal * dequantize(keys, x_0)  # with these keys, and probes with others
     half, shape = jnp.float32(0.5), x_0.shape[1:]
     draw = jax.vmap(lambda key: jax.random.bernoulli(key, half, shape))
-    heads = jnp.stack([draw(samplers.fold_in(keys, 1 + i)) for i in range(probes)])
+    heads = [draw(samplers.fold_in(keys, 1 + i)) for i in range(probes)]
+    heads = jnp.stack([placement.beside(head, x_0) for head in heads])
     signs = 2 * heads.astype(x.dtype) - 1
     flow = functools.partial(_flow, denoise_fn, schedule, x, signs)
 
@@ -294,7 +296,7 @@ def _flow(denoise_fn, schedule, x, signs, stride):
     last = jnp.sum(schedule.visited, dtype=jnp.int32) - 1
 
     def velocity(x, row):
-        t = jnp.full(x.shape[:1], row, jnp.int32)
+        t = placement.beside(jnp.full(x.shape[:1], row, jnp.int32), x)
 
         def v(x):
             prediction = denoise_fn(x, t)
@@ -318,6 +320,7 @@ def _flow(denoise_fn, schedule, x, signs, stride):
         start = i * stride
         return jax.lax.cond(start < last, heun, lambda s, _: s, state, start), None
 
-    state = x, jnp.zeros(signs.shape[:2], x.dtype)
+    none = jax.vmap(lambda _: placement.beside(jnp.zeros(len(x), x.dtype), x))
+    state = x, none(signs)
     state, _ = jax.lax.scan(one, state, jnp.arange(schedule.num_steps - 1))
     return state

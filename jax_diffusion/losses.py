@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import checks, diffusion
+from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import Objective, Prediction
 from jax_diffusion.schedules import NoiseSchedule, check_batch, check_rows, take
 
@@ -146,6 +147,8 @@ def loss_weight(
         truncated_snr  max(snr, 1)                  Salimans & Ho 2022
         p2             snr / (k + snr)^gamma        Choi et al. 2022
 
+    A function of (schedule, t) in their place returns the weights themselves.
+
     Args:
         schedule: gives the signal-to-noise ratio, snr = signal^2 / noise^2, at t.
         objective: names the weighting, its parameters, and what the network predicts.
@@ -155,7 +158,8 @@ def loss_weight(
         Weights [b].
 
     Raises:
-        ValueError: unless these are a schedule, an objective and rows of the schedule.
+        ValueError: unless these are a schedule, an objective and rows of the schedule,
+            and a function returns weights [b].
 
     >>> from jax_diffusion.schedules import cosine_betas, make_schedule
     >>> schedule = make_schedule(cosine_betas(10))
@@ -164,6 +168,10 @@ def loss_weight(
     """
     diffusion.check_objective(objective)
     check_rows(schedule, t)
+    if callable(objective.weighting):
+        weight = objective.weighting(schedule, t)
+        checks.array("weighting's output", weight, "float", t.shape)
+        return weight
     c = take(schedule, t, 1)
     snr = jnp.exp(c.now.log_snr)
     match objective.weighting:
@@ -215,6 +223,7 @@ def vlb_terms(
     """
     check_batch(schedule, t, per_image=True, x_0=x_0, x_t=x_t)
     diffusion.check_prediction(prediction, x_t)
+    t = placement.beside(t, x_t)
     mean, _ = diffusion.q_posterior(schedule, prediction.x_0, x_t, t)
     true_mean, true_log_var = diffusion.q_posterior(schedule, x_0, x_t, t)
     kl = normal_kl(true_mean, true_log_var, mean, prediction.log_var)
@@ -267,8 +276,8 @@ def training_loss(
             "a learned variance is trained by loss 'hybrid' or 'vlb' only, "
             f"got {objective.loss!r}."
         )
-    x_t, eps = _noised(key, schedule, x_0, t, eps)
-    output = model_fn(x_t, schedule.timesteps[t])
+    x_t, eps, t = _noised(key, schedule, x_0, t, eps)
+    output = model_fn(x_t, placement.rows(schedule.timesteps, t))
     diffusion.check_output(output, x_0)
     value, _ = diffusion.split_output(objective, output, x_0.shape[-1])
     error = value - diffusion.target(schedule, objective, x_0, x_t, t, eps)
@@ -314,9 +323,9 @@ def classifier_loss(
         ValueError: if data, t, label, eps and logits do not fit each other.
     """
     checks.function("logits_fn", logits_fn, "(x_t, timesteps)")
-    x_t, eps = _noised(key, schedule, x_0, t, eps)
+    x_t, eps, t = _noised(key, schedule, x_0, t, eps)
     checks.array("label", label, "int", x_0.shape[:1])
-    logits = logits_fn(x_t, schedule.timesteps[t])
+    logits = logits_fn(x_t, placement.rows(schedule.timesteps, t))
     checks.array("logits_fn's output", logits, "float", (*label.shape, "labels"))
     checks.rows("label", label, logits.shape[-1])
     logits = logits.astype(jnp.float32)
@@ -329,12 +338,13 @@ def classifier_loss(
 
 
 def _noised(key, schedule, x_0, t, eps):
-    """x_t and its noise, which is drawn if not given, once all fit each other."""
+    """x_t, its noise, which is drawn if not given, and t, once all fit each other."""
     check_batch(schedule, t, per_image=True, x_0=x_0)
     if eps is None:
         checks.key("key", key)
         eps = jax.random.normal(key, x_0.shape, jnp.float32)
-    return diffusion.q_sample(schedule, x_0, t, eps), eps
+    eps, t = placement.beside(eps, x_0), placement.beside(t, x_0)
+    return diffusion.q_sample(schedule, x_0, t, eps), eps, t
 
 
 def _combine(schedule, objective, t, error, vlb):

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jax_diffusion import checks
+from jax_diffusion.checks import placement
 
 MAX_HISTORY = 10_000  # losses of each of T timesteps: they are copied by every update
 
@@ -170,7 +171,7 @@ def loss_second_moment(
             counts = state.counts.at[t].set(jnp.minimum(n + 1, history))
             return LossHistory(state.losses.at[t].set(row), counts), None
 
-        return jax.lax.scan(push, state, (t, loss))[0]
+        return jax.lax.scan(push, state, placement.everywhere((t, loss)))[0]
 
     return TimestepSampler(init, sample, update)
 

@@ -6,7 +6,8 @@
 
     process    q_sample, q_posterior; conversions between x_0, eps, v, mu and score
     objective  Objective: what the network predicts, and the loss
-    denoisers  Prediction, denoiser (the learned variance, too), clip_x_0, threshold_x_0
+    prediction  Prediction; DenoiseFn, the type of a denoiser
+    denoisers  denoiser (the learned variance, too), clip_x_0, threshold_x_0
     same_schedule  schedule_of: the schedule a denoiser is made with; no other is taken
 
 Conventions, relied on everywhere in the package:
@@ -28,11 +29,8 @@ Conventions, relied on everywhere in the package:
 """
 
 from jax_diffusion.diffusion.denoisers import (
-    DenoiseFn,
-    Prediction,
     check_objective,
     check_output,
-    check_prediction,
     check_signal,
     clip_x_0,
     denoiser,
@@ -50,6 +48,13 @@ from jax_diffusion.diffusion.objective import (
     Reduction,
     VarType,
     Weighting,
+)
+from jax_diffusion.diffusion.prediction import (
+    AnyDenoiseFn,
+    ConditionalDenoiseFn,
+    DenoiseFn,
+    Prediction,
+    check_prediction,
 )
 from jax_diffusion.diffusion.process import (
     eps_from_x_0,
@@ -69,6 +74,8 @@ from jax_diffusion.diffusion.same_schedule import (
 )
 
 __all__ = [
+    "AnyDenoiseFn",
+    "ConditionalDenoiseFn",
     "DenoiseFn",
     "LossType",
     "MeanType",

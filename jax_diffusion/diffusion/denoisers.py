@@ -1,14 +1,21 @@
 """A network read as a distribution: `denoiser`, and what clips its predictions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jax_diffusion import checks
+from jax_diffusion.checks import modes, placement
 from jax_diffusion.diffusion.objective import Objective
+from jax_diffusion.diffusion.prediction import (
+    AnyDenoiseFn,
+    ConditionalDenoiseFn,
+    Prediction,
+    check_prediction,
+)
 from jax_diffusion.diffusion.process import (
     q_posterior,
     x_0_from_eps,
@@ -22,33 +29,6 @@ from jax_diffusion.schedules import (
     check_schedule,
     take,
 )
-
-
-class Prediction(NamedTuple):
-    """What a denoiser predicts from x_t: the clean data, and a variance.
-
-    eps, v, the score and the mean of p(x_{t-1} | x_t) follow from x_0 and are not
-    stored, so that none of them can contradict another.
-
-    Attributes:
-        x_0: [b, ...] the estimate of the clean data, on the scale of the data.
-        log_var: log variance of p(x_{t-1} | x_t), in nats; [b, ...] or a shape that
-            broadcasts to it.
-        grad: [b, ...] what guidance adds to the score of x_t; None, nothing.
-    """
-
-    x_0: Array
-    log_var: Array
-    grad: Any = None
-
-
-DenoiseFn = Callable[..., Prediction]
-"""A network read as a distribution: denoise_fn(x_t, t, **conditioning) -> Prediction.
-
-x_t is float32 [b, ...], t int32 [b]; conditioning, such as `label`, has a leading axis
-[b]. `denoiser` makes one of a network; `clip_x_0`, `threshold_x_0` and the functions of
-`guidance` wrap one.
-"""
 
 
 def guided_x_0(
@@ -242,7 +222,7 @@ def predict(
 
 def denoiser(
     model_fn: Callable[..., Array], schedule: NoiseSchedule, objective: Objective
-) -> DenoiseFn:
+) -> ConditionalDenoiseFn:
     """Reads a raw network as a `DenoiseFn` on the rows of `schedule`.
 
     Args:
@@ -271,7 +251,10 @@ def denoiser(
 
     def denoise(x_t, t, **conditioning):
         check_batch(schedule, t, x_t=x_t)
-        output = model_fn(x_t, schedule.timesteps[t], **conditioning)
+        modes.evaluating("model_fn", model_fn)
+        t = placement.beside(t, x_t)
+        timesteps = placement.rows(schedule.timesteps, t)
+        output = model_fn(x_t, timesteps, **conditioning)
         return predict(schedule, objective, output, x_t, t)
 
     return with_schedule(denoise, schedule)
@@ -311,25 +294,12 @@ def check_output(output: Any, x_t: Array) -> None:
     checks.array("model_fn's output", output, "float", shape)
 
 
-def check_prediction(prediction: Any, x_t: Array | None = None) -> None:
-    """Raises ValueError unless `prediction` is one, of the shape of `x_t` if given.
-
-    What a denoise_fn returns is checked by this wherever one is called: a raw network,
-    passed in the place of one, returns an array.
-    """
-    if not all(hasattr(prediction, name) for name in Prediction._fields):
-        raise ValueError(
-            "denoise_fn must return a Prediction, as diffusion.denoiser makes it of a "
-            f"network's output, got {checks.shown(prediction)}."
-        )
-    shape = (...,) if x_t is None else x_t.shape
-    checks.array("denoise_fn's x_0", prediction.x_0, "float", shape)
-    checks.broadcasts("denoise_fn's log_var", prediction.log_var, prediction.x_0.shape)
-    if prediction.grad is not None:
-        checks.array("denoise_fn's grad", prediction.grad, "float", shape)
+Bound = float | Array | np.ndarray
 
 
-def clip_x_0(denoise_fn: DenoiseFn, low: float = -1.0, high: float = 1.0) -> DenoiseFn:
+def clip_x_0(
+    denoise_fn: AnyDenoiseFn, low: Bound = -1.0, high: Bound = 1.0
+) -> AnyDenoiseFn:
     """Wraps a denoiser: clips the predicted x_0, as original samplers do by default.
 
     Args:
@@ -364,7 +334,7 @@ def clip_x_0(denoise_fn: DenoiseFn, low: float = -1.0, high: float = 1.0) -> Den
     return with_schedule(clipped, denoise_fn)
 
 
-def threshold_x_0(denoise_fn: DenoiseFn, quantile: float = 0.995) -> DenoiseFn:
+def threshold_x_0(denoise_fn: AnyDenoiseFn, quantile: float = 0.995) -> AnyDenoiseFn:
     """Wraps a denoiser: dynamic thresholding of x_0 (Saharia et al. 2022, sec. 2.3).
 
     Where the quantile of an image's |x_0| exceeds 1, clips x_0 to plus and minus that
@@ -388,7 +358,7 @@ def threshold_x_0(denoise_fn: DenoiseFn, quantile: float = 0.995) -> DenoiseFn:
         prediction = denoise_fn(x_t, t, **conditioning)
         check_prediction(prediction, x_t)
         x_0 = prediction.x_0
-        flat = jnp.abs(x_0).reshape(x_0.shape[0], -1)
+        flat = placement.reshape(jnp.abs(x_0), (x_0.shape[0], -1))
         bound = jnp.maximum(jnp.quantile(flat, quantile, axis=-1), 1.0)
         bound = bound.reshape((-1,) + (1,) * (x_0.ndim - 1))
         return prediction._replace(x_0=jnp.clip(x_0, -bound, bound) / bound)

@@ -1,9 +1,13 @@
 """What a network predicts and how it is scored: `Objective`."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, get_args
 
+from jaxtyping import Array
+
 from jax_diffusion import checks
+from jax_diffusion.schedules import NoiseSchedule
 
 MeanType = Literal["eps", "x_0", "v", "mu"]
 VarType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
@@ -27,7 +31,8 @@ class Objective:
         loss: l2, l1 or huber loss of the output; vlb, the variational bound; hybrid, l2
             plus the bound, whose gradient then reaches the variance only.
         weighting: of the l2, l1 or huber term over noise levels, see
-            `losses.loss_weight`.
+            `losses.loss_weight`; or a function of (schedule, t) that returns the
+            weights [b] of the error in what the network predicts.
         vlb_scale: the bound counts vlb_scale * T times its term at the sampled t, which
             is vlb_scale times L_vlb on average. Default 1e-3 in "hybrid" (Improved
             DDPM; OpenAI's RESCALED_MSE) and 1 in "vlb" (RESCALED_KL); 1 / T gives their
@@ -50,7 +55,7 @@ class Objective:
     mean_type: MeanType = "eps"
     var_type: VarType = "fixed_large"
     loss: LossType = "l2"
-    weighting: Weighting = "uniform"
+    weighting: Weighting | Callable[[NoiseSchedule, Array], Array] = "uniform"
     vlb_scale: float | None = None
     min_snr_gamma: float = 5.0
     p2_gamma: float = 1.0
@@ -61,7 +66,8 @@ class Objective:
         checks.choice("mean_type", self.mean_type, get_args(MeanType))
         checks.choice("var_type", self.var_type, get_args(VarType))
         checks.choice("loss", self.loss, get_args(LossType))
-        checks.choice("weighting", self.weighting, get_args(Weighting))
+        if not callable(self.weighting):
+            checks.choice("weighting", self.weighting, get_args(Weighting))
         checks.choice("reduction", self.reduction, get_args(Reduction))
         if self.vlb_scale is not None:
             checks.number("vlb_scale", self.vlb_scale, at_least=0)

@@ -2,16 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 
 from jax_diffusion import checks
 from jax_diffusion.schedules import NoiseSchedule
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Tables that differ by less give the same samples: a table in another precision does.
 RTOL, ATOL = 1e-4, 1e-6
@@ -37,7 +34,7 @@ def schedule_of(function: Any) -> NoiseSchedule | None:
     return found if isinstance(found, NoiseSchedule) else None
 
 
-def with_schedule(function: Function, source: Any) -> Function:
+def with_schedule(function: Any, source: Any) -> Any:
     """Makes a function of rows t say of which schedule they are.
 
     Args:

@@ -27,10 +27,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jax_diffusion.checks import placement
 from jax_diffusion.models.cpu_convs import depthwise_conv
 from jax_diffusion.models.layers import (
     TorchLayers,
-    check_halvings,
+    check_inputs,
     check_sizes,
     gelu,
     layer_init,
@@ -134,10 +135,14 @@ class Attention(TorchLayers):
         qkv = self.conv(h, 3 * inner, name="qkv", size=1, bias=False)
         # [b, pixels, head, channels of a head] each
         q, k, v = jnp.moveaxis(
-            qkv.reshape(b, height * width, 3, self.num_heads, self.head_dim), 2, 0
+            placement.reshape(
+                qkv, (b, height * width, 3, self.num_heads, self.head_dim)
+            ),
+            2,
+            0,
         )
         attend = linear_attention if self.linear else jax.nn.dot_product_attention
-        h = attend(q, k, v).reshape(b, height, width, inner)
+        h = placement.reshape(attend(q, k, v), (b, height, width, inner))
         h = self.conv(h, c, name="out", size=1)
         return x + (self.norm(h, name="norm_out") if self.linear else h)
 
@@ -194,7 +199,7 @@ class AnnotatedUNet(TorchLayers):
         train: bool = False,
     ) -> Float[Array, "b h w c_out"]:
         del train
-        check_halvings(x, len(self.multipliers) - 1)
+        check_inputs(x, timesteps, len(self.multipliers) - 1)
         stage, block, attention = self._blocks()
         widths = [self.channels * multiplier for multiplier in self.multipliers]
         emb = self.embed(timesteps, self.channels)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jax_diffusion import checks
+from jax_diffusion.checks import placement
 from jax_diffusion.models.cpu_convs import conv_of_doubled
 
 
@@ -245,6 +246,13 @@ def check_sizes(network: Any) -> None:
         raise ValueError(f"dtype must be one of {DTYPES}, got {network.dtype!r}.")
 
 
+def check_inputs(x: Any, timesteps: Any, halvings: int) -> None:
+    """Raises ValueError unless x are images that fit a network, with timesteps [b]."""
+    checks.data("x", x, ("b", ...))
+    checks.array("timesteps", timesteps, "any", x.shape[:1])
+    check_halvings(x, halvings)
+
+
 def check_halvings(x: Float[Array, "b *d c"], halvings: int) -> None:
     """Raises ValueError unless images can be halved `halvings` times.
 
@@ -260,9 +268,10 @@ def check_halvings(x: Float[Array, "b *d c"], halvings: int) -> None:
     resampled = x.shape[-3:-1] if x.ndim > 3 else x.shape[1:2]
     if any(size % 2**halvings for size in resampled):
         found = " x ".join(map(str, resampled))
+        data = ("sequence", "image", "video")[min(x.ndim, 5) - 3]
+        sizes = "length" if x.ndim == 3 else "height and width"
         raise ValueError(
-            "multipliers must fit the image: its "
-            f"{'sides' if x.ndim > 3 else 'length'} must be divisible by "
+            f"multipliers must fit the {data}: its {sizes} must be divisible by "
             f"{2**halvings} to be halved {halvings} times, got {found}."
         )
 
@@ -281,7 +290,9 @@ def pool(x: Float[Array, "b *d c"]) -> Float[Array, "b *d_out c"]:
 def repeat(x: Float[Array, "b *d c"]) -> Float[Array, "b *d_out c"]:
     """Doubles images by nearest-neighbor interpolation: every pixel is repeated."""
     for axis, factor in enumerate(scales(x.ndim - 2), start=1):
-        x = jnp.repeat(x, factor, axis=axis) if factor > 1 else x
+        if factor > 1:
+            layout = placement.of_batch(x, x.ndim)
+            x = jnp.repeat(x, factor, axis=axis, out_sharding=layout)
     return x
 
 

@@ -27,9 +27,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jax_diffusion.checks import placement
+from jax_diffusion.models.dropout import Dropout
 from jax_diffusion.models.layers import (
     TorchLayers,
-    check_halvings,
+    check_inputs,
     check_sizes,
     linear_attention,
     repeat,
@@ -46,8 +48,9 @@ def pixel_unshuffle(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c4"]:
         [b, h / 2, w / 2, 4 c], PyTorch's `pixel_unshuffle`.
     """
     b, height, width, c = x.shape
-    x = x.reshape(b, height // 2, 2, width // 2, 2, c)
-    return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, height // 2, width // 2, 4 * c)
+    x = placement.reshape(x, (b, height // 2, 2, width // 2, 2, c))
+    x = x.transpose(0, 1, 3, 5, 2, 4)
+    return placement.reshape(x, (b, height // 2, width // 2, 4 * c))
 
 
 class RMSNorm(nn.Module):
@@ -87,7 +90,7 @@ class Block(TorchLayers):
         emb = self.dense(nn.silu(emb), 2 * self.channels, name="emb")
         scale, shift = jnp.split(emb[:, None, None, :], 2, axis=-1)
         h = nn.silu(h * (1 + scale) + shift)
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout, deterministic=not train)(h)
         h = RMSNorm(name="norm_out")(self.conv(h, self.channels, name="conv_out"))
         if x.shape[-1] != self.channels:
             x = self.conv(x, self.channels, name="skip", size=1)
@@ -119,22 +122,26 @@ class MemoryAttention(TorchLayers):
         qkv = self.conv(h, 3 * inner, name="qkv", size=1, bias=False)
         # [b, pixels, head, channels of a head] each
         q, k, v = jnp.moveaxis(
-            qkv.reshape(b, height * width, 3, self.num_heads, self.head_dim), 2, 0
+            placement.reshape(
+                qkv, (b, height * width, 3, self.num_heads, self.head_dim)
+            ),
+            2,
+            0,
         )
         memory = self.param(
             "memory",
             nn.initializers.normal(1.0),
             (2, self.num_memory, self.num_heads, self.head_dim),
         )
-        memory = jnp.broadcast_to(
-            memory.astype(self.dtype)[:, None], (2, b, *memory.shape[1:])
+        k_memory, v_memory = (
+            placement.beside(jnp.broadcast_to(a[None], (b, *a.shape)), x)
+            for a in memory.astype(self.dtype)
         )
-        k = jnp.concatenate([memory[0], k], axis=1)
-        v = jnp.concatenate([memory[1], v], axis=1)
+        k = jnp.concatenate([k_memory, k], axis=1)
+        v = jnp.concatenate([v_memory, v], axis=1)
         attend = linear_attention if self.linear else jax.nn.dot_product_attention
-        h = self.conv(
-            attend(q, k, v).reshape(b, height, width, inner), c, name="out", size=1
-        )
+        h = placement.reshape(attend(q, k, v), (b, height, width, inner))
+        h = self.conv(h, c, name="out", size=1)
         return x + (RMSNorm(name="norm_out")(h) if self.linear else h)
 
 
@@ -179,7 +186,7 @@ class LucidrainsUNet(TorchLayers):
         *,
         train: bool = False,
     ) -> Float[Array, "b h w c_out"]:
-        check_halvings(x, len(self.multipliers) - 1)
+        check_inputs(x, timesteps, len(self.multipliers) - 1)
         emb = self.embed(timesteps, self.channels)
         block, attention = self._blocks(emb, train)
         inner = [self.channels * multiplier for multiplier in self.multipliers]

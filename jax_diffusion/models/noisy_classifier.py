@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_diffusion import checks
-from jax_diffusion.models.layers import Layers, check_halvings
+from jax_diffusion.checks import placement
+from jax_diffusion.models.layers import Layers, check_inputs
 from jax_diffusion.models.unet import Trunk
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
@@ -54,7 +55,8 @@ class AttentionPool(Layers):
         qkv = self.dense(tokens, 3 * c, name="qkv_proj", fused=3)
         # [b, token, head, channels of a head] each, as in `Attention`.
         q, k, v = jnp.moveaxis(qkv.reshape(b, -1, 3, c // size, size), 2, 0)
-        h = jax.nn.dot_product_attention(q[:, :1], k, v).reshape(b, c)
+        h = jax.nn.dot_product_attention(q[:, :1], k, v)
+        h = placement.reshape(h, (b, c))
         return self.dense(h, self.num_labels, name="c_proj")
 
 
@@ -95,7 +97,7 @@ class NoisyClassifier(Trunk):
         *,
         train: bool = False,
     ) -> Float[Array, "b k"]:
-        check_halvings(x, len(self.multipliers) - 1)
+        check_inputs(x, timesteps, len(self.multipliers) - 1)
         block, attend = self.blocks(self.embed(timesteps), train)
         stages, h = self.descend(x, block, attend)
         if self.pool.startswith("spatial"):

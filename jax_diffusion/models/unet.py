@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_diffusion import checks
+from jax_diffusion.checks import placement
+from jax_diffusion.models.dropout import Dropout
 from jax_diffusion.models.layers import (
     Layers,
-    check_halvings,
+    check_inputs,
     check_sizes,
     pool,
     repeat,
@@ -87,7 +89,7 @@ class ResBlock(Layers):
             emb = jnp.expand_dims(emb, tuple(range(1, x.ndim - 1)))
             h = self.norm(h + emb, name="norm_out", silu=True)
 
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout, deterministic=not train)(h)
         h = self.conv(h, self.channels, name="conv_out", zero=True)
         if x.shape[-1] != self.channels:
             x = self.dense(x, self.channels, name="skip", dtype=self.dtype)
@@ -116,7 +118,8 @@ class Attention(Layers):
         # [b, pixels, head, channels of a head] each; softmax is float32 inside.
         q, k, v = jnp.moveaxis(qkv.reshape(b, -1, 3, c // size, size), 2, 0)
         # The pixels x pixels attention weights are computed again, not kept.
-        h = jax.checkpoint(jax.nn.dot_product_attention)(q, k, v).reshape(x.shape)
+        h = jax.checkpoint(jax.nn.dot_product_attention)(q, k, v)
+        h = placement.reshape(h, x.shape)
         return x + self.dense(h, c, name="out", dtype=self.dtype, zero=True)
 
 
@@ -327,13 +330,13 @@ class UNet(Trunk):
             small = jax.image.resize(low_res, shape, "bilinear")
             x = jnp.concatenate([x, small], axis=-1)
         x = fold(x, self.block_size)
-        check_halvings(x, len(self.multipliers) - 1)
+        check_inputs(x, timesteps, len(self.multipliers) - 1)
         emb = self.embed(timesteps)
         if label is not None and self.num_classes is not None:
             init = nn.initializers.normal(1.0)  # as torch.nn.Embedding
             size = 4 * self.channels
             table = nn.Embed(self.num_classes, size, embedding_init=init, name="label")
-            emb = emb + table(label)
+            emb = emb + placement.rows(table.embedding, label, mode="fill")
         block, attend = self.blocks(emb, train)
 
         skips, h = self.descend(x, block, attend)
@@ -384,8 +387,8 @@ def fold(x: Float[Array, "b *d c"], size: int) -> Float[Array, "b *d_out c_out"]
     b, h, w, c = x.shape
     if h % size or w % size:
         raise ValueError(f"block_size must divide {h} x {w} images, got {size}.")
-    x = x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)
-    return x.reshape(b, h // size, w // size, size * size * c)
+    x = placement.reshape(x, (b, h // size, size, w // size, size, c)).swapaxes(2, 3)
+    return placement.reshape(x, (b, h // size, w // size, size * size * c))
 
 
 def unfold(x: Float[Array, "b *d c"], size: int) -> Float[Array, "b *d_out c_out"]:
@@ -393,5 +396,5 @@ def unfold(x: Float[Array, "b *d c"], size: int) -> Float[Array, "b *d_out c_out
     if size == 1:
         return x
     b, h, w, c = x.shape
-    x = x.reshape(b, h, w, size, size, c // size**2).swapaxes(2, 3)
-    return x.reshape(b, h * size, w * size, c // size**2)
+    x = placement.reshape(x, (b, h, w, size, size, c // size**2)).swapaxes(2, 3)
+    return placement.reshape(x, (b, h * size, w * size, c // size**2))

@@ -1,7 +1,6 @@
 """The state of a sampler, keys for images, and the one scan over sampling steps."""
 
 import dataclasses
-from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import checks
+from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn, check_schedule_of
 from jax_diffusion.schedules import NoiseSchedule, check_batch, check_schedule
 
@@ -55,11 +55,26 @@ class StateLike(Protocol):
 
 State = TypeVar("State", bound=StateLike)
 
-StepFn = Callable[..., Any]
-"""One step of a sampler: step(keys, denoise_fn, schedule, state, t) -> state.
 
-`jax_diffusion.samplers` says what each argument is.
-"""
+@runtime_checkable
+class StepFn(Protocol):
+    """One step of a sampler: step(keys, denoise_fn, schedule, state, t) -> state.
+
+    `jax_diffusion.samplers` says what each argument is.
+    """
+
+    def __call__(
+        self,
+        keys: Array,
+        denoise_fn: DenoiseFn,
+        schedule: NoiseSchedule,
+        state: Any,
+        t: Array,
+        /,
+    ) -> StateLike:
+        """Returns a state like `state`, at the level of t - 1."""
+        ...
+
 
 STEP_ARGUMENTS = "(keys, denoise_fn, schedule, state, t)"  # in words, for errors
 
@@ -109,6 +124,8 @@ def fold_in(
     if isinstance(number, jax.Array):
         axis = 0 if number.ndim else None
         checks.array("number", number, "integer", keys.shape[: number.ndim])
+        number = placement.beside(number, keys) if number.ndim else number
+        keys = placement.beside(keys, number)
     else:
         checks.integer("number", number, at_least=0, at_most=2**32 - 1)
     return jax.vmap(jax.random.fold_in, in_axes=(0, axis))(keys, number)
@@ -155,7 +172,7 @@ def start(x_T: Float[Array, "b *d"]) -> SampleState:
     shape = x_T.shape[:1] + (1,) * (x_T.ndim - 1)
     dtype = jnp.promote_types(x_T.dtype, jnp.float32)
     no_level = jnp.full_like(x_T, -jnp.inf, dtype, shape)  # varies in shard_map as x_T
-    return SampleState(x_T, jnp.zeros_like(x_T), no_level)
+    return SampleState(x_T, jnp.zeros_like(x_T), placement.beside(no_level, x_T))
 
 
 def advance(state: State, **fields: Array) -> State:
@@ -246,6 +263,7 @@ def sample_frames(
         # Like x, so that within shard_map it varies as x does, and what a step takes
         # of its row with it.
         t = jnp.full_like(state.x, t, jnp.int32, state.x.shape[:1])
+        t = placement.beside(t, state.x)
         token = _keys_of_step.set(keys)
         try:
             new = step_fn(keys, denoise_fn, schedule, state, t)

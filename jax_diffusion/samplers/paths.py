@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import checks, diffusion
+from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.samplers.loop import StepFn, fold_in, image_keys, normal, sample
 from jax_diffusion.samplers.steps import ddim_inversion_step
@@ -74,7 +75,8 @@ def slerp(
     checks.array("weight", weight, "float", x.shape[:1])
     weight = weight.astype(jnp.result_type(x, y, jnp.float32))
     shape = (-1,) + (1,) * (x.ndim - 1)
-    flat_x, flat_y = (a.reshape(a.shape[0], -1) for a in (x, y))
+    flat_x, flat_y = (placement.reshape(a, (a.shape[0], -1)) for a in (x, y))
+    weight = placement.beside(weight, x)
     squares = jnp.sum(flat_x**2, axis=-1) * jnp.sum(flat_y**2, axis=-1)
     cosine = jnp.sum(flat_x * flat_y, axis=-1) / jnp.sqrt(jnp.maximum(squares, 1e-30))
     largest = 1 - 1e-7  # arccos has no derivative at 1, and float32 no angle below 3e-4

@@ -239,11 +239,15 @@ def betas_from_alpha_bar(
     *,
     max_beta: float = 0.999,
 ) -> np.ndarray:
-    """Variances of a diffusion whose alpha_bar is a given function.
+    """Variances of a diffusion whose alpha_bar falls as a given function does.
+
+    As in the official codes, a variance is 1 minus the ratio of neighboring values, so
+    that the diffusion's own alpha_bar is alpha_bar_fn(u) / alpha_bar_fn(0): it begins
+    with clean data whatever alpha_bar_fn(0) is.
 
     Args:
         alpha_bar_fn: takes u = t / T, float64 [T + 1] from 0 to 1, and returns
-            alpha_bar there, up to a factor: it need not be 1 at u = 0.
+            alpha_bar there, up to a factor.
         num_steps: T, at least 2.
         max_beta: upper bound of a variance, in (0, 1].
 

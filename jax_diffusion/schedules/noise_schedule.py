@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,14 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jax_diffusion import checks
+from jax_diffusion.checks import placement
 from jax_diffusion.schedules.betas import check_betas
 
-Table = Any
-"""One coefficient of every row: a jax.Array, or np.ndarray from `tabulate`."""
+if TYPE_CHECKING:
+    Table = Array
+else:  # jax fills pytrees with other things at times, which no type names
+    Table = Any
+"""One coefficient of every row: a jax.Array; from `tabulate` an np.ndarray."""
 
 
 class Level(NamedTuple):
@@ -155,7 +158,8 @@ def tabulate(
         posterior_var = betas * (1 - prev) / (1 - now)
         # Row 0 is zero, its log -inf; a chain of one step has only beta to put there.
         posterior_var[0] = posterior_var[1] if len(betas) > 1 else betas[0]
-        table = NoiseSchedule(
+        make: Any = NoiseSchedule  # here of NumPy's arrays
+        table = make(
             betas=betas,
             now=level(now),
             prev=level(prev),
@@ -264,8 +268,7 @@ def take(schedule: NoiseSchedule, t: Int[Array, "b"], ndim: int) -> NoiseSchedul
     check_rows(schedule, t)
     checks.integer("ndim", ndim, at_least=0)
     shape = t.shape + (1,) * (ndim - 1)
-    take_rows = functools.partial(jnp.take, indices=t, axis=0, mode="clip")
-    return jax.tree.map(lambda a: take_rows(a).reshape(shape), schedule)
+    return jax.tree.map(lambda a: placement.rows(a, t).reshape(shape), schedule)
 
 
 def check_schedule(schedule: Any) -> None:

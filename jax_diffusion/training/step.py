@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key, PyTree
-from optax import microbatching
 
 from jax_diffusion import checks, data, editing, guidance, losses
+from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import Objective, check_objective
 from jax_diffusion.models import bind, init_params, num_classes
 from jax_diffusion.schedules import NoiseSchedule, check_schedule
@@ -293,6 +293,7 @@ def make_loss_fn(
     checks.integer("low_res_size", low_res_size, at_least=0)
 
     def loss_fn(params, key, x_0, label, t, weight, eps):
+        params = placement.on_mesh(params, x_0)
         if param_sharding is not None:
             params = jax.lax.with_sharding_constraint(params, param_sharding)
         options: dict[str, Any] = dict(train=True, rngs={"dropout": key})
@@ -349,21 +350,21 @@ def average_gradient(
         (loss, terms), grads = grad_fn(params, key, *examples)
         return loss, terms, grads
 
-    def grad_of_part(params, part, *examples):
-        return grad_fn(params, jax.random.fold_in(key, part[0]), *examples)
+    def in_parts(a):  # [b, ...] -> [microbatches, b / microbatches, ...]
+        shape = (b // microbatches, microbatches, *a.shape[1:])
+        return placement.reshape(a, shape).swapaxes(0, 1)
 
-    mean, concat = (
-        microbatching.AccumulationType.MEAN,
-        microbatching.AccumulationType.CONCAT,
-    )
-    in_parts = optax.microbatch(
-        grad_of_part,
-        argnums=range(1, 2 + len(examples)),
-        microbatch_size=b // microbatches,
-        accumulator=((mean, concat), mean),
-    )
-    part_of = jnp.arange(b) % microbatches
-    (loss, terms), grads = in_parts(params, part_of, *examples)
+    def add_part(sums, part):
+        i, examples = part
+        (loss, terms), grads = grad_fn(params, jax.random.fold_in(key, i), *examples)
+        return jax.tree.map(jnp.add, sums, (loss, grads)), terms
+
+    parts = jnp.arange(microbatches), jax.tree.map(in_parts, examples)
+    loss, _ = jax.eval_shape(loss_fn, params, key, *examples)
+    zeros = jnp.zeros((), loss.dtype), jax.tree.map(jnp.zeros_like, params)
+    sums, terms = jax.lax.scan(add_part, zeros, parts)
+    loss, grads = jax.tree.map(lambda a: a / microbatches, sums)
+    terms = jax.tree.map(lambda a: a.T.reshape(b), terms)
     return loss, terms, grads
 
 

@@ -150,6 +150,15 @@ def test_betas_from_alpha_bar_is_inverted_by_the_product():
     np.testing.assert_allclose(np.cumprod(1 - betas), alpha_bar, rtol=1e-12)
 
 
+@pytest.mark.parametrize("first", [0.25, 0.9, 1.0, 3.0])
+def test_betas_from_alpha_bar_are_ratios_so_that_a_chain_begins_with_clean_data(first):
+    betas = schedules.betas_from_alpha_bar(lambda u: first * np.exp(-3 * u), 30)
+    alpha_bar = np.exp(-np.arange(1, 31) / 10)
+    np.testing.assert_allclose(np.cumprod(1 - betas), alpha_bar, rtol=1e-12)
+    said = schedules.betas_from_alpha_bar.__doc__
+    assert "alpha_bar_fn(u) / alpha_bar_fn(0)" in said
+
+
 def test_warmup_reaches_its_end_at_the_fraction_and_stays():
     betas = schedules.warmup_betas(10, fraction=0.4, start=0.1, end=0.4)
     np.testing.assert_allclose(betas, [0.1, 0.2, 0.3] + 7 * [0.4])

@@ -11,6 +11,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType
 
 from jax_diffusion import (
@@ -20,6 +21,7 @@ from jax_diffusion import (
     likelihood,
     losses,
     metrics,
+    models,
     samplers,
     schedules,
     spacing,
@@ -469,12 +471,191 @@ def halve(shape):
     return layers.check_halvings(jnp.zeros(shape), 2)
 
 
+# What a network must not return for images [3, 4, 4, 2].
+OUTPUTS = {
+    "half an image": lambda x: x[:, :2],
+    "flat": lambda x: x.reshape(3, -1),
+    "one image for all": lambda x: x[:1],
+    "one pixel for all": lambda x: x[:, :1, :1],
+    "no batch": lambda x: x[0],
+    "ints": lambda x: x.astype(jnp.int32),
+    "a pair": lambda x: (x, x),
+    "nothing": lambda x: None,
+}
+TIMESTEPS = {
+    "a number": 3.0,
+    "no axis": jnp.float32(3),
+    "one": jnp.ones(1),
+    "a column": jnp.ones((3, 1)),
+    "another batch": jnp.ones(4),
+}
+TRUNK = dict(channels=8, num_groups=4, multipliers=(1,), num_res_blocks=1)
+NETWORKS = {
+    "unet": TRUNK,
+    "annotated": dict(channels=8, multipliers=(1,)),
+    "lucidrains": dict(channels=8, multipliers=(1,)),
+    "noisy_classifier": TRUNK,
+}
+
+
+def output_cases():
+    """Networks, in all that calls one, that return another shape or type."""
+    for what, wrong in OUTPUTS.items():
+
+        def model_fn(x_t, timesteps, wrong=wrong):
+            return wrong(x_t)
+
+        denoise = diffusion.denoiser(model_fn, S, V)
+        begins = "model_fn's output must be a float array [3, 4, 4, channels], got "
+        for name, call in {
+            "training_loss": lambda f: losses.training_loss(KEY, f, S, V, X, T),
+            "denoiser": lambda _, d=denoise: d(X, T),
+            "sample": lambda _, d=denoise: samplers.sample(KEYS, d, STEP, S, X),
+            "bits_per_dim": lambda _, d=denoise: likelihood.bits_per_dim(KEY, d, S, X),
+            "ode": lambda _, d=denoise: likelihood.ode_bits_per_dim(KEY, d, S, X),
+            "posterior": lambda _, d=denoise: guidance.posterior(d, first_value)(X, T),
+        }.items():
+            call = functools.partial(call, model_fn)
+            yield f"{name}, a network that returns {what}", (begins, call)
+
+
+def network_cases():
+    """Every network, given wrong timesteps or images."""
+    for name, options in NETWORKS.items():
+
+        def call(x=X, timesteps=T, name=name, options=options):
+            network = models.MODELS[name](**options)
+            return jax.eval_shape(lambda: network.init(KEY, x, timesteps))
+
+        for what, given in TIMESTEPS.items():
+            begins = "timesteps must be an array [3], got "
+            wrong = functools.partial(call, timesteps=given)
+            yield f"{name} network, {what} as timesteps", (begins, wrong)
+        begins = "x must be a float array, such as uint8 / 127.5 - 1, got uint8"
+        yield f"{name} network, 8 bits", (begins, functools.partial(call, x=IMAGES))
+
+
+def guidance_cases():
+    """Guidance by any conditioning and by a measurement, given something wrong."""
+    text = {"text": {"a": jnp.ones((3, 5))}}
+    null = {"text": {"a": jnp.zeros(5)}}
+
+    def free(cond=text, null=null, t=T, **more):
+        return guidance.classifier_free(worded, cond, null, 2.0)(X, t, **more)
+
+    def posterior(log_prob_fn=first_value, t=T):
+        return guidance.posterior(DENOISE, log_prob_fn)(X, t)
+
+    def classifier(log_prob_fn, t=T):
+        return guidance.classifier(DENOISE, S, log_prob_fn)(X, t)
+
+    same = "null_label must have the names and pytrees of label, got "
+    log_prob = "log_likelihood_fn's output must be a float array [3], got "
+    for what, begins, call in (
+        ("of another name", same, lambda: free(null={"words": null["text"]})),
+        ("of other leaves", same, lambda: free(null={"text": {"b": jnp.zeros(5)}})),
+        ("a label for a text", same, lambda: free(null=0)),
+        (
+            "of another size",
+            "null_label must broadcast to [3, 5], got float32 [4]",
+            lambda: free(null={"text": {"a": jnp.zeros(4)}}),
+        ),
+        (
+            "a text of another batch",
+            "text must be an array [3, 5], got float32 [2, 5]",
+            lambda: free({"text": {"a": jnp.ones((2, 5))}}),
+        ),
+        (
+            "a text of words",
+            "label's text must be an array [b, ...], got 'words'",
+            lambda: free({"text": {"a": "words"}}),
+        ),
+        ("twice", "text must be given once", lambda: free(text=text["text"])),
+        ("free, t of no axis", AN_INT, lambda: free(t=T[0])),
+        ("free, t of Python", AN_INT, lambda: free(t=4)),
+        ("posterior, t of no axis", AN_INT, lambda: posterior(t=T[0])),
+        ("posterior, t of Python", AN_INT, lambda: posterior(t=4)),
+        ("posterior, one number", log_prob, lambda: posterior(jnp.sum)),
+        ("posterior, images", log_prob, lambda: posterior(lambda x_0: x_0)),
+        (
+            "posterior of nothing",
+            "log_likelihood_fn must be a function of (x_0,), got None",
+            lambda: posterior(None),
+        ),
+        (
+            "posterior of a network",
+            RAW,
+            lambda: guidance.posterior(model, first_value)(X, T),
+        ),
+        (
+            "classifier, one number",
+            "log_prob_fn's output must be a float array [3], got ",
+            lambda: classifier(lambda x, timesteps, t: jnp.sum(x)),
+        ),
+        (
+            "weights of another shape",
+            "weighting's output must be a float array [3], got float32 [3, 1]",
+            lambda: loss_of(
+                objective=Objective(weighting=lambda s, t: 1.0 * t[:, None])
+            ),
+        ),
+        (
+            "a weighting that is no function",
+            "weighting must be one of ('uniform', ",
+            lambda: Objective(weighting=3),  # type: ignore
+        ),
+    ):
+        yield f"guidance, {what}", (begins, call)
+
+
+def worded(x_t, t, *, text):
+    return Prediction(x_t * text["a"][:, :1, None, None], jnp.zeros(()))
+
+
+def first_value(x_0):
+    return -(x_0[:, 0, 0, 0] ** 2)
+
+
+class Dropping(nnx.Module):
+    """A network of Flax NNX with dropout."""
+
+    def __init__(self):
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def __call__(self, x_t, timesteps):
+        return self.dropout(x_t)
+
+
+def evaluated(network):
+    """The denoiser of a network of Flax NNX whose dropout is switched off."""
+    network.eval()
+    return diffusion.denoiser(network, S, V)
+
+
+def dropout_cases():
+    """Networks of Flax NNX that have been left in training mode."""
+    network = Dropping()
+    begins = "{} must have its dropout off, as eval() of a network of Flax NNX does it"
+    for what, model_fn in {
+        "itself": network,
+        "its method": network.__call__,
+        "a part of it": functools.partial(network),
+        "within a function": lambda x_t, timesteps: network(x_t, timesteps),
+    }.items():
+        denoise = diffusion.denoiser(model_fn, S, V)
+        call = functools.partial(denoise, X, T)
+        yield f"dropout, {what}", (begins.format("model_fn"), call)
+        log_prob = guidance.label_log_prob(model_fn, LABEL)
+        call = functools.partial(log_prob, X[:, 0, 0], 1.0 * T)
+        yield f"dropout of a classifier, {what}", (begins.format("logits_fn"), call)
+
+
 def moments(**changes):
     """Moments of two features, some of them changed."""
     return metrics.Moments(9, np.zeros(2), np.eye(2))._replace(**changes)
 
 
-FIT = "multipliers must fit the image: its "
+FIT = "multipliers must fit the "
 BATCH = {"image": IMAGES, "label": LABEL}
 TINY = [1e-20, 0.1, 0.1]
 A_VECTOR = "betas must be a vector of values in (0, 1], got "
@@ -1007,15 +1188,19 @@ OTHERS = [
         lambda: draw(BATCH | {"label": LABEL[:2]}),
     ),
     (
-        FIT + "length must be divisible by 4 to be halved 2 times, got 6",
+        FIT + "sequence: its length must be divisible by 4 to be halved 2 times, got 6",
         lambda: halve((1, 6, 3)),
     ),
     (
-        FIT + "sides must be divisible by 4 to be halved 2 times, got 8 x 6",
+        FIT
+        + "image: its height and width must be divisible by 4 to be halved 2 times, "
+        "got 8 x 6",
         lambda: halve((1, 8, 6, 3)),
     ),
     (
-        FIT + "sides must be divisible by 4 to be halved 2 times, got 8 x 6",
+        FIT
+        + "video: its height and width must be divisible by 4 to be halved 2 times, "
+        "got 8 x 6",
         lambda: halve((1, 3, 8, 6, 3)),
     ),
     ("x must have an axis of length, or of height and width", lambda: halve((1, 3))),
@@ -1187,6 +1372,37 @@ RIGHT = {
         (3,),
     ),
     "eval_shape": (lambda: jax.eval_shape(loss_of, X, T), (3,)),
+    "conditioning of any name and shape": (
+        lambda: (
+            guidance.classifier_free(
+                worded,
+                {"text": {"a": jnp.ones((3, 5))}},
+                {"text": {"a": jnp.zeros(5)}},
+                2.0,
+            )(X, T).x_0
+        ),
+        X.shape,
+    ),
+    "vmap of a posterior": (
+        lambda: (
+            jax.vmap(guidance.posterior(DENOISE, lambda x_0: -jnp.sum(x_0**2)))(
+                X, T
+            ).grad
+        ),
+        X.shape,
+    ),
+    "weights by a function": (
+        lambda: loss_of(objective=Objective(weighting=lambda s, t: 1.0 + t)),
+        (3,),
+    ),
+    "dropout of NNX, in a loss": (
+        lambda: losses.training_loss(KEY, Dropping(), S, V, X, T).loss,
+        (3,),
+    ),
+    "dropout of NNX, switched off": (
+        lambda: evaluated(Dropping())(X, T).x_0,
+        X.shape,
+    ),
     "scales for each image": (
         lambda: guidance.classifier_free(labeled, LABEL, 0, jnp.ones(3))(X, T).x_0,
         X.shape,
@@ -1231,6 +1447,12 @@ def no_transfers():
         return loss(X, T)
 
 
+CASES = (
+    *(process_cases, step_cases, number_cases, other_cases),
+    *(output_cases, network_cases, guidance_cases, dropout_cases),
+)
+
+
 def outcome(call):
     """The name of the error that a call raises, and its words; or twice None."""
     try:
@@ -1243,7 +1465,7 @@ def outcome(call):
 def main():
     warnings.simplefilter("error")
     wrong = {}
-    for cases in (process_cases, step_cases, number_cases, other_cases):
+    for cases in CASES:
         for name, (begins, call) in cases():
             assert name not in wrong, name
             wrong[name] = [begins, *outcome(call)]

@@ -6,6 +6,9 @@ its own name for it. NaN and infinity are never numbers that somebody meant.
 What is static is always checked: types, shapes, dtypes. Values are checked where they
 can be read on the host (`known`), so that within `jax.jit` a check costs nothing: it
 adds no operation, and waits for no device.
+
+    placement  where the batch lies on meshes with Explicit axes
+    modes      whether a network that is evaluated has its dropout off
 """
 
 import contextlib
@@ -31,6 +34,7 @@ ARRAYS = {
     "integer": ("an integer array", jnp.integer),
     "uint8": ("a uint8 array", np.uint8),
     "key": ("an array of typed keys", jax.dtypes.prng_key),
+    "any": ("an array", np.generic),
 }
 """Kinds of arrays: in words, and the dtype that they have."""
 

@@ -1,0 +1,74 @@
+"""What a denoiser predicts, and the types of denoisers: `Prediction`, `DenoiseFn`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from jaxtyping import Array
+
+from jax_diffusion import checks
+
+
+class Prediction(NamedTuple):
+    """What a denoiser predicts from x_t: the clean data, and a variance.
+
+    eps, v, the score and the mean of p(x_{t-1} | x_t) follow from x_0 and are not
+    stored, so that none of them can contradict another.
+
+    Attributes:
+        x_0: [b, ...] the estimate of the clean data, on the scale of the data.
+        log_var: log variance of p(x_{t-1} | x_t), in nats; [b, ...] or a shape that
+            broadcasts to it.
+        grad: [b, ...] what guidance adds to the score of x_t; None, nothing.
+    """
+
+    x_0: Array
+    log_var: Array
+    grad: Any = None
+
+
+@runtime_checkable
+class DenoiseFn(Protocol):
+    """A network read as a distribution: denoise_fn(x_t, t) -> Prediction.
+
+    x_t is float32 [b, ...], t int32 [b]. `denoiser` makes one of a network; `clip_x_0`,
+    `threshold_x_0` and the functions of `guidance` wrap one. Any function of that form
+    is one.
+    """
+
+    def __call__(self, x_t: Array, t: Array, /) -> Prediction:
+        """Predicts x_0 from x_t, which is at the noise levels of rows t."""
+        ...
+
+
+@runtime_checkable
+class ConditionalDenoiseFn(Protocol):
+    """A `DenoiseFn` that may also be given conditioning by name, such as `label`.
+
+    What is given has a leading axis [b].
+    """
+
+    def __call__(self, x_t: Array, t: Array, /, **conditioning: Any) -> Prediction:
+        """Predicts x_0 from x_t and what is known of it."""
+        ...
+
+
+AnyDenoiseFn = TypeVar("AnyDenoiseFn", bound=Callable[..., Prediction])
+"""What a wrapper takes and returns: a denoiser of x_t, t and the same conditioning."""
+
+
+def check_prediction(prediction: Any, x_t: Array | None = None) -> None:
+    """Raises ValueError unless `prediction` is one, of the shape of `x_t` if given.
+
+    What a denoise_fn returns is checked by this wherever one is called: a raw network,
+    passed in the place of one, returns an array.
+    """
+    if not all(hasattr(prediction, name) for name in Prediction._fields):
+        raise ValueError(
+            "denoise_fn must return a Prediction, as diffusion.denoiser makes it of a "
+            f"network's output, got {checks.shown(prediction)}."
+        )
+    shape = (...,) if x_t is None else x_t.shape
+    checks.array("denoise_fn's x_0", prediction.x_0, "float", shape)
+    checks.broadcasts("denoise_fn's log_var", prediction.log_var, prediction.x_0.shape)
+    if prediction.grad is not None:
+        checks.array("denoise_fn's grad", prediction.grad, "float", shape)
