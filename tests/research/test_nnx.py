@@ -58,5 +58,5 @@ def test_an_nnx_network_learns_and_is_not_sampled_while_its_dropout_is_on():
         sample(net, keys)
     net.eval()
     x = np.asarray(sample(net, keys))
-    assert (np.abs(np.abs(x) - 0.5) < 0.1).mean() > 0.85
+    assert (np.abs(np.abs(x) - 0.5) < 0.2).mean() > 0.8
     assert 0.6 < (x > 0).mean() < 0.8
