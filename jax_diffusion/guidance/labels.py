@@ -97,7 +97,11 @@ def classifier_free(
 
 
 def conditions_by_name(label, null_label):
-    """Conditioning by name, wanted and null, as arrays of the same shapes."""
+    """Returns `label` and `null_label` by name, as arrays of the same shapes.
+
+    Raises:
+        ValueError: unless these are labels, or conditioning of the same names.
+    """
     if not isinstance(label, Mapping):
         checks.array("label", label, "int", ("b",))
         if np.ndim(null_label):
@@ -122,7 +126,12 @@ def conditions_by_name(label, null_label):
 
 
 def check_conditions(wanted, others, x_t):
-    """Raises ValueError unless wanted conditions fit the batch and are given once."""
+    """Checks that conditions fit the batch x_t, and are not given twice.
+
+    Raises:
+        ValueError: unless all that is `wanted` has an axis [b], and no name is one of
+            `others` too.
+    """
     for name, tree in wanted.items():
         if name in others:
             rule = f"{name} must be given once, to classifier_free or to its result"

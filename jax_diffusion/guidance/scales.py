@@ -66,9 +66,10 @@ def within(
 
 
 def check_scale(scale: Any, name: str = "scale", schedule: Any = None) -> None:
-    """Raises ValueError unless a scale is one number, numbers [b], or a function.
+    """Raises ValueError unless `scale` is one number, numbers [b], or a function.
 
-    A function that is made with another schedule, if one is given, is refused, too.
+    In the sentence it is called `name`. A function that is made with another `schedule`
+    is refused, too.
     """
     if callable(scale):
         diffusion.check_schedule_of(scale, schedule, name)
@@ -83,7 +84,11 @@ def check_scale(scale: Any, name: str = "scale", schedule: Any = None) -> None:
 
 
 def column(scale: Any, t: Array, ndim: int) -> Array:
-    """A scale at t, reshaped to [b or 1, 1, ...], to multiply rank-`ndim` data."""
+    """A `scale` at t, reshaped to [b or 1, 1, ...], to multiply rank-`ndim` data.
+
+    Raises:
+        ValueError: if a function returns something else.
+    """
     value = jnp.asarray(scale(t) if callable(scale) else scale, jnp.float32)
     if value.shape not in ((), (1,), t.shape):
         rule = f"scale must be one number, or one for each image, {list(t.shape)}"
