@@ -4,6 +4,7 @@ The table holds every function that takes both, and every wrapper of a denoiser.
 """
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,7 @@ WRAPPERS = {  # of a denoiser f that is made with schedule s
     "threshold_x_0": lambda f, s: diffusion.threshold_x_0(f),
     "classifier_free": lambda f, s: guidance.classifier_free(f, T, 0, 2.0),
     "classifier": lambda f, s: guidance.classifier(f, s, log_prob),
+    "posterior": lambda f, s: guidance.posterior(f, lambda x_0: -x_0.sum((1, 2, 3))),
     "shift_x_0": lambda f, s: guidance.shift_x_0(f, s),
     "partial": lambda f, s: functools.partial(f, label=T),
     "jit": lambda f, s: jax.jit(f),
@@ -116,6 +118,24 @@ CALLS = {  # everything that takes a denoiser f and a schedule s
     "shift_x_0": lambda f, s: guidance.shift_x_0(f, s),
 }
 RULE = r"^denoise_fn must be made with the schedule that it is used with, got one of "
+
+
+def public_functions_of(*arguments):
+    """Names of public functions that take arguments of these names."""
+    for module in (diffusion, guidance, samplers, editing, likelihood):
+        for name, function in vars(module).items():
+            if inspect.isfunction(function) and not name.startswith(("_", "check_")):
+                if {*arguments} <= {*inspect.signature(function).parameters}:
+                    yield name
+
+
+def test_the_tables_hold_every_function():
+    both = {*public_functions_of("denoise_fn", "schedule")}
+    assert {name.removesuffix("_step") for name in both} - {
+        name.removesuffix("_step") for name in CALLS
+    } == set()
+    wrappers = {*public_functions_of("denoise_fn")} - both
+    assert wrappers <= {*WRAPPERS}
 
 
 @pytest.mark.parametrize("other", OTHERS)

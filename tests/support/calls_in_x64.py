@@ -67,6 +67,7 @@ def guided(schedule):
     scale = guidance.within(schedule, 3.0, low=0.1, high=50.0)
     f = guidance.classifier_free(f, LABEL, 0, scale, rescale=0.5)
     f = guidance.classifier(diffusion.threshold_x_0(f), schedule, log_prob, 0.5)
+    f = guidance.posterior(f, lambda x_0: log_prob(x_0, None), 0.5)
     return diffusion.clip_x_0(guidance.shift_x_0(f, schedule))
 
 
