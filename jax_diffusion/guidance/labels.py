@@ -70,8 +70,12 @@ def classifier_free(
             both = [placement.beside(row, x_t) for row in (a, other)]
             return placement.reshape(jnp.stack(both, 1), (2 * b, *a.shape[1:]))
 
+        def repeated(a):
+            layout = placement.of_batch(x_t, np.ndim(a))
+            return jnp.repeat(placement.beside(a, x_t), 2, axis=0, out_sharding=layout)
+
         def twice(tree):  # numbers for the whole batch stay as they are
-            return jax.tree.map(lambda a: pairs(a, a) if np.ndim(a) else a, tree)
+            return jax.tree.map(lambda a: repeated(a) if np.ndim(a) else a, tree)
 
         def split(a):  # the inverse of `pairs`
             a = placement.reshape(a, (b, 2, *a.shape[1:]))
