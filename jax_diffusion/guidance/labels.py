@@ -91,11 +91,15 @@ def classifier_free(
         spread = jnp.std(x_0, axes, keepdims=True)
         ratio = jnp.std(labeled, axes, keepdims=True) / jnp.maximum(spread, 1e-6)
         x_0 = x_0 * (1 + rescale * (ratio - 1))
-        log_var = jnp.broadcast_to(
-            prediction.log_var, (2 * b, *prediction.log_var.shape[1:])
-        )
+        log_var = prediction.log_var
+        if np.ndim(log_var) == x_t.ndim:
+            log_var = jnp.broadcast_to(log_var, (2 * b, *log_var.shape[1:]))
+            log_var = split(log_var)[0]
+        elif np.ndim(log_var):  # it has no axis of images
+            axes = (1,) * (x_t.ndim - np.ndim(log_var))
+            log_var = jnp.reshape(log_var, (*axes, *np.shape(log_var)))
         grad = None if prediction.grad is None else split(prediction.grad)[0]
-        return prediction._replace(x_0=x_0, log_var=split(log_var)[0], grad=grad)
+        return prediction._replace(x_0=x_0, log_var=log_var, grad=grad)
 
     return diffusion.with_schedule(guided, denoise_fn)
 
@@ -141,7 +145,7 @@ def check_conditions(wanted, others, x_t):
             rule = f"{name} must be given once, to classifier_free or to its result"
             raise ValueError(f"{rule}, got both.")
         for leaf in jax.tree.leaves(tree):
-            kind = "int" if jnp.issubdtype(leaf.dtype, jnp.integer) else "any"
+            kind = "integer" if jnp.issubdtype(leaf.dtype, jnp.integer) else "any"
             checks.array(name, leaf, kind, (*x_t.shape[:1], *leaf.shape[1:]))
 
 

@@ -91,6 +91,36 @@ def test_a_variance_of_fewer_numbers_is_that_of_each_image(rows, columns):
     np.testing.assert_array_equal(guided.log_var, expected)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (6, 5), (1, 5), (6, 1)])
+def test_a_variance_without_an_axis_of_images_is_that_of_every_image(shape):
+    """Also where the first of its axes is as long as the batch of both predictions."""
+    log_var, x_t = normal(6, *shape), normal(7, 3, 6, 5)
+
+    def denoise_fn(x_t, t, *, label):
+        return network(x_t, t, label=label)._replace(log_var=log_var)
+
+    guided = guidance.classifier_free(denoise_fn, LABEL, NULL, 2.0)
+    found = guided(x_t, T).log_var
+    np.testing.assert_array_equal(
+        np.broadcast_to(found, x_t.shape), np.broadcast_to(log_var, x_t.shape)
+    )
+    clipped = diffusion.threshold_x_0(guided)
+    for step in (samplers.ddpm_step, samplers.dpmpp_2m_step):
+        x_0 = samplers.sample(KEYS[:3], clipped, step, SCHEDULE, x_t)
+        assert x_0.shape == x_t.shape and np.all(np.isfinite(x_0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.uint32, jnp.int32, jnp.float32])
+def test_conditioning_may_be_of_any_type_of_numbers(dtype):
+    def denoise_fn(x_t, t, *, text):
+        assert text.dtype == dtype
+        return network(x_t, t, label=text[:, 0].astype(jnp.int32))
+
+    text = LABEL.astype(dtype)[:, None]
+    guided = guidance.classifier_free(denoise_fn, {"text": text}, {"text": 9}, 3.0)
+    np.testing.assert_array_equal(guided(X, T).x_0, free(3.0)(X, T).x_0)
+
+
 def test_the_network_is_called_once_on_neighboring_rows_with_all_they_have():
     seen = []
 
