@@ -251,10 +251,9 @@ def denoiser(
 
     def denoise(x_t, t, **conditioning):
         check_batch(schedule, t, x_t=x_t)
-        modes.evaluating("model_fn", model_fn)
         t = placement.beside(t, x_t)
         timesteps = placement.rows(schedule.timesteps, t)
-        output = model_fn(x_t, timesteps, **conditioning)
+        output = modes.evaluate("model_fn", model_fn, x_t, timesteps, **conditioning)
         return predict(schedule, objective, output, x_t, t)
 
     return with_schedule(denoise, schedule)

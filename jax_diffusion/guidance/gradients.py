@@ -207,8 +207,7 @@ def label_log_prob(
     checks.array("label", label, "int", ("b",))
 
     def log_prob(x_t, timesteps):
-        modes.evaluating("logits_fn", logits_fn)
-        logits = logits_fn(x_t, timesteps)
+        logits = modes.evaluate("logits_fn", logits_fn, x_t, timesteps)
         checks.array("logits_fn's output", logits, "float", (*label.shape, "k"))
         checks.rows("label", label, logits.shape[-1])
         log_probs = jax.nn.log_softmax(logits)
