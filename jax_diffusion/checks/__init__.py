@@ -252,21 +252,6 @@ def rows(name: str, value: Any, num_rows: int, *, negative: bool = False) -> Non
         raise ValueError(f"{name} must be {rule}, got {wrong.flat[0]}.")
 
 
-def distinct(name: str, value: Any) -> None:
-    """Raises ValueError if integers that are not negative come twice, where known.
-
-    >>> distinct("ts", np.array([3, 1, -1, 3, -1]))
-    Traceback (most recent call last):
-    ValueError: ts must be different rows, got 3 twice.
-    """
-    if not known(value):
-        return
-    found, counts = np.unique(np.asarray(jax.device_get(value)), return_counts=True)
-    twice = found[(counts > 1) & (found >= 0)]
-    if twice.size:
-        raise ValueError(f"{name} must be different rows, got {twice[-1]} twice.")
-
-
 def broadcasts(name: str, value: Any, shape: Sequence[int]) -> None:
     """Raises ValueError unless an argument broadcasts to a shape, which it may have.
 

@@ -34,16 +34,15 @@ def of_batch(x: Any, ndim: int) -> NamedSharding | None:
 def beside(value: Any, x: Any) -> Array:
     """Returns `value` [b, ...], lying on devices as x [b, ...] does.
 
-    An array on one device, outside of `jax.jit`, fits every other one already.
-
     >>> beside(jnp.arange(2), jnp.ones((2, 3)))
     Array([0, 1], dtype=int32)
     """
     wanted, now = of_batch(x, jnp.ndim(value)), jax.typeof(value).sharding
-    on_one = now.mesh.empty and not isinstance(value, Tracer)
-    if wanted is None or on_one or now.spec == wanted.spec:
+    if wanted is None or now.spec == wanted.spec:
         return value
-    return jax.sharding.reshard(value, wanted)
+    if isinstance(x, Tracer) or isinstance(value, Tracer):
+        return jax.sharding.reshard(value, wanted)
+    return jax.device_put(value, x.sharding.update(spec=wanted.spec))
 
 
 def rows(table: Any, index: Any, mode: str = "clip") -> Array:

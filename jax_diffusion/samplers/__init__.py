@@ -18,7 +18,8 @@ the batch around it, nor on who calls the step, nor on where a chain was cut. It
 indexes a table with t - 1 but reads `prev` of `schedules.take`. `loop` calls it in a
 `lax.scan` and skips negative t; a scan of your own does as well.
 
-    loop      SampleState, keys for images, the scan: sample_frames, sample
+    noise     keys for images, and the noise drawn with them: fold_in, normal
+    loop      SampleState, the scan: sample_frames, sample
     steps     every sampler's step, and SAMPLERS, the table of them
     wrappers  functions of a step that return a step: inpaint, share_noise, on_step
     paths     invert, slerp, interpolate
@@ -31,13 +32,11 @@ What changes a step wraps the step; what changes a prediction wraps the denoiser
 from jax_diffusion.samplers.loop import (
     SampleState,
     StepFn,
-    fold_in,
-    image_keys,
-    normal,
     sample,
     sample_frames,
     start,
 )
+from jax_diffusion.samplers.noise import fold_in, image_keys, normal
 from jax_diffusion.samplers.paths import interpolate, invert, slerp
 from jax_diffusion.samplers.steps import (
     SAMPLERS,

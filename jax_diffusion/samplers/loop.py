@@ -1,16 +1,17 @@
-"""The state of a sampler, keys for images, and the one scan over sampling steps."""
+"""The state of a sampler, and the one scan over sampling steps."""
 
 import dataclasses
-from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import checks
 from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn, check_schedule_of
+from jax_diffusion.samplers.noise import keys_of_step
 from jax_diffusion.schedules import NoiseSchedule, check_batch, check_schedule
 
 
@@ -77,88 +78,6 @@ class StepFn(Protocol):
 
 
 STEP_ARGUMENTS = "(keys, denoise_fn, schedule, state, t)"  # in words, for errors
-
-# The keys that `sample` gives to a step while the step is traced.
-_keys_of_step: ContextVar[Any] = ContextVar("keys_of_step", default=None)
-
-
-def image_keys(key: Key[Array, ""], ids: Int[Array, "b"]) -> Key[Array, "b"]:
-    """Makes one key for each image from the run's key and the images' numbers.
-
-    Args:
-        key: the key of the run.
-        ids: int [b], the number of each image. The same number gives the same key
-            whatever the batch.
-
-    Returns:
-        Typed keys [b].
-
-    Raises:
-        ValueError: unless key is one typed key, and ids are integers [b].
-
-    >>> image_keys(jax.random.key(0), jnp.arange(3)).shape
-    (3,)
-    """
-    checks.key("key", key)
-    checks.array("ids", ids, "integer", ("b",))
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)
-
-
-def fold_in(
-    keys: Key[Array, "b"], number: int | Int[Array, ""] | Int[Array, "b"]
-) -> Key[Array, "b"]:
-    """Makes other keys [b] for the same images: `jax.random.fold_in` for many keys.
-
-    A step draws with `fold_in(keys, t)`: noise of an image at a row of the schedule.
-
-    Args:
-        keys: one for each image.
-        number: says what the new keys are for: a row t, or a second purpose; one for
-            all images, or [b].
-
-    Raises:
-        ValueError: unless keys are typed keys [b], and number is one integer or [b].
-    """
-    checks.keys("keys", keys)
-    axis = None
-    if isinstance(number, jax.Array):
-        axis = 0 if number.ndim else None
-        checks.array("number", number, "integer", keys.shape[: number.ndim])
-        number = placement.beside(number, keys) if number.ndim else number
-        keys = placement.beside(keys, number)
-    else:
-        checks.integer("number", number, at_least=0, at_most=2**32 - 1)
-    return jax.vmap(jax.random.fold_in, in_axes=(0, axis))(keys, number)
-
-
-def normal(keys: Key[Array, "b"], shape: tuple[int, ...]) -> Float[Array, "b *d"]:
-    """Draws standard normal noise [b, *shape], as x_T or within a step.
-
-    It is float32 whatever the dtype of images, so that a key means the same noise in
-    all of them.
-
-    Args:
-        keys: one for each image; within a step those of the row, `fold_in(keys, t)`.
-        shape: of one image.
-
-    Raises:
-        ValueError: unless keys are typed keys [b], and shape is one; and if they are
-            what `sample` gives to every step, without a row folded in.
-
-    >>> normal(image_keys(jax.random.key(0), jnp.arange(2)), (8, 8, 3)).shape
-    (2, 8, 8, 3)
-    """
-    checks.keys("keys", keys)
-    if keys is _keys_of_step.get():
-        raise ValueError(
-            "keys of noise in a step must be those of its row, samplers.fold_in(keys, "
-            "t), got keys that are the same at every step."
-        )
-    if not isinstance(shape, tuple | list):
-        raise ValueError(f"shape must be that of an image, got {checks.shown(shape)}.")
-    for axis in shape:
-        checks.integer("shape's axes", axis, at_least=0)
-    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
 def start(x_T: Float[Array, "b *d"]) -> SampleState:
@@ -228,7 +147,8 @@ def sample_frames(
         step_fn: the sampler's step, such as `ddim_step`.
         schedule: the steps to take.
         x_T: where to start; noise for generation, or data for inversion.
-        ts: timesteps as they are visited, negative ones skipped; default T - 1 to 0. A
+        ts: timesteps as they are visited, each one below or each one above the last,
+            negative ones skipped; default T - 1 to 0. A
             row that comes back would get the same noise again: sample in several calls
             then, with another number folded into keys, as `editing.repaint` does.
         num_frames: a divisor of the length of `ts`.
@@ -239,7 +159,7 @@ def sample_frames(
 
     Raises:
         ValueError: if num_frames does not divide the number of steps, ts, where known,
-            repeats a row, arguments do not fit each other, denoise_fn is made with
+            repeats or leaves out a row, arguments do not fit each other, denoise_fn is made with
             another schedule, or denoise_fn or step_fn returns something else.
     """
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
@@ -248,27 +168,22 @@ def sample_frames(
     check_schedule_of(denoise_fn, schedule)
     first = _first_state(x_T, state)
     checks.keys("keys", keys, first.x.shape[0])
+    keys = placement.beside(keys, first.x)
     if ts is None:
         ts = schedule.steps[::-1]
     else:
         checks.array("ts", ts, "int", ("n",))
         checks.rows("ts", ts, schedule.num_steps, negative=True)
-        checks.distinct("ts", ts)
+        check_order(ts)
     num_steps = ts.shape[0]
     checks.integer("num_frames", num_frames)
     if num_frames < 1 or num_steps % num_frames:
         raise ValueError(f"num_frames must divide {num_steps} steps, got {num_frames}.")
 
     def visit(state, t):
-        # Like x, so that within shard_map it varies as x does, and what a step takes
-        # of its row with it.
-        t = jnp.full_like(state.x, t, jnp.int32, state.x.shape[:1])
-        t = placement.beside(t, state.x)
-        token = _keys_of_step.set(keys)
-        try:
+        t = like_batch(t, state.x)
+        with keys_of_step(keys):
             new = step_fn(keys, denoise_fn, schedule, state, t)
-        finally:
-            _keys_of_step.reset(token)
         check_state(new, state)
         return new
 
@@ -334,8 +249,8 @@ def sample(
     >>> schedule = schedules.make_schedule(schedules.cosine_betas(4))
     >>> v_objective = diffusion.Objective(mean_type="v")
     >>> denoise_fn = diffusion.denoiser(lambda x, t: 0 * x, schedule, v_objective)
-    >>> keys = image_keys(jax.random.key(0), jnp.arange(2))
-    >>> x_T = normal(keys, (3,))
+    >>> keys = samplers.image_keys(jax.random.key(0), jnp.arange(2))
+    >>> x_T = samplers.normal(keys, (3,))
     >>> sample(keys, denoise_fn, samplers.ddim_step, schedule, x_T).shape
     (2, 3)
     """
@@ -356,19 +271,61 @@ def _first_state(x_T, state):
     return jax.tree.map(jnp.asarray, state)
 
 
+def check_order(ts: Any) -> None:
+    """Raises ValueError unless rows go up or down by 1, where they are known.
+
+    A step goes to the next row, whatever comes after it. Negative ones are skipped.
+
+    >>> check_order(jnp.array([3, 2, -1, 3, -1]))
+    Traceback (most recent call last):
+    ValueError: ts must be different rows, got 3 twice.
+    """
+    if not checks.known(ts):
+        return
+    rows = np.asarray(jax.device_get(ts)).astype(np.int64)
+    rows = rows[rows >= 0]
+    found, counts = np.unique(rows, return_counts=True)
+    if np.any(counts > 1):
+        twice = found[counts > 1][-1]
+        raise ValueError(f"ts must be different rows, got {twice} twice.")
+    way = np.diff(rows)
+    wrong = np.flatnonzero((way != way[:1]) | (abs(way) != 1))
+    if wrong.size:
+        before, after = rows[wrong[0] : wrong[0] + 2]
+        raise ValueError(
+            f"ts must be consecutive rows, got {after} after {before}; for fewer steps "
+            "there is make_schedule(keep=)."
+        )
+
+
 def check_step_arguments(
     keys: Any, denoise_fn: Any, schedule: Any, state: Any, t: Any
-) -> None:
+) -> Array:
     """Raises ValueError unless the arguments of a sampler's step fit each other.
 
     `keys`, `denoise_fn`, `schedule`, `state` and `t` are those of a step, see
-    `jax_diffusion.samplers`. t may be an integer of no axis within `jax.vmap`.
+    `jax_diffusion.samplers`. A traced t may be an integer of no axis, as in a scan of
+    somebody else.
+
+    Returns:
+        t as an array [b].
     """
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     check_fields(state)
     check_batch(schedule, t, **{"state.x": state.x})
     check_schedule_of(denoise_fn, schedule)
     checks.keys("keys", keys, state.x.shape[0])
+    t = jnp.asarray(t)
+    return t if t.ndim else like_batch(t, state.x)
+
+
+def like_batch(t: Any, x: Array) -> Array:
+    """Returns t int32 [b], the same for all images of x [b, ...], lying as x does.
+
+    It is like x so that within shard_map it varies as x does, and what a step takes of
+    its row with it.
+    """
+    return placement.beside(jnp.full_like(x, t, jnp.int32, x.shape[:1]), x)
 
 
 def check_fields(state: Any) -> None:

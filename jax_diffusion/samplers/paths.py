@@ -7,7 +7,8 @@ from jaxtyping import Array, Float, Int, Key
 from jax_diffusion import checks, diffusion
 from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn
-from jax_diffusion.samplers.loop import StepFn, fold_in, image_keys, normal, sample
+from jax_diffusion.samplers.loop import StepFn, sample
+from jax_diffusion.samplers.noise import fold_in, image_keys, normal
 from jax_diffusion.samplers.steps import ddim_inversion_step
 from jax_diffusion.schedules import NoiseSchedule, check_schedule, check_step
 

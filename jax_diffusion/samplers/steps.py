@@ -19,9 +19,8 @@ from jax_diffusion.samplers.loop import (
     StepFn,
     advance,
     check_step_arguments,
-    fold_in,
-    normal,
 )
+from jax_diffusion.samplers.noise import fold_in, normal
 from jax_diffusion.schedules import NoiseSchedule, take
 
 
@@ -46,7 +45,7 @@ def ddpm_step(
     Raises:
         ValueError: unless these fit each other.
     """
-    check_step_arguments(keys, denoise_fn, schedule, state, t)
+    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
     prediction = denoise_fn(state.x, t)
     diffusion.check_prediction(prediction, state.x)
     mean = diffusion.guided_mean(schedule, prediction, state.x, t)
@@ -93,7 +92,7 @@ def ddim_step(
     >>> ddim_step(keys, denoise_fn, schedule, state, t).x.tolist()
     [[0.5], [0.5]]
     """
-    check_step_arguments(keys, denoise_fn, schedule, state, t)
+    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
     checks.number("eta", eta, at_least=0, at_most=1)
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
@@ -131,7 +130,7 @@ def ddim_inversion_step(
     Raises:
         ValueError: unless these fit each other.
     """
-    check_step_arguments(keys, denoise_fn, schedule, state, t)
+    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
     del keys
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
@@ -162,7 +161,7 @@ def dpmpp_2m_step(
     Raises:
         ValueError: unless these fit each other.
     """
-    check_step_arguments(keys, denoise_fn, schedule, state, t)
+    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
     del keys
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
@@ -199,7 +198,7 @@ def heun_step(
     Raises:
         ValueError: unless these fit each other.
     """
-    check_step_arguments(keys, denoise_fn, schedule, state, t)
+    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
     del keys
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)

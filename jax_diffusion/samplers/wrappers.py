@@ -9,13 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jax_diffusion import checks
-from jax_diffusion.samplers.loop import (
-    STEP_ARGUMENTS,
-    StepFn,
-    advance,
-    fold_in,
-    normal,
-)
+from jax_diffusion.checks import placement
+from jax_diffusion.samplers.loop import STEP_ARGUMENTS, StepFn, advance
+from jax_diffusion.samplers.noise import fold_in, keys_of_step, normal
 from jax_diffusion.schedules import take
 
 
@@ -81,7 +77,8 @@ def share_noise(
         A step that gives `step_fn` other keys at t >= until.
 
     Raises:
-        ValueError: unless step_fn is a function, until an integer, and key typed.
+        ValueError: unless step_fn is a function, until an integer, and key typed and
+            of as many as there are images.
     """
     checks.function("step_fn", step_fn, STEP_ARGUMENTS)
     checks.array("key", key, "key", ("b",) if np.ndim(key) else ())
@@ -91,8 +88,11 @@ def share_noise(
         checks.integer("until", until)
 
     def step(keys, denoise_fn, schedule, state, t):
-        keys = jnp.where(t >= until, key, keys)
-        return step_fn(keys, denoise_fn, schedule, state, t)
+        if np.ndim(key):
+            checks.keys("key", key, keys.shape[0])
+        others = jnp.where(t >= until, key, keys)
+        with keys_of_step(others, instead_of=keys):
+            return step_fn(others, denoise_fn, schedule, state, t)
 
     return step
 
@@ -114,7 +114,7 @@ def on_step(step_fn: StepFn, on_step: Callable[[Array], None]) -> StepFn:
     checks.function("on_step", on_step, "(t,)")
 
     def step(keys, denoise_fn, schedule, state, t):
-        jax.debug.callback(on_step, t[0])
+        jax.debug.callback(on_step, placement.everywhere(t)[0] if jnp.ndim(t) else t)
         return step_fn(keys, denoise_fn, schedule, state, t)
 
     return step

@@ -191,6 +191,7 @@ BATCHES = {
     "share_noise": lambda a: sampled(
         a, samplers.share_noise(samplers.ddpm_step, KEY, until=3)
     ),
+    "on_step": lambda a: sampled(a, samplers.on_step(samplers.ddpm_step, int)),
     "invert": lambda a: samplers.invert(DENOISE, S, a["x"], t=4),
     "slerp": lambda a: samplers.slerp(a["x"], 1 - a["x"], jnp.linspace(0, 1, B)),
     "repaint": lambda a: editing.repaint(
@@ -309,6 +310,46 @@ def test_it_runs_on_an_explicit_mesh_outside_of_jit(name, within):
         *map(jax.tree.leaves, (results, BATCHES[name](arrays()))), strict=True
     ):
         np.testing.assert_allclose(result, one, **F32_SUM)
+
+
+DRAWN = {
+    **{
+        f"{name} sampler": functools.partial(sampled, step=row.step)
+        for name, row in samplers.SAMPLERS.items()
+    },
+    **{name: BATCHES[name] for name in ("inpaint", "repaint", "edit", "share_noise")},
+    "interpolate": lambda a: samplers.interpolate(
+        *(a["keys"], DENOISE, samplers.ddpm_step, S, a["x"], a["x"]),
+        jnp.ones(2),
+        t=3,
+    ),
+    "between_noises": lambda a: editing.between_noises(
+        a["keys"], DENOISE, samplers.ddpm_step, S, a["x"], -a["x"], jnp.ones(2)
+    ),
+    "guidance": lambda a: sampled(
+        a, samplers.ddpm_step, guidance.classifier(DENOISE, S, log_prob(a))
+    ),
+}
+
+
+@within
+@pytest.mark.parametrize("name", DRAWN)
+def test_keys_on_one_device_fit_a_batch_that_is_split(name, within):
+    """As `image_keys` makes them; the network sees labels that lie as images do."""
+    given = split_arrays() | {"keys": arrays()["keys"]}
+    with context(within):
+        jax.jit(lambda x: DRAWN[name](given | {"x": x})).trace(given["x"])
+        jax.make_jaxpr(lambda x: DRAWN[name](given | {"x": x}))(given["x"])
+
+
+@within
+@pytest.mark.parametrize("name", ["ddpm sampler", "edit"])
+def test_keys_on_one_device_draw_the_same_outside_of_jit(name, within):
+    one = arrays()
+    with context(within):
+        found = DRAWN[name](split_arrays() | {"keys": one["keys"]})
+    assert found.sharding.spec[0] == "data"
+    np.testing.assert_allclose(found, DRAWN[name](one), **F32_SUM)
 
 
 def test_a_batch_may_be_split_over_two_axes_of_a_mesh():

@@ -334,15 +334,56 @@ def test_rows_added_by_pad_are_not_visited():
 
 
 def test_ts_are_visited_in_their_order_and_negative_ones_skipped():
-    ts = jnp.array([-1, 3, 8, -7, 0], jnp.int32)
-    order = np.zeros(10)
-    order[[3, 8, 0]] = 1, 2, 3
-    np.testing.assert_array_equal(visited(SHORT, ts=ts), order)
+    for rows in ([-1, 3, 2, -7, 1], [-1, 4, -7, 5, 6]):
+        order = np.zeros(10)
+        order[[row for row in rows if row >= 0]] = 1, 2, 3
+        ts = jnp.array(rows, jnp.int32)
+        np.testing.assert_array_equal(visited(SHORT, ts=ts), order)
+
+
+@pytest.mark.parametrize(
+    ("ts", "got"),
+    [
+        ([9, 6, 3, 0], "6 after 9"),
+        ([9, 8, -1, 6], "6 after 8"),
+        ([3, 4, 5, 7], "7 after 5"),
+        ([3, 4, 3 - 1], "2 after 4"),
+        ([5, 3, 4], "3 after 5"),
+    ],
+)
+def test_ts_that_leave_out_a_row_or_turn_round_are_refused(ts, got):
+    """A step goes to the level of t - 1: the next one would be told another level."""
+    said = rf"^ts must be consecutive rows, got {got}; for fewer steps there is "
+    with pytest.raises(ValueError, match=said):
+        visited(SHORT, ts=jnp.array(ts))
+
+
+@pytest.mark.parametrize("number", [3, [0, 7], [2**32 - 1, 1]])
+def test_fold_in_of_numbers_of_numpy_is_that_of_arrays(number):
+    keys = KEYS[:2]
+    found = samplers.fold_in(keys, np.array(number))
+    expected = [
+        jax.random.fold_in(key, n) for key, n in zip(keys, [*np.resize(number, 2)])
+    ]
+    np.testing.assert_array_equal(
+        jax.random.key_data(found), [jax.random.key_data(key) for key in expected]
+    )
+
+
+@pytest.mark.parametrize("number", [-1, 2**32, [0, -1], [0.5, 1.0], [1, 2, 3]])
+def test_fold_in_refuses_numbers_of_numpy_out_of_range(number):
+    with pytest.raises(ValueError, match=r"^number must be an integer .*got "):
+        samplers.fold_in(KEYS[:2], np.array(number))
+
+
+def test_ts_of_one_row_or_of_none_are_accepted():
+    for ts in ([4], [-1, -1], [-1, 0]):
+        visited(SHORT, ts=jnp.array(ts))
 
 
 @pytest.mark.parametrize(
     ("ts", "expected"),
-    [(None, [*range(9, -1, -1)]), ([-1, 3, 8, -7, 0, -1], [3, 8, 0])],
+    [(None, [*range(9, -1, -1)]), ([-1, 3, 2, -7, 1, -1], [3, 2, 1])],
     ids=["all", "some"],
 )
 def test_on_step_is_called_at_the_steps_that_are_made_in_their_order(ts, expected):

@@ -1272,7 +1272,7 @@ def x_t_of(schedule, x, t):
 
 def draws(eta=0.0, schedule=S, step=STEP):
     step = functools.partial(step, eta=eta)
-    return samplers.sample(KEYS, DENOISE, step, schedule, X, ts=T[:2][::-1])
+    return samplers.sample(KEYS, DENOISE, step, schedule, X, ts=T[1] - T[:2] // 4)
 
 
 # Right calls, each with the shape of what it returns.
@@ -1286,6 +1286,27 @@ RIGHT = {
     "bfloat16": (lambda: loss_of(X.astype(jnp.bfloat16)), (3,)),
     "float64, cast or not": (lambda: loss_of(np.asarray(X, np.float64)), (3,)),
     "t of int8": (lambda: loss_of(t=T.astype(jnp.int8)), (3,)),
+    "t of NumPy in steps": (
+        lambda: [
+            step(KEYS, DENOISE, S, samplers.start(X), np.array([0, 4, 9])).x
+            for step in (samplers.ddpm_step, samplers.ddim_step)
+        ][1],
+        X.shape,
+    ),
+    "numbers of NumPy in fold_in": (
+        lambda: jnp.stack(
+            [
+                jax.random.key_data(samplers.fold_in(KEYS, number))
+                for number in (
+                    np.array(3),
+                    np.arange(3),
+                    np.int64(3),
+                    np.uint8([1] * 3),
+                )
+            ]
+        ),
+        (4, 3, 2),
+    ),
     "t of NumPy": (lambda: loss_of(t=np.array([0, 4, 9])), (3,)),
     "data without axes": (lambda: x_t_of(S, X[:, 0, 0, 0], T), (3,)),
     "a table of float64": (lambda: loss_of(schedule=schedules.tabulate(BETAS)), (3,)),
