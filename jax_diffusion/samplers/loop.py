@@ -159,8 +159,8 @@ def sample_frames(
 
     Raises:
         ValueError: if num_frames does not divide the number of steps, ts, where known,
-            repeats or leaves out a row, arguments do not fit each other, denoise_fn is made with
-            another schedule, or denoise_fn or step_fn returns something else.
+            repeats or leaves out a row, arguments do not fit each other, denoise_fn is
+            made with another schedule, or denoise_fn or step_fn returns something else.
     """
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     checks.function("step_fn", step_fn, STEP_ARGUMENTS)

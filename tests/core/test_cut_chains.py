@@ -182,24 +182,6 @@ def test_a_scan_of_ones_own_with_the_same_keys_is_sample_bit_for_bit(name):
     assert_same_bits(own, ours)
 
 
-@pytest.mark.parametrize("wrapper", ["plain", "inpaint", "share_noise", "on_step"])
-@every_sampler
-def test_a_scan_of_ones_own_may_give_one_t_for_all_images(name, wrapper):
-    step_fn = WRAPPERS[wrapper](step_of(name))
-    images = X_T.reshape(8, 1, 2, 3) if wrapper != "inpaint" else X_T
-    args = (KEYS, tanh_denoiser(SHORT), SHORT)
-
-    def own(x_T):
-        def body(state, t):
-            return step_fn(*args, state, t), None
-
-        return jax.lax.scan(body, samplers.start(x_T), SHORT.steps[::-1])[0]
-
-    given = (KEYS, tanh_denoiser(SHORT), step_fn, SHORT)
-    ours = jax.jit(lambda x: samplers.sample(*given, state=samplers.start(x)))
-    assert_same_bits(jax.jit(own)(images), ours(images))
-
-
 @pytest.mark.parametrize("name", ["ddpm", *map(slow, sorted({*SAMPLERS} - {"ddpm"}))])
 def test_steps_that_are_made_by_hand_are_sample(name):
     denoise_fn = tanh_denoiser(SHORT)
@@ -377,13 +359,6 @@ def test_a_step_that_draws_with_the_keys_of_the_chain_as_they_are_is_refused():
     samplers.normal(KEYS, (6,))  # as x_T may, also after that
     state = samplers.start(X_T)  # in a loop of somebody else keys may be new every time
     shared(KEYS, tanh_denoiser(SHORT), SHORT, state, jnp.full(8, 9))
-
-
-def test_shared_noise_takes_one_key_or_as_many_as_images():
-    step = samplers.share_noise(samplers.ddpm_step, KEYS[:3], until=4)
-    said = r"^key must be an array of typed keys \[8\], got key<fry> \[3\]\.$"
-    with pytest.raises(ValueError, match=said):
-        samplers.sample(KEYS, tanh_denoiser(SHORT), step, SHORT, X_T)
 
 
 @either_short

@@ -358,24 +358,6 @@ def test_ts_that_leave_out_a_row_or_turn_round_are_refused(ts, got):
         visited(SHORT, ts=jnp.array(ts))
 
 
-@pytest.mark.parametrize("number", [3, [0, 7], [2**32 - 1, 1]])
-def test_fold_in_of_numbers_of_numpy_is_that_of_arrays(number):
-    keys = KEYS[:2]
-    found = samplers.fold_in(keys, np.array(number))
-    expected = [
-        jax.random.fold_in(key, n) for key, n in zip(keys, [*np.resize(number, 2)])
-    ]
-    np.testing.assert_array_equal(
-        jax.random.key_data(found), [jax.random.key_data(key) for key in expected]
-    )
-
-
-@pytest.mark.parametrize("number", [-1, 2**32, [0, -1], [0.5, 1.0], [1, 2, 3]])
-def test_fold_in_refuses_numbers_of_numpy_out_of_range(number):
-    with pytest.raises(ValueError, match=r"^number must be an integer .*got "):
-        samplers.fold_in(KEYS[:2], np.array(number))
-
-
 def test_ts_of_one_row_or_of_none_are_accepted():
     for ts in ([4], [-1, -1], [-1, 0]):
         visited(SHORT, ts=jnp.array(ts))

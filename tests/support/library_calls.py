@@ -1005,6 +1005,24 @@ OTHERS = [
         lambda: samplers.sample(KEYS, DENOISE, STEP, S, X, ts=T[1] + 0 * T[:2]),
     ),
     (
+        "key must be an array of typed keys [3], got key<fry> [2]",
+        lambda: samplers.sample(
+            KEYS, DENOISE, samplers.share_noise(STEP, KEYS[:2], until=4), S, X
+        ),
+    ),
+    *(
+        (
+            f"number must be an integer {rule}",
+            lambda number=number: samplers.fold_in(KEYS, np.array(number)),
+        )
+        for number, rule in (
+            (-1, "in [0, 4294967295], got -1"),
+            ([0, 1, 2**32], "in [0, 4294967295], got 4294967296"),
+            ([0, 1], "array [3], got int64 [2]"),
+            (0.5, "array [], got float64 []"),
+        )
+    ),
+    (
         "state must be given without x_T, got float32 [3, 4, 4, 2]",
         lambda: samplers.sample(KEYS, DENOISE, STEP, S, X, state=samplers.start(X)),
     ),
@@ -1275,6 +1293,24 @@ def draws(eta=0.0, schedule=S, step=STEP):
     return samplers.sample(KEYS, DENOISE, step, schedule, X, ts=T[1] - T[:2] // 4)
 
 
+def same_bits(found, expected):
+    """Returns `found`, which must be `expected`."""
+    if jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
+        same_bits(jax.random.key_data(found), jax.random.key_data(expected))
+    else:
+        np.testing.assert_array_equal(found, expected)
+    return found
+
+
+def own_scan(step):
+    """The loop of somebody who gives a step one t for all images."""
+
+    def body(state, t):
+        return step(KEYS, DENOISE, S, state, t), None
+
+    return jax.lax.scan(body, samplers.start(X), S.steps[::-1])[0]
+
+
 # Right calls, each with the shape of what it returns.
 RIGHT = {
     "a jump beyond all steps takes no memory": (
@@ -1293,20 +1329,35 @@ RIGHT = {
         ][1],
         X.shape,
     ),
-    "numbers of NumPy in fold_in": (
-        lambda: jnp.stack(
-            [
-                jax.random.key_data(samplers.fold_in(KEYS, number))
-                for number in (
-                    np.array(3),
-                    np.arange(3),
-                    np.int64(3),
-                    np.uint8([1] * 3),
-                )
-            ]
-        ),
-        (4, 3, 2),
-    ),
+    **{
+        f"{number!r} of NumPy in fold_in": (
+            lambda number=number: same_bits(
+                samplers.fold_in(KEYS, number),
+                samplers.fold_in(KEYS, jnp.asarray(number, jnp.uint32)),
+            ),
+            (3,),
+        )
+        for number in (
+            np.array(3),
+            np.arange(3),
+            np.array([7, 2**32 - 1, 0]),
+            np.arange(3, dtype=np.uint8),
+        )
+    },
+    **{
+        f"one t for all images in a scan of one's own, {name}": (
+            lambda step=step: same_bits(
+                own_scan(step).x, samplers.sample(KEYS, DENOISE, step, S, X)
+            ),
+            X.shape,
+        )
+        for name, step in {
+            **{name: row.step for name, row in samplers.SAMPLERS.items()},
+            "inpaint": samplers.inpaint(STEP, X, X[0] > 0),
+            "share_noise": samplers.share_noise(STEP, KEY, until=4),
+            "on_step": samplers.on_step(STEP, int),
+        }.items()
+    },
     "t of NumPy": (lambda: loss_of(t=np.array([0, 4, 9])), (3,)),
     "data without axes": (lambda: x_t_of(S, X[:, 0, 0, 0], T), (3,)),
     "a table of float64": (lambda: loss_of(schedule=schedules.tabulate(BETAS)), (3,)),
