@@ -1,5 +1,6 @@
 """Guidance by a gradient: of a classifier of noisy images, or of a measurement."""
 
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -33,8 +34,9 @@ def classifier(
         schedule: the steps to take.
         log_prob_fn: log_prob_fn(x_t, timesteps) -> log p(y | x_t) [b] in nats, each
             image by itself; timesteps [b] are what a network is told,
-            `schedule.timesteps`. `label_log_prob` makes one from a classifier. If it
-            has a third argument `t`, it is given the rows of the schedule, too.
+            `schedule.timesteps`. `label_log_prob` makes one from a classifier. If a
+            third or later argument is named `t`, it is given the rows of the schedule
+            [b], too; a second one of that name is given timesteps, as any second one.
         scale: one number, one for each image, or a function of t, see `within`.
 
     Returns:
@@ -63,13 +65,11 @@ def classifier(
         t = placement.beside(t, x_t)
         prediction = denoise_fn(x_t, t, **conditioning)
         diffusion.check_prediction(prediction, x_t)
-        arguments = (
-            placement.rows(schedule.timesteps, t),
-            *_wanted_rows(log_prob_fn, 2, t),
-        )
+        timesteps = placement.rows(schedule.timesteps, t)
+        given_rows = _given_rows(log_prob_fn, 2, t)
 
         def log_prob_at(x):
-            log_prob = log_prob_fn(x, *arguments)
+            log_prob = given_rows(x, timesteps)
             checks.array("log_prob_fn's output", log_prob, "float", t.shape)
             return log_prob
 
@@ -96,9 +96,9 @@ def posterior(
         denoise_fn: the denoiser to wrap, not clipped: where x_0 is clipped, the
             gradient vanishes.
         log_likelihood_fn: log_likelihood_fn(x_0) -> log p(y | x_0) [b] in nats, each
-            image by itself. If it has a second argument `t`, it is given the rows of
-            the schedule [b] too, and can count the variance of x_0 given x_t as noise
-            of the measurement (Song et al. 2023), without which the posterior is
+            image by itself. If a second or later argument is named `t`, it is given the
+            rows of the schedule [b] too, and can count the variance of x_0 given x_t as
+            noise of the measurement (Song et al. 2023), without which the posterior is
             narrower than it should be.
         scale: one number, one for each image, or a function of t, see `within`.
 
@@ -122,12 +122,12 @@ def posterior(
     def guided(x_t, t, **conditioning):
         one_image = np.shape(t) == () and not (checks.known(t) and checks.known(x_t))
         checks.array("t", t, "int", () if one_image else x_t.shape[:1])  # () in vmap
-        arguments = _wanted_rows(log_likelihood_fn, 1, placement.beside(t, x_t))
+        given_rows = _given_rows(log_likelihood_fn, 1, placement.beside(t, x_t))
 
         def log_prob_at(x):
             prediction = denoise_fn(x, t, **conditioning)
             diffusion.check_prediction(prediction, x)
-            log_prob = log_likelihood_fn(prediction.x_0, *arguments)
+            log_prob = given_rows(prediction.x_0)
             name = "log_likelihood_fn's output"
             checks.array(name, log_prob, "float", t.shape)
             return log_prob, prediction
@@ -139,13 +139,21 @@ def posterior(
     return diffusion.with_schedule(guided, denoise_fn)
 
 
-def _wanted_rows(function, count, t):
-    """(t,) if a function has an argument `t` after `count` others, else ()."""
+def _given_rows(function, count, t):
+    """A function with its argument `t` bound, if it has one after `count` others."""
     try:
-        names = list(inspect.signature(function).parameters)
+        parameters = list(inspect.signature(function).parameters.values())[count:]
     except (TypeError, ValueError):  # of some builtins
-        names = []
-    return (t,) if names[count : count + 1] == ["t"] else ()
+        return function
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    for place, parameter in enumerate(parameters):
+        if parameter.name != "t" or "t" in bound:
+            continue
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            return functools.partial(function, t=t)
+        if parameter.kind is parameter.POSITIONAL_ONLY and place == 0:
+            return lambda *arguments: function(*arguments, t)
+    return function
 
 
 def _steered(prediction, grad, scale, t):

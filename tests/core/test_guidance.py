@@ -233,6 +233,49 @@ def test_a_classifiers_scale_may_be_each_images_own(scale):
     np.testing.assert_allclose(grads, factor * X, **F32)
 
 
+def total(x, rows):
+    return rows * jnp.sum(x, axis=(1, 2))
+
+
+TAKES_ROWS = {
+    "next": (lambda x, s, t: total(x, t), lambda x, t: total(x, t)),
+    "by name": (lambda x, s, *, t: total(x, t), lambda x, *, t: total(x, t)),
+    "by position": (lambda x, s, t, /: total(x, t), lambda x, t, /: total(x, t)),
+    "later": (
+        lambda x, s, y=1, t=None: total(x, t),
+        lambda x, y=1, t=None: total(x, t),
+    ),
+    "beside a bound one": (
+        functools.partial(lambda x, s, y, t: total(x, t), y=3),
+        functools.partial(lambda x, y, t: total(x, t), y=3),
+    ),
+    "in a jit": (
+        jax.jit(lambda x, s, *, t: total(x, t)),
+        jax.jit(lambda x, *, t: total(x, t)),
+    ),
+    "bound": (
+        functools.partial(lambda x, s, t: total(x, t), t=5),
+        functools.partial(lambda x, t: total(x, t), t=5),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", TAKES_ROWS)
+def test_an_argument_t_is_given_the_rows_wherever_it_stands_unless_bound(how):
+    of_x_t, of_x_0 = TAKES_ROWS[how]
+    rows = 5 if how == "bound" else np.reshape(T, (3, 1, 1))
+    expected = np.broadcast_to(rows, X.shape)
+    schedule = schedules.make_schedule(schedules.cosine_betas(20), keep=range(1, 20, 2))
+    guided = guidance.classifier(labeled, schedule, of_x_t)
+    np.testing.assert_allclose(guided(X, T).grad, expected, **F32)
+
+    def identity(x_t, t):
+        return Prediction(x_t, jnp.zeros(()))
+
+    guided = guidance.posterior(identity, of_x_0)
+    np.testing.assert_allclose(guided(X, T).grad, expected, **F32)
+
+
 def test_two_classifiers_add_up():
     def linear(x_t, timesteps):
         return 3 * jnp.sum(x_t, axis=(1, 2))
