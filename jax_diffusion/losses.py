@@ -20,7 +20,13 @@ from jaxtyping import Array, Float, Int, Key
 from jax_diffusion import checks, diffusion
 from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import Objective, Prediction
-from jax_diffusion.schedules import NoiseSchedule, check_batch, check_rows, take
+from jax_diffusion.schedules import (
+    NoiseSchedule,
+    check_batch,
+    check_rows,
+    num_visited,
+    take,
+)
 
 
 class LossTerms(NamedTuple):
@@ -171,7 +177,7 @@ def loss_weight(
     if callable(objective.weighting):
         weight = objective.weighting(schedule, t)
         checks.array("weighting's output", weight, "float", t.shape)
-        return weight
+        return jnp.asarray(weight, schedule.betas.dtype)
     c = take(schedule, t, 1)
     snr = jnp.exp(c.now.log_snr)
     match objective.weighting:
@@ -247,7 +253,8 @@ def training_loss(
     Args:
         key: for eps.
         model_fn: the raw network, (x_t [b, ...], timesteps [b]) -> output.
-        schedule: the noise levels.
+        schedule: the noise levels. Rows that `schedules.pad` has added are no steps of
+            the bound, and no t; a traced schedule counts as one without such rows.
         objective: what the network outputs, and which loss is taken of it.
         x_0: data [b, ..., c] in [-1, 1].
         t: int32 [b].
@@ -328,7 +335,7 @@ def classifier_loss(
     logits = logits_fn(x_t, placement.rows(schedule.timesteps, t))
     checks.array("logits_fn's output", logits, "float", (*label.shape, "labels"))
     checks.rows("label", label, logits.shape[-1])
-    logits = logits.astype(jnp.float32)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     log_probs = jax.nn.log_softmax(logits)
     loss = -jnp.take_along_axis(log_probs, label[:, None], axis=-1)[:, 0]
     # Equal logits rank by index, so that a constant classifier is right by chance only.
@@ -352,7 +359,7 @@ def _combine(schedule, objective, t, error, vlb):
     vlb_scale = objective.vlb_scale
     if vlb_scale is None:
         vlb_scale = 1e-3 if objective.loss == "hybrid" else 1.0
-    vlb = vlb_scale * schedule.num_steps * vlb
+    vlb = vlb_scale * num_visited(schedule) * vlb
     match objective.loss:
         case "vlb":
             return vlb

@@ -12,14 +12,17 @@ from jax_diffusion.schedules import NoiseSchedule
 
 # Tables that differ by less give the same samples: a table in another precision does.
 RTOL, ATOL = 1e-4, 1e-6
+NOTE = "_schedule_of_rows"
+"""The attribute of a function of rows t that holds their schedule."""
 
 
 def schedule_of(function: Any) -> NoiseSchedule | None:
     """The schedule that a function of rows t is made with; None if it does not say.
 
-    It is the attribute `schedule`, which `denoiser` sets, and every wrapper of this
-    package. What copies attributes keeps it: `jax.jit`, `functools.wraps`; this looks
-    into `functools.partial`.
+    `denoiser` notes it in an attribute, and every wrapper of this package. An attribute
+    `schedule` of a denoiser of your own says nothing: it may be that of its training.
+    What copies attributes keeps the note: `jax.jit`, `functools.wraps`; this looks into
+    `functools.partial`.
 
     >>> from jax_diffusion import diffusion, schedules
     >>> schedule = schedules.make_schedule(schedules.cosine_betas(10))
@@ -28,7 +31,7 @@ def schedule_of(function: Any) -> NoiseSchedule | None:
     >>> schedule_of(diffusion.clip_x_0(denoise_fn)) is schedule
     True
     """
-    found = getattr(function, "schedule", None)
+    found = getattr(function, NOTE, None)
     if found is None and isinstance(function, functools.partial):
         return schedule_of(function.func)
     return found if isinstance(found, NoiseSchedule) else None
@@ -46,7 +49,7 @@ def with_schedule(function: Any, source: Any) -> Any:
     """
     schedule = source if isinstance(source, NoiseSchedule) else schedule_of(source)
     if schedule is not None:
-        function.__dict__["schedule"] = schedule
+        function.__dict__[NOTE] = schedule
     return function
 
 

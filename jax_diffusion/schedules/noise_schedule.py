@@ -290,7 +290,7 @@ def check_rows(schedule: NoiseSchedule, t: Any, name: str = "t") -> None:
     check_schedule(schedule)
     axes = getattr(t, "ndim", 1)
     checks.array(name, t, "int", ("b",) if axes else ())
-    checks.rows(name, t, _num_visited(schedule))
+    checks.rows(name, t, num_visited(schedule))
 
 
 def check_batch(
@@ -316,7 +316,7 @@ def check_batch(
     one_image = getattr(t, "shape", None) == () and not per_image
     one_image = one_image and not all(map(checks.known, (t, *data.values())))
     checks.array("t", t, "int", () if one_image else np.shape(x)[:1])
-    checks.rows("t", t, _num_visited(schedule))
+    checks.rows("t", t, num_visited(schedule))
 
 
 def check_step(schedule: NoiseSchedule, t: int | Int[Array, ""]) -> None:
@@ -329,11 +329,16 @@ def check_step(schedule: NoiseSchedule, t: int | Int[Array, ""]) -> None:
         checks.array("t", t, "int", ())
     else:
         checks.integer("t", t)
-    checks.rows("t", t, _num_visited(schedule))
+    checks.rows("t", t, num_visited(schedule))
 
 
-def _num_visited(schedule: NoiseSchedule) -> int:
-    """The number of rows that `pad` has not added, if known, or else of all."""
+def num_visited(schedule: NoiseSchedule) -> int:
+    """Returns how many rows of a `schedule` were not added by `pad`; if unknown, all.
+
+    >>> from jax_diffusion.schedules import cosine_betas
+    >>> num_visited(pad(make_schedule(cosine_betas(10)), 40))
+    10
+    """
     if not checks.known(schedule.timesteps):
         return schedule.num_steps
     return int(np.sum(np.asarray(jax.device_get(schedule.timesteps)) >= 0))

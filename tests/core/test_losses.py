@@ -244,6 +244,23 @@ def test_vlb_loss_is_the_term_at_t_times_the_number_of_steps(vlb_scale, factor):
     np.testing.assert_allclose(terms.loss, factor * terms.vlb, **F32)
 
 
+@pytest.mark.parametrize("loss", ["vlb", "hybrid"])
+def test_padding_a_schedule_leaves_the_loss_as_it_is(loss):
+    def program(schedule):
+        def terms(x_0):
+            model_fn = lambda x, timesteps: jnp.tile(x, (1, 2))  # noqa: E731
+            objective = Objective(loss=loss, **LEARNED)
+            args = (model_fn, schedule, objective, x_0, T)
+            return losses.training_loss(KEY, *args)
+
+        return terms
+
+    x_0, padded = normal(1, 5, 4), schedules.pad(SCHEDULE, 200)
+    for wrapped in (lambda f: f, jax.jit):
+        plain, found = (wrapped(program(s))(x_0) for s in (SCHEDULE, padded))
+        np.testing.assert_allclose(found.loss, plain.loss, **F32)
+
+
 def test_the_bound_in_hybrid_reaches_the_variance_but_not_the_mean():
     def gradient(objective, pick):
         def total(output):

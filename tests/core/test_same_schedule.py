@@ -195,6 +195,18 @@ def test_schedules_that_are_traced_and_functions_that_do_not_say_pass():
     assert diffusion.schedule_of(guidance.classifier(plain, S, log_prob)) is S
 
 
+def test_a_denoiser_that_holds_the_schedule_of_its_training_meets_others():
+    class Own:
+        schedule = S
+
+        def __call__(self, x_t, t):
+            return Prediction(x_t, jnp.zeros(()))
+
+    other, _ = OTHERS["respaced"]
+    for denoise_fn in (Own(), diffusion.clip_x_0(Own())):
+        assert CALLS["sample"](denoise_fn, other).shape == X.shape
+
+
 def test_vmap_over_schedules_is_not_hindered():
     pair = jax.tree.map(lambda *a: jnp.stack(a), S, OTHERS["other betas"][0])
     found = jax.vmap(lambda s: CALLS["sample"](made(s), s))(pair)
