@@ -328,7 +328,13 @@ def clip_x_0(
     def clipped(x_t, t, **conditioning):
         prediction = denoise_fn(x_t, t, **conditioning)
         check_prediction(prediction, x_t)
-        return prediction._replace(x_0=jnp.clip(prediction.x_0, low, high))
+        x_0 = prediction.x_0
+        of_numpy = np.ndarray | np.generic
+        bounds = (  # a float64 of NumPy would make data float64
+            np.asarray(bound, x_0.dtype) if isinstance(bound, of_numpy) else bound
+            for bound in (low, high)
+        )
+        return prediction._replace(x_0=jnp.clip(x_0, *bounds))
 
     return with_schedule(clipped, denoise_fn)
 

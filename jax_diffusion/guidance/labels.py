@@ -1,6 +1,7 @@
 """Classifier-free guidance: by a label, or by any other conditioning."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,9 +129,25 @@ def conditions_by_name(label, null_label):
 
     def fitted(leaf, null):
         checks.broadcasts("null_label", null, leaf.shape)
+        check_null(leaf.dtype, null)
         return jnp.broadcast_to(jnp.asarray(null, leaf.dtype), leaf.shape)
 
     return label, jax.tree.map(fitted, label, null_label)
+
+
+def check_null(dtype: Any, null: Any) -> None:
+    """Raises ValueError unless `null`, no condition, keeps its values in a `dtype`."""
+    is_bool = jnp.issubdtype(dtype, jnp.bool_)
+    if not (is_bool or jnp.issubdtype(dtype, jnp.integer)) or not checks.known(null):
+        return
+    given = np.asarray(null, np.float64)
+    low, high = 0, 1
+    if not is_bool:
+        low, high = int(jnp.iinfo(dtype).min), int(jnp.iinfo(dtype).max)
+    wrong = given[~((given == np.round(given)) & (given >= low) & (given <= high))]
+    if wrong.size:
+        rule = f"null_label must be of the type of the label, {np.dtype(dtype)}"
+        raise ValueError(f"{rule}, got {wrong.flat[0]:g}.")
 
 
 def check_conditions(wanted, others, x_t):

@@ -121,6 +121,26 @@ def test_conditioning_may_be_of_any_type_of_numbers(dtype):
     np.testing.assert_array_equal(guided(X, T).x_0, free(3.0)(X, T).x_0)
 
 
+@pytest.mark.parametrize(
+    "dtype, null, said",
+    [
+        (jnp.int32, 0.5, "int32, got 0.5"),
+        (jnp.int32, np.array([[0.5]]), "int32, got 0.5"),
+        (jnp.uint8, -1, "uint8, got -1"),
+        (jnp.uint8, 256, "uint8, got 256"),
+        (jnp.int32, float("nan"), "int32, got nan"),
+        (bool, 2, "bool, got 2"),
+    ],
+)
+def test_null_conditioning_that_its_type_cannot_hold_is_refused(dtype, null, said):
+    text = LABEL.astype(dtype)[:, None]
+    rule = f"^null_label must be of the type of the label, {said}[.]$"
+    with pytest.raises(ValueError, match=rule):
+        guidance.classifier_free(network, {"text": text}, {"text": null}, 3.0)
+    for right in (1, 1.0, True, np.ones((3, 1), np.int64)):
+        guidance.classifier_free(network, {"text": text}, {"text": right}, 3.0)
+
+
 def test_the_network_is_called_once_on_neighboring_rows_with_all_they_have():
     seen = []
 

@@ -138,6 +138,8 @@ def loss_calls():
             yield f"{mean}, {loss}", Objective(mean, var, loss=loss)
     for weighting in ("snr", "min_snr", "truncated_snr", "p2"):
         yield weighting, Objective("v", weighting=weighting, loss="huber")
+    ones = lambda schedule, t: jnp.ones(t.shape)  # noqa: E731
+    yield "own weighting", Objective("v", weighting=ones)
     yield "vlb, sum", Objective("eps", "learned", loss="vlb", reduction="sum")
 
 
@@ -169,6 +171,9 @@ RESULT_CALLS = {  # of float32 or better
     "classifier_loss": lambda x: losses.classifier_loss(
         KEY, logits_fn, PLAIN, x, T, LABEL % 2
     ),
+    "clip_x_0 by NumPy": lambda x: diffusion.clip_x_0(
+        denoiser(PLAIN), np.float64(-1), np.ones((1, 1, 1, 2))
+    )(x, T),
     "bits_per_dim": lambda x: likelihood.bits_per_dim(KEY, denoiser(PADDED), PADDED, x),
     "bits_per_dim, keys": lambda x: likelihood.bits_per_dim(
         KEYS, denoiser(PLAIN), PLAIN, x
