@@ -159,7 +159,9 @@ def repaint(
             row, and how often the row has been visited: the first visit draws what
             `samplers.sample` draws there, a later one has its number folded into keys.
         denoise_fn: the network as a denoiser.
-        step_fn: the sampler's step, not wrapped by `samplers.inpaint`.
+        step_fn: the sampler's step, not wrapped by `samplers.inpaint`. Its state is a
+            `SampleState`, which starts anew where noise takes the image back: one with
+            fields of its own is not supported.
         schedule: the steps to take.
         x_T: noise [b, ...].
         x_known, mask: the known pixels and where they are, see `samplers.inpaint`.

@@ -227,11 +227,16 @@ def key(name: str, value: Any) -> None:
 def keys(name: str, value: Any, count: int | str = "b") -> None:
     """Raises ValueError unless `value`, the argument `name`, is `count` typed keys.
 
+    Under `jax.vmap`, what rbg draws with a key depends on the keys beside it.
+
     >>> keys("keys", jax.random.key(0), 3)
     Traceback (most recent call last):
     ValueError: keys must be an array of typed keys [3], got key<fry> [].
     """
     array(name, value, "key", (count,))
+    if "rbg" in str(getattr(value, "dtype", "")):
+        rule = f"{name} must be keys whose noise is the same in every batch"
+        raise ValueError(f"{rule}, as of threefry2x32, got {shown(value)}.")
 
 
 def rows(name: str, value: Any, num_rows: int, *, negative: bool = False) -> None:

@@ -16,7 +16,7 @@ A step draws `normal(fold_in(keys, t), shape)`, and for a second purpose folds i
 more number. So the noise of an image depends on its key and on the row t alone: not on
 the batch around it, nor on who calls the step, nor on where a chain was cut. It never
 indexes a table with t - 1 but reads `prev` of `schedules.take`. `loop` calls it in a
-`lax.scan` and skips negative t; a scan of your own does as well.
+`lax.scan` and skips negative t; a scan of your own does as well, with t [b].
 
     noise     keys for images, and the noise drawn with them: fold_in, normal
     loop      SampleState, the scan: sample_frames, sample

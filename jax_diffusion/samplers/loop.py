@@ -183,7 +183,15 @@ def sample_frames(
     def visit(state, t):
         t = like_batch(t, state.x)
         with keys_of_step(keys):
-            new = step_fn(keys, denoise_fn, schedule, state, t)
+            try:
+                new = step_fn(keys, denoise_fn, schedule, state, t)
+            except AttributeError as error:
+                if not isinstance(error.obj, SampleState):
+                    raise
+                raise ValueError(
+                    f"step_fn must do with the fields {SampleState._fields} of a state "
+                    f"unless `sample` is given one with more, got {error.name!r} read."
+                ) from error
         check_state(new, state)
         return new
 
@@ -268,6 +276,16 @@ def _first_state(x_T, state):
     if x_T is not None:
         raise ValueError(f"state must be given without x_T, got {checks.shown(x_T)}.")
     check_fields(state)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if leaf is state:
+            rule = "state must be a pytree, such as register_dataclass makes"
+            raise ValueError(f"{rule}, got {checks.shown(state)}.")
+        if not hasattr(leaf, "shape") and not isinstance(leaf, bool | int | float):
+            name = f"state{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{name} must be an array, got {checks.shown(leaf)}.")
+    x = state.x
+    checks.data("state.x_0", state.x_0, x.shape)
+    checks.data("state.log_snr", state.log_snr, x.shape[:1] + (1,) * (x.ndim - 1))
     return jax.tree.map(jnp.asarray, state)
 
 

@@ -109,7 +109,8 @@ def normal(keys: Key[Array, "b"], shape: tuple[int, ...]) -> Float[Array, "b *d"
     if keys is _given.get():
         raise ValueError(
             "keys of noise in a step must be those of its row, samplers.fold_in(keys, "
-            "t), got keys that are the same at every step."
+            "t), or with a number of your own for the same noise at every step, got "
+            "keys as the step is given them."
         )
     if not isinstance(shape, tuple | list):
         raise ValueError(f"shape must be that of an image, got {checks.shown(shape)}.")

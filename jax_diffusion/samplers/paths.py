@@ -76,7 +76,10 @@ def slerp(
     checks.array("weight", weight, "float", x.shape[:1])
     weight = weight.astype(jnp.result_type(x, y, jnp.float32))
     shape = (-1,) + (1,) * (x.ndim - 1)
-    flat_x, flat_y = (placement.reshape(a, (a.shape[0], -1)) for a in (x, y))
+    wide = weight.dtype  # squares of float16 overflow
+    flat_x, flat_y = (
+        placement.reshape(a, (a.shape[0], -1)).astype(wide) for a in (x, y)
+    )
     weight = placement.beside(weight, x)
     squares = jnp.sum(flat_x**2, axis=-1) * jnp.sum(flat_y**2, axis=-1)
     cosine = jnp.sum(flat_x * flat_y, axis=-1) / jnp.sqrt(jnp.maximum(squares, 1e-30))

@@ -529,6 +529,17 @@ def test_slerp_goes_from_end_to_end_along_the_circle():
         np.testing.assert_allclose(between, 2 * np.array(expected), **F32)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_slerp_of_half_precision_is_that_of_float32(dtype):
+    """Squares of whole images do not fit into float16."""
+    x, y = (normal(i, 2, 64, 64, 12).astype(dtype) for i in (0, 1))
+    weight = jnp.array([0.3, 0.5])
+    wide = samplers.slerp(x.astype(jnp.float32), y.astype(jnp.float32), weight)
+    found = samplers.slerp(x, y, weight)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, wide.astype(dtype))
+
+
 def test_slerp_keeps_the_norm_of_each_image_at_its_own_weight():
     x, y = normal(0, 3, 50), normal(1, 3, 50)
     x, y = (a / jnp.linalg.norm(a, axis=1, keepdims=True) for a in (x, y))

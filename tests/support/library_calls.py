@@ -4,9 +4,11 @@
 and prints what each raised, as JSON: {"wrong": {name: [start, error, message]}, ...}.
 """
 
+import dataclasses
 import functools
 import json
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -665,6 +667,22 @@ OUTPUT = "model_fn's output must be a float array [3, 4, 4, channels], got "
 RAW = "denoise_fn must return a Prediction, as diffusion.denoiser makes it of a network"
 NO_DENOISER = "denoise_fn must be a function of (x_t, t), got None"
 NO_STEP = "step_fn must be a function of (keys, denoise_fn, schedule, state, t), got "
+
+
+@dataclasses.dataclass
+class Unregistered:
+    x: jax.Array
+    x_0: jax.Array
+    log_snr: jax.Array
+
+
+class Noted(NamedTuple):
+    x: jax.Array
+    x_0: jax.Array
+    log_snr: jax.Array
+    note: str
+
+
 OTHERS = [
     # what a campaign of wrong values has found
     ("eta must be a number in [0, 1], got key<fry> []", lambda: draws(KEY)),
@@ -1004,6 +1022,51 @@ OTHERS = [
         "ts must be different rows, got 4 twice",
         lambda: samplers.sample(KEYS, DENOISE, STEP, S, X, ts=T[1] + 0 * T[:2]),
     ),
+    *(
+        (
+            "keys must be keys whose noise is the same in every batch",
+            lambda impl=impl, call=call: call(
+                jax.random.split(jax.random.key(0, impl=impl), 3)
+            ),
+        )
+        for impl in ("rbg", "unsafe_rbg")
+        for call in (
+            lambda keys: samplers.normal(keys, (2,)),
+            lambda keys: samplers.fold_in(keys, 1),
+            lambda keys: samplers.sample(keys, DENOISE, STEP, S, X),
+            lambda keys: STEP(keys, DENOISE, S, samplers.start(X), T),
+            lambda keys: editing.edit(keys, DENOISE, STEP, S, X, t=3),
+        )
+    ),
+    *(
+        (
+            f"state{begins}",
+            lambda state=state: samplers.sample(KEYS, DENOISE, STEP, S, state=state),
+        )
+        for begins, state in {
+            " must be a pytree": Unregistered(*samplers.start(X)),
+            ".note must be an array, got 'a'": Noted(*samplers.start(X), "a"),
+            ".x_0 must be a float array [3, 4, 4, 2], got float32 [2": (
+                samplers.start(X)._replace(x_0=X[:2])
+            ),
+            ".log_snr must be a float array [3, 1, 1, 1], got None": (
+                samplers.start(X)._replace(log_snr=None)
+            ),
+            ".log_snr must be a float array [3, 1, 1, 1], got float32 []": (
+                samplers.start(X)._replace(log_snr=jnp.zeros(()))
+            ),
+            ".log_snr must be a float array [4": jax.tree.map(
+                lambda a: jnp.stack([a] * 4), samplers.start(X)
+            ),
+        }.items()
+    ),
+    *(
+        ("step_fn must do with the fields", call)
+        for call in (
+            lambda: samplers.sample(KEYS, DENOISE, noting_step, S, X),
+            lambda: editing.repaint(KEYS, DENOISE, noting_step, S, X, X, X),
+        )
+    ),
     (
         "key must be an array of typed keys [3], got key<fry> [2]",
         lambda: samplers.sample(
@@ -1265,6 +1328,10 @@ def update(t, loss):
     """The state of a sampler that remembers losses, after one batch."""
     sampler = timesteps.loss_second_moment(10)
     return sampler.update(sampler.init(), t, loss)
+
+
+def noting_step(keys, denoise_fn, schedule, state, t):
+    return STEP(keys, denoise_fn, schedule, state, t + 0 * len(state.note))
 
 
 def wide_step(keys, denoise_fn, schedule, state, t):
