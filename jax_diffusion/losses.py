@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import checks, diffusion
-from jax_diffusion.checks import placement
+from jax_diffusion.checks import placement, signatures
 from jax_diffusion.diffusion import Objective, Prediction
 from jax_diffusion.schedules import (
     NoiseSchedule,
@@ -175,6 +175,7 @@ def loss_weight(
     diffusion.check_objective(objective)
     check_rows(schedule, t)
     if callable(objective.weighting):
+        signatures.takes("weighting", objective.weighting, "schedule", "t")
         weight = objective.weighting(schedule, t)
         checks.array("weighting's output", weight, "float", t.shape)
         return jnp.asarray(weight, schedule.betas.dtype)
@@ -284,6 +285,7 @@ def training_loss(
             f"got {objective.loss!r}."
         )
     x_t, eps, t = _noised(key, schedule, x_0, t, eps)
+    signatures.takes("model_fn", model_fn, "x_t", "timesteps")
     output = model_fn(x_t, placement.rows(schedule.timesteps, t))
     diffusion.check_output(output, x_0)
     value, _ = diffusion.split_output(objective, output, x_0.shape[-1])

@@ -9,6 +9,7 @@ adds no operation, and waits for no device.
 
     placement  where the batch lies on meshes with Explicit axes
     modes      whether a network that is evaluated has its dropout off
+    signatures whether a function takes what it is called with
 """
 
 import contextlib
@@ -350,6 +351,8 @@ def shown(value: Any) -> str:
 
     >>> shown(2.5), shown(np.zeros((2, 3))), shown(max)
     ('2.5', 'float64 [2, 3]', 'a builtin_function_or_method')
+    >>> shown((np.zeros(2), None))
+    'a tuple of float64 [2], None'
     """
     if isinstance(value, jax.Array | np.ndarray):
         return f"{value.dtype} [{', '.join(map(str, value.shape))}]"
@@ -357,10 +360,11 @@ def shown(value: Any) -> str:
         value = value.item()
     if value is None or type(value) in (bool, int, float, complex, str):
         return reprlib.repr(value)
-    if type(value) in (list, tuple) and any(hasattr(one, "dtype") for one in value):
-        return f"a {type(value).__name__} of {len(value)}, {shown(value[0])} first"
     if type(value) in (list, tuple, dict):
+        parts = value.values() if isinstance(value, dict) else value
         text = reprlib.repr(value)
+        if any(hasattr(part, "dtype") for part in parts):
+            text = f"a {type(value).__name__} of {', '.join(map(shown, parts))}"
         return text if len(text) <= 100 else f"{text[:100]}..."
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"

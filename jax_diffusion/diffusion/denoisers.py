@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jax_diffusion import checks
-from jax_diffusion.checks import modes, placement
+from jax_diffusion.checks import modes, placement, signatures
 from jax_diffusion.diffusion.objective import Objective
 from jax_diffusion.diffusion.prediction import (
     AnyDenoiseFn,
@@ -253,6 +253,7 @@ def denoiser(
         check_batch(schedule, t, x_t=x_t)
         t = placement.beside(t, x_t)
         timesteps = placement.rows(schedule.timesteps, t)
+        signatures.takes("model_fn", model_fn, "x_t", "timesteps", **conditioning)
         output = modes.evaluate("model_fn", model_fn, x_t, timesteps, **conditioning)
         return predict(schedule, objective, output, x_t, t)
 

@@ -32,7 +32,9 @@ class Objective:
             plus the bound, whose gradient then reaches the variance only.
         weighting: of the l2, l1 or huber term over noise levels, see
             `losses.loss_weight`; or a function of (schedule, t) that returns the
-            weights [b] of the error in what the network predicts.
+            weights [b] of the error in what the network predicts. It reads the schedule
+            by `schedules.take(schedule, t, 1)`, which also works where t lies on a mesh
+            with Explicit axes, as `schedule.now.signal[t]` does not.
         vlb_scale: the bound counts vlb_scale * T times its term at the sampled t, which
             is vlb_scale times L_vlb on average. Default 1e-3 in "hybrid" (Improved
             DDPM; OpenAI's RESCALED_MSE) and 1 in "vlb" (RESCALED_KL); 1 / T gives their

@@ -12,7 +12,10 @@ Each takes a denoiser and returns one, so that they nest, also with
                                        guided x_0 may lie outside the bounds
     classifier(classifier_free(...))   is the right order of the two: inside
                                        `classifier_free` every image has two rows, and a
-                                       log_prob_fn with one label an image has too few
+                                       log_prob_fn with one label an image has too few;
+                                       the same goes for `posterior` with one
+                                       measurement an image, and for `classifier_free`
+                                       itself: give two conditions by name to one
 
     labels     classifier_free, and drop_labels for training with hidden labels
     gradients  classifier, posterior, shift_x_0; label_log_prob

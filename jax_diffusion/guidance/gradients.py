@@ -90,7 +90,9 @@ def posterior(
     Diffusion posterior sampling (Chung et al. 2023): draws from p(x_0 | y) for any
     measurement y of x_0 whose likelihood can be computed, with an unconditional
     network. The gradient is that by x_t, through the network, and goes into
-    `Prediction.grad` as that of `classifier` does.
+    `Prediction.grad` as that of `classifier` does. Where a sampler shifts its mean by
+    variance times gradient, as the ancestral one does, take var_type "fixed_large", or
+    `shift_x_0`: the small variance guides too little.
 
     Args:
         denoise_fn: the denoiser to wrap, not clipped: where x_0 is clipped, the
@@ -120,6 +122,7 @@ def posterior(
     check_scale(scale, schedule=diffusion.schedule_of(denoise_fn))
 
     def guided(x_t, t, **conditioning):
+        checks.data("x_t", x_t, (...,))
         one_image = np.shape(t) == () and not (checks.known(t) and checks.known(x_t))
         checks.array("t", t, "int", () if one_image else x_t.shape[:1])  # () in vmap
         given_rows = _given_rows(log_likelihood_fn, 1, placement.beside(t, x_t))
@@ -165,14 +168,14 @@ def _steered(prediction, grad, scale, t):
 
 
 def shift_x_0(denoise_fn: AnyDenoiseFn, schedule: NoiseSchedule) -> AnyDenoiseFn:
-    """Wraps a denoiser: moves `grad`, set by `classifier`, into x_0, to be clipped.
+    """Wraps a denoiser: moves `grad`, set by guidance, into x_0, to be clipped.
 
     With `diffusion.clip_x_0` around it, guidance cannot push x_0 out of bounds, which
     matters where steps are long and the signal is weak: the first steps of a cosine
     schedule are both. The official DDIM does not clip again.
 
     Args:
-        denoise_fn: a denoiser that `classifier` has wrapped.
+        denoise_fn: a denoiser that `classifier` or `posterior` has wrapped.
         schedule: the steps to take.
 
     Returns:

@@ -704,6 +704,32 @@ OTHERS = [
         lambda: samplers.fold_in(KEYS, -1),
     ),
     (
+        "model_fn must be a function of (x_t, timesteps, label=), got one of (x_t, ",
+        lambda: guidance.classifier_free(DENOISE, LABEL, 0, 2.0)(X, T),
+    ),
+    (
+        "weighting must be a function of (schedule, t), got one of (t)",
+        lambda: loss_of(objective=Objective(weighting=lambda t: t)),  # type: ignore
+    ),
+    (
+        "model_fn must be a network with its parameters, as models.bind makes it, got",
+        lambda: diffusion.denoiser(models.UNet(), S, V)(X, T),
+    ),
+    (
+        "model_fn must be a network with its parameters, as models.bind makes it, got",
+        lambda: losses.training_loss(KEY, models.UNet(), S, V, X, T),
+    ),
+    (
+        "x_t must be a float array [...], got [1.0]",
+        lambda: guidance.posterior(DENOISE, first_value)([1.0], T),
+    ),
+    (
+        "null_label must be of the type of the label, uint8, got -1",
+        lambda: guidance.classifier_free(
+            labeled, {"label": LABEL.astype(jnp.uint8)}, {"label": -1}, 2.0
+        ),
+    ),
+    (
         "until must be an int array [], got float32 []",
         lambda: samplers.share_noise(STEP, KEY, until=jnp.ones(())),
     ),
