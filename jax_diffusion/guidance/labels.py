@@ -162,7 +162,7 @@ def check_conditions(wanted, others, x_t):
             rule = f"{name} must be given once, to classifier_free or to its result"
             raise ValueError(f"{rule}, got both.")
         for leaf in jax.tree.leaves(tree):
-            kind = "integer" if jnp.issubdtype(leaf.dtype, jnp.integer) else "any"
+            kind = "int" if jnp.issubdtype(leaf.dtype, jnp.signedinteger) else "any"
             checks.array(name, leaf, kind, (*x_t.shape[:1], *leaf.shape[1:]))
 
 

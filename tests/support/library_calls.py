@@ -877,7 +877,10 @@ OTHERS = [
         OUTPUT + "int32 [3, 4, 4, 2]",
         lambda: losses.training_loss(KEY, lambda x, t: x.astype(int), S, V, X, T),
     ),
-    (OUTPUT + "(", lambda: losses.training_loss(KEY, lambda x, t: (x, x), S, V, X, T)),
+    (
+        OUTPUT + "a tuple of float32",
+        lambda: losses.training_loss(KEY, lambda x, t: (x, x), S, V, X, T),
+    ),
     (
         "the network must output 4 channels",
         lambda: losses.training_loss(KEY, model, S, LEARNED, X, T),
