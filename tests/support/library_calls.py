@@ -976,7 +976,7 @@ OTHERS = [
         lambda: guidance.classifier_free(labeled, LABEL * 1.0, 0, 2.0),
     ),
     (
-        "label must be an integer array [3], got int32 [2]",
+        "label must be an int array [3], got int32 [2]",
         lambda: guidance.classifier_free(labeled, LABEL[:2], 0, 2.0)(X, T),
     ),
     (
