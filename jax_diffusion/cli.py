@@ -306,7 +306,7 @@ def _in_one_line(
         print(text, end="", file=sys.stderr, flush=True)
 
 
-def run_program(main: Callable[[], Any], *, long: bool = False) -> None:
+def run_program(main: Callable[[], Any]) -> None:
     """Runs a command line; bad input becomes one sentence and exit status 2.
 
     A run that has to stop ends with status 1, also where a disk is full or a file
@@ -315,10 +315,8 @@ def run_program(main: Callable[[], Any], *, long: bool = False) -> None:
 
     Args:
         main: the command line.
-        long: whether the program runs so long that it is worth compiling it anew, for
-            a little more speed.
     """
-    cpu.tune(onednn=long)
+    cpu.tune()
     status, show = 0, warnings.showwarning
     try:
         warnings.showwarning = _in_one_line

@@ -202,4 +202,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run_program(main, long=True)
+    cli.run_program(main)

@@ -274,10 +274,8 @@ def in_words(hint: Any) -> str:
             return f"a list of {len(items)}: {', '.join(map(in_words, items))}"
         several = SIMPLE.get(items[0] if items[0] != int | float else float)
         return f"a list of {several[2] if several else in_words(items[0])}"
-    if origin is Callable:
-        return "a function"
-    if origin is os.PathLike:
-        return "a path"
+    if origin in (Callable, os.PathLike):
+        return "a function" if origin is Callable else "a path"
     return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
 
 

@@ -396,4 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(main, long=True)
+    cli.run_program(main)

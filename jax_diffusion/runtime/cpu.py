@@ -1,4 +1,4 @@
-"""Makes XLA's CPU backend fast: flags of XLA, malloc, and compiled programs on disk.
+"""Makes XLA's CPU backend fast: malloc, the main thread, compiled programs on disk.
 
 Only programs call this, as a library must not change the process of its user. Nothing
 is changed where there is an accelerator. The benefits were measured with
@@ -15,41 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 
-# With these, XLA calls oneDNN for convolutions, as PyTorch does, instead of YNNPACK: a
-# train step takes a tenth less, in bfloat16 a third. oneDNN is in jaxlib's x86 builds
-# from 0.12 on; before, the second flag would leave convolutions to Eigen.
-ONEDNN_FLAGS = (
-    "--xla_cpu_experimental_onednn_custom_call=true",
-    "--xla_cpu_experimental_ynn_fusion_type=dot,reduce",
-)
+# XLA's flags are left alone. Those that make it call oneDNN for convolutions
+# (onednn_custom_call, ynn_fusion_type without conv) save a tenth of a train step, but
+# with jaxlib 0.12 gradients of some networks of convolutions are wrong by a fifth.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 ACCELERATORS = ("jax_plugins", "libtpu")  # packages that bring JAX another backend
 
 
-def tune(*, onednn: bool = True) -> None:
-    """Sets options of XLA, JAX and malloc; call it before JAX looks for its devices.
+def tune() -> None:
+    """Sets options of JAX and malloc; call it before JAX looks for its devices.
 
     glibc is told to keep the memory that XLA frees. A step allocates its temporary
     memory in one piece and frees it at the end; the system would take it back and hand
     it out again page by page, cleared, which takes a tenth of a step. Only the main
     thread's heap can hold such a piece, so JAX is told to run steps in the main thread;
     in another one a step would hardly overlap with anything on the same cores.
-
-    Args:
-        onednn: whether to set `ONEDNN_FLAGS`, for programs that run long: steps are
-            faster, but compiled programs cannot be kept on disk (jaxlib 0.12 runs out
-            of memory when it writes them), see `keep_compiled`. XLA_FLAGS that the
-            user has set are kept.
     """
     if any(importlib.util.find_spec(name) for name in ACCELERATORS):
         return
-    there = jaxlib.version.__version_info__ >= (0, 12)
-    if onednn and there and platform.machine() == "x86_64":
-        flags = os.environ.get("XLA_FLAGS", "")
-        new = [flag for flag in ONEDNN_FLAGS if flag.split("=")[0] not in flags]
-        os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *new])
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     libc = _glibc()
     if libc is not None:
@@ -62,11 +46,10 @@ def keep_compiled() -> None:
 
     They lie in ~/.cache/jax_diffusion, in a folder for each kind of machine, as code
     that was compiled for one CPU may not run on another. JAX_COMPILATION_CACHE_DIR
-    names another place, which is left alone. With oneDNN nothing is kept, see `tune`.
+    names another place, which is left alone.
     """
     told: Any = jax.config
-    told = told.jax_compilation_cache_dir is not None
-    if told or ONEDNN_FLAGS[0] in os.environ.get("XLA_FLAGS", ""):
+    if told.jax_compilation_cache_dir is not None:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / _machine()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -613,7 +613,11 @@ def test_schedules_of_diffusers_are_ours(account):
 def states_of(sampler, batches):
     """The state before the first update and after each."""
     update = jax.jit(sampler.update)
-    states = [sampler.init()]
+    state = sampler.init()
+    batches = list(batches)  # losses in 64 bits are kept in a history of 64 bits
+    if isinstance(state, timesteps.LossHistory):
+        state = state._replace(losses=state.losses.astype(batches[0][1].dtype))
+    states = [state]
     for t, loss in batches:
         states.append(update(states[-1], t, loss))
     return states

@@ -41,14 +41,6 @@ def test_warnings_are_one_line_each(capsys, monkeypatch):
     assert "FutureWarning: old name" in lines[1] and "test_cli.py" in lines[1]
 
 
-@pytest.mark.parametrize("long", [False, True])
-def test_only_long_programs_are_compiled_anew_for_onednn(long, monkeypatch):
-    asked = []
-    monkeypatch.setattr(cli.cpu, "tune", lambda **options: asked.append(options))
-    cli.run_program(lambda: asked.append("main"), long=long)
-    assert asked == [{"onednn": long}, "main"]
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_process_that_is_alone_keeps_what_it_compiles(processes, monkeypatch):
     kept = []
