@@ -193,6 +193,8 @@ def read_checkpoint(
     try:
         found = read_state_dict(path, ignore_objects=ignore_objects)
     except ValueError as error:
+        if str(error).startswith("ignore_objects"):  # it can, without them
+            raise
         rule = "checkpoint must be a file that can be read"
         raise ValueError(f"{rule}, got: {error}") from error
     if RECORD in found.metadata:

@@ -45,9 +45,9 @@ others are. Elsewhere flags do; here those of the first of two hosts:
 Host 0 alone prints, logs and draws. Its first line tells devices, parameters, the
 memory that a device needs and has, and the seconds of compilation. A SIGTERM to any
 host makes all save the same step and exit with status 0. If a host is lost, the others
-end within a minute (JAX prints "another task died"). Either way the same command goes
-on from the last checkpoint, on as many devices and hosts as there are then: bit for bit
-the same on the same number, up to rounding on another.
+end within a minute (JAX prints "another task died", or a computation fails). Either way
+the same command goes on from the last checkpoint, on as many devices and hosts as there
+are then: bit for bit the same on the same number, up to rounding on another.
 
 This is tested on fake CPU devices and with several processes on one machine; no pod has
 run it yet.

@@ -241,11 +241,12 @@ def sample(
     """Runs `step_fn` over `ts` from x_T, or from a state, as far as it leads.
 
     Of x_T [b, ...] it returns the last x, [b, ...]; of a state it returns the last
-    state. So a chain may be cut anywhere, and is the same chain:
+    state. So a chain may be cut anywhere, and is the same chain to the bit. (That of
+    x_T is another program for XLA, which may round otherwise.)
 
         state = samplers.start(x_T)
         state = sample(..., state=state, ts=ts[:7])
-        state = sample(..., state=state, ts=ts[7:])  # state.x is sample(..., x_T)
+        state = sample(..., state=state, ts=ts[7:])
 
     A state of your own has the fields of `SampleState` and others, of any shape:
     Weighted(*samplers.start(x_T), log_weight=jnp.zeros(4)).

@@ -420,7 +420,7 @@ def test_an_interval_must_be_one_and_of_some_guidance(labelled, refuses):
         error = refuses(labelled, *options)
         assert "--guidance-interval must be" in error and repr(text) in error
     error = refuses(labelled, "--guidance-interval", "0,1")
-    assert "with guidance or a classifier" in error
+    assert "--guidance-interval needs guidance or a classifier" in error
 
 
 def by_classifier(workdir, scale, *, reclip):

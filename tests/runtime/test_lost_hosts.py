@@ -1,5 +1,6 @@
 """Two real processes of one run: one gets a signal, or is lost."""
 
+import re
 import signal
 import time
 
@@ -23,7 +24,8 @@ def test_a_signal_and_a_lost_process_end_both_and_change_nothing(folder):
     job.processes[1].kill()
     begun = time.monotonic()
     assert job.wait()[0] != 0 and time.monotonic() - begun < 60
-    assert "another task died" in job.logs[0].read_text()
+    # JAX's words, or ours where a computation has failed first.
+    assert re.search("another (task died|was lost)", job.logs[0].read_text())
 
     total = max(12, saved(workdir) + 4)
     undisturbed = folder / "undisturbed"
