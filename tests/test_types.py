@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = [ROOT / "tests" / "pyright" / f"{name}.py" for name in ("right", "wrong")]
+FILES = [ROOT / "tests" / "type_checks" / f"{name}.py" for name in ("right", "wrong")]
 
 pytestmark = [
     pytest.mark.slow,

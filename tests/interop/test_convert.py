@@ -740,7 +740,7 @@ def test_small_images_must_fit_the_network(tmp_path, fails):
         (without, "low.npz", option),
         (with_low_res, "grey.npz", "must have 3 channels, got 1"),
         (with_low_res, "labels.npz", "must be below 5, got 5"),
-        (with_low_res, "text.npz", "text.npz must be a .npz"),
+        (with_low_res, "text.npz", "must be a .npz or .npy file of plain arrays, got"),
         (with_low_res, "none.npz", "--low-res must exist, got"),
     ]
     for workdir, file, words in cases:

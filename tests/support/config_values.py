@@ -272,7 +272,7 @@ def run_one(main, argv, workdir):
             contextlib.redirect_stderr(errors),
             contextlib.redirect_stdout(io.StringIO()),
         ):
-            cli.run_program(main, long=True)
+            cli.run_program(main)
     except SystemExit as stop:
         status = stop.code
     except BaseException as error:
