@@ -21,13 +21,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-# Tests run for a moment, and so do the programs that they start: better code does not
-# pay for them. Set XLA_FLAGS, if only to nothing, to have it.
-QUICK = ["--xla_backend_optimization_level=0"]
-if jax.__version_info__ < (0, 11):  # XLA ends a process whose flags it does not know
-    QUICK += ["--xla_cpu_use_fusion_emitters=false"]  # which halves what is left
-    QUICK += ["--xla_cpu_parallel_codegen_split_count=1"]
-os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
+from support import xla_options  # noqa: E402
+
+os.environ.setdefault("XLA_FLAGS", xla_options.FLAGS)
 
 from jax_diffusion import diffusion, pipeline  # noqa: E402
 

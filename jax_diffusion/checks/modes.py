@@ -1,4 +1,4 @@
-"""Whether a network that is evaluated still trains: dropout that was left on."""
+"""Calls a network, and finds dropout that was left on in it."""
 
 import contextlib
 import functools

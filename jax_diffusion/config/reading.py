@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 
 from jax_diffusion.config.fields import FIELDS, Config, check_config, complete
 from jax_diffusion.config.groups import GROUPS, known_fields
-from jax_diffusion.registry import check_type, fits, hint, is_outside, rule, short
+from jax_diffusion.registry import check_type, hint, is_outside, short
+from jax_diffusion.registry.type_hints import fits, rule
 
 PREFIX = "config."
 WORDS = {"true": True, "t": True, "false": False, "f": False, "1": True, "0": False}

@@ -17,9 +17,10 @@ NOTE = "_schedule_of_rows"
 
 
 def schedule_of(function: Any) -> NoiseSchedule | None:
-    """The schedule that a function of rows t is made with; None if it does not say.
+    """Returns the schedule that a denoiser was made with; None if that is not known.
 
-    `denoiser` notes it in an attribute, and every wrapper of this package. An attribute
+    `denoiser` and every wrapper of this package note it in an attribute; so does a
+    scale of guidance that depends on t. An attribute
     `schedule` of a denoiser of your own says nothing: it may be that of its training.
     What copies attributes keeps the note: `jax.jit`, `functools.wraps`; this looks into
     `functools.partial`.
@@ -38,7 +39,7 @@ def schedule_of(function: Any) -> NoiseSchedule | None:
 
 
 def with_schedule(function: Any, source: Any) -> Any:
-    """Makes a function of rows t say of which schedule they are.
+    """Notes which schedule the rows t are of that a function takes.
 
     Args:
         function: a denoiser, or a scale of guidance; it gets an attribute.
@@ -56,10 +57,9 @@ def with_schedule(function: Any, source: Any) -> Any:
 def check_schedule_of(
     function: Any, schedule: NoiseSchedule | None, name: str = "denoise_fn"
 ) -> None:
-    """Checks that a function of rows t is made with the schedule that it meets.
+    """Checks that a denoiser is used with the schedule that it was made with.
 
-    Rows that the schedule visits must be the same ones in both, so that either may be
-    padded. Nothing is computed where one of them is traced, or not known at all.
+    The rows that `schedule` visits must be equal in both; either may be padded. Nothing is computed where one of them is traced, or not known at all.
 
     Args:
         function: a denoiser, or a scale of guidance.

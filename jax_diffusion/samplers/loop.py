@@ -147,10 +147,10 @@ def sample_frames(
         step_fn: the sampler's step, such as `ddim_step`.
         schedule: the steps to take.
         x_T: where to start; noise for generation, or data for inversion.
-        ts: timesteps as they are visited, each one below or each one above the last,
-            negative ones skipped; default T - 1 to 0. A
-            row that comes back would get the same noise again: sample in several calls
-            then, with another number folded into keys, as `editing.repaint` does.
+        ts: rows as they are visited, one after the other: all upwards or all
+            downwards, negative ones skipped; default T - 1 to 0. A row that comes back
+            would get the same noise again: sample in several calls then, with another
+            number folded into keys, as `editing.repaint` does.
         num_frames: a divisor of the length of `ts`.
         state: where to start instead of x_T, see `sample`.
 
@@ -166,7 +166,7 @@ def sample_frames(
     checks.function("step_fn", step_fn, STEP_ARGUMENTS)
     check_schedule(schedule)
     check_schedule_of(denoise_fn, schedule)
-    first = _first_state(x_T, state)
+    first = first_state(x_T, state)
     checks.keys("keys", keys, first.x.shape[0])
     keys = placement.beside(keys, first.x)
     if ts is None:
@@ -263,15 +263,23 @@ def sample(
     >>> sample(keys, denoise_fn, samplers.ddim_step, schedule, x_T).shape
     (2, 3)
     """
-    first = _first_state(x_T, state)
+    given: Any = dict(x_T=x_T, state=state)
     frames = sample_frames(
-        keys, denoise_fn, step_fn, schedule, num_frames=1, ts=ts, state=first
+        keys, denoise_fn, step_fn, schedule, num_frames=1, ts=ts, **given
     )
     return frames.x[-1] if state is None else jax.tree.map(lambda a: a[-1], frames)
 
 
-def _first_state(x_T, state):
-    """Where a chain starts: x_T or a state, with arrays for leaves."""
+def first_state(x_T: Any, state: Any) -> Any:
+    """Returns the state where a chain starts: of x_T, or the given one.
+
+    Args:
+        x_T: [b, ...], or None.
+        state: with the fields of `SampleState`, or None. Its leaves become arrays.
+
+    Raises:
+        ValueError: if both are given, or what is given is none.
+    """
     if state is None:
         return start(x_T)
     if x_T is not None:

@@ -19,10 +19,12 @@ _given: ContextVar[Any] = ContextVar("keys_of_step", default=None)
 
 @contextlib.contextmanager
 def keys_of_step(keys: Any, instead_of: Any = None) -> Iterator[None]:
-    """Within it, `normal` refuses `keys`: a step gets the same ones at every row.
+    """Makes `normal` refuse `keys` while a step is traced, as it gets them at every row.
 
-    With `instead_of` only if those are refused now. In a loop of somebody else, who may
-    give new keys at every step, none are.
+    Args:
+        keys: what the step is given.
+        instead_of: keys that must be refused already, or nothing changes: a loop that
+            is not `sample`'s may give other keys to every step, and refuses none.
     """
     if instead_of is not None and instead_of is not _given.get():
         yield

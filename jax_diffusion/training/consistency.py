@@ -11,17 +11,14 @@ from jax_diffusion.models import traits
 from jax_diffusion.models.unet import Trunk
 
 
-def check_effect(config: Any) -> None:
-    """Raises ValueError for fields of a new run that would have no effect.
+def check_dtype(config: Any) -> None:
+    """Raises ValueError for a dtype of a new run's network that JAX would not give it.
 
-    Runs of older versions may have them.
+    Runs of older versions may have one.
 
     Args:
-        config: its data.path and model.dtype are checked.
+        config: its model.dtype is checked.
     """
-    name, path = config.data.name, config.data.get("path")
-    if path and name in data.WITHOUT_PATH:
-        raise ValueError(f"config.data.path must be left out for {name}, got {path!r}.")
     dtype = config.model.get("dtype")
     if str(dtype) == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError(

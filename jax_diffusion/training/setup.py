@@ -301,13 +301,13 @@ def check_choices(config: Config, *, fresh: bool) -> None:
 
     Args:
         config: a whole config.
-        fresh: whether the run begins now: then fields must not be without effect.
+        fresh: whether the run begins now; see `consistency.check_dtype`.
 
     Raises:
         ValueError: that names the field.
     """
     if fresh:
-        consistency.check_effect(config)
+        consistency.check_dtype(config)
     with configs.named("config", ["log_to"]):
         logs.check_writers(config.log_to)
     if config.reproduces:

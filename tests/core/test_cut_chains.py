@@ -240,15 +240,9 @@ class Weighted(NamedTuple):
     key: jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Remembering:
-    x: jax.Array
-    x_0: jax.Array
-    log_snr: jax.Array
-    log_weight: jax.Array
-    history: jax.Array
-    key: jax.Array
+Remembering = jax.tree_util.register_dataclass(
+    dataclasses.make_dataclass("Remembering", Weighted._fields)
+)
 
 
 def weighing(step_fn):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from golden import official
 from golden.account import MANIFEST, names_in, parity, report, total
+from support import xla_options
 
 from jax_diffusion import diffusion, likelihood, losses, samplers, schedules, timesteps
 
@@ -273,10 +274,7 @@ def test_discretized_likelihood_and_its_gradients_are_the_official_ones(account)
     log_p = losses.discretized_gaussian_log_likelihood
     grads = jax.grad(lambda *args: log_p(*args).sum(), argnums=(1, 2))
     # As users compile it: the quick code of conftest.py lacks the last places of tanh.
-    shipped: dict = {"xla_backend_optimization_level": 3}
-    if jax.__version_info__ < (0, 11):  # see conftest.py
-        shipped["xla_cpu_use_fusion_emitters"] = True
-    exact = functools.partial(jax.jit, compiler_options=shipped)
+    exact = functools.partial(jax.jit, compiler_options=xla_options.AS_SHIPPED)
     grad_mean, grad_log_scale = exact(grads)(x, mean, log_scale)
     # A mass p that is the difference of two cdfs is off by their rounding, its log by
     # that over p, and its derivatives by as much per standard deviation. Masses below

@@ -44,14 +44,20 @@ def file_of_step(root, step):
     return root / f"{batches.batch(step)['image'][0, 0, 0, 0] // 5:02}.png"
 
 
+def write_damaged(root, step):
+    """`write`, and an image of that step's batch is damaged, which is returned."""
+    write(root)
+    file = file_of_step(root, step)
+    file.write_bytes(b"damaged")
+    return file
+
+
 @pytest.mark.slow
 def test_training_saves_before_a_damaged_image_stops_it_and_goes_on_without_it(
     tmp_path,
 ):
     root = tmp_path / "data"
-    write(root)
-    file = file_of_step(root, 3)
-    file.write_bytes(b"damaged")
+    file = write_damaged(root, 3)
     words = rf"{file} must be a whole image.*; step 3 is saved; .*on_error=skip"
     with pytest.raises(data.DamagedImageError, match=words):
         program.train(config_of(root), tmp_path / "run")
@@ -68,9 +74,7 @@ def test_training_saves_before_a_damaged_image_stops_it_and_goes_on_without_it(
 @pytest.mark.slow
 def test_a_damaged_image_of_the_first_batch_is_told_with_the_way_out(tmp_path):
     root = tmp_path / "data"
-    write(root)
-    file = file_of_step(root, 0)
-    file.write_bytes(b"damaged")
+    file = write_damaged(root, 0)
     words = rf"{file} must be a whole image.*; --check-data lists .*on_error=\"skip\""
     with pytest.raises(data.DamagedImageError, match=words):
         program.train(config_of(root), tmp_path / "run")
