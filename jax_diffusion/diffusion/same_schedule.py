@@ -19,11 +19,10 @@ NOTE = "_schedule_of_rows"
 def schedule_of(function: Any) -> NoiseSchedule | None:
     """Returns the schedule that a denoiser was made with; None if that is not known.
 
-    `denoiser` and every wrapper of this package note it in an attribute; so does a
-    scale of guidance that depends on t. An attribute
+    `denoiser` and every wrapper of this package note it in an attribute of `function`;
+    so does a scale of guidance that depends on t. What copies attributes keeps the note
+    (`jax.jit`, `functools.wraps`), and `functools.partial` is looked into. An attribute
     `schedule` of a denoiser of your own says nothing: it may be that of its training.
-    What copies attributes keeps the note: `jax.jit`, `functools.wraps`; this looks into
-    `functools.partial`.
 
     >>> from jax_diffusion import diffusion, schedules
     >>> schedule = schedules.make_schedule(schedules.cosine_betas(10))
@@ -59,7 +58,8 @@ def check_schedule_of(
 ) -> None:
     """Checks that a denoiser is used with the schedule that it was made with.
 
-    The rows that `schedule` visits must be equal in both; either may be padded. Nothing is computed where one of them is traced, or not known at all.
+    The rows that `schedule` visits must be equal in both; either may be padded. Nothing
+    is compared where one of them is traced, or not known at all.
 
     Args:
         function: a denoiser, or a scale of guidance.

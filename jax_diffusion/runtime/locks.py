@@ -198,14 +198,17 @@ def take(field: str, target: Path, file: Path) -> Lock:
                 f"{field} must not be in use, got {str(target)!r}, to which {where} "
                 f"has been writing since {other.get('began')} ({file})."
             )
-        # Of several that find a dead owner, one renames its lock.
-        aside = file.with_name(f"{file.name}.{word}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(file, aside)
-            if _read(aside) != other:  # another one was faster, and this lock is its
-                with contextlib.suppress(OSError):
-                    os.link(aside, file)
-            aside.unlink()
+        # Of several that find a dead owner, one replaces its lock: who holds a lock of
+        # the lock, and finds the dead owner's still there. No moment is without a lock.
+        claim = take(field, target, file.with_name(f"{file.name}.takeover"))
+        try:
+            if file.exists() and _read(file) == other:
+                new = file.with_name(f"{file.name}.{word}")
+                create(new, json.dumps(about))
+                os.replace(new, file)
+                return Lock(field, target, file, word)
+        finally:
+            claim.release()
 
 
 def mode_of(file: Path) -> int | None:

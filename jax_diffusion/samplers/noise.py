@@ -19,7 +19,7 @@ _given: ContextVar[Any] = ContextVar("keys_of_step", default=None)
 
 @contextlib.contextmanager
 def keys_of_step(keys: Any, instead_of: Any = None) -> Iterator[None]:
-    """Makes `normal` refuse `keys` while a step is traced, as it gets them at every row.
+    """Makes `normal` refuse `keys` while a step is traced: each row has the same ones.
 
     Args:
         keys: what the step is given.

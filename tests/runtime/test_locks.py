@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,11 @@ def dead_process():
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
+
+
+@pytest.fixture(scope="module")
+def dead_owner():
+    return dead_process()
 
 
 ELSEWHERE = dict(machine=["elsewhere"], host="elsewhere", process=7, word="theirs")
@@ -139,9 +145,20 @@ def test_the_owner_touches_its_lock(tmp_path):
         assert file.stat().st_mtime > 2
 
 
-def test_of_many_that_find_a_dead_owner_one_takes_its_lock(tmp_path):
-    leave_lock(tmp_path, process=dead_process())
-    start, owners, others = threading.Barrier(8), [], []
+@pytest.mark.parametrize("attempt", range(12))
+def test_of_many_that_find_a_dead_owner_one_takes_its_lock(
+    tmp_path, attempt, dead_owner, monkeypatch
+):
+    leave_lock(tmp_path, process=dead_owner)
+    start, owners, others = threading.Barrier(8, timeout=30), [], []
+    is_alive = locks.is_alive
+
+    def slow(*args):  # what is found may be over when it is acted on
+        found = is_alive(*args)
+        time.sleep(0.01 * random.random())
+        return found
+
+    monkeypatch.setattr(locks, "is_alive", slow)
 
     def take():
         start.wait()
@@ -158,6 +175,7 @@ def test_of_many_that_find_a_dead_owner_one_takes_its_lock(tmp_path):
     for thread in threads:
         thread.join()
     assert len(owners) == 1 and len(others) == 7, others
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("loss", ["removed", "taken over"])
