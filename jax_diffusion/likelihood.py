@@ -11,6 +11,9 @@ integration is the angle phi of a noise level, in which v is finite everywhere, 
 where no signal is left:
 
     dx / dphi = v(x, phi)   d log p(x) / dphi = -tr(dv / dx)   tan phi = noise / signal
+
+That is the flow where signal^2 + noise^2 = 1; elsewhere it is the flow of x divided by
+the root of that sum.
 """
 
 import functools
@@ -35,7 +38,7 @@ class BitsPerDim(NamedTuple):
 
     Attributes:
         total: [b] bits/dim, the prior plus all of vlb.
-        prior: [b] bits/dim, KL(q(x_T | x_0) || N(0, I)).
+        prior: [b] bits/dim, KL(q(x_T | x_0) || p(x_T)), see `prior_bpd`.
         vlb: [b, T] bits/dim: in column 0 the decoder, -log2 p(x_0 | x_1), in column t
             the KL term of step t.
         x_0_mse: [b, T] mean squared error of the predicted x_0.
@@ -54,7 +57,7 @@ class OdeBits(NamedTuple):
 
     Attributes:
         total: [b] bits/dim, the mean over probes.
-        prior: [b] bits/dim, -log2 N(x_T; 0, I), a part of the total.
+        prior: [b] bits/dim, -log2 p(x_T), a part of the total.
         step_error: [b] bits/dim, how much the total changes with steps twice as long,
             about three times its own error; NaN if there is one step only.
         probe_error: [b] bits/dim, the standard error of the mean over probes; NaN if
@@ -68,7 +71,9 @@ class OdeBits(NamedTuple):
 
 
 def prior_bpd(schedule: NoiseSchedule, x_0: Float[Array, "b *d"]) -> Float[Array, "b"]:
-    """KL(q(x_T | x_0) || N(0, I)) in bits/dim: the information on x_0 left in x_T.
+    """KL(q(x_T | x_0) || p(x_T)) in bits/dim: the information on x_0 left in x_T.
+
+    p(x_T) is what sampling starts from, see `samplers.pure_noise`.
 
     Args:
         schedule: its last row is x_T; rows added by `schedules.pad` do not count.
@@ -90,8 +95,9 @@ def prior_bpd(schedule: NoiseSchedule, x_0: Float[Array, "b *d"]) -> Float[Array
     last = jnp.sum(schedule.visited, dtype=jnp.int32) - 1
     last = jnp.broadcast_to(last, x_0.shape[:1])
     mean, log_var = diffusion.q_mean_log_var(schedule, x_0, last)
-    zero = jnp.zeros_like(mean)
-    return losses.mean_flat(losses.normal_kl(mean, log_var, zero, zero)) / LOG_2
+    start = jnp.full_like(mean, 2 * jnp.log(schedule.next.noise[-1]))
+    kl = losses.normal_kl(mean, log_var, jnp.zeros_like(mean), start)
+    return losses.mean_flat(kl) / LOG_2
 
 
 def bits_per_dim(
@@ -219,8 +225,8 @@ def ode_bits_per_dim(
     """-log2 p(x) per dimension by the probability flow (Song et al. 2021, sec. 4.3).
 
     x is the dequantized x_0. Its density p is that of samples of the flow, which takes
-    N(0, I) from the noise level of the last row back to that of the first and then
-    divides by the first row's signal.
+    `samplers.pure_noise` from the noise level of the last row back to that of the first
+    and then divides by the first row's signal.
 
     Heun's method integrates from row to row, with two evaluations of the network a
     step, so that the network sees its own timesteps only. Take rows that are dense
@@ -249,8 +255,7 @@ def ode_bits_per_dim(
     """
     checks.integer("probes", probes, at_least=1)
     keys = _keys_of(key, denoise_fn, schedule, x_0)
-    signal = schedule.now.signal[0]
-    x = signal * dequantize(keys, x_0)  # with these keys, and probes with others
+    x = dequantize(keys, x_0)  # with these keys, and probes with others
     half, shape = jnp.float32(0.5), x_0.shape[1:]
     draw = jax.vmap(lambda key: jax.random.bernoulli(key, half, shape))
     heads = [draw(samplers.fold_in(keys, 1 + i)) for i in range(probes)]
@@ -260,9 +265,10 @@ def ode_bits_per_dim(
 
     def bits(stride):
         x_T, volume = flow(stride)
-        log_2_pi = np.log(2 * np.pi).item()
-        prior = (losses.mean_flat(x_T**2) + log_2_pi) / (2 * LOG_2)
-        growth = (volume + jnp.log(signal)) / LOG_2 - np.log2(BINS).item()
+        start, log_2_pi = schedule.next.noise[-1], np.log(2 * np.pi).item()
+        squares = losses.mean_flat((x_T / start) ** 2)
+        prior = (squares + log_2_pi) / (2 * LOG_2) + jnp.log2(start)
+        growth = volume / LOG_2 - np.log2(BINS).item()
         return prior, prior[None] - growth
 
     # A map, so that the network is compiled once for both lengths of step.
@@ -289,20 +295,25 @@ def _keys_of(key, denoise_fn, schedule, x_0):
 def _flow(denoise_fn, schedule, x, signs, stride):
     """Integrates the flow from the first row to the last, over every `stride`-th row.
 
-    Returns x there, [b, ...], and by how much volume has grown, the log of it for each
-    probe, in nats/dim: [probes, b].
+    Clean x gets the signal of the first row. Returns x at the last one, [b, ...], and
+    by how much volume has grown from x to there, the log of it for each probe, in
+    nats/dim: [probes, b].
     """
-    angle = jnp.arctan2(schedule.now.noise, schedule.now.signal)
+    signal, noise, _ = schedule.now
+    scale = jnp.hypot(signal, noise)
+    angle = jnp.arctan2(noise, signal)
     last = jnp.sum(schedule.visited, dtype=jnp.int32) - 1
 
     def velocity(x, row):
         t = placement.beside(jnp.full(x.shape[:1], row, jnp.int32), x)
 
         def v(x):
-            prediction = denoise_fn(x, t)
-            diffusion.check_prediction(prediction, x)
+            x_t = (scale[row] * x).astype(x.dtype)
+            prediction = denoise_fn(x_t, t)
+            diffusion.check_prediction(prediction, x_t)
             x_0 = diffusion.guided_x_0(schedule, prediction, t)
-            return diffusion.v_from_x_0(schedule, x, t, x_0).astype(x.dtype)
+            slope = (signal[row] * x - scale[row] * x_0) / noise[row]
+            return slope.astype(x.dtype)
 
         # The value is the same for all probes, and computed once.
         values, slopes = jax.vmap(lambda sign: jax.jvp(v, (x,), (sign,)))(signs)
@@ -320,7 +331,9 @@ def _flow(denoise_fn, schedule, x, signs, stride):
         start = i * stride
         return jax.lax.cond(start < last, heun, lambda s, _: s, state, start), None
 
-    none = jax.vmap(lambda _: placement.beside(jnp.zeros(len(x), x.dtype), x))
-    state = x, none(signs)
-    state, _ = jax.lax.scan(one, state, jnp.arange(schedule.num_steps - 1))
-    return state
+    first = signal[0] / scale[0]
+    beside = jnp.full(len(x), jnp.log(first), x.dtype)
+    volume = jax.vmap(lambda _: placement.beside(beside, x))(signs)
+    state = (first * x).astype(x.dtype), volume
+    (x, volume), _ = jax.lax.scan(one, state, jnp.arange(schedule.num_steps - 1))
+    return scale[last] * x, volume + jnp.log(scale[last])

@@ -146,12 +146,19 @@ def loss_weight(
     """The weight of the network's squared error at t, by `objective.weighting`.
 
     "uniform" is 1 whatever the network predicts. The others are defined as weights of
-    the error in x_0, as listed, and converted to weights of the error in eps, v or mu:
+    the error in x_0, as listed, and converted to weights of the error in its output:
 
         snr            snr                          Ho et al. 2020: 1 for eps
         min_snr        min(snr, gamma)              Hang et al. 2023
         truncated_snr  max(snr, 1)                  Salimans & Ho 2022
         p2             snr / (k + snr)^gamma        Choi et al. 2022
+        edm            snr + 1 / sigma_data^2       Karras et al. 2022
+        sigmoid        snr sigmoid(bias - log snr)  Hoogeboom et al. 2024
+        vdm            T / 2 (snr of x_{t-1} - snr) / log 2   Kingma et al. 2021
+
+    With "vdm" the mean loss over t is the sum of the bound's terms above row 0 in
+    bits/dim, if the variance is the posterior's; with many rows, the continuous bound.
+    Row 0, whose term is the likelihood of the data, counts 0.
 
     A function of (schedule, t) in their place returns the weights themselves.
 
@@ -192,6 +199,13 @@ def loss_weight(
             weight = jnp.maximum(snr, 1.0)
         case "p2":
             weight = snr / (objective.p2_k + snr) ** objective.p2_gamma
+        case "edm":
+            weight = snr + 1 / objective.sigma_data**2
+        case "sigmoid":
+            weight = snr * jax.nn.sigmoid(objective.sigmoid_bias - c.now.log_snr)
+        case "vdm":
+            fall = jnp.where(c.prev.noise > 0, jnp.exp(c.prev.log_snr) - snr, 0.0)
+            weight = schedule.num_steps * fall / (2 * np.log(2.0).item())
     # || output error ||^2 is so many times || x_0 error ||^2.
     match objective.mean_type:
         case "eps":
@@ -200,6 +214,8 @@ def loss_weight(
             return weight
         case "v":
             return weight / (1 + snr)
+        case "flow":
+            return weight / (1 + jnp.sqrt(snr)) ** 2
         case "mu":
             return weight / c.posterior_x_0**2
 

@@ -1,13 +1,14 @@
 """The forward process, the posterior, and a network read as a distribution.
 
     q(x_t | x_0) = N(signal x_0, noise^2 I)          x_t = signal x_0 + noise eps
-    v = signal eps - noise x_0                       score = -eps / noise
+    v = signal eps - noise x_0, flow = eps - x_0     score = -eps / noise
     p(x_{t-1} | x_t) = q(x_{t-1} | x_t, x_0 predicted), its variance fixed or learned
 
-    process    q_sample, q_posterior; conversions between x_0, eps, v, mu and score
+    process    q_sample, q_posterior; conversions of x_0, eps, v, flow, mu and score
     objective  Objective: what the network predicts, and the loss
     prediction  Prediction; DenoiseFn, the type of a denoiser
     denoisers  denoiser (the learned variance, too), clip_x_0, threshold_x_0
+    preconditioning  precondition: a network's input and output at unit scale (EDM)
     same_schedule  schedule_of: the schedule a denoiser is made with; no other is taken
 
 Conventions, relied on everywhere in the package:
@@ -29,9 +30,7 @@ Conventions, relied on everywhere in the package:
 """
 
 from jax_diffusion.diffusion.denoisers import (
-    check_objective,
     check_output,
-    check_signal,
     clip_x_0,
     denoiser,
     guided_mean,
@@ -48,7 +47,10 @@ from jax_diffusion.diffusion.objective import (
     Reduction,
     VarType,
     Weighting,
+    check_objective,
+    check_signal,
 )
+from jax_diffusion.diffusion.preconditioning import precondition
 from jax_diffusion.diffusion.prediction import (
     AnyDenoiseFn,
     ConditionalDenoiseFn,
@@ -58,12 +60,14 @@ from jax_diffusion.diffusion.prediction import (
 )
 from jax_diffusion.diffusion.process import (
     eps_from_x_0,
+    flow_from_x_0,
     q_mean_log_var,
     q_posterior,
     q_sample,
     score_from_x_0,
     v_from_x_0,
     x_0_from_eps,
+    x_0_from_flow,
     x_0_from_mu,
     x_0_from_v,
 )
@@ -92,8 +96,10 @@ __all__ = [
     "clip_x_0",
     "denoiser",
     "eps_from_x_0",
+    "flow_from_x_0",
     "guided_mean",
     "guided_x_0",
+    "precondition",
     "predict",
     "q_mean_log_var",
     "q_posterior",
@@ -106,6 +112,7 @@ __all__ = [
     "v_from_x_0",
     "with_schedule",
     "x_0_from_eps",
+    "x_0_from_flow",
     "x_0_from_mu",
     "x_0_from_v",
 ]

@@ -9,7 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from jax_diffusion import checks
 from jax_diffusion.checks import modes, placement, signatures
-from jax_diffusion.diffusion.objective import Objective
+from jax_diffusion.diffusion.objective import (
+    Objective,
+    check_objective,
+    check_signal,
+)
 from jax_diffusion.diffusion.prediction import (
     AnyDenoiseFn,
     ConditionalDenoiseFn,
@@ -19,6 +23,7 @@ from jax_diffusion.diffusion.prediction import (
 from jax_diffusion.diffusion.process import (
     q_posterior,
     x_0_from_eps,
+    x_0_from_flow,
     x_0_from_mu,
     x_0_from_v,
 )
@@ -26,7 +31,6 @@ from jax_diffusion.diffusion.same_schedule import with_schedule
 from jax_diffusion.schedules import (
     NoiseSchedule,
     check_batch,
-    check_schedule,
     take,
 )
 
@@ -100,7 +104,7 @@ def target(
     t: Int[Array, "b"],
     eps: Float[Array, "b *d"],
 ) -> Float[Array, "b *d"]:
-    """What the network should output: eps, x_0, v or mu, by `objective.mean_type`.
+    """What the network should output: eps, x_0, v, ..., by `objective.mean_type`.
 
     Args:
         schedule: where the coefficients of row t stand.
@@ -125,6 +129,8 @@ def target(
             return x_0
         case "v":
             return level.signal * eps - level.noise * x_0
+        case "flow":
+            return eps - x_0
         case "mu":
             return q_posterior(schedule, x_0, x_t, t)[0]
 
@@ -201,6 +207,8 @@ def predict(
             x_0 = value
         case "v":
             x_0 = x_0_from_v(schedule, x_t, t, value)
+        case "flow":
+            x_0 = x_0_from_flow(schedule, x_t, t, value)
         case "mu":
             x_0 = x_0_from_mu(schedule, x_t, t, value)
 
@@ -237,8 +245,9 @@ def denoiser(
         refused, see `schedule_of`.
 
     Raises:
-        ValueError: if the network predicts eps and the schedule ends in zero signal;
-            in a call, if x_t, t and the network's output do not fit each other.
+        ValueError: if the network predicts eps and the schedule ends in zero signal,
+            or v and signal^2 + noise^2 is not 1; in a call, if x_t, t and the network's
+            output do not fit each other.
 
     >>> from jax_diffusion.schedules import cosine_betas, make_schedule
     >>> objective = Objective(mean_type="x_0")
@@ -258,31 +267,6 @@ def denoiser(
         return predict(schedule, objective, output, x_t, t)
 
     return with_schedule(denoise, schedule)
-
-
-def check_signal(schedule: NoiseSchedule, objective: Objective) -> None:
-    """Raises ValueError if the `objective` predicts eps and the `schedule` ends in zero
-    signal, where eps does not determine x_0; and unless they are such objects.
-
-    A traced schedule has no values to check, and passes.
-    """
-    check_schedule(schedule)
-    check_objective(objective)
-    signal = schedule.now.signal
-    if objective.mean_type != "eps" or not checks.known(signal):
-        return
-    if not np.asarray(signal)[-1] > 0:  # NumPy: jnp would be traced within a jit
-        raise ValueError(
-            "mean_type must be 'v', 'x_0' or 'mu' for a schedule that ends in zero "
-            "signal, got 'eps', which does not determine x_0 there."
-        )
-
-
-def check_objective(objective: Any) -> None:
-    """Raises ValueError unless `objective` is an Objective."""
-    if not isinstance(objective, Objective):
-        rule = "objective must be an Objective"
-        raise ValueError(f"{rule}, got {checks.shown(objective)}.")
 
 
 def check_output(output: Any, x_t: Array) -> None:

@@ -2,17 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 from jaxtyping import Array
 
 from jax_diffusion import checks
-from jax_diffusion.schedules import NoiseSchedule
+from jax_diffusion.schedules import NoiseSchedule, check_schedule
 
-MeanType = Literal["eps", "x_0", "v", "mu"]
+MeanType = Literal["eps", "x_0", "v", "flow", "mu"]
 VarType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 LossType = Literal["l2", "l1", "huber", "vlb", "hybrid"]
-Weighting = Literal["uniform", "snr", "min_snr", "truncated_snr", "p2"]
+Weighting = Literal[
+    "uniform", "snr", "min_snr", "truncated_snr", "p2", "edm", "sigmoid", "vdm"
+]
 Reduction = Literal["mean", "sum"]
 
 
@@ -24,7 +27,8 @@ class Objective:
 
     Attributes:
         mean_type: what the network predicts: eps (DDPM), x_0, v (Salimans & Ho 2022),
-            or mu, the mean of p(x_{t-1} | x_t).
+            flow, which is eps - x_0 (Liu et al. 2023), or mu, the mean of
+            p(x_{t-1} | x_t).
         var_type: the variance of p(x_{t-1} | x_t): that of the posterior (fixed_small),
             beta (fixed_large), or an output of the network, either its logarithm
             (learned) or its place between the other two (learned_range).
@@ -42,6 +46,8 @@ class Objective:
         min_snr_gamma: gamma of the weighting "min_snr", > 0.
         p2_gamma: gamma of the weighting "p2", at least 0.
         p2_k: k of the weighting "p2", > 0.
+        sigma_data: standard deviation of the data, of the weighting "edm", > 0.
+        sigmoid_bias: bias of the weighting "sigmoid".
         reduction: of the l2, l1 or huber term over an image: mean, or sum (the DDIM
             repository), which is larger by the number of values in an image. Adam's
             step hardly depends on that factor; gradient clipping and Adam's epsilon do.
@@ -62,6 +68,8 @@ class Objective:
     min_snr_gamma: float = 5.0
     p2_gamma: float = 1.0
     p2_k: float = 1.0
+    sigma_data: float = 0.5
+    sigmoid_bias: float = 0.0
     reduction: Reduction = "mean"
 
     def __post_init__(self):  # not a pytree, so checking here is safe
@@ -76,6 +84,8 @@ class Objective:
         checks.number("min_snr_gamma", self.min_snr_gamma, above=0)
         checks.number("p2_gamma", self.p2_gamma, at_least=0)
         checks.number("p2_k", self.p2_k, above=0)
+        checks.number("sigma_data", self.sigma_data, above=0)
+        checks.number("sigmoid_bias", self.sigmoid_bias)
         if self.loss == "hybrid" and not self.learns_variance:
             raise ValueError(
                 f"loss 'hybrid' needs a learned variance, got {self.var_type!r}."
@@ -87,3 +97,36 @@ class Objective:
         the variance.
         """
         return self.var_type.startswith("learned")
+
+
+def check_signal(schedule: NoiseSchedule, objective: Objective) -> None:
+    """Raises ValueError where the `objective`'s output does not determine x_0.
+
+    That is eps on a `schedule` that ends in zero signal, and v on one whose
+    signal^2 + noise^2 is not 1. They must be such objects, too. A traced schedule has
+    no values to check, and passes.
+    """
+    check_schedule(schedule)
+    check_objective(objective)
+    signal, noise, _ = schedule.now
+    if not checks.known(signal):
+        return
+    # NumPy: jnp would be traced within a jit.
+    if objective.mean_type == "eps" and not np.asarray(signal)[-1] > 0:
+        raise ValueError(
+            "mean_type must be 'v', 'flow', 'x_0' or 'mu' for a schedule that ends in "
+            "zero signal, got 'eps', which does not determine x_0 there."
+        )
+    if objective.mean_type == "v" and checks.known(noise):
+        if not np.allclose(np.hypot(signal, noise), 1, 1e-4):
+            raise ValueError(
+                "mean_type must be 'flow', 'eps', 'x_0' or 'mu' for a schedule whose "
+                "signal^2 + noise^2 is not 1, got 'v'."
+            )
+
+
+def check_objective(objective: Any) -> None:
+    """Raises ValueError unless `objective` is an Objective."""
+    if not isinstance(objective, Objective):
+        rule = "objective must be an Objective"
+        raise ValueError(f"{rule}, got {checks.shown(objective)}.")

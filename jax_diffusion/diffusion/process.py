@@ -1,4 +1,4 @@
-"""The forward process, its posterior, and conversions between x_0, eps, v and mu."""
+"""The forward process, its posterior, conversions between x_0, eps, v, flow and mu."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -105,7 +105,7 @@ def x_0_from_v(
 ) -> Float[Array, "b *d"]:
     """x_0 = signal x_t - noise v, [b, ...], at rows t of the schedule.
 
-    v is that of Salimans & Ho 2022, app. D.
+    v is that of Salimans & Ho 2022, app. D, where signal^2 + noise^2 = 1.
 
     Raises:
         ValueError: unless schedule, data and t fit each other.
@@ -113,6 +113,24 @@ def x_0_from_v(
     check_batch(schedule, t, x_t=x_t, v=v)
     level = take(schedule, t, x_t.ndim).now
     return level.signal * x_t - level.noise * v
+
+
+def x_0_from_flow(
+    schedule: NoiseSchedule,
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    flow: Float[Array, "b *d"],
+) -> Float[Array, "b *d"]:
+    """x_0 = (x_t - noise flow) / (signal + noise), [b, ...], at rows t of a schedule.
+
+    flow is eps - x_0, the velocity of a rectified flow (Liu et al. 2023).
+
+    Raises:
+        ValueError: unless schedule, data and t fit each other.
+    """
+    check_batch(schedule, t, x_t=x_t, flow=flow)
+    level = take(schedule, t, x_t.ndim).now
+    return (x_t - level.noise * flow) / (level.signal + level.noise)
 
 
 def x_0_from_mu(
@@ -157,7 +175,8 @@ def v_from_x_0(
 ) -> Float[Array, "b *d"]:
     """v = signal eps - noise x_0, [b, ...], at rows t of the schedule.
 
-    eps is the one that x_t and x_0 imply (Salimans & Ho 2022, app. D).
+    eps is the one that x_t and x_0 imply (Salimans & Ho 2022, app. D), and
+    signal^2 + noise^2 = 1.
 
     Raises:
         ValueError: unless schedule, data and t fit each other.
@@ -165,6 +184,24 @@ def v_from_x_0(
     check_batch(schedule, t, x_t=x_t, x_0=x_0)
     level = take(schedule, t, x_t.ndim).now
     return (level.signal * x_t - x_0) / level.noise
+
+
+def flow_from_x_0(
+    schedule: NoiseSchedule,
+    x_t: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    x_0: Float[Array, "b *d"],
+) -> Float[Array, "b *d"]:
+    """flow = eps - x_0, [b, ...], at rows t of the schedule.
+
+    eps is the one that x_t and x_0 imply.
+
+    Raises:
+        ValueError: unless schedule, data and t fit each other.
+    """
+    check_batch(schedule, t, x_t=x_t, x_0=x_0)
+    level = take(schedule, t, x_t.ndim).now
+    return (x_t - (level.signal + level.noise) * x_0) / level.noise
 
 
 def score_from_x_0(

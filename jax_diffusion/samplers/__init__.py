@@ -22,7 +22,7 @@ indexes a table with t - 1 but reads `prev` of `schedules.take`. `loop` calls it
     loop      SampleState, the scan: sample_frames, sample
     steps     every sampler's step, and SAMPLERS, the table of them
     wrappers  functions of a step that return a step: inpaint, share_noise, on_step
-    paths     invert, slerp, interpolate
+    paths     pure_noise, invert, slerp, interpolate
 
 What changes a step wraps the step; what changes a prediction wraps the denoiser
 (`diffusion.clip_x_0`, `guidance`). Nothing here is jitted: call it inside your own
@@ -37,7 +37,7 @@ from jax_diffusion.samplers.loop import (
     start,
 )
 from jax_diffusion.samplers.noise import fold_in, image_keys, normal
-from jax_diffusion.samplers.paths import interpolate, invert, slerp
+from jax_diffusion.samplers.paths import interpolate, invert, pure_noise, slerp
 from jax_diffusion.samplers.steps import (
     SAMPLERS,
     Sampler,
@@ -68,6 +68,7 @@ __all__ = [
     "invert",
     "normal",
     "on_step",
+    "pure_noise",
     "sample",
     "sample_frames",
     "share_noise",

@@ -1,4 +1,4 @@
-"""From images to noise and between images: DDIM inversion, slerp, interpolation."""
+"""From noise to images and back: x_T, DDIM inversion, slerp, interpolation."""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,35 @@ from jax_diffusion.samplers.loop import StepFn, sample
 from jax_diffusion.samplers.noise import fold_in, image_keys, normal
 from jax_diffusion.samplers.steps import ddim_inversion_step
 from jax_diffusion.schedules import NoiseSchedule, check_schedule, check_step
+
+
+def pure_noise(
+    keys: Key[Array, "b"], schedule: NoiseSchedule, shape: tuple[int, ...]
+) -> Float[Array, "b *d"]:
+    """Draws x_T, which sampling starts from: `normal` at the noise of the last level.
+
+    Its standard deviation is 1 for chains of betas and for flows, and sigma_max in EDM:
+    the noise of `next` in the last row.
+
+    Args:
+        keys: one for each image.
+        schedule: the steps to take.
+        shape: of one image.
+
+    Returns:
+        x_T [b, *shape], float32.
+
+    Raises:
+        ValueError: unless keys are typed keys [b], and schedule and shape are such.
+
+    >>> from jax_diffusion.schedules import edm_levels, from_levels
+    >>> schedule = from_levels(*edm_levels(10, sigma_max=80.0))
+    >>> keys = image_keys(jax.random.key(0), jnp.arange(2))
+    >>> (pure_noise(keys, schedule, (3,)) / normal(keys, (3,))).round(3)[0].tolist()
+    [80.0, 80.0, 80.0]
+    """
+    check_schedule(schedule)
+    return schedule.next.noise[-1] * normal(keys, shape)
 
 
 def invert(

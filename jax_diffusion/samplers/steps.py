@@ -99,9 +99,9 @@ def ddim_step(
     eps = (state.x - c.now.signal * x_0) / c.now.noise
     ratio = c.prev.noise / c.now.noise
     sigma = eta * ratio * jnp.sqrt(c.betas)  # eq. 16
-    # prev.noise^2 - sigma^2, as a sum of positive terms: the difference would cancel.
-    # The bound keeps the gradient by eta finite at t = 0, where all of it is zero.
-    kept = (1 - eta**2) + eta**2 * ratio**2 * (1 - c.betas)
+    # 1 - (sigma / prev.noise)^2, as a sum of positive terms: the difference would
+    # cancel. The bound keeps the gradient by eta finite at t = 0, where all is zero.
+    kept = (1 - eta**2) + eta**2 * c.posterior_x_t * c.now.signal / c.prev.signal
     direction = c.prev.noise * jnp.sqrt(jnp.maximum(kept, 1e-20))
     drawn = normal(fold_in(keys, t), state.x.shape[1:])
     x = c.prev.signal * x_0 + direction * eps + sigma * drawn

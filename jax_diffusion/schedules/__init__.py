@@ -1,10 +1,13 @@
-"""Noise schedules: from variances in float64 to a `NoiseSchedule`, a float32 table.
+"""Noise schedules: from variances or levels to a `NoiseSchedule`, a float32 table.
 
     betas = cosine_betas(1000)                  float64 [T], on the host
     keep = spaced_steps(1000, 50)               which steps to take, if not all
     schedule = make_schedule(betas, keep=keep)  what the rest of the package reads
 
+    schedule = from_levels(*flow_levels(50))    the same of a flow, EDM or any levels
+
     betas           variances by name: linear, cosine, ...; BETAS lists them
+    levels          levels by name: edm, flow, vdm, ...; LEVELS lists them; from_levels
     noise_schedule  Level, NoiseSchedule; make_schedule, pad, take
 
 `spacing.SPACINGS` lists the functions that choose steps.
@@ -28,6 +31,19 @@ from jax_diffusion.schedules.betas import (
     sigmoid_betas,
     warmup_betas,
     zero_terminal_snr,
+)
+from jax_diffusion.schedules.levels import (
+    LEVELS,
+    Levels,
+    cosine_levels,
+    edm_levels,
+    flow_levels,
+    from_levels,
+    laplace_levels,
+    log_snr_levels,
+    logit_normal_levels,
+    tabulate_levels,
+    vdm_levels,
 )
 from jax_diffusion.schedules.noise_schedule import (
     Level,
@@ -56,7 +72,9 @@ from jax_diffusion.spacing import (
 
 __all__ = [
     "BETAS",
+    "LEVELS",
     "Level",
+    "Levels",
     "NoiseSchedule",
     "Table",
     "angle_steps",
@@ -68,11 +86,18 @@ __all__ = [
     "check_step",
     "constant_betas",
     "cosine_betas",
+    "cosine_levels",
+    "edm_levels",
+    "flow_levels",
+    "from_levels",
     "given_betas",
     "jsd_betas",
     "karras_steps",
+    "laplace_levels",
     "linear_betas",
+    "log_snr_levels",
     "log_snr_steps",
+    "logit_normal_levels",
     "make_schedule",
     "num_visited",
     "pad",
@@ -83,9 +108,11 @@ __all__ = [
     "spaced_steps",
     "steps_to_keep",
     "tabulate",
+    "tabulate_levels",
     "take",
     "trailing_steps",
     "uniform_steps",
+    "vdm_levels",
     "warmup_betas",
     "zero_terminal_snr",
 ]

@@ -25,8 +25,10 @@ class Level(NamedTuple):
     """A noise level: x = signal * x_0 + noise * eps.
 
     Attributes:
-        signal: the factor of clean data, sqrt(alpha_bar), in [0, 1].
-        noise: the factor of standard normal noise, sqrt(1 - alpha_bar), in [0, 1].
+        signal: the factor of clean data, >= 0: sqrt(alpha_bar) of a chain of betas, 1
+            in EDM, 1 - s in a flow.
+        noise: the factor of standard normal noise, >= 0: sqrt(1 - alpha_bar) of a chain
+            of betas, sigma in EDM, s in a flow.
         log_snr: log(signal^2 / noise^2), the natural logarithm; inf for clean data and
             -inf for pure noise.
     """
@@ -39,26 +41,29 @@ class Level(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
-    """Coefficients of a discrete Gaussian diffusion, one row per timestep.
+    """Coefficients of a Gaussian process at discrete levels, one row per timestep.
 
-    Every leaf is float32 of shape [T], or [b, 1, ...] after `take`. `make_schedule`
-    computes them in float64 on the host: computed in float32, `1 - alpha_bar[0]` is
-    wrong in the fourth digit already.
+    Every coefficient is float32 of shape [T], or [b, 1, ...] after `take`. They are
+    computed in float64 on the host: computed in float32, `1 - alpha_bar[0]` is wrong in
+    the fourth digit already. `make_schedule` computes them from the variances of a
+    chain, `from_levels` from any levels: EDM's, or those of a flow.
 
     Attributes:
-        betas: variance of q(x_t | x_{t-1}), in (0, 1].
+        betas: variance of q(x_t | x_{t-1}), > 0; at most 1 in a chain of betas.
         now: the noise level of x_t.
         prev: the noise level of x_{t-1}; in row 0 that of clean data, signal 1 and
             noise 0.
-        next: the noise level of x_{t+1}; in row T - 1 that of pure noise, signal 0 and
-            noise 1.
+        next: the noise level of x_{t+1}; in row T - 1 that of pure noise, which
+            sampling starts from: signal 0, and as noise 1, or the last row's if larger.
         posterior_x_0: factor of x_0 in the mean of q(x_{t-1} | x_t, x_0), which is
             posterior_x_0 * x_0 + posterior_x_t * x_t (DDPM eq. 7).
         posterior_x_t: factor of x_t in that mean.
         posterior_log_var: log variance of q(x_{t-1} | x_t, x_0), in nats; row 0, where
             it would be -inf, repeats row 1.
         timesteps: what the network is told: the step's number in the full diffusion,
-            perhaps rescaled; -1 in rows that `pad` has added.
+            perhaps rescaled, or any function of the level; -1 in rows that `pad` adds.
+        mask: 1 in steps of the diffusion, 0 in rows that `pad` has added; None after
+            `take`.
     """
 
     betas: Table
@@ -69,6 +74,7 @@ class NoiseSchedule:
     posterior_x_t: Table
     posterior_log_var: Table
     timesteps: Table
+    mask: Table
 
     @property
     def num_steps(self) -> int:
@@ -78,7 +84,7 @@ class NoiseSchedule:
     @property
     def visited(self) -> Table:
         """Bool [T]: True in steps of the diffusion, False in rows added by `pad`."""
-        return self.timesteps >= 0
+        return self.mask > 0
 
     @property
     def steps(self) -> Array:
@@ -146,31 +152,60 @@ def tabulate(
         alpha_bar = np.cumprod(1 - betas)[timesteps]
         betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
-    now = np.cumprod(1 - betas)  # alpha_bar of x_t
-    prev, next_ = np.append(1.0, now[:-1]), np.append(now[1:], 0.0)
-
-    def level(alpha_bar):
+    alpha_bar = np.cumprod(1 - betas)
+    with np.errstate(divide="ignore"):
         log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
-        return Level(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), log_snr)
+    ratio, told = np.sqrt(1 - betas), timesteps * scale
+    table = table_of_squares(alpha_bar, 1 - alpha_bar, log_snr, ratio, betas, told)
+    check_finite(table, "betas")
+    return table
+
+
+def table_of_squares(
+    signal_sq: np.ndarray,
+    noise_sq: np.ndarray,
+    log_snr: np.ndarray,
+    ratio: np.ndarray,
+    betas: np.ndarray,
+    timesteps: np.ndarray,
+) -> NoiseSchedule:
+    """Tabulates the coefficients of any Gaussian process, float64 [T] on the host.
+
+    q(x_t | x_{t-1}) = N(ratio x_{t-1}, betas); its posterior is that of two Gaussians.
+    The last row of `next`, and `prev` in row 0, are what `NoiseSchedule` says.
+
+    Args:
+        signal_sq, noise_sq: squares of the levels' signal and noise.
+        log_snr: log(signal_sq / noise_sq).
+        ratio: signal of x_t over that of x_{t-1}.
+        betas: noise_sq of x_t, less ratio^2 times that of x_{t-1}.
+        timesteps: what the network is told.
+    """
+    last_noise = max(1.0, np.sqrt(noise_sq[-1]))
+    now = Level(np.sqrt(signal_sq), np.sqrt(noise_sq), log_snr)
+    clean, pure = Level(1.0, 0.0, np.inf), Level(0.0, last_noise, -np.inf)
+    prev_signal_sq = np.append(1.0, signal_sq[:-1])
+    prev_noise_sq = np.append(0.0, noise_sq[:-1])
 
     # The infinities at both ends are meant; others are told by `check_finite`.
     with np.errstate(divide="ignore", invalid="ignore"):
-        posterior_var = betas * (1 - prev) / (1 - now)
+        posterior_var = betas * prev_noise_sq / noise_sq
         # Row 0 is zero, its log -inf; a chain of one step has only beta to put there.
         posterior_var[0] = posterior_var[1] if len(betas) > 1 else betas[0]
         make: Any = NoiseSchedule  # here of NumPy's arrays
-        table = make(
+        return make(
             betas=betas,
-            now=level(now),
-            prev=level(prev),
-            next=level(next_),
-            posterior_x_0=betas * np.sqrt(prev) / (1 - now),
-            posterior_x_t=(1 - prev) * np.sqrt(1 - betas) / (1 - now),
+            now=now,
+            prev=Level(
+                *(np.append(c, a[:-1]) for a, c in zip(now, clean, strict=True))
+            ),
+            next=Level(*(np.append(a[1:], c) for a, c in zip(now, pure, strict=True))),
+            posterior_x_0=betas * np.sqrt(prev_signal_sq) / noise_sq,
+            posterior_x_t=prev_noise_sq * ratio / noise_sq,
             posterior_log_var=np.log(posterior_var),
-            timesteps=timesteps * scale,
+            timesteps=timesteps,
+            mask=np.ones(len(betas)),
         )
-    check_finite(table)
-    return table
 
 
 def steps_to_keep(keep: Any, num_steps: int) -> np.ndarray:
@@ -192,8 +227,10 @@ def steps_to_keep(keep: Any, num_steps: int) -> np.ndarray:
     return found.astype(int)
 
 
-def check_finite(table: NoiseSchedule) -> None:
+def check_finite(table: NoiseSchedule, name: str) -> None:
     """Raises ValueError unless float32 holds every coefficient of a `table`.
+
+    In the sentence that which it is made of is called `name`.
 
     Meant are the infinite log-SNRs of clean data, before row 0, and of pure noise,
     after the last row or in it.
@@ -211,7 +248,7 @@ def check_finite(table: NoiseSchedule) -> None:
             if not finite.all():
                 row = int(np.argmin(finite))
                 raise ValueError(
-                    "betas must give finite coefficients in every row, got "
+                    f"{name} must give finite coefficients in every row, got "
                     f"{table.betas[row]:.4g} in row {row}."
                 )
 
@@ -219,7 +256,7 @@ def check_finite(table: NoiseSchedule) -> None:
 def pad(schedule: NoiseSchedule, length: int) -> NoiseSchedule:
     """Adds rows that no step visits, so that schedules of all lengths have one shape.
 
-    Samplers and `likelihood` skip the added rows, whose `timesteps` are -1. One
+    Samplers and `likelihood` skip the added rows, where `visited` is False. One
     compiled sampler then serves every number of steps up to `length`.
 
     Args:
@@ -233,16 +270,18 @@ def pad(schedule: NoiseSchedule, length: int) -> NoiseSchedule:
         ValueError: if length < T.
 
     >>> from jax_diffusion.schedules import cosine_betas
-    >>> pad(make_schedule(cosine_betas(2)), 4).timesteps.tolist()
-    [0.0, 1.0, -1.0, -1.0]
+    >>> pad(make_schedule(cosine_betas(2)), 4).visited.tolist()
+    [True, True, False, False]
     """
     check_schedule(schedule)
     checks.integer("length", length, at_least=schedule.num_steps)
     extra = length - schedule.num_steps
     padded = jax.tree.map(lambda a: jnp.pad(a, (0, extra), mode="edge"), schedule)
-    unvisited = jnp.arange(length) >= schedule.num_steps
+    added = jnp.arange(length) >= schedule.num_steps
     return dataclasses.replace(
-        padded, timesteps=jnp.where(unvisited, -1.0, padded.timesteps)
+        padded,
+        timesteps=jnp.where(added, -1.0, padded.timesteps),
+        mask=jnp.where(added, 0.0, padded.mask),
     )
 
 
@@ -255,7 +294,7 @@ def take(schedule: NoiseSchedule, t: Int[Array, "b"], ndim: int) -> NoiseSchedul
         ndim: rank of the data, batch axis included.
 
     Returns:
-        NoiseSchedule with arrays [b, 1, ..., 1] of rank `ndim`.
+        NoiseSchedule with arrays [b, 1, ..., 1] of rank `ndim`, and no mask.
 
     Raises:
         ValueError: if the schedule or t is none, or t is known to be out of range.
@@ -268,7 +307,8 @@ def take(schedule: NoiseSchedule, t: Int[Array, "b"], ndim: int) -> NoiseSchedul
     check_rows(schedule, t)
     checks.integer("ndim", ndim, at_least=0)
     shape = t.shape + (1,) * (ndim - 1)
-    return jax.tree.map(lambda a: placement.rows(a, t).reshape(shape), schedule)
+    rows = dataclasses.replace(schedule, mask=None)
+    return jax.tree.map(lambda a: placement.rows(a, t).reshape(shape), rows)
 
 
 def check_schedule(schedule: Any) -> None:
@@ -339,6 +379,6 @@ def num_visited(schedule: NoiseSchedule) -> int:
     >>> num_visited(pad(make_schedule(cosine_betas(10)), 40))
     10
     """
-    if not checks.known(schedule.timesteps):
+    if not checks.known(schedule.mask):
         return schedule.num_steps
-    return int(np.sum(np.asarray(jax.device_get(schedule.timesteps)) >= 0))
+    return int(np.sum(np.asarray(jax.device_get(schedule.mask)) > 0))

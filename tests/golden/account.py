@@ -23,10 +23,21 @@ HERE = Path(__file__).parent
 MANIFEST = json.loads((HERE / "manifest.json").read_text())
 NOISE_FLOOR = json.loads((HERE / "noise_floor.json").read_text())
 
+# Those of `processes/`, by the same names with the folder's before them.
+PROCESSES, _FLOORS = (
+    {
+        f"processes/{file}": found
+        for file, found in json.loads((HERE / "processes" / name).read_text()).items()
+    }
+    for name in ("manifest.json", "noise_floor.json")
+)
+NOISE_FLOOR |= _FLOORS
+
 # The floor is the worst rounding that one order of operations made in a few hundred
 # numbers. Another order, our rounding of the tables and XLA's own exp and cos made up
 # to 4.6 floors on the CPU.
 FLOORS = 6
+FLOORS_OF_PROCESSES, RELATIVE_OF_PROCESSES = 4, 1e-5
 
 # Lists of cases that hold their results themselves, beside those of arrays.
 LISTS = {
@@ -101,6 +112,9 @@ class Account:
         floor, _ = NOISE_FLOOR[f"{self.file}.npz"][key]
         if self.double:  # floors are stored with three digits
             return 1.01 * floor + 1e-9 * size.max()
+        if f"{self.file}.npz" in PROCESSES:
+            relative = RELATIVE_OF_PROCESSES * size.max()
+            return max(FLOORS_OF_PROCESSES * floor, relative)
         return FLOORS * floor + 1e-6 * size.max()
 
 
@@ -167,7 +181,7 @@ def total(file):
 def names_in(file):
     """Every array of a golden file and every case of its lists."""
     arrays, cases = load(file)
-    assert arrays.keys() == MANIFEST[f"{file}.npz"].keys()
+    assert arrays.keys() == (MANIFEST | PROCESSES)[f"{file}.npz"].keys()
     lists = LISTS.get(file, [])
     return set(arrays).union(f"{k}[{i}]" for k in lists for i in range(len(cases[k])))
 

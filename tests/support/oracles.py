@@ -162,16 +162,21 @@ def mixture_flow(schedule, modes, weights, std, x_T):
     """
     signal = np.sqrt(alpha_bars(schedule)[-1])
     std_T = np.sqrt(marginal_vars(schedule, std)[-1])
+    return to_quantile(x_T, signal * np.asarray(modes), weights, std_T, modes, std)
 
-    def cdf(x, scale, spread):
-        chances = [normal_cdf((x - scale * mode) / spread) for mode in modes]
+
+def to_quantile(x, from_modes, weights, from_std, modes, std):
+    """The values of one mixture of normals at the quantiles that x has in another."""
+
+    def cdf(x, modes, spread):
+        chances = [normal_cdf((x - mode) / spread) for mode in modes]
         return np.tensordot(weights, chances, axes=1)
 
-    quantile = cdf(np.asarray(x_T, np.float64), signal, std_T)
-    low, high = (np.full(np.shape(x_T), edge) for edge in (-10.0, 10.0))
+    quantile = cdf(np.asarray(x, np.float64), from_modes, from_std)
+    low, high = (np.full(np.shape(x), edge) for edge in (-10.0, 10.0))
     for _ in range(50):
         middle = (low + high) / 2
-        below = cdf(middle, 1.0, std) < quantile
+        below = cdf(middle, modes, std) < quantile
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return (low + high) / 2
 

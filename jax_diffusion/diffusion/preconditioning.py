@@ -1,0 +1,76 @@
+"""EDM's preconditioning: a network that sees and returns values of unit variance."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jax_diffusion import checks
+from jax_diffusion.schedules import NoiseSchedule, check_schedule, take
+
+
+def precondition(
+    model_fn: Callable[..., Array], schedule: NoiseSchedule, sigma_data: float = 0.5
+) -> Callable[..., Array]:
+    """Wraps a raw network F: the result predicts x_0 (Karras et al. 2022, table 1).
+
+        x_0 = c_skip x_t + c_out F(c_in x_t, timesteps)
+
+    For data of standard deviation sigma_data, the network's input and its best output
+    have variance 1 at every level; c_skip is the best x_0 linear in x_t. On EDM's
+    levels, signal 1, these are the paper's factors. Use it with mean_type "x_0" and the
+    weighting "edm", which makes the loss of F a plain mean squared error.
+
+    Args:
+        model_fn: model_fn(x, timesteps, **conditioning) -> [b, ..., c], or 2 c channels
+            if it learns its variance; the second half is returned as it is.
+        schedule: whose levels x_t are at. A level is known by what the network is told
+            of it, so that `timesteps` must differ from row to row.
+        sigma_data: standard deviation of the data, > 0.
+
+    Returns:
+        A network of the same signature that predicts x_0.
+
+    Raises:
+        ValueError: if two rows of the schedule have the same timestep, if sigma_data is
+            not > 0, or not below the noise / signal that sampling starts from.
+
+    >>> from jax_diffusion.schedules import edm_levels, from_levels
+    >>> schedule = from_levels(*edm_levels(10))
+    >>> model_fn = precondition(lambda x, t: 0 * x, schedule)
+    >>> model_fn(jnp.ones((2, 3)), schedule.timesteps[jnp.array([0, 9])]).round(3)[:, 0]
+    Array([1., 0.], dtype=float32)
+    """
+    checks.function("model_fn", model_fn, "(x_t, timesteps)")
+    check_schedule(schedule)
+    checks.number("sigma_data", sigma_data, above=0)
+    if all(map(checks.known, (*schedule.now, schedule.timesteps, schedule.mask))):
+        visited = np.asarray(schedule.visited)
+        told = np.asarray(schedule.timesteps)[visited]
+        if len(np.unique(told)) < len(told):
+            raise ValueError(
+                "schedule must tell a network other timesteps at every row."
+            )
+        signal, noise = (np.asarray(a)[visited][-1] for a in schedule.now[:2])
+        if not sigma_data * signal < noise:
+            raise ValueError(
+                "sigma_data must be below the noise / signal that sampling starts from,"
+                f" {noise / signal:.4g}, got {sigma_data}."
+            )
+
+    def preconditioned(x_t, timesteps, **conditioning):
+        checks.data("x_t", x_t, ("b", ...))
+        checks.array("timesteps", timesteps, "float", x_t.shape[:1])
+        told = jnp.where(schedule.visited, schedule.timesteps, jnp.inf)
+        rows = jnp.argmin(jnp.abs(told[None] - timesteps[:, None]), axis=1)
+        level = take(schedule, rows.astype(jnp.int32), x_t.ndim).now
+        var = (level.signal * sigma_data) ** 2 + level.noise**2  # of x_t
+        output = model_fn(x_t / jnp.sqrt(var), timesteps, **conditioning)
+        checks.array("model_fn's output", output, "float", (*x_t.shape[:-1], "c"))
+        raw, rest = output[..., : x_t.shape[-1]], output[..., x_t.shape[-1] :]
+        x_0 = level.signal * sigma_data**2 / var * x_t
+        x_0 = x_0 + level.noise * sigma_data / jnp.sqrt(var) * raw
+        return jnp.concatenate([x_0, rest], axis=-1) if rest.shape[-1] else x_0
+
+    return preconditioned

@@ -1,0 +1,659 @@
+"""Parity with official codes of EDM, flows and VDM: the arrays of golden/processes/.
+
+Levels of every code are given to `schedules.from_levels`, and its arrays compared with
+what our one set of conversions, losses and samplers computes there. REST says of every
+other array why not. See test_golden.py for the chains of betas.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import official
+from golden.account import PROCESSES, names_in, parity, total
+
+from jax_diffusion import diffusion, guidance, losses, samplers, schedules
+from jax_diffusion.diffusion import Objective, Prediction
+from jax_diffusion.samplers import SAMPLERS
+
+ROWS = 17  # of every padded table, so that one program serves all cases
+
+LEVELS = {  # x = signal x_0 + noise eps, from their sigma
+    "edm": lambda sigma: (np.ones_like(sigma), sigma),
+    "vp": lambda sigma: (1 / np.hypot(1, sigma), sigma / np.hypot(1, sigma)),
+    "flow": lambda sigma: (1 - sigma, sigma),
+}
+
+
+def exact(account, key):
+    """An input that the official code computes itself, in the account's precision."""
+    account[key]
+    if account.double and f"{key}_f64" in account.arrays:
+        key += "_f64"
+    elif f"{key}_f64" in account.arrays:
+        account[f"{key}_f64"]
+    return np.float64(account[key])
+
+
+def schedule_of(account, kind, sigma, told=None):
+    """The table of these levels, and the row of each of them, int32 [b]."""
+    order = np.argsort(sigma)
+    told = sigma if told is None else told
+    columns = (*LEVELS[kind](np.float64(sigma)[order]), np.float64(told)[order])
+    make = schedules.tabulate_levels if account.double else schedules.from_levels
+    rows = jnp.asarray(np.argsort(order), jnp.int32)
+    return jax.tree.map(jnp.asarray, make(*columns)), rows
+
+
+def denoised(name, m, s, level, x):
+    """The closed forms of golden/processes/README.md, at a level."""
+    a, b = level.signal, level.noise
+    if name == "gauss":
+        return m + a * s**2 / (a**2 * s**2 + b**2) * (x - a * m)
+    return a * x / (a**2 + b**2) + 0.1 * jnp.tanh(x / (a + b))
+
+
+def closed_form(name, m, s, schedule):
+    def denoise_fn(x_t, t):
+        level = schedules.take(schedule, t, x_t.ndim).now
+        m_b, s_b = (jnp.broadcast_to(a, x_t.shape) for a in (m, s))
+        return Prediction(denoised(name, m_b, s_b, level, x_t), 0 * level.signal)
+
+    return denoise_fn
+
+
+# Levels
+
+
+@parity("processes/edm_sampling", precisions=["float64"])
+def test_sigmas_of_edm_are_the_official_ones(account):
+    for case in (*account.json["edm_sampler"], *account.json["grids"]):
+        if case["fn"] == "edm_sampler" and case["net"] == "plain":
+            key = case["key"].removesuffix("/t_steps") + "/t_steps"
+            compare_karras(account, key, case["parameters"])
+
+
+@parity("processes/edm2")
+def test_sigmas_of_edm2_are_the_official_ones(account):
+    for case in account.json["sampler"]:
+        compare_karras(account, f"{case['key']}/t_steps", case["parameters"], 4e-6)
+
+
+@parity("processes/kdiffusion")
+def test_karras_sigmas_of_k_diffusion_are_ours(account):
+    for case in account.json["sigmas"]:
+        if case["fn"] == "get_sigmas_karras":
+            parameters = dict(case["parameters"])
+            parameters["num_steps"] = parameters.pop("n")
+            compare_karras(account, case["key"], parameters, 4e-6)
+
+
+def compare_karras(account, key, parameters, rounding=1e-12):
+    """To 1e-12, or to the float32 that they are computed in."""
+    names = "num_steps", "sigma_min", "sigma_max", "rho"
+    given = {name: parameters[name] for name in names if name in parameters}
+    if "rho" in given:
+        given["rho"] = float(given["rho"])
+    sigma = np.append(schedules.edm_levels(**given).noise[::-1], 0.0)
+    account.compare(key, sigma, tolerance=rounding * np.maximum(sigma, 1e-3))
+
+
+@parity("processes/flow_diffusers", precisions=["float64"])
+def test_shifted_sigmas_of_diffusers_are_those_of_our_flow(account):
+    for case in account.json["flow_euler"]:
+        if case["key"].startswith("flow_euler/custom_sigmas"):
+            levels = schedules.flow_levels(4, shift=case["config"]["shift"])
+            told = levels.timesteps[::-1]
+            sigma = np.append(levels.noise[::-1], 0.0)
+            account.compare(f"{case['key']}/sigmas", sigma, tolerance=1e-6)
+            account.compare(f"{case['key']}/timesteps", told, tolerance=1e-3)
+
+
+@parity("processes/conversions")
+def test_levels_in_every_representation_are_the_official_ones(account):
+    sigma = np.float64(account["sigma"])
+    for name, s in (("vp", sigma), ("flow", sigma / (1 + sigma))):
+        table, rows = schedule_of(account, name, s)
+        account.compare(f"{name}_signal", table.now.signal[rows])
+        account.compare(f"{name}_noise", table.now.noise[rows])
+        account.compare(f"{name}_half_log_snr", table.now.log_snr[rows] / 2)
+        if name == "flow":
+            account.compare("flow_s", table.now.noise[rows])
+
+
+@parity("processes/conversions")
+def test_noised_images_and_v_are_the_official_ones(account):
+    x_0, eps = account.read("ddpm", "x_0", "eps")
+    account["ddpm/t"]
+    alpha_bar = exact(account, "ddpm/alphas_cumprod")
+    table, rows = schedule_of(account, "vp", np.sqrt(1 / alpha_bar - 1))
+    x_t = diffusion.q_sample(table, x_0, rows, eps)
+    account.compare("ddpm/x_t", x_t)
+    v = diffusion.target(table, Objective("v"), x_0, x_t, rows, eps)
+    account.compare("ddpm/v", v)
+
+
+# Outputs
+
+
+@parity("processes/flow")
+def test_paths_and_conversions_of_flow_matching_are_ours(account):
+    x_0, eps, _ = account.read("", "x_data", "eps", "t")
+    for case in account.json["path"]:
+        key, condot = case["key"], case["key"] == "path/condot"
+        signal, noise = (exact(account, f"{key}/{name}") for name in ("alpha", "sigma"))
+        order = np.argsort(noise / signal)
+        make = schedules.tabulate_levels if account.double else schedules.from_levels
+        table = make(signal[order], noise[order], np.arange(len(order), dtype=float))
+        table = jax.tree.map(jnp.asarray, table)
+        rows = jnp.asarray(np.argsort(order), jnp.int32)
+        account.compare(f"{key}/x_t", diffusion.q_sample(table, x_0, rows, eps))
+        if condot:  # their velocity goes to the data, ours to the noise
+            account.compare(f"{key}/u_t", x_0 - eps)
+        if account.double:  # conversions are float32 only
+            continue
+        (x_t,) = account.read(key, "x_t")
+        of = table, x_t, rows
+        target = diffusion.x_0_from_eps(*of, eps)
+        account.compare(f"{key}/epsilon_to_target", target)
+        account.compare(f"{key}/target_to_epsilon", diffusion.eps_from_x_0(*of, x_0))
+        if condot:
+            (u,) = account.read(key, "u_t")
+            found = diffusion.x_0_from_flow(*of, -u)
+            account.compare(f"{key}/velocity_to_target", found)
+            found = diffusion.eps_from_x_0(*of, found)
+            account.compare(f"{key}/velocity_to_epsilon", found)
+            velocity = -diffusion.flow_from_x_0(*of, x_0)
+            account.compare(f"{key}/target_to_velocity", velocity)
+            velocity = -diffusion.flow_from_x_0(*of, target)
+            account.compare(f"{key}/epsilon_to_velocity", velocity)
+
+
+@parity("processes/edm")
+def test_preconditioned_networks_of_edm_are_ours(account):
+    for case in account.json["precond"]:
+        key, sigma = case["key"], account[case["sigma_key"]]
+        raw, x = account.read(key, "F", "x")
+        if case["kind"] == "edm":
+            compare_preconditioned(account, key, sigma, x, raw, case)
+        elif case["kind"] in ("vp", "ve", "iddpm"):
+            # eps-networks, on the variance-preserving levels or on EDM's; their
+            # VE-network predicts -eps.
+            ve = case["kind"] == "ve"
+            table, rows = schedule_of(account, "edm" if ve else "vp", sigma)
+            level = schedules.take(table, rows, x.ndim).now
+            c_in = np.ones_like(level.signal) if ve else level.signal
+            account.compare(f"{key}/x_in", c_in * x)
+            account.compare(f"{key}/c_in", np.ravel(c_in))
+            x_0 = diffusion.x_0_from_eps(
+                table, c_in * x, rows, -raw if ve else raw[..., : x.shape[-1]]
+            )
+            account.compare(f"{key}/D", x_0)
+
+
+def compare_preconditioned(account, key, sigma, x, raw, case, *, names=None):
+    """c_in and the like, read off as the official ones were; and the prediction."""
+    names = names or dict(model_input="x_in", denoised="D")
+    told = np.log(np.float64(sigma)) / 4
+    table, rows = schedule_of(account, "edm", sigma, told)
+    sigma_data, seen = case["parameters"].get("sigma_data", 0.5), []
+
+    def output(x, raw):
+        def model_fn(x, timesteps):
+            seen.append((x, timesteps))
+            return raw
+
+        network = diffusion.precondition(model_fn, table, float(sigma_data))
+        return network(x, table.timesteps[rows])
+
+    account.compare(f"{key}/{names['denoised']}", output(x, raw))
+    account.compare(f"{key}/{names['model_input']}", seen[-1][0])
+    one, zero = jnp.ones_like(x), jnp.zeros_like(x)
+    account.compare(f"{key}/c_skip", output(one, zero)[:, 0, 0, 0])
+    account.compare(f"{key}/c_in", seen[-1][0][:, 0, 0, 0])
+    account.compare(f"{key}/c_out", output(zero, one)[:, 0, 0, 0])
+    if f"{key}/c_noise" in account.arrays:
+        account.compare(f"{key}/c_noise", seen[-1][1])
+
+
+# Losses
+
+
+def compare_loss(account, key, args, elementwise, *, eps):
+    """The loss of each image, and of each value, which `elementwise` computes."""
+    loss = losses.training_loss(jax.random.key(0), *args, eps=eps).loss
+    account.compare(f"{key}loss_sum", loss)
+    account.compare(f"{key}loss", elementwise)
+
+
+@parity("processes/edm")
+def test_losses_of_edm_are_ours(account):
+    x_0, eps, raw = account.read("loss", "x_0", "noise", "F")
+    m, s = account.read("denoiser", "m", "s")
+    for case in account.json["loss"]:
+        key, given = case["key"], case["parameters"]
+        edm = case["class_name"] == "EDMLoss"
+        sigma = exact(account, f"{key}/sigma")
+        account[case["random_input"]]
+        told = np.log(sigma) / 4
+        table, rows = schedule_of(account, "edm", sigma, told)
+        weighting = "edm" if edm else "snr"
+        sigma_data = given.get("sigma_data", 0.5)
+        objective = Objective(
+            "x_0", weighting=weighting, sigma_data=sigma_data, reduction="sum"
+        )
+        weight = losses.loss_weight(table, objective, rows)
+        account.compare(f"{key}/weight", weight)
+        x_t = diffusion.q_sample(table, x_0, rows, eps)
+        account.compare(f"{key}/x_noisy", x_t)
+        level = schedules.take(table, rows, x_0.ndim).now
+        weight = weight.reshape(-1, 1, 1, 1)
+        for name in ("gauss", "tanh"):
+            m_b, s_b = (jnp.broadcast_to(a, x_0.shape) for a in (m, s))
+            D = denoised(name, m_b, s_b, level, x_t)
+            args = (lambda x, t, D=D: D), table, objective, x_0, rows
+            each = weight * (D - x_0) ** 2
+            compare_loss(account, f"{key}/{name}/", args, each, eps=eps)
+        if edm:
+            account.compare(f"{key}/precond/c_noise", table.timesteps[rows])
+            fixed = table, objective, x_0, rows
+            compare_raw_loss(account, f"{key}/precond/", raw, *fixed, eps=eps)
+
+
+def compare_raw_loss(account, key, raw, table, objective, x_0, rows, *, eps):
+    """The loss around the raw output, and its gradient by that."""
+
+    def network(raw):
+        return diffusion.precondition(
+            lambda x, t: raw, table, float(objective.sigma_data)
+        )
+
+    def loss(raw):
+        args = jax.random.key(0), network(raw), table, objective, x_0, rows
+        return losses.training_loss(*args, eps=eps).loss
+
+    x_t = diffusion.q_sample(table, x_0, rows, eps)
+    D = network(raw)(x_t, table.timesteps[rows])
+    weight = losses.loss_weight(table, objective, rows).reshape(-1, 1, 1, 1)
+    account.compare(f"{key}loss_sum", loss(raw))
+    account.compare(f"{key}loss", weight * (D - x_0) ** 2)
+    account.compare(f"{key}grad_F", jax.grad(lambda raw: loss(raw).sum())(raw))
+
+
+@parity("processes/kdiffusion_wrappers")
+def test_wrappers_of_k_diffusion_are_ours(account):
+    x_0, eps, raw = account.read("", "x_0", "noise", "F")
+    sigma = account["sigma"]
+    x_t = x_0 + jnp.asarray(sigma, x_0.dtype).reshape(-1, 1, 1, 1) * eps
+    for case in account.json["wrappers"]:
+        key = case["key"]
+        if case["class_name"] != "VDenoiser":
+            names = dict(model_input="model_input", denoised="denoised")
+            compare_preconditioned(account, key, sigma, x_t, raw, case, names=names)
+        if key in ("Denoiser_karras", "SimpleLossDenoiser"):
+            table, rows = schedule_of(account, "edm", sigma)
+            sigma_data = float(case["parameters"].get("sigma_data", 0.5))
+            # The simple loss is that of eps.
+            weighting = "edm" if key == "Denoiser_karras" else "snr"
+            objective = Objective("x_0", weighting=weighting, sigma_data=sigma_data)
+            network = diffusion.precondition(lambda x, t: raw, table, sigma_data)
+            args = jax.random.key(0), network, table, objective, x_0, rows
+            account.compare(f"{key}/loss", losses.training_loss(*args, eps=eps).loss)
+    table, rows = schedule_of(account, "vp", sigma)
+    level = schedules.take(table, rows, x_0.ndim).now
+    keys = {"VDenoiser": "v", "discrete/eps": "eps", "discrete/v": "v"}
+    for key, mean_type in keys.items():
+        account.compare(f"{key}/model_input", level.signal * x_t)
+        objective = Objective(mean_type)
+        found = diffusion.predict(table, objective, raw, level.signal * x_t, rows)
+        account.compare(f"{key}/denoised", found.x_0)
+        args = jax.random.key(0), lambda x, t: raw, table, objective, x_0, rows
+        account.compare(f"{key}/loss", losses.training_loss(*args, eps=eps).loss)
+
+
+@parity("processes/kdiffusion_wrappers")
+def test_sigmas_of_a_chain_are_those_of_k_diffusion(account):
+    betas = np.linspace(1e-4, 0.02, 1000)
+    level = schedules.tabulate(betas).now
+    sigmas = account.arrays["discrete/sigmas"]
+    account.compare(
+        "discrete/sigmas", level.noise / level.signal, tolerance=2e-4 * sigmas
+    )  # theirs from a float32 alpha_bar
+
+
+# Samplers
+
+
+@functools.partial(jax.jit, static_argnames=("name", "denoiser"))
+def frames_of(schedule, ts, num_rows, m, s, x_T, noise, eta, *, name, denoiser):
+    """The state after every step: one program for all tables and grids."""
+    step_fn = SAMPLERS[name].step
+    if SAMPLERS[name].takes_eta:
+        step_fn = functools.partial(step_fn, eta=eta)
+    denoise_fn = closed_form(denoiser, m, s, schedule)
+    with official.drawing(noise, num_rows):
+        keys = official.step_keys(len(x_T))
+        return samplers.sample_frames(
+            keys, denoise_fn, step_fn, schedule, x_T, num_frames=ROWS, ts=ts
+        )
+
+
+def compare_samples(account, case, kind, sigmas, name, x_T, *, eta=0.0, noise=None):
+    """Every step of a loop over falling sigmas, the last of which may be 0."""
+    up = np.float64(sigmas)[::-1]
+    to_data = up[0] == 0
+    up = up[1:] if to_data else up
+    table, _ = schedule_of(account, kind, up)
+    ts = np.arange(len(up) - 1, -1 if to_data else 0, -1)
+    m, s = account.read("denoiser", "m", "s")
+    noise = jnp.zeros((ROWS, *x_T.shape), x_T.dtype) if noise is None else noise
+    frames = frames_of(
+        schedules.pad(table, ROWS),
+        jnp.asarray(np.pad(ts, (ROWS - len(ts), 0), constant_values=-1), jnp.int32),
+        jnp.int32(len(up)),
+        *(m, s, x_T, noise, jnp.asarray(eta, x_T.dtype)),
+        name=name,
+        denoiser=case["denoiser"],
+    )
+    account.compare(f"{case['key']}/samples", frames.x[-len(ts) :])
+    if (called := f"{case['key']}/model_sigma") in account.arrays:
+        sigma = np.asarray(table.now.noise)[ts]
+        account.compare(called, sigma, tolerance=1e-5 * up.max())
+
+
+@parity("processes/kdiffusion", slow=["float64"])
+def test_samplers_of_k_diffusion_are_ours_at_every_step(account):
+    (unit,) = account.read("", "x_T_unit")
+    (noise,) = account.read("", "noise")
+    ours = {"euler": "ddim", "euler_ancestral": "ddim", "dpmpp_2m": "dpmpp_2m"}
+    for case in account.json["samplers"]:
+        family, *_, options = case["key"].split("/")
+        eta = case["parameters"].get("eta", 1.0) if "ancestral" in family else 0.0
+        if family not in ours or eta > 1 or (family == "euler" and options != "churn0"):
+            continue
+        sigmas = account[case["grid"]]
+        x_T = unit * jnp.asarray(sigmas[0], unit.dtype)
+        drawn = case["parameters"].get("s_noise", 1.0) * noise
+        args = account, case, "edm", sigmas, ours[family], x_T
+        compare_samples(*args, eta=float(eta), noise=drawn)
+
+
+@parity("processes/kdiffusion")
+def test_the_ancestral_step_of_k_diffusion_is_ddims(account):
+    """Of sigma to sigma: how much of eps is kept, and how much is drawn."""
+    high, low = account["ancestral/sigma_from"], account["ancestral/sigma_to"]
+    ones = jnp.ones((2, 1, 1, 1), float if account.double else jnp.float32)
+    for eta in account.json["ancestral"]["etas"]:
+        if eta > 1:
+            continue
+        kept, drawn = [], []
+        for a, b in zip(high, low, strict=True):
+            sigmas = [a] if b == 0 else [b, a]
+            table, _ = schedule_of(account, "edm", np.array(sigmas))
+            x = a * jnp.array([1.0, 0.0], ones.dtype).reshape(2, 1, 1, 1)
+            t = jnp.full(2, len(sigmas) - 1, jnp.int32)
+            unit = jnp.array([0.0, 1.0], ones.dtype).reshape(1, 2, 1, 1, 1)
+            with official.drawing(unit, len(sigmas)):
+                state = samplers.ddim_step(
+                    official.step_keys(2),
+                    lambda x, t: Prediction(0 * x, 0 * x),
+                    table,
+                    samplers.start(x),
+                    t,
+                    eta=float(eta),
+                )
+            kept.append(state.x[0, 0, 0, 0])
+            drawn.append(state.x[1, 0, 0, 0])
+        account.compare(f"ancestral/eta{eta}/sigma_down", np.array(kept))
+        account.compare(f"ancestral/eta{eta}/sigma_up", np.array(drawn))
+
+
+@parity("processes/flow_diffusers", slow=["float64"])
+def test_flow_match_euler_of_diffusers_is_ddim_without_noise(account):
+    (x_T,) = account.read("", "x_T")
+    for case in account.json["flow_euler"]:
+        if case["denoiser"] is None or case["num_draws"]:
+            continue
+        exact(account, f"{case['key']}/timesteps")
+        sigmas = exact(account, f"{case['key']}/sigmas")
+        compare_samples(account, case, "flow", sigmas, "ddim", x_T)
+
+
+@parity("processes/flow_diffusers")
+def test_scale_noise_of_diffusers_is_the_forward_process(account):
+    x_0, eps = account.read("scale_noise", "x_0", "eps")
+    account["scale_noise/index"]
+    exact(account, "scale_noise/timesteps")
+    table, rows = schedule_of(account, "flow", exact(account, "scale_noise/sigmas"))
+    account.compare("scale_noise/out", diffusion.q_sample(table, x_0, rows, eps))
+
+
+@parity("processes/multistep_diffusers", slow=["float64"])
+def test_solvers_of_diffusers_are_ours_on_their_levels(account):
+    (x_T, noise) = account.read("", "x_T", "noise")
+    groups = ("dpmsolver_ode", "dpmsolver_sde", "deis")
+    for case in (case for name in groups for case in account.json[name]):
+        if (name := our_solver(case)) is None:
+            continue
+        exact(account, f"{case['key']}/timesteps")
+        sigmas = exact(account, f"{case['key']}/sigmas")
+        kind = "flow" if case["config"]["use_flow_sigmas"] else "vp"
+        eta = 1.0 if case["num_draws"] else 0.0
+        args = account, case, kind, sigmas, name, x_T
+        compare_samples(*args, eta=eta, noise=noise)
+
+
+def our_solver(case):
+    """The name of our sampler for a scheduler's case, or None."""
+    config, order = case["config"], case["config"]["solver_order"]
+    kinds = {"dpmsolver++": 0, "sde-dpmsolver++": 1, "deis": 0}
+    if config["algorithm_type"] not in kinds or order > 2:
+        return None
+    if order == 1:
+        return "ddim"
+    midpoint = config["solver_type"] == "midpoint"
+    plain = config["algorithm_type"] == "dpmsolver++"
+    return "dpmpp_2m" if midpoint and plain else None
+
+
+@parity("processes/edm_sampling", slow=["float64"])
+def test_eulers_method_of_the_ablation_is_ddim_where_time_is_sigma(account):
+    (x_T,) = account.read("", "x_T")
+    for case in account.json["ablation_sampler"]:
+        given = case["parameters"]
+        time_is_sigma = given.get("schedule", "linear") == "linear"
+        time_is_sigma = time_is_sigma and given.get("scaling", "none") == "none"
+        if time_is_sigma and given.get("solver") == "euler":
+            sigmas = account[f"{case['key']}/t_steps"]
+            first = jnp.asarray(sigmas[0], x_T.dtype)
+            compare_samples(account, case, "edm", sigmas, "ddim", first * x_T)
+
+
+@parity("processes/flow", slow=["float64"])
+def test_eulers_method_of_flow_matching_is_ddim_without_noise(account):
+    (x_T,) = account.read("ode", "x_init")
+    for case in account.json["ode"]:
+        if case["method"] == "euler":
+            sigmas = 1 - np.float64(account[case["grid"]])
+            sigmas[-1] = max(sigmas[-1], 0.0)
+            compare_samples(account, case, "flow", sigmas, "ddim", x_T)
+
+
+# Guidance
+
+
+@parity("processes/guidance")
+def test_classifier_free_guidance_of_diffusers_is_ours(account):
+    cond, uncond = account.read("", "cond", "uncond")
+    num_steps, b = cond.shape[:2]
+    label, t = jnp.ones(b, jnp.int32), jnp.zeros(b, jnp.int32)
+    cases = [*account.json["cfg"]]
+    for key in account.json["rescale"]:  # of uncond, to the spread of cond
+        given = {"guidance_rescale": key["guidance_rescale"], "guidance_scale": 0.0}
+        cases.append({"key": key["key"], "parameters": given})
+    for case in cases:
+        given, results = case["parameters"], []
+        for k in range(num_steps):
+            both = jnp.stack([cond[k], uncond[k]], axis=1)
+            both = both.reshape(2 * b, *cond.shape[2:])
+            original = given.get("use_original_formulation", False)
+            scale = given["guidance_scale"] + original
+            first, last = (
+                int(given.get(name, default) * num_steps)
+                for name, default in (("start", 0.0), ("stop", 1.0))
+            )
+            if not first <= k < last:
+                scale = 1.0
+            guided = guidance.classifier_free(
+                lambda x, t, *, label, both=both: Prediction(both, jnp.zeros((1,) * 4)),
+                *(label, 0, float(scale)),
+                rescale=float(given["guidance_rescale"]),
+            )
+            results.append(guided(cond[k], t).x_0)
+        account.compare(case["key"], jnp.stack(results))
+
+
+# VDM
+
+
+def vdm_schedule(account, gamma):
+    make = schedules.tabulate_levels if account.double else schedules.from_levels
+    levels = schedules.log_snr_levels(-np.sort(np.float64(gamma)))
+    return jax.tree.map(jnp.asarray, make(*levels))
+
+
+@parity("processes/vdm")
+def test_levels_and_noised_data_of_vdm_are_ours(account):
+    (eps,) = account.read("", "eps")
+    f = jnp.asarray(exact(account, "f"), eps.dtype)
+    gamma = -9.0 + 14.0 * np.float64(account["t"])
+    table = vdm_schedule(account, gamma)
+    rows = jnp.asarray(np.argsort(np.argsort(gamma)), jnp.int32)
+    level = schedules.take(table, rows, 1).now
+    account.compare("gamma", -level.log_snr)
+    account.compare("alpha2", level.signal**2)
+    account.compare("sigma2", level.noise**2)
+    account.compare("z_t", diffusion.q_sample(table, f, rows, eps))
+
+
+@parity("processes/vdm")
+def test_the_loss_of_vdm_in_discrete_time_is_ours(account):
+    """Of the terms between levels; the decoder is another one."""
+    (eps,) = account.read("", "eps")
+    f = jnp.asarray(exact(account, "f"), eps.dtype)
+    gamma = np.linspace(-9, 5, 51)
+    table = vdm_schedule(account, gamma)
+    rows = jnp.asarray(np.ceil(np.float64(account["t"]) * 50), jnp.int32)
+
+    def eps_hat(z, timesteps):  # told the log-SNR, -gamma
+        scale = jnp.sqrt(jax.nn.sigmoid(-timesteps))
+        return 0.9 * z * scale[:, None] + 0.05
+
+    objective = Objective("eps", weighting="vdm")
+    args = jax.random.key(0), eps_hat, table, objective, f, rows
+    bits = losses.training_loss(*args, eps=eps).loss
+    # A mean over 51 rows with the decoder's, theirs over 50 terms.
+    account.compare("loss/T50/diff", jnp.mean(bits, keepdims=True) * 50 / 51)
+
+
+@parity("processes/vdm", slow=["float64"])
+def test_sampling_of_vdm_is_ancestral_sampling_on_its_levels(account):
+    z_1, noise = account.read("sample", "z_1", "noise")
+    table = vdm_schedule(account, np.linspace(-9, 5, 9))
+
+    def eps_hat(z, timesteps):
+        return 0.9 * z * jnp.sqrt(jax.nn.sigmoid(-timesteps))[:, None] + 0.05
+
+    objective = Objective("eps", var_type="fixed_small")
+    denoise_fn = diffusion.denoiser(eps_hat, table, objective)
+    with official.drawing(noise, 9):
+        keys, ts = official.step_keys(len(z_1)), jnp.arange(8, 0, -1)
+        frames = samplers.sample_frames(
+            keys, denoise_fn, samplers.ddpm_step, table, z_1, num_frames=8, ts=ts
+        )
+    account.compare("sample/z", frames.x)
+
+
+# The sum of it all
+
+REST = {  # why an array is not compared, by the file's name and what its key matches
+    "not begun: other solvers (churn, 2S, SDE, 3M, UniPC)": {
+        "edm_sampling": r"edm_sampler/.*(samples|model_sigma)|ablation_sampler/.*/heun|"
+        "ablation_sampler/(alpha|vp_churn|iddpm_net)|noise$",
+        "edm2": "sampler/.*(samples|model_sigma)|noise$|x_T$|denoiser/",
+        "kdiffusion": "(dpm|heun|euler/.*/churn(_window)?/)",
+        "multistep_diffusers": "unipc/|dpmsolver_sde/|dpmsolver_ode/pp_order3",
+        "flow_diffusers": "flow_heun/",
+    },
+    "not begun: real times, and how training draws them": {
+        "edm": "precond/vp.*(/t$|sigma_of_t|t_of_sigma)",
+        "kdiffusion_wrappers": "sigma_sampling/|VDenoiser/t_to_sigma|discrete/(t$|t_to|"
+        "sigma_to_t|get_sigmas)",
+        "flow_diffusers": "training/",
+        "conversions": "(vp_t|v_t|cosine_t|fm_vp_t|vp_sigma_back|v_sigma_back)",
+        "vdm": "loss/T0/",
+    },
+    "not begun: a loss with learned uncertainty; learning rates of EDM2": {
+        "edm2": "loss/|lr/",
+    },
+    "not begun: autoguidance, projected guidance, CFG-Zero*": {
+        "guidance": "apg/|autoguidance/|cfg_zero_star/",
+    },
+    "not begun: the density of data that are not images": {
+        "kdiffusion_wrappers": "likelihood/|denoiser/",
+        "flow": "likelihood/",
+    },
+    "other: eta above 1": {
+        "kdiffusion": "(ancestral|euler_ancestral/tanh/karras)/eta3"
+    },
+    "other: solvers that the issue does not ask for": {
+        "kdiffusion": "lms/",
+        "multistep_diffusers": "deis/",
+        "flow": "ode/.*(midpoint|heun|rk4)|ode/step_size|ode/grid/short",
+    },
+    "other: Euler's method in a time that is not sigma": {
+        "edm_sampling": "ablation_sampler/(vp_vp_vp|ve_ve|edm_vp_vp|edm_ve)/euler",
+        "flow": "ode/.*/model_t",
+    },
+    "other: grids that are given to from_levels": {
+        "edm_sampling": "grid/",
+        "kdiffusion": "sigmas/(exponential|polyexponential|vp)",
+        "flow_diffusers": "flow_euler/inverted_grid",
+        "multistep_diffusers": "base_betas/",
+    },
+    "other: what eps-networks of EDM's code are told, their rounded sigmas; factors "
+    "that follow from x_in and D": {
+        "edm": "precond/(vp|ve|iddpm)|loss/(vp|ve)",
+        "edm_sampling": "edm_sampler/tanh/iddpm_rounding",
+        "kdiffusion_wrappers": "VDenoiser/c_|.*/model_(cond|t)|discrete/(t|alphas)",
+    },
+    "other: a weighting of another code": {
+        "kdiffusion_wrappers": "Denoiser_(snr|soft_min_snr)/(loss|weight)|.*/weight",
+    },
+    "other: all noise is renewed": {"flow_diffusers": "flow_euler/stochastic|noise$"},
+    "other: velocities in another time, paths with extra noise": {
+        "flow": "path/.*(d_alpha|d_sigma|u_t|snr_inverse|velocity)|torchcfm/"
+    },
+    "other: a decoder of another kind; x_pred is wrong in the notebook": {
+        "vdm": "data_logprob|loss/T50/(latent|loss|recon)|sample/x_pred|x$|x_|eps_0"
+    },
+}
+
+
+@pytest.mark.slow  # as it fills all accounts
+def test_every_array_is_compared_or_an_input_or_its_reason_is_told():
+    reasons = set()
+    for path in PROCESSES:
+        file = path.removesuffix(".npz")
+        account, name = total(file), file.removeprefix("processes/")
+        for key in names_in(file) - account.ratios.keys() - account.inputs:
+            told = [
+                reason
+                for reason, patterns in REST.items()
+                if name in patterns and re.match(patterns[name], key)
+            ]
+            assert told, f"{path}: {key}"
+            reasons.update(told[:1])
+    assert reasons == REST.keys()
