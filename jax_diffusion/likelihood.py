@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, Key
 from jax_diffusion import checks, diffusion, losses, samplers
 from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn
-from jax_diffusion.schedules import NoiseSchedule, check_schedule
+from jax_diffusion.schedules import NoiseSchedule, check_chain
 
 LOG_2 = np.log(2.0).item()  # plain numbers leave float32 as it is
 BINS = 127.5  # how many values of 8-bit data fall into an interval of length 1
@@ -90,7 +90,7 @@ def prior_bpd(schedule: NoiseSchedule, x_0: Float[Array, "b *d"]) -> Float[Array
     >>> bool(prior_bpd(schedule, jnp.ones((1, 3)))[0] < 0.01)
     True
     """
-    check_schedule(schedule)
+    check_chain(schedule)
     checks.data("x_0", x_0, ("b", ...))
     last = jnp.sum(schedule.visited, dtype=jnp.int32) - 1
     last = jnp.broadcast_to(last, x_0.shape[:1])
@@ -283,7 +283,7 @@ def ode_bits_per_dim(
 def _keys_of(key, denoise_fn, schedule, x_0):
     """One key for each image, once the arguments of a likelihood fit each other."""
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
-    check_schedule(schedule)
+    check_chain(schedule)
     diffusion.check_schedule_of(denoise_fn, schedule)
     checks.data("x_0", x_0, ("b", ...))
     if np.ndim(key):

@@ -23,6 +23,7 @@ from jax_diffusion.diffusion import Objective, Prediction
 from jax_diffusion.schedules import (
     NoiseSchedule,
     check_batch,
+    check_chain,
     check_rows,
     num_visited,
     take,
@@ -204,6 +205,7 @@ def loss_weight(
         case "sigmoid":
             weight = snr * jax.nn.sigmoid(objective.sigmoid_bias - c.now.log_snr)
         case "vdm":
+            check_chain(schedule)
             fall = jnp.where(c.prev.noise > 0, jnp.exp(c.prev.log_snr) - snr, 0.0)
             weight = schedule.num_steps * fall / (2 * np.log(2.0).item())
     # || output error ||^2 is so many times || x_0 error ||^2.

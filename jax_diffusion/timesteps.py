@@ -7,6 +7,12 @@
 
 Whatever the sampler, the mean of weight * loss(t) is an unbiased estimate of the mean
 loss over uniform t. The state is a pytree of arrays, a part of the train state.
+
+In continuous time, levels are drawn instead of rows: quantiles of a distribution at the
+even u of `low_discrepancy`, and `schedules.schedule_at` is the table of a batch:
+
+    s = logit_normal(low_discrepancy(key, batch_size))
+    schedule = schedules.schedule_at(schedules.time_levels(s))
 """
 
 from collections.abc import Callable
@@ -15,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from jax_diffusion import checks
 from jax_diffusion.checks import placement
@@ -174,6 +180,75 @@ def loss_second_moment(
         return jax.lax.scan(push, state, placement.everywhere((t, loss)))[0]
 
     return TimestepSampler(init, sample, update)
+
+
+def low_discrepancy(key: Key[Array, ""], batch_size: int) -> Float[Array, "b"]:
+    """Draws uniform u in (0, 1), one in each of b equal parts (Kingma et al. 2021).
+
+    One random shift moves all of them. Each is uniform, and a batch covers all levels.
+
+    Args:
+        key: for the shift.
+        batch_size: b.
+
+    Returns:
+        float32 [b].
+
+    Raises:
+        ValueError: unless key is a typed key, and batch_size an integer >= 1.
+
+    >>> u = low_discrepancy(jax.random.key(0), 4)
+    >>> sorted((u * 4).astype(int).tolist())
+    [0, 1, 2, 3]
+    """
+    _check_draw(key, batch_size)
+    shift = jax.random.uniform(key, (), jnp.float32)
+    even = jnp.asarray(np.arange(batch_size) / batch_size, jnp.float32)
+    tiny = 2.0**-24
+    return jnp.clip((even + shift) % 1.0, tiny, 1 - tiny)
+
+
+def logit_normal(
+    u: Float[Array, "b"], *, mean: float = 0.0, std: float = 1.0
+) -> Float[Array, "b"]:
+    """Times s of a flow, whose log(s / (1 - s)) is normal (Esser et al. 2024).
+
+    Args:
+        u: [b], uniform in (0, 1).
+        mean, std: of the logit, std > 0.
+
+    Returns:
+        Quantiles [b], in (0, 1).
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    return jax.nn.sigmoid(_normal_quantile(u, mean, std))
+
+
+def log_normal(
+    u: Float[Array, "b"], *, mean: float = -1.2, std: float = 1.2
+) -> Float[Array, "b"]:
+    """EDM's sigma, whose logarithm is normal (Karras et al. 2022, table 1).
+
+    Args:
+        u: [b], uniform in (0, 1).
+        mean, std: of log(sigma), std > 0; those of EDM2 are -0.4 and 1.
+
+    Returns:
+        Quantiles [b], > 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    return jnp.exp(_normal_quantile(u, mean, std))
+
+
+def _normal_quantile(u, mean, std):
+    checks.array("u", u, "float", ("b",))
+    checks.number("mean", mean)
+    checks.number("std", std, above=0)
+    return mean + std * jax.scipy.special.ndtri(u)
 
 
 def check_results(sampler: Any) -> TimestepSampler:

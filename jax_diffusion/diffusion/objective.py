@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jax_diffusion import checks
-from jax_diffusion.schedules import NoiseSchedule, check_schedule
+from jax_diffusion.schedules import NoiseSchedule, check_chain, check_schedule
 
 MeanType = Literal["eps", "x_0", "v", "flow", "mu"]
 VarType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
@@ -102,12 +102,14 @@ class Objective:
 def check_signal(schedule: NoiseSchedule, objective: Objective) -> None:
     """Raises ValueError where the `objective`'s output does not determine x_0.
 
-    That is eps on a `schedule` that ends in zero signal, and v on one whose
-    signal^2 + noise^2 is not 1. They must be such objects, too. A traced schedule has
-    no values to check, and passes.
+    That is eps on a `schedule` that ends in zero signal, v on one whose
+    signal^2 + noise^2 is not 1, and mu, or a learned variance, where there is no chain.
+    They must be such objects, too. A traced schedule has no values to check.
     """
     check_schedule(schedule)
     check_objective(objective)
+    if objective.mean_type == "mu" or objective.learns_variance:
+        check_chain(schedule)
     signal, noise, _ = schedule.now
     if not checks.known(signal):
         return

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_diffusion.schedules import NoiseSchedule, check_batch, take
+from jax_diffusion.schedules import NoiseSchedule, check_batch, check_chain, take
 
 
 def q_sample(
@@ -74,6 +74,7 @@ def q_posterior(
     Raises:
         ValueError: unless schedule, data and t fit each other.
     """
+    check_chain(schedule)
     check_batch(schedule, t, x_0=x_0, x_t=x_t)
     c = take(schedule, t, x_t.ndim)
     return c.posterior_x_0 * x_0 + c.posterior_x_t * x_t, c.posterior_log_var

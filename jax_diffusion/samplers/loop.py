@@ -12,7 +12,7 @@ from jax_diffusion import checks
 from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn, check_schedule_of
 from jax_diffusion.samplers.noise import keys_of_step
-from jax_diffusion.schedules import NoiseSchedule, check_batch, check_schedule
+from jax_diffusion.schedules import NoiseSchedule, check_batch, check_chain
 
 
 class SampleState(NamedTuple):
@@ -164,7 +164,7 @@ def sample_frames(
     """
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     checks.function("step_fn", step_fn, STEP_ARGUMENTS)
-    check_schedule(schedule)
+    check_chain(schedule)
     check_schedule_of(denoise_fn, schedule)
     first = first_state(x_T, state)
     checks.keys("keys", keys, first.x.shape[0])
@@ -339,6 +339,7 @@ def check_step_arguments(
     """
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     check_fields(state)
+    check_chain(schedule)
     check_batch(schedule, t, **{"state.x": state.x})
     check_schedule_of(denoise_fn, schedule)
     checks.keys("keys", keys, state.x.shape[0])

@@ -10,7 +10,12 @@ from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.samplers.loop import StepFn, sample
 from jax_diffusion.samplers.noise import fold_in, image_keys, normal
 from jax_diffusion.samplers.steps import ddim_inversion_step
-from jax_diffusion.schedules import NoiseSchedule, check_schedule, check_step
+from jax_diffusion.schedules import (
+    NoiseSchedule,
+    check_chain,
+    check_schedule,
+    check_step,
+)
 
 
 def pure_noise(
@@ -38,7 +43,7 @@ def pure_noise(
     >>> (pure_noise(keys, schedule, (3,)) / normal(keys, (3,))).round(3)[0].tolist()
     [80.0, 80.0, 80.0]
     """
-    check_schedule(schedule)
+    check_chain(schedule)
     return schedule.next.noise[-1] * normal(keys, shape)
 
 

@@ -3,13 +3,15 @@
     levels = flow_levels(50, shift=3.0)     signal, noise and what the network is told
     schedule = from_levels(*levels)         what the rest of the package reads
 
-Each function returns `Levels`, whose rows go from the least noise to the most. To add a
-process: write such a function here, and give it a row in `LEVELS`.
+Each function of a number of steps returns `Levels` whose rows go from the least noise
+to the most. To add a process: write such a function here, and give it a row in
+`LEVELS`. Three processes are functions of a real number: `sigma_levels`, `time_levels`
+and `log_snr_levels`. `schedule_at` makes a table of any of their levels, to train on.
 """
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ import numpy as np
 from jax_diffusion import checks
 from jax_diffusion.schedules.betas import MAX_STEPS
 from jax_diffusion.schedules.noise_schedule import (
+    Level,
     NoiseSchedule,
     check_finite,
     table_of_squares,
@@ -28,13 +31,13 @@ class Levels(NamedTuple):
     """Noise levels x = signal x_0 + noise eps, and what a network is told of them.
 
     Attributes:
-        signal, noise: float64 [T].
-        timesteps: float64 [T], what the network gets in the place of a step's number.
+        signal, noise: [T]; float64 on the host, or arrays of JAX.
+        timesteps: [T], what the network gets in the place of a step's number.
     """
 
-    signal: np.ndarray
-    noise: np.ndarray
-    timesteps: np.ndarray
+    signal: Any
+    noise: Any
+    timesteps: Any
 
 
 def from_levels(
@@ -110,6 +113,65 @@ def tabulate_levels(
     return table
 
 
+def schedule_at(levels: Levels) -> NoiseSchedule:
+    """The table of levels in any order, as they are drawn to train at real times.
+
+    One row for each image of a batch, t = jnp.arange(b), and all that reads the level
+    of a row works on it: `diffusion.q_sample`, `losses.training_loss`, `denoiser`. No
+    chain leads through these rows: what needs one, as mu, a variance, the bound and
+    every sampler, is refused. Call it within `jax.jit`.
+
+    Args:
+        levels: JAX arrays [b].
+
+    Returns:
+        NoiseSchedule of float32 arrays [b].
+
+    Raises:
+        ValueError: unless these are float arrays of one shape.
+
+    >>> schedule = schedule_at(time_levels(jnp.array([0.75, 0.25])))
+    >>> schedule.now.noise.tolist(), schedule.timesteps.tolist()
+    ([0.75, 0.25], [750.0, 250.0])
+    """
+    checks.array("signal", levels.signal, "float", ("b",))
+    for name in ("noise", "timesteps"):
+        checks.array(name, getattr(levels, name), "float", levels.signal.shape)
+    signal, noise, told = (jnp.asarray(a, jnp.float32) for a in levels)
+    none = jnp.full_like(signal, jnp.nan)
+    now = Level(signal, noise, 2 * (jnp.log(signal) - jnp.log(noise)))
+    no_level = Level(*(None,) * 3)  # which `check_chain` looks for
+    chain = none, now, no_level, no_level, none, none, none
+    return NoiseSchedule(*chain, told, jnp.ones_like(none))
+
+
+def sigma_levels(sigma: Any) -> Levels:
+    """EDM's process: signal 1 and noise sigma [T]; the network is told log(sigma) / 4.
+
+    `sigma` is an array > 0, of NumPy or of JAX.
+    """
+    xp = jnp if isinstance(sigma, jax.Array) else np
+    return Levels(xp.ones_like(sigma), sigma, xp.log(sigma) / 4)
+
+
+def time_levels(s: Any) -> Levels:
+    """A rectified flow: signal 1 - s and noise s [T]; the network is told 1000 s.
+
+    `s` is an array in [0, 1], of NumPy or of JAX.
+    """
+    return Levels(1 - s, s, 1000 * s)
+
+
+def log_snr_levels(log_snr: Any) -> Levels:
+    """Variance-preserving levels of these log-SNRs [T], which the network is told.
+
+    `log_snr` is an array of NumPy or of JAX.
+    """
+    xp = jnp if isinstance(log_snr, jax.Array) else np
+    one, ratio = xp.ones_like(log_snr), xp.exp(-log_snr / 2)  # of noise to signal
+    return Levels(1 / xp.hypot(one, ratio), 1 / xp.hypot(one, 1 / ratio), log_snr)
+
+
 def edm_levels(
     num_steps: int,
     *,
@@ -140,7 +202,7 @@ def edm_levels(
     sigma = np.linspace(*ends, num_steps) ** rho if num_steps > 1 else [sigma_max]
     sigma = np.asarray(sigma, np.float64)
     sigma[-1] = sigma_max  # not a root's power
-    return Levels(np.ones(num_steps), sigma, np.log(sigma) / 4)
+    return sigma_levels(sigma)
 
 
 def flow_levels(num_steps: int, *, shift: float = 1.0) -> Levels:
@@ -161,8 +223,7 @@ def flow_levels(num_steps: int, *, shift: float = 1.0) -> Levels:
     [0.5, 0.75, 0.9, 1.0]
     """
     _check(num_steps)
-    s = _shifted(np.arange(1, num_steps + 1) / num_steps, shift)
-    return Levels(1 - s, s, 1000 * s)
+    return time_levels(_shifted(np.arange(1, num_steps + 1) / num_steps, shift))
 
 
 def logit_normal_levels(
@@ -185,8 +246,7 @@ def logit_normal_levels(
     checks.number("std", std, above=0)
     normal = statistics.NormalDist(mean, std)
     logits = np.array([normal.inv_cdf(u) for u in _middles(num_steps)])
-    s = _shifted(1 / (1 + np.exp(-logits)), shift)
-    return Levels(1 - s, s, 1000 * s)
+    return time_levels(_shifted(1 / (1 + np.exp(-logits)), shift))
 
 
 def cosine_levels(
@@ -257,19 +317,6 @@ def vdm_levels(
     checks.number("log_snr_max", log_snr_max, above=log_snr_min)
     ends = (log_snr_max, log_snr_min) if num_steps > 1 else (log_snr_min, log_snr_min)
     return log_snr_levels(np.linspace(*ends, num_steps))
-
-
-def log_snr_levels(log_snr: np.ndarray) -> Levels:
-    """Variance-preserving levels of these log-SNRs, which the network is told.
-
-    `log_snr` is float64 [T], falling.
-
-    Raises:
-        ValueError: unless it is such a vector.
-    """
-    log_snr = checks.vector("log_snr", log_snr)
-    root = np.exp(log_snr / 2)  # signal / noise
-    return Levels(root / np.hypot(1, root), 1 / np.hypot(1, root), log_snr)
 
 
 LEVELS: dict[str, Callable[..., Levels]] = {

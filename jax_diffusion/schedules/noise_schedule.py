@@ -321,6 +321,16 @@ def check_schedule(schedule: Any) -> None:
         raise ValueError(f"schedule must have arrays [T], got {got}.")
 
 
+def check_chain(schedule: NoiseSchedule) -> None:
+    """Raises ValueError if the `schedule` is of levels that no step leads through."""
+    check_schedule(schedule)
+    if schedule.prev.signal is None:
+        raise ValueError(
+            "schedule must be a chain, as make_schedule and from_levels make it, got "
+            "levels of schedule_at, between which there are no steps."
+        )
+
+
 def check_rows(schedule: NoiseSchedule, t: Any, name: str = "t") -> None:
     """Raises ValueError unless `t` are numbers of rows of the `schedule`.
 

@@ -21,6 +21,7 @@ from jax_diffusion import (
     losses,
     samplers,
     schedules,
+    timesteps,
 )
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.samplers import SAMPLERS
@@ -591,3 +592,96 @@ def test_the_prior_term_is_the_divergence_from_pure_noise(kind):
     var = (noise[-1] / start) ** 2
     kl = 0.5 * (var + (signal[-1] * 0.8 / start) ** 2 - 1 - np.log(var))
     np.testing.assert_allclose(found, kl / np.log(2), rtol=1e-4, atol=1e-7)
+
+
+# Real times
+
+
+def test_a_low_discrepancy_batch_covers_every_part_and_is_uniform():
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(500))
+    u = np.asarray(jax.vmap(lambda key: timesteps.low_discrepancy(key, 8))(keys))
+    np.testing.assert_array_equal(np.sort(np.floor(u * 8), axis=1), [range(8)] * 500)
+    assert_moments(u[:, 3], 0.5, 1 / 12)
+
+
+def test_times_are_quantiles_of_their_distribution():
+    u = jnp.linspace(0.01, 0.99, 99)
+    s = np.asarray(timesteps.logit_normal(u, mean=0.4, std=1.3), np.float64)
+    places = oracles.normal_cdf((np.log(s / (1 - s)) - 0.4) / 1.3)
+    np.testing.assert_allclose(places, u, atol=1e-5)
+    sigma = np.asarray(timesteps.log_normal(u), np.float64)
+    places = oracles.normal_cdf((np.log(sigma) + 1.2) / 1.2)
+    np.testing.assert_allclose(places, u, atol=1e-5)
+
+
+AT = {
+    "edm": (schedules.sigma_levels, lambda r: r),
+    "flow": (schedules.time_levels, lambda r: r / (1 + r)),
+    "vp": (schedules.log_snr_levels, lambda r: -2 * np.log(r)),
+}
+
+
+@pytest.mark.parametrize("mean_type", ["eps", "x_0", "flow"])
+@every_process
+def test_a_loss_at_real_times_is_that_of_a_table_of_the_same_levels(kind, mean_type):
+    levels_of, number_of = AT[kind]
+    mixed = np.random.default_rng(0).permutation(12)
+    levels = levels_of(jnp.float32(number_of(RATIOS[mixed])))
+    signal, noise = processes.levels(kind, RATIOS)
+    told = levels_of(number_of(RATIOS)).timesteps
+    table = processes.schedule_of(signal, noise, told)
+    x_0, eps = 0.5 * normal(0, 12, 6), normal(1, 12, 6)
+    objective = Objective(mean_type, weighting="edm")
+
+    @jax.jit
+    def loss(schedule, t):
+        def model_fn(x, timesteps):
+            return jnp.tanh(x) + 0.1 * timesteps[:, None]
+
+        args = jax.random.key(0), model_fn, schedule, objective, x_0, t
+        return losses.training_loss(*args, eps=eps).loss
+
+    t = jnp.asarray(mixed, jnp.int32)
+    at = jax.jit(schedules.schedule_at)(levels)
+    found = loss(at, jnp.arange(12, dtype=jnp.int32))
+    np.testing.assert_allclose(found, loss(table, t), rtol=1e-4)
+
+
+def test_edm_trains_at_real_times_with_its_preconditioning():
+    """The whole of it, jitted: sigma drawn, the loss of F a plain squared error."""
+
+    @jax.jit
+    def step(key):
+        sigma = timesteps.log_normal(timesteps.low_discrepancy(key, 64))
+        schedule = schedules.schedule_at(schedules.sigma_levels(sigma))
+        network = diffusion.precondition(lambda x, t: jnp.zeros_like(x), schedule)
+        objective, t = Objective("x_0", weighting="edm"), jnp.arange(64)
+        args = key, network, schedule, objective, 0.5 * normal(0, 64, 200), t
+        return losses.training_loss(*args).loss
+
+    loss = np.asarray(step(jax.random.key(0)))  # the target's variance is 1
+    assert_mean(loss, 1.0)
+
+
+def test_what_needs_a_chain_is_refused_at_real_times():
+    schedule = schedules.schedule_at(schedules.time_levels(jnp.array([0.2, 0.7])))
+    x, t, keys = jnp.zeros((2, 3)), jnp.arange(2), KEYS[:2]
+
+    def denoise_fn(x_t, t):
+        return diffusion.Prediction(x_t, jnp.zeros((1, 1)))
+
+    learned = Objective(var_type="learned", loss="hybrid")
+    calls = [
+        lambda: samplers.sample(keys, denoise_fn, samplers.ddim_step, schedule, x),
+        lambda: samplers.pure_noise(keys, schedule, (3,)),
+        lambda: diffusion.check_signal(schedule, Objective("mu")),
+        lambda: diffusion.denoiser(lambda x, t: x, schedule, learned),
+        lambda: diffusion.q_posterior(schedule, x, x, t),
+        lambda: losses.loss_weight(schedule, Objective(weighting="vdm"), t),
+        lambda: likelihood.bits_per_dim(keys, denoise_fn, schedule, x),
+        lambda: likelihood.ode_bits_per_dim(keys, denoise_fn, schedule, x),
+        lambda: likelihood.prior_bpd(schedule, x),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="schedule must be a chain, as make_sch"):
+            call()
