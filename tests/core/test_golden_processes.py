@@ -6,6 +6,7 @@ other array why not. See test_golden.py for the chains of betas.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,16 @@ import numpy as np
 import pytest
 from golden import official
 from golden.account import PROCESSES, names_in, parity, total
+from support import oracles
 
-from jax_diffusion import diffusion, guidance, losses, samplers, schedules
+from jax_diffusion import (
+    diffusion,
+    guidance,
+    losses,
+    samplers,
+    schedules,
+    timesteps,
+)
 from jax_diffusion.diffusion import Objective, Prediction
 from jax_diffusion.samplers import SAMPLERS
 
@@ -133,6 +142,61 @@ def test_noised_images_and_v_are_the_official_ones(account):
     account.compare("ddpm/x_t", x_t)
     v = diffusion.target(table, Objective("v"), x_0, x_t, rows, eps)
     account.compare("ddpm/v", v)
+
+
+# Real times
+
+
+def normal_places(account, key):
+    """u of draws from the normal distribution, as float32 or in double."""
+    u = oracles.normal_cdf(account[key])
+    return jnp.asarray(u, float if account.double else jnp.float32)
+
+
+@parity("processes/edm")
+def test_sigmas_that_edm_trains_on_are_our_quantiles(account):
+    for case in account.json["loss"]:
+        if case["class_name"] == "EDMLoss":
+            given = case["parameters"]
+            u = normal_places(account, case["random_input"])
+            sigma = timesteps.log_normal(u, mean=given["P_mean"], std=given["P_std"])
+            compare_rounded(account, f"{case['key']}/sigma", sigma)
+
+
+@parity("processes/edm2")
+def test_sigmas_that_edm2_trains_on_are_our_quantiles(account):
+    for case in account.json["loss"]:
+        given = case["parameters"]
+        u = normal_places(account, case["random_input"])
+        sigma = timesteps.log_normal(u, mean=given["P_mean"], std=given["P_std"])
+        compare_rounded(account, f"{case['key']}/sigma", sigma)
+
+
+@parity("processes/flow_diffusers")
+def test_times_that_a_flow_trains_on_are_our_quantiles(account):
+    for case in account.json["training"]:
+        given = case["parameters"]
+        if given["weighting_scheme"] == "logit_normal":
+            mean, std = given["logit_mean"], given["logit_std"]
+            u = normal_places(account, "training/normal")
+            s = timesteps.logit_normal(u, mean=mean, std=std)
+            compare_rounded(account, case["key"], s)
+
+
+@parity("processes/kdiffusion_wrappers")
+def test_log_normal_sigmas_of_k_diffusion_are_our_quantiles(account):
+    for case in account.json["sigma_sampling"]:
+        if case["fn"] == "rand_log_normal":
+            given = case["parameters"]
+            u = account.read("sigma_sampling", "u")[0]
+            sigma = timesteps.log_normal(u, mean=given["loc"], std=given["scale"])
+            compare_rounded(account, case["key"], sigma)
+
+
+def compare_rounded(account, key, ours):
+    """A quantile of u is no better than u itself, 2**-24 of 1."""
+    golden = account.arrays[key].astype(np.float64)
+    account.compare(key, ours, tolerance=2e-5 * golden)
 
 
 # Outputs
@@ -558,6 +622,27 @@ def test_the_loss_of_vdm_in_discrete_time_is_ours(account):
     account.compare("loss/T50/diff", jnp.mean(bits, keepdims=True) * 50 / 51)
 
 
+@parity("processes/vdm")
+def test_the_loss_of_vdm_in_continuous_time_is_ours(account):
+    """The bound of linear log-SNR: half its range times the error in eps."""
+    (eps,) = account.read("", "eps")
+    f = jnp.asarray(exact(account, "f"), eps.dtype)
+    gamma = -9.0 + 14.0 * np.float64(account["t"])
+    table = vdm_schedule(account, gamma)
+    rows = jnp.asarray(np.argsort(np.argsort(gamma)), jnp.int32)
+
+    def eps_hat(z, timesteps):
+        return 0.9 * z * jnp.sqrt(jax.nn.sigmoid(-timesteps))[:, None] + 0.05
+
+    def weighting(schedule, t):
+        return jnp.full(t.shape, 14 / 2 / np.log(2).item(), eps.dtype)
+
+    objective = Objective("eps", weighting=weighting)
+    args = jax.random.key(0), eps_hat, table, objective, f, rows
+    bits = losses.training_loss(*args, eps=eps).loss
+    account.compare("loss/T0/diff", jnp.mean(bits, keepdims=True))
+
+
 @parity("processes/vdm", slow=["float64"])
 def test_sampling_of_vdm_is_ancestral_sampling_on_its_levels(account):
     z_1, noise = account.read("sample", "z_1", "noise")
@@ -587,13 +672,12 @@ REST = {  # why an array is not compared, by the file's name and what its key ma
         "multistep_diffusers": "unipc/|dpmsolver_sde/|dpmsolver_ode/pp_order3",
         "flow_diffusers": "flow_heun/",
     },
-    "not begun: real times, and how training draws them": {
+    "other: times of other codes, and how their training draws them": {
         "edm": "precond/vp.*(/t$|sigma_of_t|t_of_sigma)",
         "kdiffusion_wrappers": "sigma_sampling/|VDenoiser/t_to_sigma|discrete/(t$|t_to|"
         "sigma_to_t|get_sigmas)",
         "flow_diffusers": "training/",
         "conversions": "(vp_t|v_t|cosine_t|fm_vp_t|vp_sigma_back|v_sigma_back)",
-        "vdm": "loss/T0/",
     },
     "not begun: a loss with learned uncertainty; learning rates of EDM2": {
         "edm2": "loss/|lr/",
@@ -637,7 +721,7 @@ REST = {  # why an array is not compared, by the file's name and what its key ma
         "flow": "path/.*(d_alpha|d_sigma|u_t|snr_inverse|velocity)|torchcfm/"
     },
     "other: a decoder of another kind; x_pred is wrong in the notebook": {
-        "vdm": "data_logprob|loss/T50/(latent|loss|recon)|sample/x_pred|x$|x_|eps_0"
+        "vdm": "data_logprob|loss/T.*(latent|loss|recon)|sample/x_pred|x$|x_|eps_0"
     },
 }
 
