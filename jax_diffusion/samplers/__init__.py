@@ -45,7 +45,9 @@ from jax_diffusion.samplers.steps import (
     ddim_inversion_step,
     ddim_step,
     ddpm_step,
+    dpmpp_2m_sde_step,
     dpmpp_2m_step,
+    euler_ancestral_step,
     heun_step,
 )
 from jax_diffusion.samplers.wrappers import inpaint, on_step, share_noise, watch
@@ -59,7 +61,9 @@ __all__ = [
     "ddim_inversion_step",
     "ddim_step",
     "ddpm_step",
+    "dpmpp_2m_sde_step",
     "dpmpp_2m_step",
+    "euler_ancestral_step",
     "fold_in",
     "heun_step",
     "image_keys",

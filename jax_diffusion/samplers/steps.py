@@ -108,6 +108,34 @@ def ddim_step(
     return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
+def euler_ancestral_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: State,
+    t: Int[Array, "b"],
+) -> State:
+    """One step of Euler ancestral sampling, from t to t - 1 (k-diffusion).
+
+    A draw from q(x_{t-1} | x_t, x_0) at the predicted x_0, on any process: DDIM with
+    eta = 1. The predicted variance is not used.
+
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
+    """
+    check_step_arguments(keys, denoise_fn, schedule, state, t)
+    c = take(schedule, t, state.x.ndim)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    x = _posterior_draw(fold_in(keys, t), c, state.x, x_0)
+    return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
+
+
 def ddim_inversion_step(
     keys: Key[Array, "b"],
     denoise_fn: DenoiseFn,
@@ -165,12 +193,34 @@ def dpmpp_2m_step(
     del keys
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
-    step = c.prev.log_snr - c.now.log_snr
-    last_step = c.now.log_snr - state.log_snr  # infinite before there is a last x_0
-    finite = jnp.isfinite(step) & jnp.isfinite(last_step) & (last_step > 0)
-    weight = jnp.where(finite, step, 0.0) / jnp.where(finite, 2 * last_step, 1.0)
-    ahead = x_0 + weight * (x_0 - state.x_0)
-    x = _carry(state.x, ahead, c.now, c.prev)
+    x = _carry(state.x, _ahead(state, c, x_0), c.now, c.prev)
+    return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
+
+
+def dpmpp_2m_sde_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: State,
+    t: Int[Array, "b"],
+) -> State:
+    """One step of SDE-DPM-Solver++(2M), from t to t - 1 (Lu et al. 2022, app. D).
+
+    A draw from q(x_{t-1} | x_t, x_0), at the x_0 that `dpmpp_2m_step` extrapolates.
+
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
+    """
+    check_step_arguments(keys, denoise_fn, schedule, state, t)
+    c = take(schedule, t, state.x.ndim)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    x = _posterior_draw(fold_in(keys, t), c, state.x, _ahead(state, c, x_0))
     return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
@@ -216,6 +266,25 @@ def _x_0(denoise_fn, schedule, x, t):
     return diffusion.guided_x_0(schedule, prediction, t)
 
 
+def _ahead(state, c, x_0):
+    """x_0 in the middle of a step: on a line in log-SNR through the last two of them.
+
+    The last one itself, where the step or the one before is infinitely long.
+    """
+    step = c.prev.log_snr - c.now.log_snr
+    last_step = c.now.log_snr - state.log_snr  # infinite before there is a last x_0
+    finite = jnp.isfinite(step) & jnp.isfinite(last_step) & (last_step > 0)
+    weight = jnp.where(finite, step, 0.0) / jnp.where(finite, 2 * last_step, 1.0)
+    return x_0 + weight * (x_0 - state.x_0)
+
+
+def _posterior_draw(keys, c, x, x_0):
+    """Draws from q(x_{t-1} | x_t, x_0), with the keys of the row t of `c`."""
+    mean = c.posterior_x_0 * x_0 + c.posterior_x_t * x
+    std = jnp.where(c.prev.noise > 0, jnp.exp(0.5 * c.posterior_log_var), 0.0)
+    return mean + std * normal(keys, x.shape[1:])
+
+
 def _carry(x, x_0, now, to):
     """Moves x from level `now` to level `to`, keeping the eps that x_0 implies."""
     return to.signal * x_0 + to.noise * (x - now.signal * x_0) / now.noise
@@ -247,6 +316,10 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(ddim_step, takes_eta=True, steps=50),
     "dpmpp_2m": Sampler(dpmpp_2m_step, steps=20, spacing="trailing"),
     "heun": Sampler(heun_step, steps=10, spacing="trailing"),
+    "euler_ancestral": Sampler(euler_ancestral_step, steps=50, adds_noise=True),
+    "dpmpp_2m_sde": Sampler(
+        dpmpp_2m_sde_step, steps=25, spacing="trailing", adds_noise=True
+    ),
 }
 
 

@@ -431,17 +431,22 @@ def compare_samples(account, case, kind, sigmas, name, x_T, *, eta=0.0, noise=No
 def test_samplers_of_k_diffusion_are_ours_at_every_step(account):
     (unit,) = account.read("", "x_T_unit")
     (noise,) = account.read("", "noise")
-    ours = {"euler": "ddim", "euler_ancestral": "ddim", "dpmpp_2m": "dpmpp_2m"}
+    ours = {name: name for name in SAMPLERS} | {"euler": "ddim"}
+    ours["euler_ancestral"] = "ddim"  # for every eta
     for case in account.json["samplers"]:
         family, *_, options = case["key"].split("/")
         eta = case["parameters"].get("eta", 1.0) if "ancestral" in family else 0.0
-        if family not in ours or eta > 1 or (family == "euler" and options != "churn0"):
+        sde = family == "dpmpp_2m_sde" and options != "midpoint_eta1"
+        churns = family == "euler" and options != "churn0"
+        if family not in ours or family == "heun" or eta > 1 or churns or sde:
             continue
         sigmas = account[case["grid"]]
         x_T = unit * jnp.asarray(sigmas[0], unit.dtype)
         drawn = case["parameters"].get("s_noise", 1.0) * noise
-        args = account, case, "edm", sigmas, ours[family], x_T
-        compare_samples(*args, eta=float(eta), noise=drawn)
+        args = account, case, "edm", sigmas
+        compare_samples(*args, ours[family], x_T, eta=float(eta), noise=drawn)
+        if family == "euler_ancestral" and eta == 1:
+            compare_samples(*args, family, x_T, noise=drawn)
 
 
 @parity("processes/kdiffusion")
@@ -517,9 +522,10 @@ def our_solver(case):
         return None
     if order == 1:
         return "ddim"
-    midpoint = config["solver_type"] == "midpoint"
-    plain = config["algorithm_type"] == "dpmsolver++"
-    return "dpmpp_2m" if midpoint and plain else None
+    sde = config["algorithm_type"] == "sde-dpmsolver++"
+    if config["solver_type"] != "midpoint" or config["algorithm_type"] == "deis":
+        return None
+    return "dpmpp_2m_sde" if sde else "dpmpp_2m"
 
 
 @parity("processes/edm_sampling", slow=["float64"])
@@ -664,7 +670,7 @@ def test_sampling_of_vdm_is_ancestral_sampling_on_its_levels(account):
 # The sum of it all
 
 REST = {  # why an array is not compared, by the file's name and what its key matches
-    "not begun: other solvers (churn, 2S, SDE, 3M, UniPC)": {
+    "not begun: other solvers (churn, 2S, SDE, 3M, UniPC), eta of 2M other than 1": {
         "edm_sampling": r"edm_sampler/.*(samples|model_sigma)|ablation_sampler/.*/heun|"
         "ablation_sampler/(alpha|vp_churn|iddpm_net)|noise$",
         "edm2": "sampler/.*(samples|model_sigma)|noise$|x_T$|denoiser/",

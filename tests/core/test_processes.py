@@ -401,7 +401,11 @@ def test_the_error_on_a_gaussian_falls_with_the_order_from_no_signal(kind, name)
     assert_order(name, errors)
 
 
-@pytest.mark.parametrize(("name", "eta"), [("ddpm", 0), ("ddim", 0.5), ("ddim", 1)])
+@pytest.mark.parametrize(
+    ("name", "eta"),
+    [("ddpm", 0), ("ddim", 0.5), ("ddim", 1)]
+    + [(name, 0) for name in ("euler_ancestral", "dpmpp_2m_sde")],
+)
 @every_process
 def test_samplers_with_noise_give_the_moments_of_the_data(kind, name, eta):
     signal, noise = log_uniform(kind, SIZES[-1], no_signal=True)
