@@ -140,7 +140,8 @@ def schedule_at(levels: Levels) -> NoiseSchedule:
     signal, noise, told = (jnp.asarray(a, jnp.float32) for a in levels)
     none = jnp.full_like(signal, jnp.nan)
     now = Level(signal, noise, 2 * (jnp.log(signal) - jnp.log(noise)))
-    no_level = Level(*(None,) * 3)  # which `check_chain` looks for
+    unknown: Any = None  # which `check_chain` looks for
+    no_level = Level(unknown, unknown, unknown)
     chain = none, now, no_level, no_level, none, none, none
     return NoiseSchedule(*chain, told, jnp.ones_like(none))
 
@@ -275,7 +276,7 @@ def cosine_levels(
     checks.number("log_snr_min", log_snr_min)
     checks.number("log_snr_max", log_snr_max, above=log_snr_min)
     ends = np.arctan(np.exp(-np.array([log_snr_max, log_snr_min]) / 2))
-    angle = np.linspace(*ends, num_steps) if num_steps > 1 else ends[1:]
+    angle = np.linspace(ends[0], ends[1], num_steps) if num_steps > 1 else ends[1:]
     return log_snr_levels(-2 * np.log(np.tan(angle)) + 2 * np.log(shift))
 
 

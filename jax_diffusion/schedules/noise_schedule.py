@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -181,9 +181,9 @@ def table_of_squares(
         betas: noise_sq of x_t, less ratio^2 times that of x_{t-1}.
         timesteps: what the network is told.
     """
-    last_noise = max(1.0, np.sqrt(noise_sq[-1]))
-    now = Level(np.sqrt(signal_sq), np.sqrt(noise_sq), log_snr)
-    clean, pure = Level(1.0, 0.0, np.inf), Level(0.0, last_noise, -np.inf)
+    make, level = cast(Any, NoiseSchedule), cast(Any, Level)  # of NumPy's arrays
+    now = np.sqrt(signal_sq), np.sqrt(noise_sq), log_snr
+    clean, pure = (1.0, 0.0, np.inf), (0.0, max(1.0, now[1][-1]), -np.inf)
     prev_signal_sq = np.append(1.0, signal_sq[:-1])
     prev_noise_sq = np.append(0.0, noise_sq[:-1])
 
@@ -192,14 +192,13 @@ def table_of_squares(
         posterior_var = betas * prev_noise_sq / noise_sq
         # Row 0 is zero, its log -inf; a chain of one step has only beta to put there.
         posterior_var[0] = posterior_var[1] if len(betas) > 1 else betas[0]
-        make: Any = NoiseSchedule  # here of NumPy's arrays
         return make(
             betas=betas,
-            now=now,
-            prev=Level(
+            now=level(*now),
+            prev=level(
                 *(np.append(c, a[:-1]) for a, c in zip(now, clean, strict=True))
             ),
-            next=Level(*(np.append(a[1:], c) for a, c in zip(now, pure, strict=True))),
+            next=level(*(np.append(a[1:], c) for a, c in zip(now, pure, strict=True))),
             posterior_x_0=betas * np.sqrt(prev_signal_sq) / noise_sq,
             posterior_x_t=prev_noise_sq * ratio / noise_sq,
             posterior_log_var=np.log(posterior_var),
