@@ -129,7 +129,7 @@ def euler_ancestral_step(
     Raises:
         ValueError: unless these fit each other.
     """
-    check_step_arguments(keys, denoise_fn, schedule, state, t)
+    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
     x = _posterior_draw(fold_in(keys, t), c, state.x, x_0)
@@ -217,7 +217,7 @@ def dpmpp_2m_sde_step(
     Raises:
         ValueError: unless these fit each other.
     """
-    check_step_arguments(keys, denoise_fn, schedule, state, t)
+    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
     c = take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
     x = _posterior_draw(fold_in(keys, t), c, state.x, _ahead(state, c, x_0))
