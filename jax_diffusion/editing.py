@@ -159,9 +159,9 @@ def repaint(
             row, and how often the row has been visited: the first visit draws what
             `samplers.sample` draws there, a later one has its number folded into keys.
         denoise_fn: the network as a denoiser.
-        step_fn: the sampler's step, not wrapped by `samplers.inpaint`. Its state is a
-            `SampleState`, which starts anew where noise takes the image back: one with
-            fields of its own is not supported.
+        step_fn: the sampler's step, not wrapped by `samplers.inpaint`. Its state, which
+            `samplers.start` makes, starts anew where noise takes the image back: one
+            with fields of its own is not supported.
         schedule: the steps to take.
         x_T: noise [b, ...].
         x_known, mask: the known pixels and where they are, see `samplers.inpaint`.
@@ -200,13 +200,13 @@ def repaint(
             back = renoise(keys_back, schedule, state.x, last, first)
             goes_back = visit < resamples - 1
             again = functools.partial(jnp.where, goes_back)
-            return jax.tree.map(again, samplers.start(back), state), None
+            return jax.tree.map(again, samplers.start(back, step_fn), state), None
 
         done, _ = jax.lax.scan(once, state, jnp.arange(resamples, dtype=jnp.int32))
         skipped = functools.partial(jnp.where, ts[-1] < 0)
         return jax.tree.map(skipped, state, done), None
 
-    state, _ = jax.lax.scan(stretch, samplers.start(x_T), ts)
+    state, _ = jax.lax.scan(stretch, samplers.start(x_T, step_fn), ts)
     return state.x
 
 

@@ -17,7 +17,8 @@ from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Prediction
 from jax_diffusion.registry import hint, is_outside, lookup, outside
 from jax_diffusion.samplers import SAMPLERS, Sampler, as_sampler, start
-from jax_diffusion.samplers.loop import STEP_ARGUMENTS, check_state
+from jax_diffusion.samplers.loop import STEP_ARGUMENTS
+from jax_diffusion.samplers.state import check_state, num_earlier, remembers
 from jax_diffusion.schedules import NoiseSchedule
 
 NEEDS = {  # the fields that have no effect without another one, and which
@@ -136,6 +137,7 @@ class SamplingOptions:
         if not is_outside(self.sampler):
             return row
 
+        @remembers(num_earlier(row.step))
         @outside("sampler", self.sampler, f"a step {STEP_ARGUMENTS} -> SampleState")
         def step(keys, denoise_fn, schedule, state, t, **eta):
             new = row.step(keys, denoise_fn, schedule, state, t, **eta)
@@ -161,7 +163,7 @@ class SamplingOptions:
                 return Prediction(jnp.zeros_like(x_t), jnp.zeros_like(x_t))
 
             keys, t = jax.random.split(jax.random.key(0), 2), jnp.zeros(2, jnp.int32)
-            return row.step(keys, denoise_fn, schedule, start(x), t, **eta)
+            return row.step(keys, denoise_fn, schedule, start(x, row.step), t, **eta)
 
         eta = {"eta": np.float32(self.eta)} if row.takes_eta else {}
         jax.eval_shape(one, np.zeros((2, *image_shape), np.float32), **eta)

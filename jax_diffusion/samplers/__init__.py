@@ -7,7 +7,8 @@ A sampler is a function of this form:
     keys        typed keys [b], one for each image, the same at every step
     denoise_fn  denoise_fn(x_t, t) -> Prediction, see `diffusion.denoiser`
     schedule    NoiseSchedule; t are numbers of its rows
-    state       SampleState, whose x is at the noise level of t, or one of your own
+    state       SampleState, whose x is at the noise level of t, or one of your own; of
+                a step that reads earlier predictions, what start(x_T, step) makes
     t           int32 [b], all equal when `sample` calls the step
     -> state    the state: x at the level of t - 1, which is clean data for t = 0; x_0
                 as predicted at t; the log-SNR of t; dtypes as they were
@@ -19,7 +20,8 @@ indexes a table with t - 1 but reads `prev` of `schedules.take`. `loop` calls it
 `lax.scan` and skips negative t; a scan of your own does as well, with t [b].
 
     noise     keys for images, and the noise drawn with them: fold_in, normal
-    loop      SampleState, the scan: sample_frames, sample
+    state     SampleState, and start, which makes it
+    loop      the scan: sample_frames, sample
     steps     every sampler's step, and SAMPLERS, the table of them
     wrappers  functions of a step that return a step: inpaint, share_noise, on_step
     paths     pure_noise, invert, slerp, interpolate
@@ -29,15 +31,10 @@ What changes a step wraps the step; what changes a prediction wraps the denoiser
 `jax.jit`, with parameters, schedule, keys and eta as arguments.
 """
 
-from jax_diffusion.samplers.loop import (
-    SampleState,
-    StepFn,
-    sample,
-    sample_frames,
-    start,
-)
+from jax_diffusion.samplers.loop import StepFn, sample, sample_frames
 from jax_diffusion.samplers.noise import fold_in, image_keys, normal
 from jax_diffusion.samplers.paths import interpolate, invert, pure_noise, slerp
+from jax_diffusion.samplers.state import MultistepState, Past, SampleState, start
 from jax_diffusion.samplers.steps import (
     SAMPLERS,
     Sampler,
@@ -47,13 +44,20 @@ from jax_diffusion.samplers.steps import (
     ddpm_step,
     dpmpp_2m_sde_step,
     dpmpp_2m_step,
+    dpmpp_2s_step,
+    dpmpp_3m_sde_step,
+    dpmpp_sde_step,
+    edm_heun_step,
     euler_ancestral_step,
     heun_step,
+    unipc_step,
 )
 from jax_diffusion.samplers.wrappers import inpaint, on_step, share_noise, watch
 
 __all__ = [
     "SAMPLERS",
+    "MultistepState",
+    "Past",
     "SampleState",
     "Sampler",
     "StepFn",
@@ -63,6 +67,10 @@ __all__ = [
     "ddpm_step",
     "dpmpp_2m_sde_step",
     "dpmpp_2m_step",
+    "dpmpp_2s_step",
+    "dpmpp_3m_sde_step",
+    "dpmpp_sde_step",
+    "edm_heun_step",
     "euler_ancestral_step",
     "fold_in",
     "heun_step",
@@ -78,5 +86,6 @@ __all__ = [
     "share_noise",
     "slerp",
     "start",
+    "unipc_step",
     "watch",
 ]

@@ -1,7 +1,6 @@
-"""The state of a sampler, and the one scan over sampling steps."""
+"""The one scan over sampling steps, and what it checks."""
 
-import dataclasses
-from typing import Any, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,49 +11,15 @@ from jax_diffusion import checks
 from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn, check_schedule_of
 from jax_diffusion.samplers.noise import keys_of_step
+from jax_diffusion.samplers.state import (
+    SampleState,
+    State,
+    StateLike,
+    check_fields,
+    check_state,
+    first_state,
+)
 from jax_diffusion.schedules import NoiseSchedule, check_batch, check_chain
-
-
-class SampleState(NamedTuple):
-    """What a sampler carries from one step to the next.
-
-    A step that needs more, as a longer history or log weights, carries a NamedTuple, or
-    a dataclass that is a pytree, with these fields and its own: see `sample`. Steps and
-    wrappers of ours replace these three and leave the others as they are.
-
-    Attributes:
-        x: [b, ...] the sample, at the noise level that the last step has reached.
-        x_0: [b, ...] the last prediction of the clean data; zeros before the first.
-        log_snr: [b, 1, ...] log(signal^2 / noise^2) of the level where x_0 was
-            predicted; -inf before the first prediction.
-    """
-
-    x: Array
-    x_0: Array
-    log_snr: Array
-
-
-@runtime_checkable
-class StateLike(Protocol):
-    """What has the fields of `SampleState`, and perhaps others."""
-
-    @property
-    def x(self) -> Array:
-        """[b, ...] the sample."""
-        ...
-
-    @property
-    def x_0(self) -> Array:
-        """[b, ...] the last prediction."""
-        ...
-
-    @property
-    def log_snr(self) -> Array:
-        """[b, 1, ...] the level of the last prediction."""
-        ...
-
-
-State = TypeVar("State", bound=StateLike)
 
 
 @runtime_checkable
@@ -78,28 +43,6 @@ class StepFn(Protocol):
 
 
 STEP_ARGUMENTS = "(keys, denoise_fn, schedule, state, t)"  # in words, for errors
-
-
-def start(x_T: Float[Array, "b *d"]) -> SampleState:
-    """The state before the first step: x = x_T [b, ...], and no prediction yet.
-
-    Raises:
-        ValueError: unless x_T is a float array with an axis [b].
-    """
-    checks.data("x_T", x_T, ("b", ...))
-    x_T = jnp.asarray(x_T)
-    shape = x_T.shape[:1] + (1,) * (x_T.ndim - 1)
-    dtype = jnp.promote_types(x_T.dtype, jnp.float32)
-    no_level = jnp.full_like(x_T, -jnp.inf, dtype, shape)  # varies in shard_map as x_T
-    return SampleState(x_T, jnp.zeros_like(x_T), placement.beside(no_level, x_T))
-
-
-def advance(state: State, **fields: Array) -> State:
-    """Replaces fields of a state, each in the dtype that it has; keeps the others."""
-    dtypes = {name: jnp.result_type(getattr(state, name)) for name in fields}
-    typed = {name: jnp.asarray(a, dtypes[name]) for name, a in fields.items()}
-    replace: Any = getattr(type(state), "_replace", dataclasses.replace)
-    return replace(state, **typed)
 
 
 @overload
@@ -164,9 +107,9 @@ def sample_frames(
     """
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     checks.function("step_fn", step_fn, STEP_ARGUMENTS)
-    check_chain(schedule)
+    check_chain(schedule, churned=True)  # as the step may be for that
     check_schedule_of(denoise_fn, schedule)
-    first = first_state(x_T, state)
+    first = first_state(x_T, state, step_fn)
     checks.keys("keys", keys, first.x.shape[0])
     keys = placement.beside(keys, first.x)
     if ts is None:
@@ -244,7 +187,7 @@ def sample(
     state. So a chain may be cut anywhere, and is the same chain to the bit. (That of
     x_T is another program for XLA, which may round otherwise.)
 
-        state = samplers.start(x_T)
+        state = samplers.start(x_T, step_fn)
         state = sample(..., state=state, ts=ts[:7])
         state = sample(..., state=state, ts=ts[7:])
 
@@ -268,34 +211,6 @@ def sample(
         keys, denoise_fn, step_fn, schedule, num_frames=1, ts=ts, **given
     )
     return frames.x[-1] if state is None else jax.tree.map(lambda a: a[-1], frames)
-
-
-def first_state(x_T: Any, state: Any) -> Any:
-    """Returns the state where a chain starts: of x_T, or the given one.
-
-    Args:
-        x_T: [b, ...], or None.
-        state: with the fields of `SampleState`, or None. Its leaves become arrays.
-
-    Raises:
-        ValueError: if both are given, or what is given is none.
-    """
-    if state is None:
-        return start(x_T)
-    if x_T is not None:
-        raise ValueError(f"state must be given without x_T, got {checks.shown(x_T)}.")
-    check_fields(state)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if leaf is state:
-            rule = "state must be a pytree, such as register_dataclass makes"
-            raise ValueError(f"{rule}, got {checks.shown(state)}.")
-        if not hasattr(leaf, "shape") and not isinstance(leaf, bool | int | float):
-            name = f"state{jax.tree_util.keystr(path)}"
-            raise ValueError(f"{name} must be an array, got {checks.shown(leaf)}.")
-    x = state.x
-    checks.data("state.x_0", state.x_0, x.shape)
-    checks.data("state.log_snr", state.log_snr, x.shape[:1] + (1,) * (x.ndim - 1))
-    return jax.tree.map(jnp.asarray, state)
 
 
 def check_order(ts: Any) -> None:
@@ -326,20 +241,26 @@ def check_order(ts: Any) -> None:
 
 
 def check_step_arguments(
-    keys: Any, denoise_fn: Any, schedule: Any, state: Any, t: Any
+    keys: Any,
+    denoise_fn: Any,
+    schedule: Any,
+    state: Any,
+    t: Any,
+    *,
+    churned: bool = False,
 ) -> Array:
     """Raises ValueError unless the arguments of a sampler's step fit each other.
 
     `keys`, `denoise_fn`, `schedule`, `state` and `t` are those of a step, see
     `jax_diffusion.samplers`. A traced t may be an integer of no axis, as in a scan of
-    somebody else.
+    somebody else. `churned` says whether the step is one for `schedules.churned`.
 
     Returns:
         t as an array [b].
     """
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     check_fields(state)
-    check_chain(schedule)
+    check_chain(schedule, churned=churned)
     check_batch(schedule, t, **{"state.x": state.x})
     check_schedule_of(denoise_fn, schedule)
     checks.keys("keys", keys, state.x.shape[0])
@@ -354,30 +275,3 @@ def like_batch(t: Any, x: Array) -> Array:
     its row with it.
     """
     return placement.beside(jnp.full_like(x, t, jnp.int32, x.shape[:1]), x)
-
-
-def check_fields(state: Any) -> None:
-    """Raises ValueError unless a state has the fields of SampleState, and x is data."""
-    kind = type(state)
-    replaceable = hasattr(kind, "_replace") or hasattr(kind, "__dataclass_fields__")
-    if not replaceable or not all(hasattr(state, name) for name in SampleState._fields):
-        rule = "state must be a SampleState, such as samplers.start makes"
-        raise ValueError(f"{rule}, got {checks.shown(state)}.")
-    checks.data("state.x", state.x, ("b", ...))
-
-
-def check_state(new: Any, old: Any) -> None:
-    """Raises ValueError unless a step returns a state, `new`, like its `old` one.
-
-    Otherwise the scan would say so, in words that name neither.
-    """
-    rule = "step_fn must return a state like the one that it is given"
-    if jax.tree.structure(new) != jax.tree.structure(old):
-        raise ValueError(f"{rule}, got {checks.shown(new)}.")
-    leaves = jax.tree_util.tree_leaves_with_path(old)
-    for (path, b), a in zip(leaves, jax.tree.leaves(new), strict=True):
-        if (jnp.shape(a), jnp.result_type(a)) != (b.shape, b.dtype):
-            name = jax.tree_util.keystr(path).lstrip(".")
-            raise ValueError(
-                f"{rule}, with {name} {checks.shown(b)}, got {checks.shown(a)}."
-            )

@@ -6,6 +6,7 @@ table.
 """
 
 import inspect
+import itertools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -13,14 +14,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import checks, diffusion
 from jax_diffusion.diffusion import DenoiseFn
-from jax_diffusion.samplers.loop import (
-    STEP_ARGUMENTS,
-    State,
-    StepFn,
-    advance,
-    check_step_arguments,
-)
+from jax_diffusion.samplers.loop import STEP_ARGUMENTS, StepFn, check_step_arguments
 from jax_diffusion.samplers.noise import fold_in, normal
+from jax_diffusion.samplers.state import Past, State, advance, remembers
 from jax_diffusion.schedules import NoiseSchedule, take
 
 
@@ -259,6 +255,196 @@ def heun_step(
     return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
+def dpmpp_2s_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: State,
+    t: Int[Array, "b"],
+) -> State:
+    """One call of DPM-Solver++(2S): half a step (Lu et al. 2022, algorithm 1).
+
+    Rows are taken in pairs, so that a network is asked at rows only: from an even row t
+    to the odd one below it, and from there, again from the start, to the level of
+    t - 2. The r of the paper is where the odd row lies between the two in log-SNR.
+    Deterministic, of second order. Of first order are the last step, which is
+    infinitely long in log-SNR, and that of an odd row that a chain starts from.
+
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
+    """
+    return _half_step(keys, denoise_fn, schedule, state, t, adds_noise=False)
+
+
+def dpmpp_sde_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: State,
+    t: Int[Array, "b"],
+) -> State:
+    """One call of SDE-DPM-Solver++(2S): half a step ("DPM++ SDE" of k-diffusion).
+
+    Rows are taken in pairs as by `dpmpp_2s_step`. Noise is that of one path: what is
+    drawn at the even row is a part of what takes the start to the level of t - 2.
+
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
+    """
+    return _half_step(keys, denoise_fn, schedule, state, t, adds_noise=True)
+
+
+@remembers(1)
+def dpmpp_3m_sde_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: State,
+    t: Int[Array, "b"],
+) -> State:
+    """One step of SDE-DPM-Solver++(3M), from t to t - 1 (k-diffusion).
+
+    A draw from q(x_{t-1} | x_t, x_0), at an x_0 that a parabola in log-SNR through the
+    last three predictions gives; of its second derivative it takes half of what an
+    integral would, as k-diffusion does. First steps take as many as there are.
+
+    Args:
+        keys, denoise_fn, schedule, t: see `jax_diffusion.samplers`.
+        state: a `MultistepState`, as `start` makes it of this step.
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
+    """
+    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
+    earlier, c = _earlier(state, 1), take(schedule, t, state.x.ndim)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    step, taus, usable = _places(c.now, c.prev, earlier)
+    (last, before), (one, two) = earlier, usable
+    slope = (x_0 - last.x_0) / -taus[0]
+    slope_before = (last.x_0 - before.x_0) / (taus[0] - taus[1])
+    curve = jnp.where(two > 0, (slope - slope_before) / -taus[1], 0.0)
+    first, second, _ = _moments(2 * step)  # noise makes x forget twice as fast
+    change = first * (slope - taus[0] * curve) + second / 2 * curve
+    mean = x_0 + jnp.where(one > 0, change, 0.0)
+    x = _posterior_draw(fold_in(keys, t), c, state.x, mean)
+    now = Past(x_0, c.now.log_snr)
+    return advance(state, x=x, **now._asdict(), earlier=earlier[:-1])
+
+
+@remembers(2)
+def unipc_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: State,
+    t: Int[Array, "b"],
+) -> State:
+    """One step of UniPC, from t to t - 1 (Zhao et al. 2023; B(h) = bh2).
+
+    What is predicted at t first corrects the step that led there, UniC, and then leads
+    on, UniP: both are exact for an x_0 that is the polynomial in log-SNR through the
+    last predictions. Deterministic; of order 3 with the state that `start` makes, and
+    of order 2 if that holds one earlier prediction instead of two. First steps are of
+    the order that there are predictions for, the last ones of order 2 and 1.
+
+    Args:
+        keys: not used.
+        denoise_fn, schedule, t: see `jax_diffusion.samplers`.
+        state: a `MultistepState`, as `start` makes it of this step.
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
+    """
+    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
+    del keys
+    earlier, c = _earlier(state, 1), take(schedule, t, state.x.ndim)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    now, order, row = Past(x_0, c.now.log_snr), len(earlier), t.reshape(c.betas.shape)
+
+    from_last = c.now._replace(log_snr=earlier[0].log_snr)
+    step, taus, usable = _places(from_last, c.now, earlier[1:])
+    has_last = jnp.isfinite(earlier[0].log_snr) & (earlier[0].log_snr < c.now.log_snr)
+    terms = jnp.minimum(sum(usable, 0), row + 1)  # of the predictor of that step
+    means = []
+    for places, values in ((taus, earlier[1:]), ((1.0, *taus), (now, *earlier[1:]))):
+        values = [past.x_0 for past in (earlier[0], *values)]
+        used = terms + len(values) - order
+        means.append(_mean_of_polynomial(step, (0.0, *places), values, used))
+    x = state.x - c.now.signal * jnp.expm1(-step) * (means[1] - means[0])
+    x = jnp.where(has_last, x, state.x)
+
+    step, taus, usable = _places(c.now, c.prev, earlier[: order - 1])
+    values = [past.x_0 for past in (now, *earlier[: order - 1])]
+    terms = jnp.minimum(sum(usable, 0), row)
+    mean = _mean_of_polynomial(step, (0.0, *taus), values, terms)
+    x = _carry(x, mean, c.now, c.prev)
+    return advance(state, x=x, **now._asdict(), earlier=earlier[:-1])
+
+
+def edm_heun_step(
+    keys: Key[Array, "b"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    state: State,
+    t: Int[Array, "b"],
+    *,
+    s_noise: float | Float[Array, ""] = 1.0,
+) -> State:
+    """One call of EDM's Heun method with churn (Karras et al. 2022, algorithm 2).
+
+    Rows are taken in pairs as by `dpmpp_2s_step`: of `schedules.churned`, from a raised
+    level to the next one, and there, once the step has been corrected, noise is added
+    up to the raised level below. Elsewhere no level is raised, and this is the method
+    of appendix D.2 whose alpha is where the odd row lies between the two in
+    noise / signal: deterministic, of second order. On a long step that starts with
+    hardly any signal it is inaccurate.
+
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
+        s_noise: standard deviation of the noise that is added, >= 0.
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other, or s_noise is out of range.
+    """
+    t = check_step_arguments(keys, denoise_fn, schedule, state, t, churned=True)
+    checks.number("s_noise", s_noise, at_least=0)
+    c = take(schedule, t, state.x.ndim)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    corrects, first = _pair(state, c, t, x_0)
+    # sigma where the pair starts and where it ends, in units of that of this row.
+    start = jnp.exp(jnp.where(corrects, c.now.log_snr - state.log_snr, 1.0) / 2)
+    end = jnp.exp(jnp.minimum(c.now.log_snr - c.prev.log_snr, 0.0) / 2)
+    weight = jnp.where(corrects, (start - end) ** 2 / (2 * (start - 1)), 0.0)
+    rises = c.prev.log_snr <= c.now.log_snr  # after the step, by noise
+    reached = c.prev.signal * c.now.noise / c.now.signal
+    to = c.prev._replace(noise=jnp.where(rises, reached, c.prev.noise))
+    x = _carry(state.x, first, c.now, to) + to.signal * weight * (x_0 - first)
+    added = jnp.where(rises, jnp.sqrt(c.betas), 0.0)
+    x = x + s_noise * added * normal(fold_in(keys, t), state.x.shape[1:])
+    return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
+
+
 def _x_0(denoise_fn, schedule, x, t):
     """The predicted x_0 with guidance, for steps that follow the score."""
     prediction = denoise_fn(x, t)
@@ -276,6 +462,110 @@ def _ahead(state, c, x_0):
     finite = jnp.isfinite(step) & jnp.isfinite(last_step) & (last_step > 0)
     weight = jnp.where(finite, step, 0.0) / jnp.where(finite, 2 * last_step, 1.0)
     return x_0 + weight * (x_0 - state.x_0)
+
+
+def _pair(state, c, t, x_0):
+    """Whether a row is the second of a pair, and the x_0 that the first one predicted.
+
+    In other rows that is their own.
+    """
+    odd = (t % 2 == 1).reshape(c.now.log_snr.shape)
+    last = state.log_snr
+    second = odd & jnp.isfinite(last) & (last < c.now.log_snr)
+    return second, jnp.where(second, state.x_0, x_0)
+
+
+def _half_step(keys, denoise_fn, schedule, state, t, *, adds_noise):
+    """One call of a solver of two stages, `dpmpp_2s_step` or `dpmpp_sde_step`.
+
+    In a pair, x at the odd row tells x at the start, and at the end x for the x_0 of
+    the start: what is left to add is that the mean of x_0 over the pair is another.
+    """
+    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
+    c = take(schedule, t, state.x.ndim)
+    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    second, first = _pair(state, c, t, x_0)
+    whole = jnp.where(second, c.prev.log_snr - state.log_snr, 1.0)
+    part = jnp.where(second, c.now.log_snr - state.log_snr, 1.0)
+    if adds_noise:
+        x, step = _posterior_draw(fold_in(keys, t), c, state.x, first), whole
+    else:
+        x, step = _carry(state.x, first, c.now, c.prev), whole / 2
+    ahead = (x_0 - first) * whole / (2 * part)  # 1 / (2 r)
+    x = x - c.prev.signal * jnp.expm1(-step) * ahead
+    return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
+
+
+def _earlier(state, number):
+    """The last predictions of a state, the newest first."""
+    earlier = getattr(state, "earlier", ())
+    if len(earlier) < number:
+        rule = (
+            "state must hold earlier predictions, as samplers.start(x_T, step_fn) does"
+        )
+        raise ValueError(f"{rule}, got {checks.shown(state)}.")
+    return (Past(state.x_0, state.log_snr), *earlier)
+
+
+def _places(now, to, earlier):
+    """Where a step's earlier predictions lie: its half log-SNR, their places, use.
+
+    Places count from 0 at the start of the step to 1 at its end. A prediction is used
+    where it and all newer ones are of levels that follow each other, and the step is
+    not infinitely long; the others get some other places.
+    """
+    length = to.log_snr - now.log_snr
+    usable = jnp.isfinite(length) & (length > 0)
+    length = jnp.where(usable, length, 1.0)
+    taus, uses, newer, tau = [], [], now.log_snr, 0.0
+    for past in earlier:
+        usable &= jnp.isfinite(past.log_snr) & (past.log_snr < newer)
+        place = jnp.where(usable, past.log_snr - now.log_snr, 0.0) / length
+        tau = jnp.where(usable, place, tau - 1.0)
+        taus.append(tau)
+        uses.append(usable.astype(jnp.int32))
+        newer = past.log_snr
+    return length / 2, tuple(taus), uses
+
+
+def _moments(h):
+    """Means of tau, tau^2 and tau^3 over [0, 1], weighed by exp(h tau), for h > 0.
+
+    How an exact step of h in half log-SNR weighs what is predicted on its way.
+    """
+    total, small = -jnp.expm1(-h), jnp.minimum(h, 1.0)
+    series = 1.0
+    for n in range(17, 4, -1):
+        series = 1 - small / n * series
+    third = small / 4 * series  # of the integral; up and down by parts
+    second = (1 - third) * small / 3
+    low = (1 - second) * small / 2, second, third
+    first = 1 - total / h
+    second = 1 - 2 * first / h
+    high = first, second, 1 - 3 * second / h
+    return [jnp.where(h < 1, a, b) / total for a, b in zip(low, high, strict=True)]
+
+
+def _mean_of_polynomial(h, taus, values, terms):
+    """The mean of x_0 over a step, of the polynomial through its predictions.
+
+    Args:
+        h: the step's half log-SNR.
+        taus, values: places, see `_places`, and the predictions there; Newton's form.
+        terms: how many after the first are used; the weight of one alone is 1/2.
+    """
+    moments, basis = (1.0, *_moments(h)), [1.0]
+    mean, column = values[0], values
+    for k in range(1, len(values)):
+        spans = [b - a for a, b in zip(taus, taus[k:], strict=False)]
+        pairs = zip(itertools.pairwise(column), spans, strict=True)
+        column = [(b - a) / span for (a, b), span in pairs]
+        shifted = zip([0.0, *basis], [*basis, 0.0], strict=True)
+        basis = [a - taus[k - 1] * b for a, b in shifted]
+        weight = sum(a * m for a, m in zip(basis, moments, strict=False))
+        weight = jnp.where(terms == 1, 0.5, weight)
+        mean = mean + jnp.where(terms >= k, weight * column[0], 0.0)
+    return mean
 
 
 def _posterior_draw(keys, c, x, x_0):
@@ -316,9 +606,16 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(ddim_step, takes_eta=True, steps=50),
     "dpmpp_2m": Sampler(dpmpp_2m_step, steps=20, spacing="trailing"),
     "heun": Sampler(heun_step, steps=10, spacing="trailing"),
+    "dpmpp_2s": Sampler(dpmpp_2s_step, steps=21, spacing="trailing"),
+    "unipc": Sampler(unipc_step, steps=16, spacing="trailing"),
+    "edm_heun": Sampler(edm_heun_step, steps=35, spacing="karras"),
     "euler_ancestral": Sampler(euler_ancestral_step, steps=50, adds_noise=True),
+    "dpmpp_sde": Sampler(dpmpp_sde_step, steps=25, spacing="trailing", adds_noise=True),
     "dpmpp_2m_sde": Sampler(
         dpmpp_2m_sde_step, steps=25, spacing="trailing", adds_noise=True
+    ),
+    "dpmpp_3m_sde": Sampler(
+        dpmpp_3m_sde_step, steps=25, spacing="trailing", adds_noise=True
     ),
 }
 

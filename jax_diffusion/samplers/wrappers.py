@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Key
 
 from jax_diffusion import checks
 from jax_diffusion.checks import placement
-from jax_diffusion.samplers.loop import STEP_ARGUMENTS, StepFn, advance
+from jax_diffusion.samplers.loop import STEP_ARGUMENTS, StepFn
 from jax_diffusion.samplers.noise import fold_in, keys_of_step, normal
+from jax_diffusion.samplers.state import advance, num_earlier, remembers
 from jax_diffusion.schedules import take
 
 
@@ -50,6 +51,7 @@ def inpaint(
                 raise ValueError(f"mask must be in [0, 1], got {wrong.flat[0]}.")
     project = mask if callable(mask) else functools.partial(_masked, mask, x_known)
 
+    @remembers(num_earlier(step_fn))
     def step(keys, denoise_fn, schedule, state, t):
         state = step_fn(keys, denoise_fn, schedule, state, t)
         prev = take(schedule, t, x_known.ndim).prev
@@ -87,6 +89,7 @@ def share_noise(
     else:
         checks.integer("until", until)
 
+    @remembers(num_earlier(step_fn))
     def step(keys, denoise_fn, schedule, state, t):
         if np.ndim(key):
             checks.keys("key", key, keys.shape[0])
@@ -113,6 +116,7 @@ def on_step(step_fn: StepFn, on_step: Callable[[Array], None]) -> StepFn:
     checks.function("step_fn", step_fn, STEP_ARGUMENTS)
     checks.function("on_step", on_step, "(t,)")
 
+    @remembers(num_earlier(step_fn))
     def step(keys, denoise_fn, schedule, state, t):
         jax.debug.callback(on_step, placement.everywhere(t)[0] if jnp.ndim(t) else t)
         return step_fn(keys, denoise_fn, schedule, state, t)

@@ -8,6 +8,7 @@
 
     betas           variances by name: linear, cosine, ...; BETAS lists them
     levels          levels by name: edm, flow, vdm, ...; LEVELS lists them; from_levels
+    churn           churned, EDM's levels with churn
     noise_schedule  Level, NoiseSchedule; make_schedule, pad, take
 
 `spacing.SPACINGS` lists the functions that choose steps.
@@ -32,6 +33,7 @@ from jax_diffusion.schedules.betas import (
     warmup_betas,
     zero_terminal_snr,
 )
+from jax_diffusion.schedules.churn import churned, tabulate_churned
 from jax_diffusion.schedules.levels import (
     LEVELS,
     Levels,
@@ -89,6 +91,7 @@ __all__ = [
     "check_rows",
     "check_schedule",
     "check_step",
+    "churned",
     "constant_betas",
     "cosine_betas",
     "cosine_levels",
@@ -115,6 +118,7 @@ __all__ = [
     "spaced_steps",
     "steps_to_keep",
     "tabulate",
+    "tabulate_churned",
     "tabulate_levels",
     "take",
     "time_levels",

@@ -320,13 +320,20 @@ def check_schedule(schedule: Any) -> None:
         raise ValueError(f"schedule must have arrays [T], got {got}.")
 
 
-def check_chain(schedule: NoiseSchedule) -> None:
-    """Raises ValueError if the `schedule` is of levels that no step leads through."""
+def check_chain(schedule: NoiseSchedule, *, churned: bool = False) -> None:
+    """Raises ValueError if the `schedule` is of levels that no step leads through, or,
+    unless `churned` says so, of some that rise on the way down.
+    """
     check_schedule(schedule)
     if schedule.prev.signal is None:
         raise ValueError(
             "schedule must be a chain, as make_schedule and from_levels make it, got "
             "levels of schedule_at, between which there are no steps."
+        )
+    if schedule.posterior_x_0 is None and not churned:
+        raise ValueError(
+            "schedule must be a chain, as make_schedule and from_levels make it, got "
+            "levels of churned, which rise between steps and are for edm_heun_step."
         )
 
 

@@ -82,9 +82,9 @@ def assert_same_bits(found, expected):
 def test_a_chain_of_pieces_of_7_steps_is_the_whole_bit_for_bit(name, length):
     schedule = SCHEDULES[length]
     run = jax.jit(functools.partial(chain, name))
-    whole = run(KEYS, schedule, state=samplers.start(X_T))
+    whole = run(KEYS, schedule, state=samplers.start(X_T, step_of(name)))
     ts = np.pad(np.arange(200)[::-1], (0, 3), constant_values=-1)
-    state = samplers.start(X_T)
+    state = samplers.start(X_T, step_of(name))
     for piece in jnp.asarray(ts.reshape(-1, EVERY), jnp.int32):
         state = run(KEYS, schedule, state=state, ts=piece)
     assert_same_bits(state, whole)
@@ -99,7 +99,7 @@ def test_a_chain_of_pieces_of_7_steps_is_the_whole_bit_for_bit(name, length):
 def test_a_chain_cut_at_any_multiple_of_7_is_the_whole_bit_for_bit(name, length):
     schedule = SCHEDULES[length]
     run = jax.jit(functools.partial(chain, name))
-    start = samplers.start(X_T)
+    start = samplers.start(X_T, step_of(name))
     whole = run(KEYS, schedule, state=start)
     for cut in range(EVERY, 200, EVERY):
         first, rest = pieces_of(schedule, [cut])
@@ -116,7 +116,8 @@ def test_a_cut_chain_is_the_whole_bit_for_bit_within_vmap(name, length):
     @jax.jit
     def run(x, ts):
         def one(gain, x, ts):
-            state = samplers.start(x) if isinstance(x, jax.Array) else x
+            new = isinstance(x, jax.Array)
+            state = samplers.start(x, step_of(name)) if new else x
             return chain(name, KEYS, schedule, gain=gain, state=state, ts=ts)
 
         return jax.vmap(one, in_axes=(0, 0, None))(jnp.array([0.5, 2.0]), x, ts)
@@ -151,7 +152,7 @@ def test_a_cut_chain_is_the_whole_bit_for_bit_within_shard_map(name, length, kin
         return chain(name, keys, schedule, state=state, ts=ts)
 
     keys, start = jax.device_put(
-        (KEYS, samplers.start(X_T)), NamedSharding(mesh, images)
+        (KEYS, samplers.start(X_T, step_of(name))), NamedSharding(mesh, images)
     )
     (ts,) = pieces_of(schedule, [])
     state, whole = start, run(keys, start, ts)
@@ -170,7 +171,7 @@ def own_scan(step_fn, keys, denoise_fn, schedule, x_T):
         return step_fn(keys, denoise_fn, schedule, state, ts), None
 
     ts = jnp.arange(schedule.num_steps, dtype=jnp.int32)[::-1]
-    return jax.lax.scan(body, samplers.start(x_T), ts)[0]
+    return jax.lax.scan(body, samplers.start(x_T, step_fn), ts)[0]
 
 
 @every_sampler
@@ -178,7 +179,7 @@ def test_a_scan_of_ones_own_with_the_same_keys_is_sample_bit_for_bit(name):
     args = (step_of(name), KEYS, tanh_denoiser(LONG), LONG)
     own = jax.jit(functools.partial(own_scan, *args))(X_T)
     ours = jax.jit(functools.partial(chain, name, KEYS, LONG))(
-        state=samplers.start(X_T)
+        state=samplers.start(X_T, step_of(name))
     )
     assert_same_bits(own, ours)
 
@@ -187,7 +188,7 @@ def test_a_scan_of_ones_own_with_the_same_keys_is_sample_bit_for_bit(name):
 def test_steps_that_are_made_by_hand_are_sample(name):
     denoise_fn = tanh_denoiser(SHORT)
     step_fn = jax.jit(functools.partial(step_of(name), KEYS, denoise_fn, SHORT))
-    state = samplers.start(X_T)
+    state = samplers.start(X_T, step_fn)
     for t in range(9, -1, -1):
         state = step_fn(state, jnp.full(8, t))
     ours = samplers.sample(KEYS, denoise_fn, step_of(name), SHORT, X_T)
@@ -447,7 +448,8 @@ def test_gradients_go_through_a_cut_chain(name):
         denoise_fn = diffusion.denoiser(
             lambda x, timesteps: jnp.tanh(gain * x), SHORT, objective
         )
-        args, state = (KEYS, denoise_fn, step_of(name), SHORT), samplers.start(X_T)
+        args = (KEYS, denoise_fn, step_of(name), SHORT)
+        state = samplers.start(X_T, step_of(name))
         rows = SHORT.steps[::-1]
         for ts in (jnp.where(rows >= cut, rows, -1), jnp.where(rows < cut, rows, -1)):
             state = samplers.sample(*args, state=state, ts=ts)

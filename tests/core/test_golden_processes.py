@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import official
-from golden.account import PROCESSES, names_in, parity, total
+from golden.account import PROCESSES, load, names_in, parity, total
 from support import oracles
 
 from jax_diffusion import (
@@ -27,7 +27,7 @@ from jax_diffusion import (
 from jax_diffusion.diffusion import Objective, Prediction
 from jax_diffusion.samplers import SAMPLERS
 
-ROWS = 17  # of every padded table, so that one program serves all cases
+ROWS = 19  # of every padded table, so that one program serves all cases
 
 LEVELS = {  # x = signal x_0 + noise eps, from their sigma
     "edm": lambda sigma: (np.ones_like(sigma), sigma),
@@ -390,41 +390,102 @@ def test_sigmas_of_a_chain_are_those_of_k_diffusion(account):
 # Samplers
 
 
-@functools.partial(jax.jit, static_argnames=("name", "denoiser"))
-def frames_of(schedule, ts, num_rows, m, s, x_T, noise, eta, *, name, denoiser):
+@functools.partial(jax.jit, static_argnames=("name", "denoiser", "order"))
+def frames_of(
+    schedule, ts, num_rows, m, s, x_T, noise, numbers, *, name, denoiser, order=3
+):
     """The state after every step: one program for all tables and grids."""
     step_fn = SAMPLERS[name].step
     if SAMPLERS[name].takes_eta:
-        step_fn = functools.partial(step_fn, eta=eta)
-    denoise_fn = closed_form(denoiser, m, s, schedule)
+        step_fn = functools.partial(step_fn, eta=numbers["eta"])
+    denoise_fn = closed_form(denoiser.split("+")[0], m, s, schedule)
+    if "+" in denoiser:  # a network and the one that guides it
+        weak_fn = closed_form(denoiser.split("+")[1], m, s, schedule)
+        denoise_fn = autoguided(denoise_fn, weak_fn, numbers["guidance"])
+    state = samplers.start(x_T, step_fn)
+    if name == "unipc":
+        state = state._replace(earlier=state.earlier[: order - 1])
     with official.drawing(noise, num_rows):
-        keys = official.step_keys(len(x_T))
-        return samplers.sample_frames(
-            keys, denoise_fn, step_fn, schedule, x_T, num_frames=ROWS, ts=ts
-        )
+        args = official.step_keys(len(x_T)), denoise_fn, step_fn, schedule
+        return samplers.sample_frames(*args, num_frames=ROWS, ts=ts, state=state)
 
 
-def compare_samples(account, case, kind, sigmas, name, x_T, *, eta=0.0, noise=None):
-    """Every step of a loop over falling sigmas, the last of which may be 0."""
-    up = np.float64(sigmas)[::-1]
-    to_data = up[0] == 0
-    up = up[1:] if to_data else up
-    table, _ = schedule_of(account, kind, up)
-    ts = np.arange(len(up) - 1, -1 if to_data else 0, -1)
+def autoguided(denoise_fn, weak_fn, scale):
+    def denoise(x_t, t):
+        x_0, weak = denoise_fn(x_t, t), weak_fn(x_t, t).x_0
+        return x_0._replace(x_0=weak + scale * (x_0.x_0 - weak))
+
+    return denoise
+
+
+def run_official(account, case, table, x_T, name, *, down_to, noise=None, **options):
+    """x after the step at each row, from the top row down."""
+    ts = np.arange(table.num_steps - 1, down_to - 1, -1)
     m, s = account.read("denoiser", "m", "s")
-    noise = jnp.zeros((ROWS, *x_T.shape), x_T.dtype) if noise is None else noise
+    numbers = {k: options.pop(k, 0.0) for k in ("eta", "guidance")}
+    if noise is None:
+        noise = np.zeros((ROWS, *x_T.shape))
     frames = frames_of(
         schedules.pad(table, ROWS),
         jnp.asarray(np.pad(ts, (ROWS - len(ts), 0), constant_values=-1), jnp.int32),
-        jnp.int32(len(up)),
-        *(m, s, x_T, noise, jnp.asarray(eta, x_T.dtype)),
-        name=name,
-        denoiser=case["denoiser"],
+        jnp.int32(table.num_steps),
+        *(m, s, x_T, jnp.asarray(noise, x_T.dtype)),
+        {k: jnp.asarray(v, x_T.dtype) for k, v in numbers.items()},
+        **{"name": name, "denoiser": case.get("denoiser")} | options,
     )
-    account.compare(f"{case['key']}/samples", frames.x[-len(ts) :])
     if (called := f"{case['key']}/model_sigma") in account.arrays:
         sigma = np.asarray(table.now.noise)[ts]
-        account.compare(called, sigma, tolerance=1e-5 * up.max())
+        account.compare(called, sigma, tolerance=1e-5 * sigma.max())
+    return frames.x[-len(ts) :]
+
+
+def compare_samples(
+    account, case, kind, sigmas, name, x_T, *, last=None, why=None, **options
+):
+    """Every step of a loop over falling sigmas, the last of which may be 0.
+
+    All but the `last` ones, and `why` so.
+    """
+    up = np.float64(sigmas)[::-1]
+    to_data = up[0] == 0
+    table, _ = schedule_of(account, kind, up[1:] if to_data else up)
+    down_to = 0 if to_data else 1
+    x = run_official(account, case, table, x_T, name, down_to=down_to, **options)
+    where = np.arange(len(x)) < len(x) - (last or 0)
+    account.compare(f"{case['key']}/samples", x, where=where, why=why)
+
+
+def compare_pairs(account, case, sigmas, middle_fn, name, x_T, noise=None):
+    """Every step of a solver of two stages: the second one at `middle_fn(from, to)`."""
+    up = np.float64(sigmas)[::-1]
+    to_data = up[0] == 0
+    up = up[1:] if to_data else up
+    middles = middle_fn(up[1:], up[:-1])
+    table, _ = schedule_of(
+        account, "edm", np.insert(up, np.arange(1, len(up)), middles)
+    )
+    down_to = 0 if to_data else 1
+    if noise is not None:
+        noise = of_one_path(up[1:], middles, up[:-1], np.float64(noise))
+    x = run_official(account, case, table, x_T, name, down_to=down_to, noise=noise)
+    ends = np.append(np.arange(1, len(x), 2), [len(x) - 1] if to_data else [])
+    account.compare(f"{case['key']}/samples", x[ends.astype(int)])
+
+
+def of_one_path(start, middle, end, noise):
+    """Draws for two parts of a step, of those for its first part and for all of it."""
+
+    def std(a, b):  # of what a step from a to b adds
+        return b * np.sqrt(1 - (b / a) ** 2)
+
+    drawn = np.zeros((ROWS, *noise.shape[1:]))
+    for k, (a, b, c) in enumerate(
+        zip(start[::-1], middle[::-1], end[::-1], strict=True)
+    ):
+        first, whole = std(a, b) * noise[2 * k], std(a, c) * noise[2 * k + 1]
+        drawn[2 * k] = noise[2 * k]
+        drawn[2 * k + 1] = (whole - (c / b) ** 2 * first) / std(b, c)
+    return drawn
 
 
 @parity("processes/kdiffusion", slow=["float64"])
@@ -433,10 +494,14 @@ def test_samplers_of_k_diffusion_are_ours_at_every_step(account):
     (noise,) = account.read("", "noise")
     ours = {name: name for name in SAMPLERS} | {"euler": "ddim"}
     ours["euler_ancestral"] = "ddim"  # for every eta
+    ours["dpmpp_2s_ancestral"] = "dpmpp_2s"
     for case in account.json["samplers"]:
         family, *_, options = case["key"].split("/")
-        eta = case["parameters"].get("eta", 1.0) if "ancestral" in family else 0.0
-        sde = family == "dpmpp_2m_sde" and options != "midpoint_eta1"
+        noisy = "ancestral" in family or "sde" in family
+        eta = case["parameters"].get("eta", 1.0) if noisy else 0.0
+        sde = "m_sde" in family and (eta != 1 or options.startswith("heun"))
+        pairs = family in ("dpmpp_sde", "dpmpp_2s_ancestral")
+        sde |= pairs and eta not in ((0, 1) if family == "dpmpp_sde" else (0,))
         churns = family == "euler" and options != "churn0"
         if family not in ours or family == "heun" or eta > 1 or churns or sde:
             continue
@@ -444,9 +509,132 @@ def test_samplers_of_k_diffusion_are_ours_at_every_step(account):
         x_T = unit * jnp.asarray(sigmas[0], unit.dtype)
         drawn = case["parameters"].get("s_noise", 1.0) * noise
         args = account, case, "edm", sigmas
+        if pairs:
+            r = case["parameters"].get("r", 1 / 2)
+            name = "dpmpp_sde" if eta else "dpmpp_2s"
+            compare_pairs(
+                *(account, case, sigmas, lambda a, b, r=r: a ** (1 - r) * b**r),
+                *(name, x_T, drawn if eta else None),
+            )
+            continue
         compare_samples(*args, ours[family], x_T, eta=float(eta), noise=drawn)
         if family == "euler_ancestral" and eta == 1:
             compare_samples(*args, family, x_T, noise=drawn)
+
+
+@parity("processes/kdiffusion", slow=["float64"])
+def test_heuns_method_of_k_diffusion_is_that_of_edm(account):
+    (unit,) = account.read("", "x_T_unit")
+    for case in account.json["samplers"]:
+        if case["key"].startswith("heun/"):
+            sigmas, given = account[case["grid"]], case["parameters"]
+            names = dict(s_churn="churn", s_tmin="s_min", s_tmax="s_max")
+            churn = {names[k]: v for k, v in given.items() if k in names}
+            args = account, case, sigmas, unit, account["noise"]
+            compare_churned(*args, s_noise=given.get("s_noise", 1.0), **churn)
+
+
+def compare_churned(
+    account,
+    case,
+    sigmas,
+    unit,
+    noise,
+    *,
+    s_noise=1.0,
+    levels_fn=None,
+    guidance=1.0,
+    denoiser=None,
+    **churn,
+):
+    """Every step of EDM's algorithm 2, before noise raises what it leads to."""
+    up = np.float64(sigmas)[::-1]
+    to_data = up[0] == 0
+    up = up[1:] if to_data else up
+    exact = schedules.tabulate_churned(up, levels_fn, **{"churn": 0.0} | churn)
+    dtype = float if account.double else jnp.float32
+    table = jax.tree.map(lambda a: jnp.asarray(a, dtype), exact)
+    plain, raised = up[::-1], exact.now.noise[::-2]
+    added = np.sqrt(np.maximum(raised**2 - plain**2, 0)) * s_noise
+    added = added.reshape(-1, *[1] * unit.ndim) * np.float64(noise[: len(up)])
+    drawn = np.zeros((ROWS, *unit.shape))
+    drawn[1 : 2 * len(up) - 2 : 2] = s_noise * noise[1 : len(up)]
+    x_T = jnp.asarray(unit * plain[0] + added[0], unit.dtype)
+    x = run_official(
+        *(account, case, table, x_T, "edm_heun"),
+        down_to=0 if to_data else 1,
+        noise=drawn,
+        guidance=guidance,
+        denoiser=denoiser or case["denoiser"],
+    )
+    reached = np.float64(x[1::2]) - added[1:]
+    reached = np.concatenate([reached, x[-1:]]) if to_data else reached
+    account.compare(f"{case['key']}/samples", reached)
+
+
+def rounding_of_iddpm(account):
+    """Levels at the nearest sigmas that their network knows, falling in its table."""
+    table, _ = load("processes/edm")
+    known = np.float64(table["precond/iddpm/u"])
+
+    def levels_fn(sigma):
+        nearest = np.abs(known - np.reshape(sigma, (-1, 1))).argmin(axis=1)
+        return schedules.sigma_levels(known[nearest])
+
+    return levels_fn
+
+
+@parity("processes/edm_sampling", slow=["float64"])
+def test_the_stochastic_sampler_of_edm_is_ours(account):
+    (unit,) = account.read("", "x_T")
+    ablations = account.json["ablation_sampler"]
+    for case in (*account.json["edm_sampler"], *ablations):
+        given = case["parameters"]
+        in_time = {given.get(k, d) for k, d in TIME_IS_SIGMA.items()} - {
+            "linear",
+            "none",
+        }
+        if in_time or given.get("solver") == "euler":
+            continue
+        sigmas = account[f"{case['key']}/t_steps"]
+        names = dict(S_churn="churn", S_min="s_min", S_max="s_max")
+        options = {names[k]: float(v) for k, v in given.items() if k in names}
+        if case["net"] == "iddpm":
+            options["levels_fn"] = rounding_of_iddpm(account)
+        if "alpha" in given:
+            first = jnp.asarray(sigmas[0], unit.dtype) * unit
+            between = functools.partial(part_of_the_way, given["alpha"])
+            compare_pairs(account, case, sigmas, between, "edm_heun", first)
+            continue
+        s_noise = given.get("S_noise", 1.0)
+        args = account, case, sigmas, unit, account["noise"]
+        compare_churned(*args, s_noise=s_noise, **options)
+
+
+TIME_IS_SIGMA = dict(schedule="linear", scaling="none")
+
+
+def part_of_the_way(alpha, start, end):
+    return start + alpha * (end - start)
+
+
+@parity("processes/edm2", slow=["float64"])
+def test_the_stochastic_sampler_of_edm2_with_autoguidance_is_ours(account):
+    (unit,) = account.read("", "x_T")
+    for case in account.json["sampler"]:
+        given, sigmas = case["parameters"], exact(account, f"{case['key']}/t_steps")
+        names = dict(S_churn="churn", S_min="s_min", S_max="s_max")
+        churn = {names[k]: float(v) for k, v in given.items() if k in names}
+        low, high = churn.get("s_min", 0.0), churn.get("s_max", np.inf)
+        draws = (sigmas[:-1] >= low) & (sigmas[:-1] <= high) & ("churn" in churn)
+        order = np.where(draws, np.cumsum(draws) - 1, 0)  # it draws there only
+        compare_churned(
+            *(account, case, sigmas, unit, account["noise"][order]),
+            s_noise=given.get("S_noise", 1.0),
+            guidance=given.get("guidance", 1.0),
+            denoiser=f"{case['net']}+{case['gnet']}",
+            **churn,
+        )
 
 
 @parity("processes/kdiffusion")
@@ -502,7 +690,7 @@ def test_scale_noise_of_diffusers_is_the_forward_process(account):
 @parity("processes/multistep_diffusers", slow=["float64"])
 def test_solvers_of_diffusers_are_ours_on_their_levels(account):
     (x_T, noise) = account.read("", "x_T", "noise")
-    groups = ("dpmsolver_ode", "dpmsolver_sde", "deis")
+    groups = ("dpmsolver_ode", "dpmsolver_sde", "deis", "unipc")
     for case in (case for name in groups for case in account.json[name]):
         if (name := our_solver(case)) is None:
             continue
@@ -511,12 +699,23 @@ def test_solvers_of_diffusers_are_ours_on_their_levels(account):
         kind = "flow" if case["config"]["use_flow_sigmas"] else "vp"
         eta = 1.0 if case["num_draws"] else 0.0
         args = account, case, kind, sigmas, name, x_T
-        compare_samples(*args, eta=eta, noise=noise)
+        options = {}
+        if name == "unipc":
+            options = dict(order=case["config"]["solver_order"])
+            if not case["config"]["lower_order_final"]:
+                options |= dict(last=2, why="order lowered at the end")
+        compare_samples(*args, eta=eta, noise=noise, **options)
 
 
 def our_solver(case):
     """The name of our sampler for a scheduler's case, or None."""
     config, order = case["config"], case["config"]["solver_order"]
+    if case["scheduler"].startswith("UniPC"):
+        if order == 1 or config["solver_type"] == "bh1" or not config["predict_x0"]:
+            return None
+        never = len(config["disable_corrector"]) >= case["num_inference_steps"]
+        some = config["disable_corrector"] and not never
+        return None if some else "dpmpp_2m" if never else "unipc"
     kinds = {"dpmsolver++": 0, "sde-dpmsolver++": 1, "deis": 0}
     if config["algorithm_type"] not in kinds or order > 2:
         return None
@@ -670,13 +869,15 @@ def test_sampling_of_vdm_is_ancestral_sampling_on_its_levels(account):
 # The sum of it all
 
 REST = {  # why an array is not compared, by the file's name and what its key matches
-    "not begun: other solvers (churn, 2S, SDE, 3M, UniPC), eta of 2M other than 1": {
-        "edm_sampling": r"edm_sampler/.*(samples|model_sigma)|ablation_sampler/.*/heun|"
-        "ablation_sampler/(alpha|vp_churn|iddpm_net)|noise$",
-        "edm2": "sampler/.*(samples|model_sigma)|noise$|x_T$|denoiser/",
-        "kdiffusion": "(dpm|heun|euler/.*/churn(_window)?/)",
-        "multistep_diffusers": "unipc/|dpmsolver_sde/|dpmsolver_ode/pp_order3",
-        "flow_diffusers": "flow_heun/",
+    "other: noise of another eta in a solver whose eta is 1 here, or 0": {
+        "kdiffusion": r"dpmpp_[23]m_sde/.*eta0|dpmpp_(sde|2s_ancestral)/.*eta(0\.5|1)",
+    },
+    "other: B(h) = h in UniPC, which is NaN at the data, orders and correctors of it "
+    "that are not UniPC's, and noise as what is predicted": {
+        "multistep_diffusers": "unipc/(bh1|bh2_order1|.*disable_corrector|.*eps)",
+    },
+    "other: a third order with a wrong sign, or starting in another way": {
+        "multistep_diffusers": "dpmsolver_(sde/sdepp|ode/pp)_order3",
     },
     "other: times of other codes, and how their training draws them": {
         "edm": "precond/vp.*(/t$|sigma_of_t|t_of_sigma)",
@@ -699,13 +900,14 @@ REST = {  # why an array is not compared, by the file's name and what its key ma
         "kdiffusion": "(ancestral|euler_ancestral/tanh/karras)/eta3"
     },
     "other: solvers that the issue does not ask for": {
-        "kdiffusion": "lms/",
-        "multistep_diffusers": "deis/",
+        "kdiffusion": "lms/|dpm_|dpmpp_2m_sde/.*/heun|euler/.*/churn(_window)?/",
+        "multistep_diffusers": "deis/|dpmsolver_sde/(sde_|.*heun)",
         "flow": "ode/.*(midpoint|heun|rk4)|ode/step_size|ode/grid/short",
     },
-    "other: Euler's method in a time that is not sigma": {
-        "edm_sampling": "ablation_sampler/(vp_vp_vp|ve_ve|edm_vp_vp|edm_ve)/euler",
+    "other: Euler's and Heun's method in a time that is not sigma": {
+        "edm_sampling": "ablation_sampler/(vp_vp_vp|ve_ve|edm_vp_vp|edm_ve|vp_churn)",
         "flow": "ode/.*/model_t",
+        "flow_diffusers": "flow_heun/",
     },
     "other: grids that are given to from_levels": {
         "edm_sampling": "grid/",
@@ -716,7 +918,6 @@ REST = {  # why an array is not compared, by the file's name and what its key ma
     "other: what eps-networks of EDM's code are told, their rounded sigmas; factors "
     "that follow from x_in and D": {
         "edm": "precond/(vp|ve|iddpm)|loss/(vp|ve)",
-        "edm_sampling": "edm_sampler/tanh/iddpm_rounding",
         "kdiffusion_wrappers": "VDenoiser/c_|.*/model_(cond|t)|discrete/(t|alphas)",
     },
     "other: a weighting of another code": {

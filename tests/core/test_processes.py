@@ -336,7 +336,8 @@ def test_preconditioning_that_has_no_meaning_is_refused():
 # Samplers
 
 SIZES = (20, 40, 80)
-ORDERS = {"ddpm": None, "ddim": 1, "dpmpp_2m": 2, "heun": 2}
+ORDERS = {"ddim": 1, "dpmpp_2m": 2, "heun": 2, "dpmpp_2s": 2, "edm_heun": 2, "unipc": 4}
+NOISY = [name for name, row in SAMPLERS.items() if row.adds_noise and name != "ddpm"]
 
 
 def log_uniform(kind, num_levels, **options):
@@ -360,19 +361,23 @@ def run_mixture(schedule, rows, x_T, *, name):
     return samplers.sample(KEYS[: len(x_T)], denoise_fn, step_fn, schedule, x_T)
 
 
+def sizes_of(name):
+    return SIZES[1:] if ORDERS[name] > 2 else SIZES  # the next order is felt before
+
+
 def assert_order(name, errors):
-    measured = -np.polyfit(np.log(SIZES), np.log(errors), 1)[0]
+    measured = -np.polyfit(np.log(sizes_of(name)), np.log(errors), 1)[0]
     assert abs(measured - ORDERS[name]) < 0.2, f"{measured:.2f}, errors {errors}"
 
 
-solvers = pytest.mark.parametrize("name", [n for n, o in ORDERS.items() if o])
+solvers = pytest.mark.parametrize("name", ORDERS)
 
 
 @solvers
 @every_process
 def test_the_error_on_a_mixture_falls_with_the_order_on_every_process(kind, name):
     errors, length = [], SIZES[-1] + 1
-    for num_levels in SIZES:
+    for num_levels in sizes_of(name):
         signal, noise = log_uniform(kind, num_levels)
         x_T = noise[-1] * normal(0, 50, 4)
         last = signal[-1], noise[-1]
@@ -389,7 +394,7 @@ def test_the_error_on_a_mixture_falls_with_the_order_on_every_process(kind, name
 @every_process
 def test_the_error_on_a_gaussian_falls_with_the_order_from_no_signal(kind, name):
     errors, length = [], SIZES[-1] + 1
-    for num_levels in SIZES:
+    for num_levels in sizes_of(name):
         signal, noise = log_uniform(kind, num_levels, no_signal=True)
         z = normal(0, 50, 4)
         spread = np.hypot(signal[-1] * STD, noise[-1])
@@ -403,8 +408,7 @@ def test_the_error_on_a_gaussian_falls_with_the_order_from_no_signal(kind, name)
 
 @pytest.mark.parametrize(
     ("name", "eta"),
-    [("ddpm", 0), ("ddim", 0.5), ("ddim", 1)]
-    + [(name, 0) for name in ("euler_ancestral", "dpmpp_2m_sde")],
+    [("ddpm", 0), ("ddim", 0.5), ("ddim", 1), *((name, 0) for name in NOISY)],
 )
 @every_process
 def test_samplers_with_noise_give_the_moments_of_the_data(kind, name, eta):
@@ -415,6 +419,26 @@ def test_samplers_with_noise_give_the_moments_of_the_data(kind, name, eta):
     x_0 = run(schedule, rows, x_T, name=name, eta=float(eta))
     # of first order: with the posterior's variance there is too little
     assert_moments(np.ravel(x_0), MEAN, STD**2, bias=0 if name == "ddpm" else 0.04)
+
+
+def assert_mixture(x_0, *, bias=0.0):
+    """Mean, variance and mode weights of the mixture, within 5 sigma and a bias."""
+    x_0, mean = np.ravel(x_0), np.dot(WEIGHTS, MODES)
+    var = np.dot(WEIGHTS, np.square(MODES)) - mean**2 + MODE_STD**2
+    assert_moments(x_0, mean, var, bias=bias)
+    above = np.dot(WEIGHTS, oracles.normal_cdf(np.divide(MODES, MODE_STD)))
+    assert_mean(x_0 > 0, above, bias=bias / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOISY)
+@every_process
+def test_samplers_with_noise_give_a_mixture_on_every_process(kind, name):
+    signal, noise = log_uniform(kind, 2 * SIZES[-1], no_signal=True)
+    schedule = processes.schedule_of(signal, noise)
+    rows = processes.mixture_levels(signal, noise, MODE_STD)
+    x_T = samplers.pure_noise(KEYS, schedule, (100,))
+    assert_mixture(run_mixture(schedule, rows, x_T, name=name), bias=0.02)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -455,17 +479,174 @@ def test_ddim_without_noise_is_eulers_method_on_a_flow():
     np.testing.assert_allclose(found, x, rtol=0, atol=2e-6)
 
 
+def test_ddim_without_noise_is_eulers_method_on_a_flow_bit_for_bit():
+    """Where float32 is exact: levels are powers of two, and predictions short."""
+    s = np.float32([1, 0.5, 0.25, 0.125, 0.0625, 0])
+    schedule = schedules.from_levels(1 - s[-2::-1], s[-2::-1], 1000 * s[-2::-1])
+
+    def model_fn(x, timesteps):
+        return jnp.round(2 * jnp.tanh(x)) - (timesteps[:, None] > 200)
+
+    denoise_fn = diffusion.denoiser(model_fn, schedule, Objective(mean_type="flow"))
+    x = jnp.round(4 * normal(0, 5, 7)) / 4
+    found = samplers.sample(KEYS[:5], denoise_fn, samplers.ddim_step, schedule, x)
+    for now, to in itertools.pairwise(s):
+        x = x + (to - now) * model_fn(x, jnp.full(5, 1000 * now))
+    np.testing.assert_array_equal(found, x)
+
+
+# Churn
+
+CHURNED = {  # levels at noise / signal, of processes that are given by it
+    "edm": schedules.sigma_levels,
+    "flow": lambda sigma: schedules.time_levels(sigma / (1 + sigma)),
+    "vp": lambda sigma: schedules.log_snr_levels(-2 * np.log(sigma)),
+}
+every_churned = pytest.mark.parametrize("kind", CHURNED)
+
+
+@jax.jit
+def run_churned(schedule, x_T, s_noise):
+    """Samples of the mixture."""
+    signal, noise, _ = schedule.now
+    rows = jnp.stack([signal, signal**2 * MODE_STD**2 + noise**2])
+    denoise_fn = oracles.mixture_of_levels(rows, MODES, WEIGHTS, MODE_STD)
+    step_fn = functools.partial(samplers.edm_heun_step, s_noise=s_noise)
+    return samplers.sample(KEYS[: len(x_T)], denoise_fn, step_fn, schedule, x_T)
+
+
+def mixture_mean(x, sigma):
+    """E[x_0 | x_0 + sigma eps] of the mixture, in float64."""
+    var = MODE_STD**2 + sigma**2
+    modes = zip(MODES, WEIGHTS, strict=True)
+    logits = [np.log(w) - (x - m) ** 2 / (2 * var) for m, w in modes]
+    chances = np.exp(logits - np.max(logits, axis=0))
+    chances = chances / chances.sum(axis=0)
+    means = [m + MODE_STD**2 / var * (x - m) for m in MODES]
+    return np.sum(chances * np.array(means), axis=0)
+
+
+@every_churned
+def test_churn_0_is_the_deterministic_method_of_edm(kind):
+    """Algorithm 1 of Karras et al. 2022, in float64, whatever scales x."""
+    sigma = schedules.edm_levels(12, sigma_min=0.02, sigma_max=20.0).noise
+    schedule = schedules.churned(sigma, CHURNED[kind], churn=0.0)
+    x = sigma[-1] * np.float64(normal(0, 6, 4))
+    x_T = jnp.float32(schedule.now.signal[-1] * x)
+    found = run_churned(schedule, x_T, 1.0)
+    for now, to in itertools.pairwise([*sigma[::-1], 0.0]):
+        slope = (x - mixture_mean(x, now)) / now
+        end = x + (to - now) * slope
+        if to > 0:
+            slope = (slope + (end - mixture_mean(end, to)) / to) / 2
+        x = x + (to - now) * slope
+    np.testing.assert_allclose(found, x, rtol=0, atol=5e-5)
+
+
+@every_churned
+def test_churn_keeps_the_distribution_of_the_data(kind):
+    sigma = schedules.edm_levels(60, sigma_min=0.01, sigma_max=50.0).noise
+    options = dict(churn=20.0, s_min=0.05, s_max=20.0)
+    schedule = schedules.churned(sigma, CHURNED[kind], **options)
+    x_T = schedule.now.noise[-1] * normal(0, 200, 100)
+    found = run_churned(schedule, x_T, 1.0)
+    assert_mixture(found, bias=0.02)
+    plain = schedules.churned(sigma, CHURNED[kind], churn=0.0)
+    assert np.abs(found - run_churned(plain, x_T, 1.0)).mean() > 0.1
+
+
+def test_churn_adds_noise_between_a_level_and_the_raised_one():
+    """Of variance s_noise^2 (sigma_hat^2 - sigma^2), within [s_min, s_max] only."""
+    sigma = np.array([0.5, 1.0, 2.0, 4.0])
+    schedule = schedules.churned(sigma, churn=1.0, s_min=1.0, s_max=2.0)
+    raised = [0.5, 1.25, 2.5, 4.0]
+    np.testing.assert_allclose(schedule.now.noise[::2], raised)
+    np.testing.assert_allclose(schedule.now.noise[1::2], sigma[:3])
+    np.testing.assert_allclose(schedule.prev.noise[1::2], raised[:3])
+    most = schedules.churned(sigma, churn=100.0).now.noise[::2]
+    np.testing.assert_allclose(most, np.sqrt(2) * sigma, rtol=1e-6)
+    for row, var in ((5, 0.25**2 * (2.5**2 - 2**2)), (1, 0.0)):
+        state = samplers.start(jnp.zeros((200, 100)))
+        x = samplers.edm_heun_step(
+            *(KEYS, lambda x, t: diffusion.Prediction(0 * x, 0 * x), schedule, state),
+            *(jnp.full(200, row, jnp.int32),),
+            s_noise=0.25,
+        ).x
+        assert_moments(np.ravel(x), 0.0, var)
+
+
+def test_one_trace_serves_every_churn_process_and_length():
+    traces = []
+
+    @jax.jit
+    def sample(schedule, s_noise):
+        traces.append(None)
+        return run_churned(schedule, jnp.ones((2, 3)), s_noise)
+
+    for i, levels_fn in enumerate(CHURNED.values()):
+        sigma = schedules.edm_levels(4 + i).noise
+        options = dict(churn=float(i), s_min=0.01 * i, s_max=10.0 + i)
+        table = schedules.churned(sigma, levels_fn, **options)
+        sample(schedules.pad(table, 13), jnp.float32(1 + i / 10))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", {*SAMPLERS} - {"edm_heun"})
+def test_steps_that_need_a_chain_refuse_a_table_with_churn(name):
+    schedule = schedules.churned([0.5, 1.0, 2.0], churn=1.0)
+    x_T = jnp.ones((2, 3))
+    args = KEYS[:2], lambda x, t: diffusion.Prediction(x, x), SAMPLERS[name].step
+    said = r"^schedule must be a chain, .* got levels of churned, which rise between"
+    with pytest.raises(ValueError, match=said):
+        samplers.sample(*args, schedule, x_T)
+
+
+def test_what_needs_a_posterior_refuses_a_table_with_churn():
+    schedule = schedules.churned([0.5, 1.0, 2.0], churn=1.0)
+    x, t = jnp.ones((2, 3)), jnp.array([0, 1])
+    calls = [
+        lambda: diffusion.q_posterior(schedule, x, x, t),
+        lambda: diffusion.check_signal(schedule, Objective("mu")),
+        lambda: diffusion.check_signal(schedule, Objective("x_0", "learned_range")),
+        lambda: losses.loss_weight(schedule, Objective("x_0", weighting="vdm"), t),
+        lambda: samplers.invert(lambda x, t: diffusion.Prediction(x, x), schedule, x),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ValueError, match=r"^schedule must be a chain, .* of churned"
+        ):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("sigma", "options", "message"),
+    [
+        ([1.0, -2.0], {}, "sigma must be a vector of values > 0"),
+        ([], {}, "signal must be at least 1 value"),
+        ([2.0, 1.0], {}, "noise must grow against signal from level to level"),
+        ([1.0, 2.0], dict(churn=-1.0), "churn must be a number >= 0, got -1"),
+        ([1.0, 2.0], dict(s_min=-1.0), "s_min must be a number >= 0, got -1"),
+        ([1.0, 2.0], dict(s_min=1.0, s_max=0.5), "s_max must be a number >= 1, got"),
+        ([1.0, 2.0], dict(levels_fn=3), r"levels_fn must be a function of \(sigma,\)"),
+    ],
+)
+def test_churn_that_makes_no_levels_is_refused(sigma, options, message):
+    with pytest.raises(ValueError, match=message):
+        schedules.churned(sigma, **{"churn": 1.0} | options)
+
+
+@pytest.mark.parametrize("name", ["heun", "unipc"])
 @every_process
-def test_one_trace_serves_every_process(kind):
+def test_one_trace_serves_every_process(kind, name):
     """Levels, steps and eta are data: what is compiled is the same."""
     signal, noise = log_uniform(kind, 20)
     schedule = processes.schedule_of(signal, noise, length=SIZES[-1])
     rows = processes.padded(processes.gaussian_rows(signal, noise, 0.0, 1.0), SIZES[-1])
-    run(schedule, rows, normal(0, 3, 2), name="heun")
+    run(schedule, rows, normal(0, 3, 2), name=name)
     compiled = run._cache_size()
     for other in processes.KINDS:
         schedule = processes.schedule_of(*log_uniform(other, 30), length=SIZES[-1])
-        run(schedule, rows, normal(0, 3, 2), name="heun")
+        run(schedule, rows, normal(0, 3, 2), name=name)
     assert run._cache_size() == compiled
 
 

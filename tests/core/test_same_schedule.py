@@ -83,7 +83,8 @@ WRAPPERS = {  # of a denoiser f that is made with schedule s
 
 
 def step_call(step_fn):
-    return lambda f, s: step_fn(KEYS, f, s, STATE, jnp.full(2, 3))
+    state = samplers.start(X, step_fn)
+    return lambda f, s: step_fn(KEYS, f, s, state, jnp.full(2, 3))
 
 
 ddim = samplers.ddim_step

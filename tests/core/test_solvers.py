@@ -124,6 +124,94 @@ def test_the_last_step_of_heun_is_one_of_ddim():
     np.testing.assert_array_equal(two, one)
 
 
+@pytest.mark.parametrize("t", [2, 4, 8])
+def test_a_pair_of_calls_of_dpmpp_2s_is_a_step_of_the_paper(t):
+    """Lu et al. 2022, algorithm 1, from row t over t - 1, which gives r, to t - 2."""
+    state = samplers.start(normal(0, 4, 6))
+    signal = np.sqrt(oracles.alpha_bars(SHORT))
+    noise, lam = np.sqrt(oracles.noise_vars(SHORT)), log_ratios(SHORT)
+    x, h = np.asarray(state.x, np.float64), lam[t - 2] - lam[t]
+    r = (lam[t - 1] - lam[t]) / h
+    first = np.tanh(2 * x)
+    u = noise[t - 1] / noise[t] * x - signal[t - 1] * np.expm1(-r * h) * first
+    D = (1 - 1 / (2 * r)) * first + 1 / (2 * r) * np.tanh(2 * u)
+    expected = noise[t - 2] / noise[t] * x - signal[t - 2] * np.expm1(-h) * D
+    middle = step_from("dpmpp_2s", SHORT, state, t)
+    np.testing.assert_allclose(middle.x, u, **F32_SUM)
+    end = step_from("dpmpp_2s", SHORT, middle, t - 1)
+    np.testing.assert_allclose(end.x, expected, **F32_SUM)
+
+
+def test_a_pair_of_calls_of_dpmpp_sde_draws_as_one_step_does():
+    """With a constant x_0, the two draws are together one of q(x_{t-2} | x_t, x_0)."""
+    state, t = samplers.start(jnp.ones((200, 100))), jnp.full(200, 8, jnp.int32)
+
+    def denoise_fn(x_t, t):
+        return Prediction(jnp.full_like(x_t, 0.4), jnp.zeros((1, 1)))
+
+    for row in (t, t - 1):
+        state = samplers.dpmpp_sde_step(KEYS, denoise_fn, SHORT, state, row)
+    alpha_bar = oracles.alpha_bars(SHORT)
+    high, low = alpha_bar[8], alpha_bar[6]
+    beta = 1 - high / low
+    mean = np.sqrt(low) * beta * 0.4 + np.sqrt(high / low) * (1 - low)
+    assert_moments(np.ravel(state.x), mean / (1 - high), beta * (1 - low) / (1 - high))
+
+
+PAIRS = ("dpmpp_2s", "dpmpp_sde", "edm_heun")
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_chain_that_starts_within_a_pair_takes_a_step_of_first_order(name):
+    state = samplers.start(normal(0, 4, 6))
+    first_order = "euler_ancestral" if SAMPLERS[name].adds_noise else "ddim"
+    two, one = (step_from(n, SHORT, state, 7).x for n in (name, first_order))
+    np.testing.assert_allclose(two, one, **F32)
+
+
+def test_unipc_corrects_the_first_step_to_one_of_heun():
+    """Its corrector of order 1 takes the mean of x_0 at both ends; and then goes on."""
+    state = samplers.start(normal(0, 4, 6), samplers.unipc_step)
+    state = step_from("unipc", SHORT, state, 9)
+    heun = step_from("heun", SHORT, samplers.start(normal(0, 4, 6)), 9).x
+    x_0 = jnp.tanh(2 * state.x)  # predicted before the correction
+    signal = np.sqrt(oracles.alpha_bars(SHORT))
+    noise, lam = np.sqrt(oracles.noise_vars(SHORT)), log_ratios(SHORT)
+    h, r = lam[7] - lam[8], (lam[8] - lam[9]) / (lam[7] - lam[8])
+    D = x_0 + (x_0 - state.x_0) / (2 * r)
+    expected = noise[7] / noise[8] * heun - signal[7] * np.expm1(-h) * D
+    found = step_from("unipc", SHORT, state, 8).x
+    np.testing.assert_allclose(found, expected, **F32_SUM)
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpmpp_3m_sde"])
+def test_a_state_without_the_predictions_that_a_step_reads_is_refused(name):
+    said = r"^state must hold earlier predictions, as samplers\.start\(x_T, step_fn\)"
+    with pytest.raises(ValueError, match=said):
+        step_from(name, SHORT, samplers.start(normal(0, 4, 6)), 7)
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpmpp_3m_sde"])
+def test_earlier_predictions_are_kept_in_order(name):
+    state = samplers.start(normal(0, 4, 6), SAMPLERS[name].step)
+    seen = []
+    for t in (9, 8, 7):
+        state = step_from(name, SHORT, state, t)
+        seen.insert(0, (state.x_0, state.log_snr))
+    for past, (x_0, log_snr) in zip(state.earlier, seen[1:], strict=False):
+        np.testing.assert_array_equal(past.x_0, x_0)
+        np.testing.assert_array_equal(past.log_snr, log_snr)
+
+
+@pytest.mark.parametrize("h", [0.01, 0.3, 0.99, 1.01, 4.0, 40.0, np.inf])
+def test_moments_are_integrals_over_an_exact_step(h):
+    tau = (np.arange(200_000) + 0.5) / 200_000
+    weight = np.exp(min(h, 1e4) * (tau - 1))
+    expected = [np.sum(weight * tau**k) / np.sum(weight) for k in (1, 2, 3)]
+    found = samplers.steps._moments(jnp.float32(h))
+    np.testing.assert_allclose(found, expected, rtol=2e-5 if h < np.inf else 1e-3)
+
+
 FAR, NARROW = (-0.6, 0.6), 0.1  # modes that are 12 deviations apart
 
 
@@ -140,7 +228,7 @@ def assert_mixture(x_0, *, bias=0.0):
     assert_moments(x_0[x_0 < 0], FAR[0], NARROW**2, bias=bias)
 
 
-@pytest.mark.parametrize("name", ["dpmpp_2m", "heun"])
+@pytest.mark.parametrize("name", ["dpmpp_2m", "heun", "dpmpp_2s", "unipc", "edm_heun"])
 def test_second_order_solvers_give_a_mixture_in_100_steps(name):
     ratios = oracles.log_uniform_ratios(100)
     schedule = schedules.make_schedule(oracles.betas_of_ratios(ratios))

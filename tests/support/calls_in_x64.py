@@ -90,8 +90,9 @@ def sharing(step_fn):
 
 
 def frames(x, name):
+    state = samplers.start(x, step_of(name))
     args = (KEYS, denoiser(PADDED), step_of(name), PADDED)
-    return samplers.sample_frames(*args, num_frames=1, state=samplers.start(x)).x[-1]
+    return samplers.sample_frames(*args, num_frames=1, state=state).x[-1]
 
 
 def by_sampler(name):
@@ -106,7 +107,9 @@ def by_sampler(name):
         "sample_frames": lambda x: frames(x, name),
         "inpaint": lambda x: sampled(x, name, wrap=inpainting),
         "share_noise": lambda x: sampled(x, name, wrap=sharing),
-        "step": lambda x: step_of(name)(*args[:2], PADDED, samplers.start(x), T).x,
+        "step": lambda x: (
+            step_of(name)(*args[:2], PADDED, samplers.start(x, args[2]), T).x
+        ),
         "interpolate": lambda x: samplers.interpolate(*args, x, -x, weights, t=6),
         "repaint": lambda x: editing.repaint(
             *args, x, -x, jnp.asarray(MASK), jump=3, resamples=2

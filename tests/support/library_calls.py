@@ -137,7 +137,8 @@ def step_cases():
     """Steps of samplers, given wrong arguments."""
     rows = {name: row.step for name, row in samplers.SAMPLERS.items()}
     for name, step in (rows | {"inversion": samplers.ddim_inversion_step}).items():
-        right = dict(keys=KEYS, denoise_fn=DENOISE, schedule=S, state=STATE, t=T)
+        right = dict(keys=KEYS, denoise_fn=DENOISE, schedule=S, t=T)
+        right["state"] = samplers.start(X, step)
         wrong = {
             "t in a column": dict(t=T[:, None], begins=AN_INT + "int32 [3, 1]"),
             "t beyond": dict(t=T + 1, begins="t must be in [0, 10), got 10"),
@@ -1404,7 +1405,7 @@ def own_scan(step):
     def body(state, t):
         return step(KEYS, DENOISE, S, state, t), None
 
-    return jax.lax.scan(body, samplers.start(X), S.steps[::-1])[0]
+    return jax.lax.scan(body, samplers.start(X, step), S.steps[::-1])[0]
 
 
 # Right calls, each with the shape of what it returns.
