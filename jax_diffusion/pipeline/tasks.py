@@ -250,7 +250,9 @@ def progress(context: SamplingContext, options: TaskOptions) -> Array:
     return _frames(context, options).x_0
 
 
-def _frames(context: SamplingContext, options: TaskOptions) -> samplers.SampleState:
+def _frames(
+    context: SamplingContext, options: TaskOptions
+) -> samplers.SampleState | samplers.MultistepState:
     """Draws images; keeps evenly spaced states, at most as many as asked for."""
     num_rows = context.schedule.num_steps
     size = -(-num_rows // min(options.num_frames, context.num_steps))

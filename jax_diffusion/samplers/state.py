@@ -81,7 +81,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def remembers(number: int) -> Callable[[Function], Function]:
     """Marks a step that reads so many predictions before the last one, for `start`."""
 
-    def mark(step_fn):
+    def mark(step_fn: Any) -> Any:
         step_fn.num_earlier = number
         return step_fn
 

@@ -331,10 +331,10 @@ def dpmpp_3m_sde_step(
         ValueError: unless these fit each other.
     """
     t = check_step_arguments(keys, denoise_fn, schedule, state, t)
-    earlier, c = _earlier(state, 1), take(schedule, t, state.x.ndim)
+    earlier, c = _earlier(state), take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
-    step, taus, usable = _places(c.now, c.prev, earlier)
-    (last, before), (one, two) = earlier, usable
+    last, before = earlier[:2]
+    step, taus, (one, two) = _places(c.now.log_snr, c.prev.log_snr, earlier[:2])
     slope = (x_0 - last.x_0) / -taus[0]
     slope_before = (last.x_0 - before.x_0) / (taus[0] - taus[1])
     curve = jnp.where(two > 0, (slope - slope_before) / -taus[1], 0.0)
@@ -375,23 +375,23 @@ def unipc_step(
     """
     t = check_step_arguments(keys, denoise_fn, schedule, state, t)
     del keys
-    earlier, c = _earlier(state, 1), take(schedule, t, state.x.ndim)
+    earlier, c = _earlier(state), take(schedule, t, state.x.ndim)
     x_0 = _x_0(denoise_fn, schedule, state.x, t)
     now, order, row = Past(x_0, c.now.log_snr), len(earlier), t.reshape(c.betas.shape)
 
-    from_last = c.now._replace(log_snr=earlier[0].log_snr)
-    step, taus, usable = _places(from_last, c.now, earlier[1:])
-    has_last = jnp.isfinite(earlier[0].log_snr) & (earlier[0].log_snr < c.now.log_snr)
+    last = earlier[0]
+    step, taus, usable = _places(last.log_snr, now.log_snr, earlier[1:])
+    has_last = jnp.isfinite(last.log_snr) & (last.log_snr < now.log_snr)
     terms = jnp.minimum(sum(usable, 0), row + 1)  # of the predictor of that step
     means = []
     for places, values in ((taus, earlier[1:]), ((1.0, *taus), (now, *earlier[1:]))):
-        values = [past.x_0 for past in (earlier[0], *values)]
+        values = [past.x_0 for past in (last, *values)]
         used = terms + len(values) - order
         means.append(_mean_of_polynomial(step, (0.0, *places), values, used))
     x = state.x - c.now.signal * jnp.expm1(-step) * (means[1] - means[0])
     x = jnp.where(has_last, x, state.x)
 
-    step, taus, usable = _places(c.now, c.prev, earlier[: order - 1])
+    step, taus, usable = _places(now.log_snr, c.prev.log_snr, earlier[: order - 1])
     values = [past.x_0 for past in (now, *earlier[: order - 1])]
     terms = jnp.minimum(sum(usable, 0), row)
     mean = _mean_of_polynomial(step, (0.0, *taus), values, terms)
@@ -496,10 +496,10 @@ def _half_step(keys, denoise_fn, schedule, state, t, *, adds_noise):
     return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
-def _earlier(state, number):
-    """The last predictions of a state, the newest first."""
+def _earlier(state):
+    """The last predictions of a state, two at least, the newest first."""
     earlier = getattr(state, "earlier", ())
-    if len(earlier) < number:
+    if not earlier:
         rule = (
             "state must hold earlier predictions, as samplers.start(x_T, step_fn) does"
         )
@@ -507,20 +507,20 @@ def _earlier(state, number):
     return (Past(state.x_0, state.log_snr), *earlier)
 
 
-def _places(now, to, earlier):
-    """Where a step's earlier predictions lie: its half log-SNR, their places, use.
+def _places(start, end, earlier):
+    """Half the log-SNR of a step; where earlier predictions lie; which can be used.
 
     Places count from 0 at the start of the step to 1 at its end. A prediction is used
     where it and all newer ones are of levels that follow each other, and the step is
     not infinitely long; the others get some other places.
     """
-    length = to.log_snr - now.log_snr
+    length = end - start
     usable = jnp.isfinite(length) & (length > 0)
     length = jnp.where(usable, length, 1.0)
-    taus, uses, newer, tau = [], [], now.log_snr, 0.0
+    taus, uses, newer, tau = [], [], start, 0.0
     for past in earlier:
         usable &= jnp.isfinite(past.log_snr) & (past.log_snr < newer)
-        place = jnp.where(usable, past.log_snr - now.log_snr, 0.0) / length
+        place = jnp.where(usable, past.log_snr - start, 0.0) / length
         tau = jnp.where(usable, place, tau - 1.0)
         taus.append(tau)
         uses.append(usable.astype(jnp.int32))

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import oracles
 from support.oracles import F32_SUM, normal
+from support.sampler_rows import every_sampler
 
 from jax_diffusion import diffusion, editing, samplers, schedules
 from jax_diffusion.diffusion import Prediction
@@ -27,7 +28,6 @@ SHORT = schedules.make_schedule(schedules.cosine_betas(10))
 X_T = normal(0, 8, 6)
 EVERY = 7  # steps between cuts
 
-every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 every_length = pytest.mark.parametrize("length", SCHEDULES)
 PADDED = schedules.pad(SHORT, 12)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support import oracles, processes
 from support.oracles import F32, F32_SUM, assert_mean, assert_moments, normal
+from support.sampler_rows import every_sampler, params
 
 from jax_diffusion import (
     diffusion,
@@ -338,6 +339,7 @@ def test_preconditioning_that_has_no_meaning_is_refused():
 SIZES = (20, 40, 80)
 ORDERS = {"ddim": 1, "dpmpp_2m": 2, "heun": 2, "dpmpp_2s": 2, "edm_heun": 2, "unipc": 4}
 NOISY = [name for name, row in SAMPLERS.items() if row.adds_noise and name != "ddpm"]
+NOISY_ROWS = [pytest.param(*row.values, 0, marks=row.marks) for row in params(NOISY)]
 
 
 def log_uniform(kind, num_levels, **options):
@@ -370,7 +372,7 @@ def assert_order(name, errors):
     assert abs(measured - ORDERS[name]) < 0.2, f"{measured:.2f}, errors {errors}"
 
 
-solvers = pytest.mark.parametrize("name", ORDERS)
+solvers = pytest.mark.parametrize("name", params(ORDERS))
 
 
 @solvers
@@ -408,7 +410,7 @@ def test_the_error_on_a_gaussian_falls_with_the_order_from_no_signal(kind, name)
 
 @pytest.mark.parametrize(
     ("name", "eta"),
-    [("ddpm", 0), ("ddim", 0.5), ("ddim", 1), *((name, 0) for name in NOISY)],
+    [("ddpm", 0), ("ddim", 0.5), ("ddim", 1), *NOISY_ROWS],
 )
 @every_process
 def test_samplers_with_noise_give_the_moments_of_the_data(kind, name, eta):
@@ -441,7 +443,7 @@ def test_samplers_with_noise_give_a_mixture_on_every_process(kind, name):
     assert_mixture(run_mixture(schedule, rows, x_T, name=name), bias=0.02)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@every_sampler
 def test_processes_that_differ_in_scale_only_give_the_same_samples(name):
     """x / signal obeys the same equations, and so do steps with the same noise."""
     results = []
@@ -653,7 +655,7 @@ def test_one_trace_serves_every_process(kind, name):
 # Guidance and editing
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@every_sampler
 @every_process
 def test_guidance_by_a_classifier_draws_its_mode_on_every_process(kind, name):
     signal, noise = processes.levels(kind, np.geomspace(0.02, 50, 60))

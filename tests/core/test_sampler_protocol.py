@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support import oracles
 from support.oracles import F32, F32_SUM, assert_moments, normal
+from support.sampler_rows import every_sampler, params
 
 from jax_diffusion import diffusion, guidance, registry, samplers, schedules
 from jax_diffusion.diffusion import Prediction
@@ -31,9 +32,8 @@ SIZES_OF = {"unipc": (40, 80), "edm_heun": (80, 160)}
 KEYS = samplers.image_keys(jax.random.key(0), jnp.arange(200))
 SHORT = schedules.make_schedule(schedules.cosine_betas(10))
 
-every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 deterministic = pytest.mark.parametrize(
-    "name", [name for name, row in SAMPLERS.items() if not row.adds_noise]
+    "name", params(name for name, row in SAMPLERS.items() if not row.adds_noise)
 )
 
 
