@@ -32,7 +32,12 @@ class SampleState(NamedTuple):
 
 
 class Past(NamedTuple):
-    """A prediction of the clean data, [b, ...], and the log-SNR of its level."""
+    """An earlier prediction.
+
+    Attributes:
+        x_0: [b, ...] the prediction of the clean data; zeros before there is one.
+        log_snr: [b, 1, ...] of the level where it was made; -inf before that.
+    """
 
     x_0: Array
     log_snr: Array
@@ -79,7 +84,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def remembers(number: int) -> Callable[[Function], Function]:
-    """Marks a step that reads so many predictions before the last one, for `start`."""
+    """Marks a step that reads a `number` of predictions before the last one."""
 
     def mark(step_fn: Any) -> Any:
         step_fn.num_earlier = number
@@ -89,7 +94,7 @@ def remembers(number: int) -> Callable[[Function], Function]:
 
 
 def num_earlier(step_fn: Any) -> int:
-    """Returns how many predictions before the last one a step reads: 0 if unmarked.
+    """Returns how many predictions before the last one `step_fn` reads: 0 if unmarked.
 
     A `functools.partial`, or what `jax.jit` makes, reads as many as its function.
     """

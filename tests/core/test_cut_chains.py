@@ -239,6 +239,7 @@ class Weighted(NamedTuple):
     log_weight: jax.Array
     history: jax.Array
     key: jax.Array
+    earlier: tuple = ()  # of a step that reads more than one prediction
 
 
 Remembering = jax.tree_util.register_dataclass(
@@ -286,7 +287,8 @@ def test_a_state_of_ones_own_goes_through_sample_and_wrappers(
     step_fn = WRAPPERS[wrapper](step_of(name))
     args = (KEYS, tanh_denoiser(schedule))
     more = (jnp.zeros(8), jnp.zeros((3, 8, 6)), jax.random.key(1))
-    state = kind(*samplers.start(X_T), *more)
+    first = samplers.start(X_T, step_fn)
+    state = kind(*first[:3], *more, getattr(first, "earlier", ()))
 
     @jax.jit
     def run(state):

@@ -558,7 +558,7 @@ def compare_churned(
     added = np.sqrt(np.maximum(raised**2 - plain**2, 0)) * s_noise
     added = added.reshape(-1, *[1] * unit.ndim) * np.float64(noise[: len(up)])
     drawn = np.zeros((ROWS, *unit.shape))
-    drawn[1 : 2 * len(up) - 2 : 2] = s_noise * noise[1 : len(up)]
+    drawn[1 : 2 * len(up) - 2 : 2] = s_noise * np.float64(noise[1 : len(up)])
     x_T = jnp.asarray(unit * plain[0] + added[0], unit.dtype)
     x = run_official(
         *(account, case, table, x_T, "edm_heun"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support import oracles, processes
 from support.oracles import F32, F32_SUM, assert_mean, assert_moments, normal
-from support.sampler_rows import every_sampler, params
+from support.sampler_rows import LIKE_OTHERS, every_sampler, params
 
 from jax_diffusion import (
     diffusion,
@@ -372,7 +372,7 @@ def assert_order(name, errors):
     assert abs(measured - ORDERS[name]) < 0.2, f"{measured:.2f}, errors {errors}"
 
 
-solvers = pytest.mark.parametrize("name", params(ORDERS))
+solvers = pytest.mark.parametrize("name", params(ORDERS, LIKE_OTHERS))
 
 
 @solvers
@@ -550,7 +550,7 @@ def test_churn_keeps_the_distribution_of_the_data(kind):
     sigma = schedules.edm_levels(60, sigma_min=0.01, sigma_max=50.0).noise
     options = dict(churn=20.0, s_min=0.05, s_max=20.0)
     schedule = schedules.churned(sigma, CHURNED[kind], **options)
-    x_T = schedule.now.noise[-1] * normal(0, 200, 100)
+    x_T = schedule.now.noise[-1] * normal(0, 200, 30)
     found = run_churned(schedule, x_T, 1.0)
     assert_mixture(found, bias=0.02)
     plain = schedules.churned(sigma, CHURNED[kind], churn=0.0)
@@ -628,8 +628,7 @@ def test_what_needs_a_posterior_refuses_a_table_with_churn():
         ([2.0, 1.0], {}, "noise must grow against signal from level to level"),
         ([1.0, 2.0], dict(churn=-1.0), "churn must be a number >= 0, got -1"),
         ([1.0, 2.0], dict(s_min=-1.0), "s_min must be a number >= 0, got -1"),
-        ([1.0, 2.0], dict(s_min=1.0, s_max=0.5), "s_max must be a number >= 1, got"),
-        ([1.0, 2.0], dict(levels_fn=3), r"levels_fn must be a function of \(sigma,\)"),
+        ([1.0, 2.0], dict(s_min=1.0, s_max=0.5), "s_max must be a number >= 1.0, got"),
     ],
 )
 def test_churn_that_makes_no_levels_is_refused(sigma, options, message):

@@ -1,4 +1,6 @@
-"""Rows of SAMPLERS as parameters of tests: slow if a fast row shares their code."""
+"""Rows of SAMPLERS as parameters of tests: slow if a fast row shares their code, or if
+they take long to compile.
+"""
 
 import pytest
 
@@ -11,11 +13,12 @@ LIKE_OTHERS = {
     "dpmpp_2s",
     "edm_heun",
 }
+SLOW = LIKE_OTHERS | {"unipc"}
 
 
-def params(names=SAMPLERS):
+def params(names=SAMPLERS, slow=SLOW):
     return [
-        pytest.param(name, marks=pytest.mark.slow if name in LIKE_OTHERS else ())
+        pytest.param(name, marks=pytest.mark.slow if name in slow else ())
         for name in names
     ]
 
