@@ -19,7 +19,7 @@ import jax
 
 from jax_diffusion import cli
 from jax_diffusion import config as configs
-from jax_diffusion.interop import layouts, lucidrains_layout
+from jax_diffusion.interop import dit_layout, layouts, lucidrains_layout
 from jax_diffusion.interop.exporting import WRITERS, export_run, learns_variance
 from jax_diffusion.interop.importing import import_checkpoint
 from jax_diffusion.pipeline import load_run
@@ -33,6 +33,7 @@ def parse_size(text: str) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
+LAYOUTS = sorted([*layouts.LAYOUTS, lucidrains_layout.NAME, dit_layout.NAME])
 WORKDIR: cli.Flags = {
     "--workdir": dict(
         required=True,
@@ -51,8 +52,8 @@ READING: cli.Flags = {
     ),
     "--layout": dict(
         help="With --config, the code whose tensor names the file has: "
-        f"{', '.join(sorted({*layouts.LAYOUTS, lucidrains_layout.NAME}))}. By default "
-        "it is recognized; only openai_new must be given.",
+        f"{', '.join(LAYOUTS)}. By default it is recognized; only openai_new must be "
+        "given.",
     ),
     "--image-size": dict(
         type=parse_size,

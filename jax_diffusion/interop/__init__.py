@@ -9,6 +9,7 @@ exporting          a run -> files for improved-diffusion, diffusers, or .safeten
 released           the released checkpoints by name: network, schedule, objective
 layouts            tensor names and shapes of other codes <-> our parameters
 lucidrains_layout  the same for lucidrains' U-Net, only to read
+dit_layout         the same for the Diffusion Transformer
 diffusers_config   JSON files of diffusers <-> our arguments
 torch_files        .pt files, without PyTorch
 pickles            the pickles inside, of which nothing is run

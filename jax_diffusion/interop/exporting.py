@@ -1,6 +1,7 @@
 """Writes a run into files that other codes read; `WRITERS` lists the formats.
 
     openai       a .pt file for improved-diffusion, and a .json with its arguments
+    dit          the same for facebookresearch/DiT, of the network `DiT`
     diffusers    a folder for Hugging Face's DDPMPipeline
     safetensors  parameters under our own names, with the config inside; the program
                  `convert` and `load_checkpoint` read it again
@@ -22,12 +23,14 @@ from flax.traverse_util import flatten_dict
 from jax_diffusion import config as configs
 from jax_diffusion.interop import (
     diffusers_config,
+    dit_layout,
     layouts,
     safetensors_files,
     torch_files,
 )
 from jax_diffusion.interop.hub_folders import WEIGHTS
 from jax_diffusion.interop.importing import RECORD
+from jax_diffusion.models.dit import DiT
 from jax_diffusion.models.unet import UNet
 from jax_diffusion.pipeline import Run
 from jax_diffusion.registry import choose
@@ -91,25 +94,28 @@ def without_variance(run: Run) -> Run:
     Its samplers take the posterior's variance ("fixed_small") where they need one.
 
     Args:
-        run: a run whose network is a `UNet` and predicts its variance.
+        run: a run whose network is a `UNet` or `DiT` and predicts its variance.
 
     Raises:
         ValueError: if it is not.
     """
     objective: Any = run.objective
-    if not learns_variance(run) or not isinstance(run.model, UNet):
+    if not learns_variance(run) or not isinstance(run.model, UNet | DiT):
         raise ValueError(
-            "drop_variance is for a 'unet' that predicts its variance, got "
+            "drop_variance is for a 'unet' or 'dit' that predicts its variance, got "
             f"{type(run.model).__name__} that does not."
         )
+    last = "conv_out" if isinstance(run.model, UNet) else "out"
+
+    channels = run.model.out_channels
 
     def first_half(array):  # of the channels of every pixel of a folded block
-        pixels = array.reshape(*array.shape[:-1], -1, run.model.out_channels)
-        kept = pixels[..., : run.model.out_channels // 2]
+        pixels = array.reshape(*array.shape[:-1], -1, channels)
+        kept = pixels[..., : channels // 2]
         return kept.reshape(*array.shape[:-1], -1)
 
     params = dict(run.params)
-    params["conv_out"] = jax.tree.map(first_half, run.params["conv_out"])
+    params[last] = jax.tree.map(first_half, run.params[last])
     config = run.config.copy_and_resolve_references()
     config.objective = dict(mean_type=objective.mean_type, var_type="fixed_small")
     built = configs.build(config, run.image_shape[-1])
@@ -135,13 +141,76 @@ def to_openai(run: Run, out: Path) -> None:
         ValueError: if the name does not end in .pt or .pth, if the .json exists, or if
             improved-diffusion cannot compute what this run does.
     """
+    _write_pt(run, out, openai_arguments, lambda: state_dict(run, "openai"))
+
+
+def to_dit(run: Run, out: Path) -> None:
+    """Writes a .pt file for facebookresearch/DiT, and a .json file beside it.
+
+    The .json holds what `dit_arguments` returns.
+
+    Args:
+        run: a run whose network is a `DiT`.
+        out: name of the .pt file.
+
+    Raises:
+        ValueError: if the name does not end in .pt or .pth, if the .json exists, or if
+            the official code cannot compute what this run does.
+    """
+    known: Any = (run.params, run.model, run.image_shape)
+    _write_pt(run, out, dit_arguments, lambda: dit_layout.to_dit(*known))
+
+
+def _write_pt(
+    run: Run,
+    out: Path,
+    arguments: Callable[[Run], dict[str, Any]],
+    tensors: Callable[[], dict[str, np.ndarray]],
+) -> None:
     flags = out.with_suffix(".json")
     if out.suffix not in (".pt", ".pth") or flags.exists():
         raise ValueError(f"out must end in .pt and be new, got {str(out)!r}.")
-    content = json.dumps(openai_arguments(run), indent=2) + "\n"
-    tensors = torch_files.torch_content(state_dict(run, "openai"))
+    text = json.dumps(arguments(run), indent=2) + "\n"
+    content = torch_files.torch_content(tensors())
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_all_atomic({out: tensors, flags: content})
+    files.write_all_atomic({out: content, flags: text})
+
+
+def dit_arguments(run: Run) -> dict[str, dict[str, Any]]:
+    """Returns the arguments with which facebookresearch/DiT builds the same model.
+
+    Args:
+        run: a run whose network is a `DiT`.
+
+    Returns:
+        {"model": ..., "diffusion": ...}: plain keyword arguments of its DiT, and of its
+        GaussianDiffusion.
+
+    Raises:
+        ValueError: if the official code cannot compute what this run does.
+    """
+    model, (h, w, c) = run.model, run.image_shape
+    if not isinstance(model, DiT) or model.num_classes is None or h != w:
+        labels = getattr(model, "num_classes", None)
+        raise ValueError(
+            "the network must be a 'dit' with labels, of square images, to be written "
+            f"for DiT, got {type(model).__name__} with num_classes = {labels}, of "
+            f"{h} x {w} images."
+        )
+    dropout = run.config.get("label_dropout", 0.0)
+    arguments = dict(
+        input_size=h,
+        patch_size=model.patch_size,
+        in_channels=c,
+        hidden_size=model.channels,
+        depth=model.depth,
+        num_heads=model.num_heads,
+        mlp_ratio=model.mlp_ratio,
+        class_dropout_prob=dropout,
+        num_classes=model.num_classes - bool(dropout),
+        learn_sigma=learns_variance(run),
+    )
+    return {"model": arguments, "diffusion": gaussian_diffusion_arguments(run)}
 
 
 def openai_arguments(run: Run) -> dict[str, dict[str, Any]]:
@@ -158,7 +227,6 @@ def openai_arguments(run: Run) -> dict[str, dict[str, Any]]:
         ValueError: if improved-diffusion cannot compute what this run does.
     """
     model = _unet(run)
-    objective: Any = run.objective
     differing = []
     if model.multipliers[0] != 1 or any(m != int(m) for m in model.multipliers):
         differing.append(f"multipliers = {model.multipliers}")
@@ -183,8 +251,18 @@ def openai_arguments(run: Run) -> dict[str, dict[str, Any]]:
         use_scale_shift_norm=model.scale_shift,
         dropout=model.dropout,
     )
+    return {"model": arguments, "diffusion": gaussian_diffusion_arguments(run)}
+
+
+def gaussian_diffusion_arguments(run: Run) -> dict[str, Any]:
+    """Returns the arguments of OpenAI's GaussianDiffusion, which DiT's is as well.
+
+    Raises:
+        ValueError: if it cannot compute the process of this run.
+    """
+    objective: Any = run.objective
     schedule = run.config.schedule
-    diffusion = dict(
+    return dict(
         betas=configs.make_betas(schedule).tolist(),
         model_mean_type=choose(
             "the mean_type for improved-diffusion", objective.mean_type, OPENAI_MEANS
@@ -192,7 +270,6 @@ def openai_arguments(run: Run) -> dict[str, dict[str, Any]]:
         model_var_type=objective.var_type.upper(),
         rescale_timesteps=schedule.get("rescale_timesteps", False),
     )
-    return {"model": arguments, "diffusion": diffusion}
 
 
 def to_diffusers(run: Run, out: Path) -> None:
@@ -254,6 +331,7 @@ def to_safetensors(run: Run, out: Path) -> None:
 
 WRITERS: dict[str, Callable[[Run, Path], None]] = {
     "openai": to_openai,
+    "dit": to_dit,
     "diffusers": to_diffusers,
     "safetensors": to_safetensors,
 }

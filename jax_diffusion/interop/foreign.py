@@ -176,6 +176,11 @@ def check_sizes(config: Config, tensors: Mapping[str, Any]) -> None:
                     f"config.model.{name} must be at most {most}, as the tensors "
                     f"beside it have no more numbers, got {number!r:.40}."
                 )
+    blocks = group.get("depth")
+    if isinstance(blocks, int) and blocks > max(len(tensors), 16):
+        raise ValueError(
+            f"config.model.depth must fit {len(tensors)} tensors, got {blocks}."
+        )
     depth, levels = group.get("num_res_blocks"), group.get("multipliers")
     if isinstance(depth, int) and isinstance(levels, list | tuple):
         if depth * len(levels) > max(len(tensors), 16):

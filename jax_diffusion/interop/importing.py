@@ -26,6 +26,7 @@ from jax_diffusion import checks, data
 from jax_diffusion import config as configs
 from jax_diffusion.config import Config
 from jax_diffusion.interop import (
+    dit_layout,
     foreign,
     hub_folders,
     layouts,
@@ -75,8 +76,8 @@ def load_checkpoint(
         config: a config as for training, for a network that is not a released one. Of
             a folder without a noise schedule, it tells schedule and objective.
         layout: how the code that wrote the file names its tensors, one of
-            `layouts.LAYOUTS` or "lucidrains"; only used with a config. By default it is
-            recognized.
+            `layouts.LAYOUTS`, "lucidrains" or "dit"; only used with a config. By
+            default it is recognized.
         image_size: side of the images in pixels, or (h, w); only used with a config,
             where config.data does not tell it.
         ignore_objects: whether objects beside the tensors of a pickle are left out.
@@ -263,6 +264,7 @@ FIRST = {
     "ddpm": "conv_in.weight",
     "diffusers": "conv_in.weight",
     "lucidrains": "init_conv.weight",
+    "dit": "x_embedder.proj.weight",
 }
 
 
@@ -307,6 +309,10 @@ def _params(
     if layout == lucidrains_layout.NAME:
         return lucidrains_layout.from_lucidrains(
             tensors, model, shapes, allow_nonfinite=allow_nonfinite
+        )
+    if layout == dit_layout.NAME:
+        return dit_layout.from_dit(
+            tensors, model, shapes, image_shape, allow_nonfinite=allow_nonfinite
         )
     wanted = layouts.leaves(shapes, layout, layouts.heads_of(model))
     return layouts.from_torch(tensors, wanted, allow_nonfinite=allow_nonfinite)

@@ -32,6 +32,7 @@ ANCHORS = {
     "temb.dense.0.weight": "ddpm",
     "time_embedding.linear_1.weight": "diffusers",
     "init_conv.weight": "lucidrains",
+    "t_embedder.mlp.0.weight": "dit",
 }
 
 

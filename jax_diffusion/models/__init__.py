@@ -41,6 +41,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jax_diffusion.models.annotated import AnnotatedUNet
+from jax_diffusion.models.dit import DiT
 from jax_diffusion.models.lucidrains import LucidrainsUNet
 from jax_diffusion.models.noisy_classifier import NoisyClassifier
 from jax_diffusion.models.unet import UNet
@@ -70,6 +71,7 @@ MODELS: dict[str, Callable[..., Network]] = {
     "unet": UNet,
     "annotated": AnnotatedUNet,
     "lucidrains": LucidrainsUNet,
+    "dit": DiT,
     "noisy_classifier": NoisyClassifier,
     "encoder": NoisyClassifier,  # the old name, still in configs and checkpoints
 }

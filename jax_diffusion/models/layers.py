@@ -63,14 +63,14 @@ MAX_LEVELS = 16
 SIZES = (
     ("channels", 4, MAX_CHANNELS),  # the time embedding needs four
     ("out_channels", 1, MAX_CHANNELS),
-    ("num_res_blocks", 0, 1000),
+    *(("num_res_blocks", 0, 1000), ("depth", 1, 1000)),
     ("num_groups", 1, MAX_CHANNELS),
     ("num_heads", 1, MAX_CHANNELS),
     ("head_channels", 1, MAX_CHANNELS),
     ("head_dim", 1, MAX_CHANNELS),
     ("num_memory", 0, MAX_CHANNELS),
     ("expansion", 1, 1000),
-    ("block_size", 1, 1000),
+    *(("block_size", 1, 1000), ("patch_size", 1, 1000)),
     ("num_classes", 1, 2**24),
     ("num_labels", 1, 2**24),
 )
@@ -225,7 +225,7 @@ def check_sizes(network: Any) -> None:
         checks.number("dropout", network.dropout, at_least=0, below=1)
     if hasattr(network, "norm_epsilon"):
         checks.number("norm_epsilon", network.norm_epsilon, above=0)
-    multipliers = network.multipliers
+    multipliers = getattr(network, "multipliers", (1,))
     if not 1 <= len(multipliers) <= MAX_LEVELS:
         raise ValueError(
             f"multipliers must be 1 to {MAX_LEVELS} numbers, got {multipliers}."

@@ -626,7 +626,7 @@ def test_a_network_without_its_variance_predicts_the_same_mean(block_size):
     both, ours = (bind(r.model, r.params, None)(x, t) for r in (run, mean))
     np.testing.assert_allclose(ours, both[..., :3], rtol=1e-5, atol=1e-5)
     with pytest.raises(
-        ValueError, match=r"^drop_variance is for a 'unet' that predicts"
+        ValueError, match=r"^drop_variance is for a 'unet' or 'dit' that predicts"
     ):
         exporting.without_variance(mean)
 

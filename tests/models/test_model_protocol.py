@@ -34,6 +34,7 @@ TINY = {
     "unet": TRUNK | dict(num_classes=7, low_res=True),
     "annotated": HEADS | dict(num_groups=4),
     "lucidrains": HEADS,
+    "dit": dict(channels=16, depth=2, num_heads=2, num_classes=7),
     "noisy_classifier": TRUNK | dict(num_labels=10),
 }
 ROWS = [name for name in MODELS if name != "encoder"]  # which is noisy_classifier
@@ -204,9 +205,16 @@ def test_every_parameter_has_a_finite_gradient_that_is_not_zero(case):
 
 @rows
 @pytest.mark.parametrize("size", [(6, 8), (8, 6)])
-def test_images_that_cannot_be_halved_are_refused_in_one_sentence(name, size):
-    deeper = {"multipliers": (1, 2, 2)} if "multipliers" in takes(make(name)) else {}
-    message = rf"divisible by 4 .*halved 2 times, got {size[0]} x {size[1]}"
+def test_images_that_do_not_halve_or_fill_patches_are_refused_in_one_sentence(
+    name, size
+):
+    deeper, message = {}, "divisible by 4 .*halved 2 times, got"
+    if "multipliers" in takes(make(name)):
+        deeper["multipliers"] = (1, 2, 2)
+    if "patch_size" in takes(make(name)):
+        deeper["patch_size"] = 4
+        message = "patch_size must divide height and width of the images, got 4 for"
+    message += rf" {size[0]} x {size[1]}"
     with pytest.raises(ValueError, match=rf"^[^.]*{message}\.(\n|$)"):
         param_shapes(make(name, **deeper), (*size, 3))
 

@@ -47,7 +47,7 @@ NAMES = {
         *("constant", "warmup", "jsd", "given"),
     ),
     "timesteps": ("loss_second_moment", "uniform", "antithetic", "stratified"),
-    "model": ("unet", "annotated", "lucidrains"),
+    "model": ("unet", "annotated", "lucidrains", "dit"),
 }
 NEEDED = {"given": {"betas": (0.1,) * 50}}
 
@@ -169,6 +169,7 @@ OF_NAMES = {
     "given": {"betas": [(), (0.1,) * 49, (0.0,) * 50, (0.1,) * 49 + (2.0,)]},
     "annotated": {"expansion": COUNTS, "head_dim": COUNTS, "channels": [2, 10**9]},
     "lucidrains": {"num_memory": [-1], "head_dim": COUNTS, "dropout": RATES},
+    "dit": {"depth": [*COUNTS, 10**9], "patch_size": [*COUNTS, 3], "mlp_ratio": [0.0]},
 }
 
 

@@ -497,6 +497,7 @@ NETWORKS = {
     "unet": TRUNK,
     "annotated": dict(channels=8, multipliers=(1,)),
     "lucidrains": dict(channels=8, multipliers=(1,)),
+    "dit": dict(channels=8, depth=1, num_heads=2),
     "noisy_classifier": TRUNK,
 }
 
