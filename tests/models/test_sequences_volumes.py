@@ -31,9 +31,8 @@ S = schedules.make_schedule(schedules.cosine_betas(50))
 X_0 = diffusion.Objective("x_0")
 
 
-@pytest.mark.parametrize(
-    "shape", [pytest.param(SHAPES["sequence"], marks=pytest.mark.slow), (3, 8, 4, 2)]
-)
+@pytest.mark.slow
+@shapes
 def test_every_position_of_a_sequence_or_volume_attends_to_every_other(shape):
     params, t = random_params(MODEL, shape), jnp.array([3.0, 900.0])
     model_fn = jit(bind(MODEL, params, None))
