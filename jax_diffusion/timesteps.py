@@ -9,12 +9,11 @@ Whatever the sampler, the mean of weight * loss(t) is an unbiased estimate of th
 loss over uniform t. The state is a pytree of arrays, a part of the train state.
 
 In continuous time, levels are drawn instead of rows: quantiles of a distribution at the
-even u of `low_discrepancy`, and `schedules.schedule_at` is the table of a batch:
-
-    s = logit_normal(low_discrepancy(key, batch_size))
-    schedule = schedules.schedule_at(schedules.time_levels(s))
+even u of `low_discrepancy`. The samplers in `LEVEL_SAMPLERS` return such `Levels` as t,
+and `table_of` makes the table of a batch of them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +24,14 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jax_diffusion import checks
 from jax_diffusion.checks import placement
+from jax_diffusion.schedules import (
+    Levels,
+    NoiseSchedule,
+    real_levels,
+    schedule_at,
+    sigma_levels,
+    time_levels,
+)
 
 MAX_HISTORY = 10_000  # losses of each of T timesteps: they are copied by every update
 
@@ -34,8 +41,8 @@ class TimestepSampler(NamedTuple):
 
     Attributes:
         init: init() -> state, a pytree of arrays, () if nothing is remembered.
-        sample: sample(key, state, batch_size) -> (t, weight): int32 [b] and float32
-            [b], the factor of each image's loss.
+        sample: sample(key, state, batch_size) -> (t, weight): int32 [b], or `Levels`
+            [b], and float32 [b], the factor of each image's loss.
         update: update(state, t, loss) -> state, given the unweighted losses [b] at t.
     """
 
@@ -251,6 +258,91 @@ def _normal_quantile(u, mean, std):
     return mean + std * jax.scipy.special.ndtri(u)
 
 
+def real_rows(schedule: NoiseSchedule) -> TimestepSampler:
+    """Draws levels between the rows of a process with real times, evenly in rows.
+
+    That is uniform s of a flow, and the log-SNR of VDM (Kingma et al. 2021).
+
+    Args:
+        schedule: of a process with real times, see `schedules.real_levels`.
+
+    Raises:
+        ValueError: if it is of another one.
+    """
+    levels_fn, numbers = real_levels(schedule)
+    rows = np.arange(len(numbers), dtype=np.float32)
+
+    def between(u):
+        return jnp.interp(u * rows[-1], rows, jnp.asarray(numbers, jnp.float32))
+
+    return _of_levels(schedule, levels_fn, between)
+
+
+def logit_normal_times(
+    schedule: NoiseSchedule, *, mean: float = 0.0, std: float = 1.0
+) -> TimestepSampler:
+    """Draws times of a flow, `logit_normal` of even u; takes `mean` and `std` as there.
+
+    Raises:
+        ValueError: unless `schedule` is a flow's, or if a number is out of range.
+    """
+    draw = functools.partial(logit_normal, mean=mean, std=std)
+    return _of_levels(schedule, time_levels, draw)
+
+
+def log_normal_sigmas(
+    schedule: NoiseSchedule, *, mean: float = -1.2, std: float = 1.2
+) -> TimestepSampler:
+    """Draws sigmas of EDM, `log_normal` of even u; takes `mean` and `std` as there.
+
+    Raises:
+        ValueError: unless `schedule` is EDM's, or if a number is out of range.
+    """
+    draw = functools.partial(log_normal, mean=mean, std=std)
+    return _of_levels(schedule, sigma_levels, draw)
+
+
+def _of_levels(schedule, levels_fn, draw):
+    """A sampler of levels_fn(draw(u)) at even u, if the schedule is of levels_fn."""
+    own, _ = real_levels(schedule)
+    if own is not levels_fn:
+        rule = f"schedule must be of the levels of {levels_fn.__name__}"
+        raise ValueError(f"{rule}, got those of {own.__name__}.")
+    draw(jnp.full(1, 0.5))  # which checks its arguments
+
+    def sample(key, state, batch_size):
+        del state
+        levels = levels_fn(draw(low_discrepancy(key, batch_size)))
+        return levels, jnp.ones(batch_size, jnp.float32)
+
+    return TimestepSampler(lambda: (), sample, lambda state, t, loss: state)
+
+
+def table_of(schedule: NoiseSchedule, t: Any) -> tuple[NoiseSchedule, Array]:
+    """Returns the table, and its rows, of what a sampler has drawn.
+
+    Args:
+        schedule: of all T steps.
+        t: int32 [b], which are rows of it, or `Levels` [b], which get a table of b.
+    """
+    if not isinstance(t, Levels):
+        return schedule, t
+    rows = placement.beside(jnp.arange(len(t.noise), dtype=jnp.int32), t.noise)
+    return schedule_at(t), rows
+
+
+def rows_of(schedule: NoiseSchedule, t: Any) -> Array:
+    """Returns rows int32 [b] as they are, and for `Levels` [b] the rows next to them.
+
+    That is the first row with at least the noise / signal of a level, or the last one.
+    """
+    if not isinstance(t, Levels):
+        return t
+    log_ratio = 2 * (jnp.log(t.noise) - jnp.log(t.signal))
+    rows = jnp.searchsorted(-schedule.now.log_snr, log_ratio)
+    return jnp.minimum(rows, schedule.num_steps - 1).astype(jnp.int32)
+
+
 def check_results(sampler: Any) -> TimestepSampler:
     """Returns the same sampler, which raises ValueError where a result does not fit.
 
@@ -268,7 +360,10 @@ def check_results(sampler: Any) -> TimestepSampler:
 
     def sample(key, state, batch_size):
         t, weight = sampler.sample(key, state, batch_size)
-        checks.array("t", t, "int", (batch_size,))
+        for column in t if isinstance(t, Levels) else ():
+            checks.array("t", column, "float", (batch_size,))
+        if not isinstance(t, Levels):
+            checks.array("t", t, "int", (batch_size,))
         checks.array("weight", weight, "float", (batch_size,))
         return t, weight
 
@@ -300,5 +395,12 @@ TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
     "loss_second_moment": loss_second_moment,
 }
 """Samplers by name: f(num_steps, **arguments) -> TimestepSampler."""
+
+LEVEL_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
+    "low_discrepancy": real_rows,
+    "logit_normal": logit_normal_times,
+    "log_normal": log_normal_sigmas,
+}
+"""Those in continuous time: f(schedule, **arguments) -> TimestepSampler of `Levels`."""
 
 SAMPLERS = TIMESTEP_SAMPLERS  # its old name

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from jax_diffusion import checks, schedules, timesteps
@@ -46,7 +47,7 @@ from jax_diffusion.registry import (
     parameters,
     short,
 )
-from jax_diffusion.schedules import NoiseSchedule
+from jax_diffusion.schedules import Levels, NoiseSchedule
 from jax_diffusion.spacing import SPACINGS
 
 __all__ = [
@@ -69,9 +70,11 @@ __all__ = [
     "make_model",
     "make_network",
     "make_objective",
+    "make_process",
     "make_schedule",
     "make_timestep_sampler",
     "named",
+    "num_steps",
     "of_record",
     "upgrade",
 ]
@@ -149,21 +152,34 @@ def make_schedule(
     Args:
         config: the group `schedule` of a config.
         steps: number of steps to keep; all if None.
-        spacing: which ones, a rule of `spacing.SPACINGS`.
+        spacing: which ones, a rule of `spacing.SPACINGS`. Of levels it sees the betas
+            of the chain with the same ratios of noise to signal.
 
     Raises:
         ValueError: for an unknown name, a misspelled argument or too many steps.
     """
-    betas, keep = make_betas(config), None
+    process, keep = make_process(config), None
+    is_chain = not isinstance(process, Levels)
     if steps is not None:
-        if not 1 <= steps <= len(betas):
-            raise ValueError(f"steps must be in [1, T = {len(betas)}], got {steps}.")
+        total = len(process if is_chain else process.signal)
+        if not 1 <= steps <= total:
+            raise ValueError(f"steps must be in [1, T = {total}], got {steps}.")
         function = lookup("spacing", spacing, SPACINGS)
+        betas = process if is_chain else schedules.betas_of_levels(process)
         with outside("spacing", spacing, "a function (betas, n) -> steps"):
-            keep = schedules.steps_to_keep(function(betas, steps), len(betas))
-    rescale = config.get("rescale_timesteps", False)
+            keep = schedules.steps_to_keep(function(betas, steps), total)
     with _describing_a_schedule():
-        return schedules.make_schedule(betas, keep=keep, rescale_timesteps=rescale)
+        if not is_chain:
+            rows = slice(None) if keep is None else keep
+            return schedules.from_levels(*(column[rows] for column in process))
+        rescale = config.get("rescale_timesteps", False)
+        return schedules.make_schedule(process, keep=keep, rescale_timesteps=rescale)
+
+
+def num_steps(config: Config) -> int:
+    """Returns T, the number of steps of the process of a group `schedule`."""
+    process = make_process(config)
+    return len(process.signal if isinstance(process, Levels) else process)
 
 
 @contextlib.contextmanager
@@ -179,19 +195,50 @@ def _describing_a_schedule() -> Iterator[None]:
         ) from error
 
 
-def make_betas(config: Config) -> np.ndarray:
-    """Builds the variances that `config.schedule` describes, float64 [T]."""
+def make_process(config: Config) -> np.ndarray | Levels:
+    """Builds the variances, float64 [T], or `Levels` that `config.schedule` describes.
+
+    Raises:
+        ValueError: for an unknown name, a misspelled argument, or fields of variances
+            beside the name of levels.
+    """
     group = dict(config)
-    told = {name: group.pop(name, False) for name in OF_SCHEDULES}
+    told = {name: group.pop(name) for name in OF_SCHEDULES if name in group}
     for name, value in told.items():
         check_type(f"config.schedule.{name}", value, bool)
-    rule = "a function (num_steps, ...) -> betas"
+    rule = "a function (num_steps, ...) -> betas or Levels"
+    known = schedules.BETAS | schedules.LEVELS
     with _describing_a_schedule():
-        betas = call_by_name(
-            *(schedules.BETAS, group, "config.schedule", rule), schedules.check_betas
-        )
-        zero_snr = told["zero_terminal_snr"]
-        return schedules.zero_terminal_snr(betas) if zero_snr else betas
+        made = call_by_name(known, group, "config.schedule", rule, _check_process)
+        if isinstance(made, Levels):
+            for name, value in told.items():
+                raise ValueError(
+                    f"config.schedule.{name} is for a schedule of variances, got "
+                    f"{value} with {short(config['name'])}, which is one of levels."
+                )
+            return made
+        zero_snr = told.get("zero_terminal_snr", False)
+        return schedules.zero_terminal_snr(made) if zero_snr else made
+
+
+def _check_process(made: Any) -> np.ndarray | Levels:
+    if not isinstance(made, Levels):
+        return schedules.check_betas(made)
+    schedules.tabulate_levels(*made)
+    return Levels(*(np.asarray(column, np.float64) for column in made))
+
+
+def make_betas(config: Config) -> np.ndarray:
+    """Builds the variances that `config.schedule` describes, float64 [T].
+
+    Raises:
+        ValueError: as `make_process` does, and for a schedule of levels.
+    """
+    betas = make_process(config)
+    if isinstance(betas, Levels):
+        name = short(config["name"])
+        raise ValueError(f"config.schedule must have variances, got levels of {name}.")
+    return betas
 
 
 def make_objective(config: Config, schedule: NoiseSchedule) -> Objective | None:
@@ -231,18 +278,51 @@ def _check_network(made: Any) -> nn.Module:
     return made
 
 
-def make_timestep_sampler(config: Config, num_steps: int) -> timesteps.TimestepSampler:
-    """Builds the sampler of training timesteps that `config.timesteps` describes."""
-    group = dict(config)
-    first = group.pop("num_steps", num_steps)
-    checks.integer("config.timesteps.num_steps", first, at_least=1, at_most=num_steps)
-    rule = "a function (num_steps, ...) -> TimestepSampler"
-    told = outside("config.timesteps.name", group.get("name"), rule)
+def make_timestep_sampler(
+    config: Config, schedule: NoiseSchedule, objective: Objective | None = None
+) -> timesteps.TimestepSampler:
+    """Builds the sampler of training timesteps that `config.timesteps` describes.
+
+    Args:
+        config: the group `timesteps` of a config.
+        schedule: of all T steps.
+        objective: what is trained, which must not need a chain at real times.
+
+    Raises:
+        ValueError: for a field that is wrong or does not fit schedule and objective.
+    """
+    group, fixed = dict(config), dict[str, Any]()
+    name, T = group.get("name"), schedule.num_steps
+    known = timesteps.TIMESTEP_SAMPLERS | timesteps.LEVEL_SAMPLERS
+    rule = "a function (num_steps, ...) or (schedule, ...) -> TimestepSampler"
+    where = "config.timesteps.name"
+    if "schedule" in parameters(lookup(where, name, known), where):
+        fixed["schedule"] = schedule
+    else:
+        fixed["num_steps"] = group.pop("num_steps", T)
+        checks.integer(
+            "config.timesteps.num_steps", fixed["num_steps"], at_least=1, at_most=T
+        )
+    told = outside(where, name, rule)
 
     def check(made):
         return timesteps.TimestepSampler(*map(told, timesteps.check_results(made)))
 
-    return call_by_name(
-        *(timesteps.TIMESTEP_SAMPLERS, group, "config.timesteps", rule, check),
-        num_steps=first,
+    try:
+        sampler = call_by_name(known, group, "config.timesteps", rule, check, **fixed)
+    except ValueError as error:
+        if not str(error).startswith("schedule "):
+            raise
+        raise ValueError(
+            f"{where} must fit config.schedule, got {name!r}, where {error}"
+        ) from error
+    t, _ = jax.eval_shape(
+        lambda key: sampler.sample(key, sampler.init(), 1), jax.random.key(0)
     )
+    if isinstance(t, Levels) and objective is not None and objective.needs_chain:
+        raise ValueError(
+            f"{where} must be one of {sorted(timesteps.TIMESTEP_SAMPLERS)} for an "
+            "objective with mu, a learned variance or the bound, which need the steps "
+            f"of a chain, got {name!r}."
+        )
+    return sampler

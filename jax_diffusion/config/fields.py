@@ -58,10 +58,14 @@ FIELDS = {
     ),
     "data": Field("arguments of data.load"),
     "schedule": Field(
-        "name in schedules.BETAS, its arguments, rescale_timesteps, zero_terminal_snr"
+        "name in schedules.BETAS or LEVELS, and its arguments; of BETAS also "
+        "rescale_timesteps and zero_terminal_snr"
     ),
     "objective": Field("arguments of Objective; None for a classifier"),
-    "timesteps": Field("name in timesteps.TIMESTEP_SAMPLERS, and its arguments"),
+    "timesteps": Field(
+        "name in timesteps.TIMESTEP_SAMPLERS, or in LEVEL_SAMPLERS for real times, and "
+        "its arguments"
+    ),
     "model": Field("name in models.MODELS, and its arguments but out_channels"),
     "optimizer": Field("arguments of training.make_optimizer but total_steps"),
     "init_from": Field(

@@ -6,7 +6,7 @@ listed here twice: a new argument of a function is a new field.
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax_diffusion import data, schedules, timesteps, training
@@ -37,6 +37,7 @@ class Group(NamedTuple):
         more: type hints of fields that are no arguments of the functions.
         optional: fields that may be left out though the functions need them.
         name: the name, where a group leaves it out.
+        without: names whose functions go without the fields of `more`.
     """
 
     functions: Sequence[Callable | tuple[str, str]] = ()
@@ -45,6 +46,7 @@ class Group(NamedTuple):
     more: Mapping[str, Any] = {}
     optional: Sequence[str] = ()
     name: str | None = None
+    without: Collection[str] = ()
 
 
 SAMPLING = ("jax_diffusion.pipeline", "SamplingOptions")
@@ -55,10 +57,17 @@ OLD_NAMES = {"bits_images": int}  # of bpd_images
 GROUPS = {
     "data": Group([data.load], fixed=["seed", "train", "start_step"]),
     "schedule": Group(
-        registry=schedules.BETAS, more=OF_SCHEDULES, optional=[*OF_SCHEDULES]
+        registry=schedules.BETAS | schedules.LEVELS,
+        more=OF_SCHEDULES,
+        optional=[*OF_SCHEDULES],
+        without=schedules.LEVELS,
     ),
     "objective": Group([Objective]),
-    "timesteps": Group(registry=timesteps.TIMESTEP_SAMPLERS, optional=["num_steps"]),
+    "timesteps": Group(
+        registry=timesteps.TIMESTEP_SAMPLERS | timesteps.LEVEL_SAMPLERS,
+        fixed=["schedule"],
+        optional=["num_steps"],
+    ),
     "model": Group(registry=MODELS, fixed=["out_channels", "parent"]),
     "optimizer": Group(
         [training.make_optimizer],
@@ -103,7 +112,8 @@ def known_fields(name: str, group: Mapping[str, Any]) -> Parameters:
             if p.kind is not p.VAR_KEYWORD or last:
                 found.setdefault(p.name, p)
     for field, hint in described.more.items():
-        found[field] = _field(field, hint)
+        if group.get("name") not in described.without:
+            found[field] = _field(field, hint)
     for field in {*described.optional} & {*found}:
         found[field] = found[field].replace(default=None)
     return found

@@ -14,6 +14,7 @@ from jax_diffusion.diffusion.objective import (
     check_objective,
     check_signal,
 )
+from jax_diffusion.diffusion.preconditioning import conditioned
 from jax_diffusion.diffusion.prediction import (
     AnyDenoiseFn,
     ConditionalDenoiseFn,
@@ -257,13 +258,14 @@ def denoiser(
     """
     checks.function("model_fn", model_fn, "(x_t, timesteps)")
     check_signal(schedule, objective)
+    output_fn = conditioned(model_fn, schedule, objective)
 
     def denoise(x_t, t, **conditioning):
         check_batch(schedule, t, x_t=x_t)
         t = placement.beside(t, x_t)
         timesteps = placement.rows(schedule.timesteps, t)
         signatures.takes("model_fn", model_fn, "x_t", "timesteps", **conditioning)
-        output = modes.evaluate("model_fn", model_fn, x_t, timesteps, **conditioning)
+        output = modes.evaluate("model_fn", output_fn, x_t, timesteps, **conditioning)
         return predict(schedule, objective, output, x_t, t)
 
     return with_schedule(denoise, schedule)

@@ -46,15 +46,18 @@ class Objective:
         min_snr_gamma: gamma of the weighting "min_snr", > 0.
         p2_gamma: gamma of the weighting "p2", at least 0.
         p2_k: k of the weighting "p2", > 0.
-        sigma_data: standard deviation of the data, of the weighting "edm", > 0.
+        sigma_data: standard deviation of the data, of the weighting "edm" and of
+            preconditioning, > 0.
         sigmoid_bias: bias of the weighting "sigmoid".
         reduction: of the l2, l1 or huber term over an image: mean, or sum (the DDIM
             repository), which is larger by the number of values in an image. Adam's
             step hardly depends on that factor; gradient clipping and Adam's epsilon do.
+        precondition: whether the network is wrapped by `preconditioning.precondition`,
+            with sigma_data, wherever its output is read; for mean_type "x_0".
 
     Raises:
-        ValueError: for an unknown name, a number out of range, or "hybrid" without a
-            learned variance.
+        ValueError: for an unknown name, a number out of range, "hybrid" without a
+            learned variance, or preconditioning of another output than x_0.
 
     >>> Objective(mean_type="v", var_type="learned_range", loss="hybrid").mean_type
     'v'
@@ -71,6 +74,7 @@ class Objective:
     sigma_data: float = 0.5
     sigmoid_bias: float = 0.0
     reduction: Reduction = "mean"
+    precondition: bool = False
 
     def __post_init__(self):  # not a pytree, so checking here is safe
         checks.choice("mean_type", self.mean_type, get_args(MeanType))
@@ -86,6 +90,12 @@ class Objective:
         checks.number("p2_k", self.p2_k, above=0)
         checks.number("sigma_data", self.sigma_data, above=0)
         checks.number("sigmoid_bias", self.sigmoid_bias)
+        checks.boolean("precondition", self.precondition)
+        if self.precondition and self.mean_type != "x_0":
+            raise ValueError(
+                "precondition must be False unless mean_type is 'x_0', got True and "
+                f"{self.mean_type!r}."
+            )
         if self.loss == "hybrid" and not self.learns_variance:
             raise ValueError(
                 f"loss 'hybrid' needs a learned variance, got {self.var_type!r}."
@@ -97,6 +107,14 @@ class Objective:
         the variance.
         """
         return self.var_type.startswith("learned")
+
+    @property
+    def needs_chain(self) -> bool:
+        """Whether training needs the steps of a chain: mu, a learned variance and the
+        bound are defined by them.
+        """
+        of_bound = self.loss == "vlb" or self.weighting == "vdm"
+        return self.mean_type == "mu" or self.learns_variance or of_bound
 
 
 def check_signal(schedule: NoiseSchedule, objective: Objective) -> None:

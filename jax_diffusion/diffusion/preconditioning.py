@@ -7,7 +7,21 @@ import numpy as np
 from jaxtyping import Array
 
 from jax_diffusion import checks
+from jax_diffusion.diffusion.objective import Objective
 from jax_diffusion.schedules import NoiseSchedule, check_schedule, take
+
+
+def conditioned(
+    model_fn: Callable[..., Array], schedule: NoiseSchedule, objective: Objective
+) -> Callable[..., Array]:
+    """The network that an objective reads: `precondition` of it, or as it is.
+
+    Raises:
+        ValueError: as `precondition` does.
+    """
+    if not objective.precondition:
+        return model_fn
+    return precondition(model_fn, schedule, objective.sigma_data)
 
 
 def precondition(
@@ -46,7 +60,7 @@ def precondition(
     check_schedule(schedule)
     checks.number("sigma_data", sigma_data, above=0)
     if all(map(checks.known, (*schedule.now, schedule.timesteps, schedule.mask))):
-        visited = np.asarray(schedule.visited)
+        visited = np.asarray(schedule.mask) > 0  # NumPy: jnp would be traced in jit
         told = np.asarray(schedule.timesteps)[visited]
         if len(np.unique(told)) < len(told):
             raise ValueError(

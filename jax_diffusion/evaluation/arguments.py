@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_diffusion import checks
-from jax_diffusion.config import make_betas
+from jax_diffusion.config import num_steps
 from jax_diffusion.data import parse_source
 from jax_diffusion.evaluation import (
     bits_per_dim,
@@ -303,7 +303,7 @@ def check_used(
     if "n" in given and not names:
         sample_quality.check_enough(given["n"], rows)
     if "bpd_steps" in given and run is not None:
-        total, steps = len(make_betas(run.config.schedule)), given["bpd_steps"]
+        total, steps = num_steps(run.config.schedule), given["bpd_steps"]
         if steps > total:
             raise ValueError(f"bpd_steps must be in [1, T = {total}], got {steps}.")
     split, reference = given.get("reference_split"), given.get("reference")

@@ -310,7 +310,7 @@ def _bind(
         )
     mask = read_mask(task.mask, run.image_shape) if task.row.takes_mask else None
     if task.num_frames == 1 and one_program:
-        total = len(configs.make_betas(run.config.schedule))
+        total = configs.num_steps(run.config.schedule)
         schedule = schedules.pad(schedule, total)
     on_step: Callable[[Any], None] | None = None
     if show_steps and num_steps > LONG and jax.process_index() == 0:

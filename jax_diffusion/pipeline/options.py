@@ -177,7 +177,7 @@ class SamplingOptions:
         Raises:
             ValueError: for more steps than there are, or an unknown spacing.
         """
-        total, row = len(configs.make_betas(config)), self.row
+        total, row = configs.num_steps(config), self.row
         steps = self.steps
         if steps is None:
             steps = min(row.steps or total, total)

@@ -228,7 +228,7 @@ class SamplingContext(NamedTuple):
 
     def x_T(self, keys: Array) -> Array:
         """The noise that sampling starts from, [b, h, w, c]."""
-        return samplers.normal(keys, self.image_shape)
+        return samplers.pure_noise(keys, self.schedule, self.image_shape)
 
     def step_at(self, level: float) -> int:
         """The step of a noise level, which is a share of the steps."""

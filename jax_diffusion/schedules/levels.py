@@ -9,6 +9,7 @@ to the most. To add a process: write such a function here, and give it a row in
 and `log_snr_levels`. `schedule_at` makes a table of any of their levels, to train on.
 """
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from jax_diffusion.schedules.noise_schedule import (
     Level,
     NoiseSchedule,
     check_finite,
+    check_schedule,
     table_of_squares,
 )
 
@@ -146,6 +148,19 @@ def schedule_at(levels: Levels) -> NoiseSchedule:
     return NoiseSchedule(*chain, told, jnp.ones_like(none))
 
 
+def betas_of_levels(levels: Levels) -> np.ndarray:
+    """The betas, float64 [T], of the chain with the same ratios of noise to signal.
+
+    Rules of `spacing`, which choose rows by such ratios, take them.
+
+    >>> betas_of_levels(flow_levels(2)).round(3).tolist()
+    [0.5, 1.0]
+    """
+    with np.errstate(divide="ignore"):  # a last level may have no signal
+        log_alpha_bar = -np.log1p((levels.noise / levels.signal) ** 2)
+    return -np.expm1(np.diff(log_alpha_bar, prepend=0.0))
+
+
 def sigma_levels(sigma: Any) -> Levels:
     """EDM's process: signal 1 and noise sigma [T]; the network is told log(sigma) / 4.
 
@@ -171,6 +186,39 @@ def log_snr_levels(log_snr: Any) -> Levels:
     xp = jnp if isinstance(log_snr, jax.Array) else np
     one, ratio = xp.ones_like(log_snr), xp.exp(-log_snr / 2)  # of noise to signal
     return Levels(1 / xp.hypot(one, ratio), 1 / xp.hypot(one, 1 / ratio), log_snr)
+
+
+REAL: tuple[Callable[[Any], Levels], ...] = sigma_levels, time_levels, log_snr_levels
+"""The processes that are functions of a real number."""
+
+
+def real_levels(schedule: NoiseSchedule) -> tuple[Callable[[Any], Levels], np.ndarray]:
+    """Returns the function of `REAL` that a schedule's rows are values of, and where.
+
+    Args:
+        schedule: any table without added rows.
+
+    Returns:
+        The function, and its argument at every row, float64 [T].
+
+    Raises:
+        ValueError: if there is none, as for a chain of betas.
+
+    >>> real_levels(from_levels(*flow_levels(4)))[1].tolist()
+    [0.25, 0.5, 0.75, 1.0]
+    """
+    check_schedule(schedule)
+    signal, noise, log_snr = (np.asarray(a, np.float64) for a in schedule.now)
+    columns = signal, noise, np.asarray(schedule.timesteps, np.float64)
+    for levels_fn, number in zip(REAL, (noise, noise, log_snr), strict=True):
+        found = levels_fn(number)
+        if all(
+            map(functools.partial(np.allclose, rtol=1e-4, atol=1e-5), found, columns)
+        ):
+            return levels_fn, number
+    raise ValueError(
+        "schedule must have real times, as EDM, flows and log-SNRs, got one of rows."
+    )
 
 
 def edm_levels(

@@ -104,7 +104,7 @@ def make_setup(
     schedule, objective, _ = configs.build(config, num_channels=1)
     check_choices(config, fresh=saved is None)
     timestep_sampler = configs.make_timestep_sampler(
-        config.timesteps, schedule.num_steps
+        config.timesteps, schedule, objective
     )
     tx, lr_fn = choose_optimizer(config, optimizer)
     batches = configs.call(

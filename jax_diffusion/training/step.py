@@ -19,7 +19,7 @@ from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import Objective, check_objective
 from jax_diffusion.models import bind, init_params, num_classes
 from jax_diffusion.schedules import NoiseSchedule, check_schedule
-from jax_diffusion.timesteps import TimestepSampler
+from jax_diffusion.timesteps import TimestepSampler, rows_of, table_of
 from jax_diffusion.training.averages import check_decays, ema_decay_at, ema_name
 
 
@@ -138,7 +138,8 @@ def make_train_step(
         tx: any optimizer of optax.
         schedule: the noise schedule, of all T steps.
         objective: what the network learns; None trains a classifier of noisy images.
-        timestep_sampler: chooses t, and its weight in the loss, for every image.
+        timestep_sampler: chooses t, or a level in continuous time, and its weight in
+            the loss, for every image.
         ema_decays: decay rates of the averages of the parameters.
         ema_warmup: whether they warm up, see `ema_decay_at`.
         microbatches: number of parts of the batch, whose gradients are computed one
@@ -186,7 +187,7 @@ def make_train_step(
             old, new = state.ema_params[ema_name(decay)], params
             share = 1 - ema_decay_at(decay, state.step, ema_warmup)
             averages[ema_name(decay)] = optax.incremental_update(new, old, share)
-        t = examples[2]
+        t = rows_of(schedule, examples[2])
         timestep_state = timestep_sampler.update(state.timestep_state, t, terms.loss)
         step, none = state.step + 1, jnp.zeros_like(state.skipped)
         updated = TrainState(step, params, averages, opt_state, timestep_state, none)
@@ -246,8 +247,8 @@ def draw_examples(
         label_dropout: probability that a label is hidden.
 
     Returns:
-        A key for dropout; and x_0 [b, h, w, c], label, t and weight [b], eps
-        [b, h, w, c]: all that the loss of an example depends on.
+        A key for dropout; and x_0 [b, h, w, c], label, t (or its `Levels`) and weight
+        [b], eps [b, h, w, c]: all that the loss of an example depends on.
 
     Raises:
         ValueError: unless the batch has such arrays.
@@ -304,13 +305,14 @@ def make_loss_fn(
                 raise ValueError(f"{rule}, got {low_res_size}.")
             options["low_res"] = editing.shrink(x_0, size=blocks)
         model_fn = bind(model, params, label, **options)
+        table, rows = table_of(schedule, t)
         if objective is None:
             terms = losses.classifier_loss(
-                key, model_fn, schedule, x_0, t, label, eps=eps
+                key, model_fn, table, x_0, rows, label, eps=eps
             )
         else:
             terms = losses.training_loss(
-                key, model_fn, schedule, objective, x_0, t, eps=eps
+                key, model_fn, table, objective, x_0, rows, eps=eps
             )
         return jnp.mean(weight * terms.loss), terms
 

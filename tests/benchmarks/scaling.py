@@ -58,7 +58,7 @@ def program(name):
     schedule = settings.make_schedule(config.schedule)
     objective = settings.make_objective(config.objective, schedule)
     model = settings.make_model(config.model, objective, num_channels=3)
-    sampler = settings.make_timestep_sampler(config.timesteps, schedule.num_steps)
+    sampler = settings.make_timestep_sampler(config.timesteps, schedule)
     optimizer = dict(config.optimizer, total_steps=config.total_steps)
     tx, _ = training.make_optimizer(**optimizer)
     decays, side = config.ema_decays, IMAGES[name][0]
