@@ -128,6 +128,14 @@ def build(config: Config, num_channels: int) -> Built:
     """
     schedule = make_schedule(config["schedule"])
     objective = make_objective(config["objective"], schedule)
+    if objective is not None and isinstance(make_process(config["schedule"]), Levels):
+        signal, noise = (np.asarray(a[-1]).item() for a in schedule.now[:2])
+        if not objective.sigma_data * signal < noise:
+            raise ValueError(
+                "config.schedule must end in more noise than data, noise / signal above"
+                f" config.objective.sigma_data = {objective.sigma_data}, got "
+                f"{noise / signal:.4g}."
+            )
     return Built(schedule, objective, make_network(config, objective, num_channels))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jax_diffusion import checks
+from jax_diffusion.interop import diffusers_levels
 
 Json = Mapping[str, Any]
 
@@ -272,14 +273,17 @@ def process_from_scheduler(config: Json) -> tuple[dict[str, Any], dict[str, Any]
         config: content of the scheduler_config.json.
 
     Raises:
-        ValueError: if it is of another process than DDPM's, or if we do not have its
-            beta schedule, prediction type or variance.
+        ValueError: if it is of another process than DDPM's, EDM's or a flow, or if we
+            do not have its beta schedule, prediction type or variance.
     """
     name = config.get("_class_name", "DDPMScheduler")  # old files name none
+    if isinstance(name, str) and name in diffusers_levels.ROWS:
+        return diffusers_levels.process_of_levels(name, config)
     if not isinstance(name, str) or name.removeprefix("Flax") not in SCHEDULERS:
         raise ValueError(
             "a scheduler must have a _class_name with the process of DDPM, such as "
-            f"'DDPMScheduler' or 'DDIMScheduler', got {name!r:.80}."
+            "'DDPMScheduler' or 'DDIMScheduler', or be one of "
+            f"{sorted(diffusers_levels.ROWS)}, got {name!r:.80}."
         )
     for field, plain in SAME_PROCESS.items():
         if (value := config.get(field)) is not None and value != plain:

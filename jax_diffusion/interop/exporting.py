@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict
 from jax_diffusion import config as configs
 from jax_diffusion.interop import (
     diffusers_config,
+    diffusers_levels,
     dit_layout,
     layouts,
     safetensors_files,
@@ -35,6 +36,7 @@ from jax_diffusion.models.unet import UNet
 from jax_diffusion.pipeline import Run
 from jax_diffusion.registry import choose
 from jax_diffusion.runtime import files
+from jax_diffusion.schedules import Levels
 
 # Fields of `UNet` with the values that improved-diffusion's UNetModel supports.
 OPENAI_FIELDS = dict(
@@ -275,6 +277,17 @@ def gaussian_diffusion_arguments(run: Run) -> dict[str, Any]:
 def to_diffusers(run: Run, out: Path) -> None:
     """Writes a folder that `diffusers.DDPMPipeline.from_pretrained` loads.
 
+    No pipeline of diffusers draws with a scheduler of EDM; of such a run the folder has
+    network and scheduler, and they draw by a loop of one's own:
+
+        unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
+        scheduler = EDMEulerScheduler.from_pretrained(folder, subfolder="scheduler")
+        scheduler.set_timesteps(18)
+        x = torch.randn(1, 3, 32, 32) * scheduler.config.sigma_max
+        for t in scheduler.timesteps:
+            output = unet(scheduler.scale_model_input(x, t), t).sample
+            x = scheduler.step(output, t, x).prev_sample
+
     Args:
         run: a run whose network is a `UNet`.
         out: the folder.
@@ -284,14 +297,18 @@ def to_diffusers(run: Run, out: Path) -> None:
     """
     unet = diffusers_config.config_from_unet(_unet(run), run.image_shape)
     schedule = run.config.schedule
-    scheduler = diffusers_config.scheduler_from_process(
-        configs.make_betas(schedule),
-        run.objective,
-        schedule.get("rescale_timesteps", False),
-    )
+    pipeline: str | None = "DDPMPipeline"
+    if isinstance(betas := configs.make_process(schedule), Levels):
+        scheduler, pipeline = diffusers_levels.scheduler_of_levels(
+            schedule, cast(Any, run.objective)
+        )
+    else:
+        scheduler = diffusers_config.scheduler_from_process(
+            betas, run.objective, schedule.get("rescale_timesteps", False)
+        )
     index = {
-        "_class_name": "DDPMPipeline",
-        "scheduler": ["diffusers", "DDPMScheduler"],
+        "_class_name": pipeline,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DModel"],
     }
     tensors = state_dict(run, "diffusers")
@@ -301,8 +318,9 @@ def to_diffusers(run: Run, out: Path) -> None:
         ),
         "unet/config.json": json.dumps(unet, indent=2) + "\n",
         "scheduler/scheduler_config.json": json.dumps(scheduler, indent=2) + "\n",
-        "model_index.json": json.dumps(index, indent=2) + "\n",
     }
+    if pipeline is not None:
+        content["model_index.json"] = json.dumps(index, indent=2) + "\n"
     for name in content:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
     files.write_all_atomic({out / name: text for name, text in content.items()})

@@ -297,6 +297,32 @@ def test_preconditioning_makes_input_and_best_output_of_unit_variance(kind):
         assert_moments(((x_0 - guess) / c_out).ravel(), 0.0, 1.0)
 
 
+@every_process
+def test_an_objective_preconditions_its_network_wherever_it_is_read(kind):
+    """The loss of "edm" is then the mean squared error of F (Karras 2022, eq. 8)."""
+    signal, noise = processes.levels(kind, RATIOS)
+    schedule = processes.schedule_of(signal, noise)
+
+    def raw_fn(x, timesteps):
+        return jnp.sin(3 * x) + timesteps[:, None]
+
+    plain = Objective("x_0", weighting="edm")
+    wrapped = Objective("x_0", weighting="edm", precondition=True)
+    t, (x_0, eps) = jnp.arange(len(RATIOS)), normal(0, (2, len(RATIOS), 6))
+    x_t = diffusion.q_sample(schedule, x_0, t, eps)
+    found = diffusion.denoiser(raw_fn, schedule, wrapped)(x_t, t).x_0
+    x_0_fn = diffusion.precondition(raw_fn, schedule, 0.5)
+    same = diffusion.denoiser(x_0_fn, schedule, plain)(x_t, t).x_0
+    np.testing.assert_array_equal(found, same)
+    var = (signal * 0.5) ** 2 + noise**2
+    c_skip, c_out = signal * 0.25 / var, noise * 0.5 / np.sqrt(var)
+    target = (x_0 - c_skip[:, None] * x_t) / c_out[:, None]
+    error = raw_fn(x_t / np.sqrt(var)[:, None], schedule.timesteps) - target
+    args = jax.random.key(0), raw_fn, schedule, wrapped, x_0, t
+    loss = losses.training_loss(*args, eps=eps).loss
+    np.testing.assert_allclose(loss, np.mean(error**2, axis=1), rtol=2e-4)
+
+
 def test_the_edm_loss_of_a_preconditioned_network_is_plain_squared_error():
     schedule, t, x_0, eps, x_t = noised("edm")
     noise = RATIOS[:, None]

@@ -1,12 +1,14 @@
 """Samplers of training timesteps: what they draw, and that their weights are fair."""
 
+from statistics import NormalDist
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.oracles import F32, F32_SUM, assert_mean
 
-from jax_diffusion import timesteps
+from jax_diffusion import diffusion, losses, schedules, timesteps
 
 NUM_STEPS = 10
 
@@ -160,3 +162,74 @@ def test_large_stratified_batches_visit_every_step_once(num_steps):
     for seed in range(50):
         t = np.sort(draw(jax.random.key(seed)))
         np.testing.assert_array_equal(t, np.arange(num_steps))
+
+
+# Continuous time
+
+FLOW = schedules.from_levels(*schedules.flow_levels(50))
+EDM = schedules.from_levels(*schedules.edm_levels(50))
+VDM = schedules.from_levels(*schedules.vdm_levels(50))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "measure", "inverse"),
+    [
+        (
+            timesteps.logit_normal_times(FLOW, mean=0.3, std=0.8),
+            lambda levels: np.log(levels.noise / levels.signal),
+            NormalDist(0.3, 0.8).cdf,
+        ),
+        (
+            timesteps.log_normal_sigmas(EDM, mean=-0.4, std=1.0),
+            lambda levels: np.log(levels.noise),
+            NormalDist(-0.4, 1.0).cdf,
+        ),
+        (
+            timesteps.real_rows(FLOW),
+            lambda levels: np.asarray(levels.noise),
+            lambda s: (s - 0.02) / 0.98,
+        ),
+        (
+            timesteps.real_rows(VDM),
+            lambda levels: np.asarray(levels.timesteps),
+            lambda log_snr: (13.3 - log_snr) / 18.3,
+        ),
+    ],
+    ids=["logit_normal", "log_normal", "uniform_s", "uniform_log_snr"],
+)
+def test_drawn_levels_have_one_quantile_in_each_part(sampler, measure, inverse):
+    levels, weight = sampler.sample(jax.random.key(0), (), 16)
+    shares = np.sort([inverse(float(x)) for x in measure(levels)])
+    np.testing.assert_allclose(np.diff(shares), 1 / 16, atol=2e-4)
+    np.testing.assert_array_equal(weight, 1.0)
+
+
+@pytest.mark.parametrize("schedule", [FLOW, EDM, VDM], ids=["flow", "edm", "vdm"])
+def test_levels_at_rows_train_as_the_rows_do(schedule):
+    t = jnp.array([3, 40, 17, 48], jnp.int32)
+    levels = schedules.Levels(*(a[t] for a in schedule.now[:2]), schedule.timesteps[t])
+    np.testing.assert_array_equal(timesteps.rows_of(schedule, levels), t)
+    objective = diffusion.Objective("x_0", weighting="edm", precondition=True)
+    x_0, eps = jax.random.normal(jax.random.key(0), (2, 4, 3))
+
+    def loss(table, rows):
+        args = jax.random.key(0), lambda x, t: x * t[:, None], table, objective
+        return losses.training_loss(*args, x_0, rows, eps=eps).loss
+
+    own = jax.jit(lambda levels: loss(*timesteps.table_of(schedule, levels)))(levels)
+    np.testing.assert_allclose(own, loss(schedule, t), rtol=1e-4)
+
+
+def test_rows_of_levels_between_rows_and_beyond_them():
+    log_ratio = np.array([-20.0, -1.0, 30.0], np.float32)
+    s = jax.nn.sigmoid(jnp.asarray(log_ratio))
+    rows = timesteps.rows_of(FLOW, schedules.time_levels(s))
+    inside = int(np.ceil(50 / (1 + np.exp(1.0)))) - 1
+    assert rows.tolist() == [0, inside, 49]
+
+
+@pytest.mark.parametrize("make", timesteps.LEVEL_SAMPLERS.values())
+def test_chains_of_betas_have_no_real_times(make):
+    chain = schedules.make_schedule(schedules.cosine_betas(10))
+    with pytest.raises(ValueError, match=r"^schedule must have real times"):
+        make(chain)

@@ -18,7 +18,7 @@ from support.tiny_runs import random_params
 
 import jax_diffusion as jd
 from jax_diffusion import config as settings
-from jax_diffusion import data, diffusion, training
+from jax_diffusion import data, diffusion, samplers, training
 from jax_diffusion import pipeline as runs
 from jax_diffusion.interop import (
     diffusers_config,
@@ -274,6 +274,85 @@ def test_a_run_computes_the_same_in_diffusers(changes, channels, tmp_path, progr
     found = step.prev_sample.permute(0, 2, 3, 1).numpy()
     expected = mean + std * noise.permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+FLOW = dict(
+    schedule=dict(name="flow", num_steps=1000),
+    objective=dict(mean_type="flow", var_type="fixed_small"),
+)
+EDM = dict(
+    schedule=dict(name="edm", num_steps=1000, sigma_max=40.0),
+    objective=dict(mean_type="x_0", weighting="edm", sigma_data=0.6, precondition=True),
+)
+
+
+@pytest.mark.slow
+@with_diffusers
+def test_a_flow_draws_the_same_images_in_the_pipeline_of_diffusers(tmp_path, program):
+    diffusers, torch = peer("diffusers"), pytest.importorskip("torch")
+    make_run(tmp_path / "run", image_shape=(SIZE, SIZE, 3), **FLOW)
+    program("--workdir", tmp_path / "run", "--to", "diffusers", "--out", tmp_path / "d")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "d")
+    pipeline.set_progress_bar_config(disable=True)
+    seeded = torch.manual_seed(0)
+    drawn = pipeline(2, seeded, num_inference_steps=10, output_type="np").images
+    x_T = torch.randn((2, 3, SIZE, SIZE), generator=torch.manual_seed(0))
+    x = our_samples(tmp_path / "run", x_T.permute(0, 2, 3, 1).numpy(), 10)
+    np.testing.assert_allclose(drawn, np.clip(x / 2 + 0.5, 0, 1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@with_diffusers
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        ("EDMEulerScheduler", "ddim"),
+        ("EDMDPMSolverMultistepScheduler", "dpmpp_2m"),
+    ],
+)
+def test_edm_draws_the_same_images_with_schedulers_of_diffusers(
+    name, sampler, tmp_path, program
+):
+    diffusers, torch = peer("diffusers"), pytest.importorskip("torch")
+    make_run(tmp_path / "run", image_shape=(SIZE, SIZE, 3), **EDM)
+    program("--workdir", tmp_path / "run", "--to", "diffusers", "--out", tmp_path / "d")
+    unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "d", subfolder="unet")
+    kind = getattr(diffusers, name)
+    scheduler = kind.from_pretrained(tmp_path / "d", subfolder="scheduler")
+    scheduler.set_timesteps(10)
+    x_T = 40 * np.random.default_rng(0).normal(size=(2, SIZE, SIZE, 3))
+    x = torch.tensor(x_T, dtype=torch.float32).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = unet(scheduler.scale_model_input(x, t), t).sample
+            x = scheduler.step(output, t, x).prev_sample
+    ours = our_samples(tmp_path / "run", np.float32(x_T), 10, sampler)
+    assert_same_output(ours, x.permute(0, 2, 3, 1).numpy())
+
+
+def our_samples(workdir, x_T, steps, sampler="ddim"):
+    """What a run draws from x_T, nothing clipped."""
+    run = runs.load_run(workdir)
+    schedule = settings.make_schedule(run.config.schedule, steps=steps)
+    model_fn = training.bind(run.model, run.params, None)
+    denoise_fn = diffusion.denoiser(model_fn, schedule, run.objective)
+    keys = samplers.image_keys(jax.random.key(0), jnp.arange(len(x_T)))
+    step_fn = samplers.SAMPLERS[sampler].step
+    draw = jax.jit(lambda x: samplers.sample(keys, denoise_fn, step_fn, schedule, x))
+    return np.asarray(draw(jnp.asarray(x_T)))
+
+
+@pytest.mark.parametrize("changes", [FLOW, EDM], ids=["flow", "edm"])
+def test_a_process_of_levels_comes_back_from_a_folder(changes, tmp_path, program):
+    make_run(tmp_path / "run", **changes)
+    program("--workdir", tmp_path / "run", "--to", "diffusers", "--out", tmp_path / "d")
+    program("--checkpoint", tmp_path / "d", "--workdir", tmp_path / "back")
+    run, back = (runs.load_run(tmp_path / name) for name in ("run", "back"))
+    tables = [settings.make_schedule(r.config.schedule) for r in (run, back)]
+    assert trees_equal(*tables) and trees_equal(run.params, back.params)
+    names = ("mean_type", "precondition", "sigma_data")
+    for name in names[: 3 if run.objective.precondition else 2]:
+        assert getattr(run.objective, name) == getattr(back.objective, name)
 
 
 def our_step(run, schedule, x, y, t):
@@ -596,6 +675,9 @@ def test_what_diffusers_cannot_compute_is_named(tmp_path, fails):
         (dict(objective=dict(mean_type="mu")), "got 'mu'"),
         (dict(objective=dict(var_type="learned", loss="vlb")), "'learned'"),
         (dict(schedule=SCHEDULE | dict(rescale_timesteps=True)), "1000 steps, got 20"),
+        (FLOW | dict(objective=dict(mean_type="x_0")), "got 'flow' with mean_type 'x"),
+        (EDM | dict(objective=dict(mean_type="eps")), "got 'edm' with mean_type 'eps'"),
+        (dict(schedule=dict(name="vdm", num_steps=20)), "got 'vdm' with mean_type"),
     ]
     for i, (changes, words) in enumerate(cases):
         workdir, out = make_run(tmp_path / str(i), **changes), tmp_path / "d"

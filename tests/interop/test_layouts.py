@@ -691,12 +691,17 @@ def test_unknown_processes_are_named(change):
         *(
             dict(_class_name=name)
             for name in """
-            FlowMatchEulerDiscreteScheduler ScoreSdeVeScheduler KarrasVeScheduler
-            EDMEulerScheduler EDMDPMSolverMultistepScheduler LCMScheduler os:system
+            ScoreSdeVeScheduler KarrasVeScheduler LCMScheduler os:system
             """.split()
         ),
         *(dict(_class_name=name) for name in ("", 0, True, None, ["DDPMScheduler"])),
         dict(_class_name="UniPCMultistepScheduler", use_flow_sigmas=True),
+        dict(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=500),
+        dict(_class_name="FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True),
+        dict(_class_name="FlowMatchEulerDiscreteScheduler", shift=0.0),
+        dict(_class_name="EDMEulerScheduler", prediction_type="v_prediction"),
+        dict(_class_name="EDMDPMSolverMultistepScheduler", sigma_schedule="exponent"),
+        dict(_class_name="EDMEulerScheduler", sigma_data="0.5"),
         dict(_class_name="EulerDiscreteScheduler", timestep_type="continuous"),
         dict(
             _class_name="DPMSolverMultistepScheduler", prediction_type="flow_prediction"

@@ -17,6 +17,11 @@ KINDS = {
 }
 
 
+def half_flow(num_steps, scale=1.0):
+    """A process from outside, as a config may name it: the first half of a flow."""
+    return schedules.time_levels(scale * np.arange(1, num_steps + 1) / num_steps / 2)
+
+
 def levels(kind, ratios, *, no_signal=False):
     """signal and noise at these noise / signal; perhaps one more level without signal,
     which EDM cannot have: it goes on to ten times the noise.
