@@ -1,13 +1,18 @@
 """Any process of LEVELS in a config: what it builds, and runs of it from end to end."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.oracles import F32
+from support.tiny_runs import random_params, tiny_config, write_images
 
+import jax_diffusion as jd
 from jax_diffusion import config as configs
-from jax_diffusion import schedules
+from jax_diffusion import data, export, pipeline, samplers, schedules
 from jax_diffusion.diffusion import Objective
+from jax_diffusion.interop import exporting
+from jax_diffusion.runtime import logs
 from jax_diffusion.schedules import LEVELS
 from jax_diffusion.spacing import SPACINGS
 
@@ -129,3 +134,94 @@ def test_what_does_not_fit_a_process_is_refused_in_one_sentence(changes, words):
         built = configs.build(config, 1)
         configs.make_timestep_sampler(config.timesteps, *built[:2])
     assert str(error.value).startswith(words)
+
+
+# From end to end
+
+FIXED = dict(var_type="fixed_small", loss="l2")
+LEARNED_V = dict(mean_type="v", var_type="learned_range", loss="hybrid")
+LOG_SNR = dict(log_snr_min=-6.0, log_snr_max=8.0)
+RUNS = {
+    "flow": dict(
+        schedule=dict(name="flow", num_steps=20, shift=2.0),
+        objective=dict(mean_type="flow", **FIXED),
+        timesteps=dict(name="logit_normal"),
+    ),
+    "logit_normal": dict(
+        schedule=dict(name="logit_normal", num_steps=20),
+        objective=dict(mean_type="flow", var_type="learned_range", loss="hybrid"),
+        timesteps=dict(name="loss_second_moment", history=1),
+    ),
+    "edm": dict(
+        schedule=dict(name="edm", num_steps=20, sigma_max=20.0),
+        objective=dict(mean_type="x_0", weighting="edm", precondition=True, **FIXED),
+        timesteps=dict(name="log_normal"),
+    ),
+    "vdm": dict(
+        schedule=dict(name="vdm", num_steps=20, **LOG_SNR),
+        objective=dict(mean_type="eps", weighting="vdm", **FIXED),
+        timesteps=dict(name="stratified"),
+    ),
+    "cosine_log_snr": dict(
+        schedule=dict(name="cosine_log_snr", num_steps=20, **LOG_SNR),
+        objective=dict(mean_type="v", weighting="sigmoid", **FIXED),
+        timesteps=dict(name="low_discrepancy"),
+    ),
+    "laplace": dict(
+        schedule=dict(name="laplace", num_steps=20),
+        objective=LEARNED_V,
+        timesteps=dict(name="uniform"),
+    ),
+}
+NUMBERS = ["bits_per_dim", "prior", "kl", "decoder", "rmse", "nll_ode"]
+
+
+@pytest.mark.slow
+@every_family
+def test_a_run_of_every_process_trains_resumes_draws_scores_and_is_exported(
+    name, tmp_path
+):
+    write_images(tmp_path / "images.npz", size=4, channels=1)
+    config = tiny_config(tmp_path / "images.npz", **RUNS[name], total_steps=4)
+    jd.train(config, tmp_path / "whole")
+    config.total_steps = 2
+    jd.train(config, tmp_path / "parts")
+    config.total_steps = 4
+    jd.train(config, tmp_path / "parts")
+    run, parts = (jd.load_run(tmp_path / name) for name in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, run.params, parts.params)
+    log = logs.read_metrics(tmp_path / "whole")
+    assert all(np.isfinite(line["loss"]) for line in log)
+    assert any(f"loss_q{q}" in log[-1] for q in range(4))
+
+    images = jd.sample_images(run, n=3, steps=6)
+    assert images.shape == (3, 4, 4, 1) and images.std() > 0
+    options = pipeline.SamplingOptions(steps=6)
+    pipeline.export_sampler(tmp_path / "e.jaxexport", run, options)
+    exported = export.read(tmp_path / "e.jaxexport")(0, np.arange(3))
+    exported = data.to_uint8(np.asarray(exported), "floor")
+    assert np.abs(np.int32(exported) - images).max() <= 1
+    found = jd.evaluate(run, metrics=["bpd", "nll_ode"], bpd_images=4, ode_probes=1)
+    values = {score.name: score.value for score in found}
+    assert all(np.isfinite(values[name]) for name in NUMBERS)
+    assert values["bits_per_dim"] > 0 and values["prior"] >= 0
+    exporting.export_run(run, "safetensors", tmp_path / "own.safetensors")
+    back = jd.load_checkpoint(tmp_path / "own.safetensors")
+    np.testing.assert_array_equal(jd.sample_images(back, n=3, steps=6), images)
+
+
+@pytest.mark.slow
+def test_what_is_drawn_from_edm_starts_at_sigma_max(tmp_path):
+    """A network that predicts 0 leaves one step of DDIM at x_T times a ratio."""
+    group = dict(name="edm", num_steps=20)
+    objective = dict(mean_type="eps", var_type="fixed_small", loss="l2")
+    config = tiny_config("none", schedule=group, objective=objective)
+    built = configs.build(config, 1)
+    params = jax.tree.map(jnp.zeros_like, random_params(built.model, (4, 4, 1)))
+    run = pipeline.Run(config, built.model, params, built.objective, (4, 4, 1))
+    options = pipeline.SamplingOptions(steps=20, clip=False)
+    bound = pipeline.bind_sampler(run, options)
+    rows = {"ids": np.arange(8, dtype=np.int32), "label": np.zeros(8, np.int32)}
+    x = bound.draw({"model": params}, bound.schedule, np.uint32(0), rows, bound.numbers)
+    keys = samplers.image_keys(jax.random.key(0), jnp.arange(8))
+    np.testing.assert_allclose(x[-1], 80 * samplers.normal(keys, (4, 4, 1)), rtol=1e-5)
