@@ -47,7 +47,7 @@ class TimestepSampler(NamedTuple):
     """
 
     init: Callable[[], PyTree]
-    sample: Callable[..., tuple[Array, Array]]
+    sample: Callable[..., tuple[Any, Array]]
     update: Callable[..., PyTree]
 
 

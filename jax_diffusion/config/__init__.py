@@ -16,6 +16,7 @@ This module builds what a config describes. Nothing behind it sees a ConfigDict.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -324,10 +325,10 @@ def make_timestep_sampler(
         raise ValueError(
             f"{where} must fit config.schedule, got {name!r}, where {error}"
         ) from error
-    t, _ = jax.eval_shape(
-        lambda key: sampler.sample(key, sampler.init(), 1), jax.random.key(0)
-    )
-    if isinstance(t, Levels) and objective is not None and objective.needs_chain:
+    if "schedule" not in fixed or objective is None or not objective.needs_chain:
+        return sampler
+    draw = functools.partial(sampler.sample, state=sampler.init(), batch_size=4)
+    if isinstance(jax.eval_shape(draw, jax.random.key(0))[0], Levels):
         raise ValueError(
             f"{where} must be one of {sorted(timesteps.TIMESTEP_SAMPLERS)} for an "
             "objective with mu, a learned variance or the bound, which need the steps "

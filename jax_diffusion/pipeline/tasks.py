@@ -323,11 +323,12 @@ def edit(context: SamplingContext, options: TaskOptions) -> Array:
 
 
 def reconstruct(context: SamplingContext, options: TaskOptions) -> Array:
-    """Inverts DDIM to a level and back. Frames: image, half its noise, result."""
+    """Inverts DDIM to a level and back. Frames: image, its noise, darker, result."""
     image, t = context.rows["image"], context.step_at(options.level)
     keys, denoise_fn, _, schedule = context.arguments
     x_t, x = editing.reconstruct(keys, denoise_fn, schedule, image, t=t)
-    return jnp.stack([image, x_t / 2, x])
+    spread = 2 * jnp.maximum(schedule.now.noise[t], 1.0)
+    return jnp.stack([image, x_t / spread, x])
 
 
 def interpolate(context: SamplingContext, options: TaskOptions) -> Array:

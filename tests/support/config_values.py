@@ -44,7 +44,8 @@ TEXT = "many"  # on the command line, where no string is allowed
 NAMES = {
     "schedule": (
         *("cosine", "linear", "quadratic", "sigmoid", "sigmoid_alpha_bar"),
-        *("constant", "warmup", "jsd", "given"),
+        *("constant", "warmup", "jsd", "given", "edm", "flow", "logit_normal"),
+        *("cosine_log_snr", "laplace", "vdm"),
     ),
     "timesteps": ("loss_second_moment", "uniform", "antithetic", "stratified"),
     "model": ("unet", "annotated", "lucidrains", "dit"),
@@ -167,6 +168,17 @@ OF_NAMES = {
     "constant": {"value": [*VARIANCES, 1.0], "num_steps": [*COUNTS, 1, 10**9]},
     "warmup": {"fraction": SHARES, "start": VARIANCES, "end": VARIANCES},
     "given": {"betas": [(), (0.1,) * 49, (0.0,) * 50, (0.1,) * 49 + (2.0,)]},
+    "edm": {
+        "sigma_min": [0.0],
+        "sigma_max": [0.001],
+        "rho": [0.0],
+        "num_steps": COUNTS,
+    },
+    "flow": {"shift": [0.0, -1.0]},
+    "logit_normal": {"std": [0.0], "shift": [0.0]},
+    "cosine_log_snr": {"shift": [0.0], "log_snr_max": [-20.0]},
+    "laplace": {"scale": [0.0]},
+    "vdm": {"log_snr_max": [-6.0]},
     "annotated": {"expansion": COUNTS, "head_dim": COUNTS, "channels": [2, 10**9]},
     "lucidrains": {"num_memory": [-1], "head_dim": COUNTS, "dropout": RATES},
     "dit": {"depth": [*COUNTS, 10**9], "patch_size": [*COUNTS, 3], "mlp_ratio": [0.0]},
