@@ -259,15 +259,12 @@ def _normal_quantile(u, mean, std):
 
 
 def real_rows(schedule: NoiseSchedule) -> TimestepSampler:
-    """Draws levels between the rows of a process with real times, evenly in rows.
+    """Draws levels between the rows of a `schedule`, evenly in rows.
 
     That is uniform s of a flow, and the log-SNR of VDM (Kingma et al. 2021).
 
-    Args:
-        schedule: of a process with real times, see `schedules.real_levels`.
-
     Raises:
-        ValueError: if it is of another one.
+        ValueError: unless its process has real times, see `schedules.real_levels`.
     """
     levels_fn, numbers = real_levels(schedule)
     rows = np.arange(len(numbers), dtype=np.float32)
@@ -319,11 +316,8 @@ def _of_levels(schedule, levels_fn, draw):
 
 
 def table_of(schedule: NoiseSchedule, t: Any) -> tuple[NoiseSchedule, Array]:
-    """Returns the table, and its rows, of what a sampler has drawn.
-
-    Args:
-        schedule: of all T steps.
-        t: int32 [b], which are rows of it, or `Levels` [b], which get a table of b.
+    """Returns the table, and its rows, of what a sampler has drawn: of t int32 [b] the
+    `schedule` and t, of `Levels` [b] a table of their own.
     """
     if not isinstance(t, Levels):
         return schedule, t
@@ -332,15 +326,14 @@ def table_of(schedule: NoiseSchedule, t: Any) -> tuple[NoiseSchedule, Array]:
 
 
 def rows_of(schedule: NoiseSchedule, t: Any) -> Array:
-    """Returns rows int32 [b] as they are, and for `Levels` [b] the rows next to them.
-
-    That is the first row with at least the noise / signal of a level, or the last one.
+    """Returns t int32 [b] as it is; of `Levels` [b], the rows of the `schedule` that
+    are nearest in log-SNR.
     """
     if not isinstance(t, Levels):
         return t
+    fall = -schedule.now.log_snr
     log_ratio = 2 * (jnp.log(t.noise) - jnp.log(t.signal))
-    rows = jnp.searchsorted(-schedule.now.log_snr, log_ratio)
-    return jnp.minimum(rows, schedule.num_steps - 1).astype(jnp.int32)
+    return jnp.searchsorted((fall[1:] + fall[:-1]) / 2, log_ratio).astype(jnp.int32)
 
 
 def check_results(sampler: Any) -> TimestepSampler:

@@ -16,6 +16,10 @@ def conditioned(
 ) -> Callable[..., Array]:
     """The network that an objective reads: `precondition` of it, or as it is.
 
+    Args:
+        model_fn, schedule: as for `precondition`.
+        objective: says whether, and gives sigma_data.
+
     Raises:
         ValueError: as `precondition` does.
     """

@@ -285,13 +285,23 @@ def process_from_scheduler(config: Json) -> tuple[dict[str, Any], dict[str, Any]
             "'DDPMScheduler' or 'DDIMScheduler', or be one of "
             f"{sorted(diffusers_levels.ROWS)}, got {name!r:.80}."
         )
+    return chain_from_scheduler(name.removeprefix("Flax"), config)
+
+
+def chain_from_scheduler(
+    name: str, config: Json
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`process_from_scheduler` of a scheduler in `SCHEDULERS`, by its name and config.
+
+    Raises:
+        ValueError: as there.
+    """
     for field, plain in SAME_PROCESS.items():
         if (value := config.get(field)) is not None and value != plain:
             raise ValueError(
                 f"{field} of a scheduler must be {plain!r}, got {value!r:.80}."
             )
-    latent = name.removeprefix("Flax") in LATENT_ENDS
-    start, end = (0.00085, 0.012) if latent else (1e-4, 0.02)
+    start, end = (0.00085, 0.012) if name in LATENT_ENDS else (1e-4, 0.02)
     num_steps = config.get("num_train_timesteps", 1000)
     checks.integer("num_train_timesteps", num_steps, at_least=1, at_most=MAX_STEPS)
     start, end = config.get("beta_start", start), config.get("beta_end", end)

@@ -151,7 +151,8 @@ def schedule_at(levels: Levels) -> NoiseSchedule:
 def betas_of_levels(levels: Levels) -> np.ndarray:
     """The betas, float64 [T], of the chain with the same ratios of noise to signal.
 
-    Rules of `spacing`, which choose rows by such ratios, take them.
+    Rules of `spacing`, which choose rows by such ratios, take them. The `levels` are
+    float64 [T] on the host.
 
     >>> betas_of_levels(flow_levels(2)).round(3).tolist()
     [0.5, 1.0]

@@ -308,7 +308,7 @@ def test_an_objective_preconditions_its_network_wherever_it_is_read(kind):
 
     plain = Objective("x_0", weighting="edm")
     wrapped = Objective("x_0", weighting="edm", precondition=True)
-    t, (x_0, eps) = jnp.arange(len(RATIOS)), normal(0, (2, len(RATIOS), 6))
+    t, (x_0, eps) = jnp.arange(len(RATIOS)), normal(0, 2, len(RATIOS), 6)
     x_t = diffusion.q_sample(schedule, x_0, t, eps)
     found = diffusion.denoiser(raw_fn, schedule, wrapped)(x_t, t).x_0
     x_0_fn = diffusion.precondition(raw_fn, schedule, 0.5)

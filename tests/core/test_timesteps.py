@@ -221,11 +221,16 @@ def test_levels_at_rows_train_as_the_rows_do(schedule):
 
 
 def test_rows_of_levels_between_rows_and_beyond_them():
-    log_ratio = np.array([-20.0, -1.0, 30.0], np.float32)
-    s = jax.nn.sigmoid(jnp.asarray(log_ratio))
-    rows = timesteps.rows_of(FLOW, schedules.time_levels(s))
-    inside = int(np.ceil(50 / (1 + np.exp(1.0)))) - 1
-    assert rows.tolist() == [0, inside, 49]
+    s = jnp.array([1e-6, 0.025, 0.35, 0.615, 0.99999])
+    assert timesteps.rows_of(FLOW, schedules.time_levels(s)).tolist() == [
+        0,
+        0,
+        17,
+        30,
+        48,
+    ]
+    sigma = jnp.array([1e-4, 1e4])
+    assert timesteps.rows_of(EDM, schedules.sigma_levels(sigma)).tolist() == [0, 49]
 
 
 @pytest.mark.parametrize("make", timesteps.LEVEL_SAMPLERS.values())
