@@ -105,6 +105,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def widths(text: str) -> list[float]:
+    """The type of flags that are widths of averages, with commas between them."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        rule = "must be numbers with commas between, such as 0.05,0.1"
+        raise argparse.ArgumentTypeError(f"{rule}, got {text[:99]!r}") from None
+    if len({*found}) < len(found):
+        raise argparse.ArgumentTypeError(f"must be different widths, got {text[:99]}")
+    return found
+
+
 def refuse_useless(given: Iterable[str], useless: Iterable[str], why: str) -> None:
     """Raises ValueError for a flag that has no effect in this call.
 

@@ -78,6 +78,13 @@ WRITING: cli.Flags = {
         help="Which EMA of the parameters is written, such as 0.999, or none for the "
         "parameters themselves. By default the first of the config.",
     ),
+    "--ema-width": dict(
+        type=float,
+        metavar="WIDTH",
+        help="Relative width of an average by a power function, such as 0.1, for a run "
+        "with config.ema_widths, in place of --ema. It is read or reconstructed from "
+        "the run's snapshots.",
+    ),
     "--drop-variance": dict(
         action="store_true",
         help="Leave out a learned variance: samplers such as diffusers' DDIMPipeline "
@@ -134,7 +141,7 @@ def main() -> None:
     if args.out is None:
         raise ValueError("--out must name a new file or folder, got None.")
     with cli.fields_as_flags(args), cli.saying_what_is_read():
-        run = load_run(args.workdir, args.ema)
+        run = load_run(args.workdir, args.ema, ema_width=args.ema_width)
         export_run(run, args.to, args.out, drop_variance=args.drop_variance)
     print(f"{args.workdir} as {args.to}: {args.out}")
     if args.to == "diffusers" and learns_variance(run) and not args.drop_variance:

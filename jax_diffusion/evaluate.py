@@ -16,13 +16,20 @@ From Python: `jax_diffusion.evaluate(run, metrics=["fid", "bpd"])`.
 
 import argparse
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jax_diffusion import cli
-from jax_diffusion.evaluation import METRICS, NETWORK_METRICS, Scores, published
+from jax_diffusion.evaluation import (
+    METRICS,
+    NETWORK_METRICS,
+    Scores,
+    published,
+    results,
+)
 from jax_diffusion.evaluation import evaluate as compute
 from jax_diffusion.interop import inception_weights
 from jax_diffusion.pipeline import load_run
@@ -51,6 +58,14 @@ FLAGS: cli.Flags = {
     "--ema": dict(
         help="Which average of the parameters, such as 0.999, or none for the "
         "parameters themselves. By default the first of the config.",
+    ),
+    "--ema-width": dict(
+        type=cli.widths,
+        metavar="WIDTH,...",
+        help="Relative widths of averages by power functions, such as 0.05,0.1,0.15, "
+        "for a run with config.ema_widths. Each is read or reconstructed from the "
+        "run's snapshots, evaluated and recorded by itself; the last one's samples "
+        "are kept.",
     ),
     "--data": dict(
         metavar="[NAME:]PATH",
@@ -141,7 +156,7 @@ NETWORK_FLAGS: cli.Flags = {
 }
 
 
-def main() -> Scores:
+def main() -> Scores | list[Scores]:
     """Runs the command line; returns the scores, on the first of several hosts."""
     args = make_parser().parse_args()
     cli.start_hosts(args)
@@ -154,36 +169,62 @@ def main() -> Scores:
         keywords = inspect.signature(compute).parameters
         fields = {k: v for k, v in vars(args).items() if k in keywords}
         fields["options"] = cli.sampling_options(args)
+        given, reproduces = args.ema_width or [None], ""
         if args.workdir is None:
-            cli.refuse_useless(args.given, ["ema"], "needs a run, got images")
-            what, reproduces = fields.pop("images"), ""
+            needs = "needs a run, got images"
+            cli.refuse_useless(args.given, ["ema", "ema_width"], needs)
+            runs = [fields.pop("images")]
         else:
-            what = load_run(args.workdir, args.ema)
-            reproduces = what.config.get("reproduces")
+            if len(given) > 1 and args.train_feature_classifier:
+                rule = "train_feature_classifier must be left out with several widths"
+                raise ValueError(f"{rule}, got {len(given)}.")
+            # All of them at first: what is wrong is told before the first is scored.
+            runs = [load_run(args.workdir, args.ema, ema_width=each) for each in given]
+            reproduces = runs[0].config.get("reproduces")
             if args.out is None:
                 fields["out"] = Path(args.workdir) / "evaluation"
         if args.compare and not reproduces:
             raise ValueError(
                 "--compare needs a run whose config names what it reproduces, got none."
             )
-        scores = compute(what, **fields)
-    if jax.process_index() > 0:
-        return scores
-    trained = scores.record.get("feature_classifier")
+        found = [compute(what, **fields) for what in runs]
+    if jax.process_index() == 0:
+        show(found, given, reproduces if args.compare else None)
+    return found[0] if len(found) == 1 else found
+
+
+def show(
+    found: Sequence[Scores], ema_widths: Sequence[float | None], compare: str | None
+) -> None:
+    """Prints scores.
+
+    Args:
+        found: of every run.
+        ema_widths: which averages these are of.
+        compare: the setting of a paper, whose numbers are printed beside.
+
+    Raises:
+        cli.IncompleteError: if metrics are missing.
+    """
+    trained = found[0].record.get("feature_classifier")
     if trained:
         print(
             f"feature classifier: {trained['accuracy']:.3f} of "
             f"{trained['test_images']} test images right, {trained['seconds']:.0f} s: "
             f"{trained['file']}"
         )
-    if scores:
-        print(scores)
-    if args.compare:
-        print(published.comparison(reproduces, scores.record["scores"]))
-    if scores.failures:
-        told = (f"{k} is missing: {why}" for k, why in scores.failures.items())
-        raise cli.IncompleteError(" ".join(told))
-    return scores
+    if len(found) > 1:
+        by_width = dict(zip([f"{w:g}" for w in ema_widths], found, strict=True))
+        print(results.side_by_side("ema_width", by_width))
+    elif found[0]:
+        print(found[0])
+    for scores in found if compare else ():
+        print(published.comparison(compare, scores.record["scores"]))
+    told = (
+        f"{k} is missing: {why}" for one in found for k, why in one.failures.items()
+    )
+    if missing := " ".join(told):
+        raise cli.IncompleteError(missing)
 
 
 def make_parser() -> argparse.ArgumentParser:

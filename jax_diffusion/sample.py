@@ -60,7 +60,7 @@ def sample(args: argparse.Namespace) -> None:
     """Runs the program; everything is checked before the first image is drawn."""
     options, task = check(args)
     if args.export is not None:
-        run = load_run(args.workdir, args.ema)
+        run = load_run(args.workdir, args.ema, ema_width=args.ema_width)
         about = {"workdir": args.workdir, "seed": args.seed} | _plain(options, task)
         beside = dict(weights_beside=args.weights_beside)
         bound = export_sampler(args.export, run, options, about=about, **beside)
@@ -75,7 +75,7 @@ def draw_images(
     args: argparse.Namespace, options: SamplingOptions, task: TaskOptions
 ) -> None:
     """Draws what the flags ask for and writes it to --out, whose lock is held."""
-    run = load_run(args.workdir, args.ema)
+    run = load_run(args.workdir, args.ema, ema_width=args.ema_width)
     upsample = None if args.upsample is None else load_other("upsample", args.upsample)
     bound = bind_sampler(run, options, task, upsample=upsample, show_steps=True)
     # All that decides the bytes of the images.
@@ -297,6 +297,13 @@ FLAGS: cli.Flags = {
     "--ema": dict(
         help="Which average of the parameters, such as 0.999, or none for the "
         "parameters themselves. By default the first of the config."
+    ),
+    "--ema-width": dict(
+        type=float,
+        metavar="WIDTH",
+        help="Relative width of an average by a power function, such as 0.1, for a run "
+        "with config.ema_widths, in place of --ema. It is read or reconstructed from "
+        "the run's snapshots.",
     ),
 }
 TASK_FLAGS: cli.Flags = {

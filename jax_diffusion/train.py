@@ -16,6 +16,7 @@ A run is its workdir:
     run.json         command, config, commit, versions and hardware of every start
     samples/         a grid every config.sample_every updates, and at the end
     best/            the best average, if config.eval_every is given
+    ema_snapshots/   averages by power functions, if config.ema_widths has any
     loss.png         the loss curve, in the end
 """
 
@@ -38,7 +39,9 @@ from jax_diffusion.evaluation import during_training
 from jax_diffusion.pipeline import Run
 from jax_diffusion.runtime import checkpoint, cpu, locks
 from jax_diffusion.runtime.preemption import PreemptionSignal
+from jax_diffusion.runtime.snapshots import SnapshotWriter
 from jax_diffusion.training import TrainState, fine_tuning, resume
+from jax_diffusion.training.averages import width_name
 from jax_diffusion.training.reporting import (
     Reporter,
     flops_and_peak,
@@ -46,6 +49,7 @@ from jax_diffusion.training.reporting import (
     plain,
     trace_steps,
 )
+from jax_diffusion.training.saving import Saver
 from jax_diffusion.training.setup import (
     CompiledStep,
     TrainingSetup,
@@ -185,14 +189,14 @@ def begin(
     compiled: CompiledStep,
     record: dict[str, Any],
     changes: Sequence[str],
-) -> tuple[Any, TrainState, Reporter]:
-    """Restores or initializes the state; opens the checkpoints and the log.
+) -> tuple[Saver, TrainState, Reporter]:
+    """Restores or initializes the state; opens checkpoints, snapshots and the log.
 
     Args:
         config, workdir, setup, compiled, record, changes: of `run_loop`.
 
     Returns:
-        The manager of the checkpoints, the state and the reporter.
+        What saves the run, the state and the reporter.
     """
     kept = dict(keep=config.keep, keep_every=config.keep_every or None)
     manager = checkpoint.make_manager(workdir, **kept)
@@ -211,7 +215,11 @@ def begin(
         about=resume.history(record),
     )
     reporter.window = from_plain(saved["window"]) if saved else []
-    return manager, state, reporter
+    names = [width_name(width) for width in config.ema_widths]
+    how = dict(every=config.save_every, most=config.ema_snapshots)
+    snapshots = SnapshotWriter(workdir, names, first, **how)
+    snapshots.take(first, state.ema_params)  # if a kill has prevented it
+    return Saver(manager, snapshots), state, reporter
 
 
 def run_loop(
@@ -237,14 +245,14 @@ def run_loop(
     Raises:
         ValueError, FloatingPointError, OSError: as `train`.
     """
-    manager, state, reporter = begin(config, workdir, setup, compiled, record, changes)
+    saver, state, reporter = begin(config, workdir, setup, compiled, record, changes)
     first = step = int(state.step)
     clock, problem = reporter.clock, ""
     batches = setup.batches.stream(first, setup.rows)
     with (
         PreemptionSignal().listen() as stop,
         contextlib.closing(batches),
-        checkpoint.closing(manager),
+        contextlib.closing(saver),
         reporter,
     ):
         try:
@@ -273,10 +281,10 @@ def run_loop(
                 if step % config.save_every == 0 or last or problem or stop.name:
                     with clock.pause():
                         record["window"] = plain(reporter.window)
-                        checkpoint.save(manager, step, state, record)
+                        saver.save(step, state, record)
         except Exception as error:
             record["window"] = plain(reporter.window)
-            saved = save_at_error(manager, step, state, record)
+            saved = saver.save_at_error(step, state, record)
             if not isinstance(error, DamagedImageError):
                 raise
             raise DamagedImageError(
@@ -288,31 +296,6 @@ def run_loop(
         raise FloatingPointError(problem)
     reporter.finish(step, stop.name)
     return state
-
-
-def save_at_error(
-    manager: Any, step: int, state: TrainState, record: dict[str, Any]
-) -> str:
-    """Saves the updates made before something went wrong, such as a damaged picture.
-
-    Of several hosts, one alone cannot save; and after an error of the devices there is
-    no state any more.
-
-    Args:
-        manager: of the checkpoints.
-        step, state, record: what is to be saved.
-
-    Returns:
-        What is saved: the newest "step 3", or "no step".
-    """
-    saved = manager.latest_step()
-    lost = any(a.is_deleted() for a in jax.tree.leaves(state))
-    if jax.process_count() == 1 and step > (saved or 0) and not lost:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
-            checkpoint.save(manager, step, state, record)
-            manager.wait_until_finished()
-            saved = step
-    return "no step" if saved is None else f"step {saved}"
 
 
 def check_data(config: Config) -> None:

@@ -21,7 +21,7 @@ from jax_diffusion.registry import (
     named,
     short,
 )
-from jax_diffusion.training.averages import check_decays
+from jax_diffusion.training.averages import check_averages
 
 Config = Any  # a ConfigDict or a dict: neither has fields of static types
 
@@ -78,7 +78,22 @@ FIELDS = {
         "decay rates; one average of the parameters is kept for each",
         hint=Sequence[float],
     ),
-    "ema_warmup": Field("whether averages forget the random start faster", hint=bool),
+    "ema_warmup": Field(
+        "whether averages of ema_decays forget the random start faster", hint=bool
+    ),
+    "ema_widths": Field(
+        "relative widths, such as (0.05, 0.1), of averages by power functions, whose "
+        "snapshots give any other width later, see training.post_hoc_ema",
+        (),
+        hint=Sequence[float],
+    ),
+    "ema_snapshots": Field(
+        "number of snapshots of these averages that stay, of those taken at multiples "
+        "of save_every; each takes as much disk as the parameters, for each width",
+        32,
+        least=1,
+        free=True,
+    ),
     "total_steps": Field(
         "number of updates, in all", least=1, free=True, most=2**31 - 1
     ),
@@ -232,12 +247,13 @@ def check_config(config: Config) -> None:
             check_group(name, value)
         elif name not in GROUPS:
             check_type(f"config.{name}", value, field.hint)
-    with named("config", ["label_dropout", "ema_decays"]):
+    with named("config", ["label_dropout", "ema_decays", "ema_widths"]):
         checks.number("label_dropout", config.label_dropout, at_least=0, below=1)
-        check_decays(config.ema_decays)
-    if not config.ema_decays:
+        check_averages(config.ema_decays, config.ema_widths)
+    if not config.ema_decays and not config.ema_widths:
         raise ValueError(
-            f"config.ema_decays must be at least one number, got {config.ema_decays}."
+            "config.ema_decays must be at least one number unless ema_widths has one, "
+            f"got {config.ema_decays}."
         )
     lookup("config.data.name", config.data.name, DATASETS)
     model = lookup("config.model.name", config.model.get("name"), MODELS)

@@ -47,6 +47,7 @@ from jax_diffusion.pipeline import (
 )
 from jax_diffusion.runtime import checkpoint, locks, sharding
 from jax_diffusion.training import TrainState
+from jax_diffusion.training.averages import only_average
 
 BEST = "best"  # a folder in the workdir, itself one for `sample` and `evaluate`
 MAX_SAMPLES = 10_000_000  # of an average: their features are kept in memory
@@ -355,7 +356,7 @@ class BestCheckpoint:
         self._old = False
         ema, metric = emas[i], scores.distance_name
         self._best = dict(metric=metric, value=values[i], step=step, ema=ema)
-        config = dict(self._record["config"], ema_decays=[float(ema)])
+        config = dict(self._record["config"], **only_average(ema))
         record = {**self._record, "config": config, "window": [], "best": self._best}
         tree = {"params": {}, "ema_params": {ema: state.ema_params[ema]}}
         manager = checkpoint.make_manager(self._folder, keep=1)

@@ -77,17 +77,43 @@ class Scores(list[Score]):
         for score in self:
             error = "" if score.error is None else f"{score.error:.4f}"
             rows.append((score.metric, f"{score.value:.6g}", error, str(score.images)))
-        first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-        lines = [
-            "  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)])
-            for row in rows
-        ]
+        lines = aligned(rows)
         lines += [f"{name}: {reason}" for name, reason in self.failures.items()]
         seconds = self.record.get("seconds")
         if seconds:
             spent = ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items())
             lines.append(f"seconds: {spent}")
         return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table, its first column left-aligned, others right."""
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        "  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)])
+        for row in rows
+    ]
+
+
+def side_by_side(title: str, found: Mapping[str, Scores]) -> str:
+    """Returns a table of several evaluations, a row for each and a column for a score.
+
+    Args:
+        title: what the rows are called by.
+        found: the scores by the name of their row.
+
+    >>> one, two = [Score("fid", 3.17, 2000)], [Score("fid", 3.2, 2000)]
+    >>> print(side_by_side("ema_width", {"0.05": Scores(one), "0.1": Scores(two)}))
+    ema_width   fid
+    0.05       3.17
+    0.1         3.2
+    """
+    names = list(dict.fromkeys(s.metric for scores in found.values() for s in scores))
+    rows = [(title, *names)]
+    for name, scores in found.items():
+        values = {score.metric: f"{score.value:.6g}" for score in scores}
+        rows.append((name, *(values.get(metric, "-") for metric in names)))
+    return "\n".join(aligned(rows))
 
 
 class Result(NamedTuple):

@@ -101,7 +101,8 @@ def load_checkpoint(
         allow_nonfinite=allow_nonfinite,
     )
     # The file holds one set of parameters, so there are no EMAs to choose from.
-    record = {"config": {**known, "ema_decays": ()}, "format": configs.FORMAT}
+    averages = dict(ema_decays=(), ema_widths=())
+    record = {"config": {**known, **averages}, "format": configs.FORMAT}
     plain = configs.of_record(record).to_json()  # as a workdir would hold it
     built = configs.build(known, image_shape[-1])
     return Run(

@@ -15,7 +15,14 @@ from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.models import traits
 from jax_diffusion.runtime import checkpoint
-from jax_diffusion.training.averages import ema_name
+from jax_diffusion.training.averages import (
+    MAX_WIDTH,
+    average_names,
+    ema_name,
+    width_name,
+    width_of,
+)
+from jax_diffusion.training.post_hoc_ema import load_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Run:
         params: its parameters.
         objective: how its output is read; None for a classifier.
         image_shape: (h, w, c).
-        ema: which average `params` are, such as "0.9999", or "none".
+        ema: which average `params` are, such as "0.9999" or "width=0.1", or "none".
         step: the number of updates made.
         workdir: where it was loaded from; None for a checkpoint of another code.
         class_names: what the labels are called; None where they are numbers only, as
@@ -63,18 +70,32 @@ class Run:
         return known.num_labels or (known.num_classes or 1) - hidden
 
 
-def load_run(workdir: str | os.PathLike, ema: str | float | None = None) -> Run:
+def load_run(
+    workdir: str | os.PathLike,
+    ema: str | float | None = None,
+    *,
+    ema_width: float | None = None,
+) -> Run:
     """Loads the newest checkpoint of a workdir.
 
     Args:
         workdir: a folder that `train` or `convert` has made.
         ema: which average of the parameters, such as "0.999"; by default the first of
-            the config's; "none" for the parameters themselves.
+            the config's; "none" for the parameters themselves; "width=0.1" as below.
+        ema_width: relative width of an average by a power function, for a run with
+            config.ema_widths: one of these, or any that can be reconstructed from
+            snapshots, see `training.post_hoc_ema`.
 
     Raises:
         ValueError: if there is no checkpoint, or no such average.
     """
     checks.path("workdir", workdir, "the path of a folder")
+    if ema_width is not None:
+        checks.number("ema_width", ema_width, above=0, at_most=MAX_WIDTH)
+        if ema is not None:
+            rule = "ema must be left out where `ema_width` is given"
+            raise ValueError(f"{rule}, got {checks.shown(ema)}.")
+        ema = width_name(ema_width)
     if isinstance(ema, float):
         ema = ema_name(ema)
     if not isinstance(ema, str | None):
@@ -86,10 +107,15 @@ def load_run(workdir: str | os.PathLike, ema: str | float | None = None) -> Run:
     config = configs.of_record(record)
     image_shape = tuple(record["image_shape"])
     built = configs.build(config, image_shape[-1])
+    widths = config.get("ema_widths", ())  # which runs of old have not
     if ema is None:  # a converted checkpoint is one average already
-        ema = ema_name(config.ema_decays[0]) if config.ema_decays else "none"
-    name = None if ema == "none" else ema
-    step, params = checkpoint.load_step_params(workdir, ema=name)
+        ema = [*average_names(config.ema_decays, widths), "none"][0]
+    width = width_of(ema)
+    if width is None:
+        name = None if ema == "none" else ema
+        step, params = checkpoint.load_step_params(workdir, ema=name)
+    else:
+        step, params = load_width(workdir, widths, width)
     run = Run(
         config,
         built.model,

@@ -33,7 +33,7 @@ from jaxtyping import PyTree
 from jax_diffusion.runtime import locks, sharding
 from jax_diffusion.runtime.digests import digests
 from jax_diffusion.runtime.files import json_text, leaves_by_name, reason_of_disk
-from jax_diffusion.runtime.orbax import is_news, lean_handlers
+from jax_diffusion.runtime.orbax import alone, is_news, lean_handlers, reader
 
 BAD = "bad_checkpoints"  # folder in the workdir, for damaged ones
 
@@ -67,7 +67,7 @@ def make_manager(
 
 def latest_step(workdir: str | Path) -> int | None:
     """Returns the step of the newest complete checkpoint, or None; creates nothing."""
-    return next(_steps(workdir), None)
+    return next(all_steps(workdir), None)
 
 
 def save(
@@ -178,8 +178,8 @@ def load_shapes(workdir: str | Path) -> dict[str, tuple[int, ...]]:
 
     def read(path):
         _read_record(path)
-        with _reader() as reader:
-            tree = reader.metadata(path).item_metadata["state"].tree
+        with reader() as opened:
+            tree = opened.metadata(path).item_metadata["state"].tree
         return {name: tuple(a.shape) for name, a in leaves_by_name(tree).items()}
 
     return _newest_good(workdir, read)[1]
@@ -220,8 +220,8 @@ def restore_or_init(
     )
 
     def read(path):
-        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
-            return reader.restore(path / "state", target), _read_record(path)
+        with ocp.StandardCheckpointer(multiprocessing_options=alone()) as opened:
+            return opened.restore(path / "state", target), _read_record(path)
 
     def verify(result):
         state, sealed = result
@@ -230,13 +230,13 @@ def restore_or_init(
 
     step, result = _newest_good(workdir, read, verify)
     if jax.process_index() == 0:
-        for later in [s for s in _steps(workdir) if s > step]:  # damaged
+        for later in [s for s in all_steps(workdir) if s > step]:  # damaged
             aside = workdir / BAD / str(later)
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(exist_ok=True)
             shutil.move(_directory(workdir) / str(later), aside)
     sharding.barrier("damaged checkpoints moved")
-    steps = [*_steps(workdir)]
+    steps = [*all_steps(workdir)]
     periodic = [s for s in steps if keep_every and s % keep_every == 0]
     keep_only(workdir, [*steps[:keep], *periodic])
     manager.reload()
@@ -251,7 +251,7 @@ def keep_only(workdir: str | Path, steps: Sequence[int]) -> None:
         steps: those that stay.
     """
     if jax.process_index() == 0:
-        for step in [s for s in _steps(workdir) if s not in steps]:
+        for step in [s for s in all_steps(workdir) if s not in steps]:
             shutil.rmtree(_directory(workdir) / str(step))
     sharding.barrier("superfluous checkpoints removed")
 
@@ -277,28 +277,20 @@ def load_step_params(workdir: str | Path, *, ema: str | None) -> tuple[int, PyTr
         ValueError: if no checkpoint is whole, or there is no such average.
     """
 
-    def read(path):
-        sealed = _read_record(path)
-        with _reader() as reader:
-            tree = reader.metadata(path).item_metadata["state"].tree
-            averages = tree.get("ema_params") or {}
-            if ema is not None and ema not in averages:
-                known = [*sorted(averages), "none"]
-                raise _UnknownAverage(f"ema must be one of {known}, got {ema!r}.")
-            wanted = (
-                {"params": tree["params"]}
-                if ema is None
-                else {"ema_params": {ema: tree["ema_params"][ema]}}
-            )
-            item = jax.tree.map(lambda a: np.empty((), a.dtype), wanted)
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), wanted)
-            args = ocp.args.PyTreeRestore(item, as_numpy, partial_restore=True)
-            state = reader.restore(path, args=ocp.args.Composite(state=args))["state"]
-        found = digests(state)
-        _compare({name: sealed["digests"].get(name) for name in found}, found)
-        return state["params"] if ema is None else state["ema_params"][ema]
+    return _newest_good(workdir, lambda path: _read_params(path, ema))
 
-    return _newest_good(workdir, read)
+
+def load_params_at(workdir: str | Path, step: int, *, ema: str | None) -> PyTree:
+    """Reads parameters as `load_step_params` does, of the checkpoint of one step.
+
+    Raises:
+        ValueError: if it is damaged or not there.
+    """
+    path = _directory(workdir) / str(step)
+    try:
+        return _read_params(path, ema)
+    except Exception as error:  # Orbax raises all kinds
+        raise ValueError(f"{path} must be a whole checkpoint: {error}") from error
 
 
 class _UnknownAverage(ValueError):
@@ -315,7 +307,7 @@ def _newest_good(
     `read` may fail on one of several hosts; then `verify` is called on none.
     """
     problems = []
-    for step in _steps(workdir):
+    for step in all_steps(workdir):
         result, problem = None, None
         try:
             result = read(_directory(workdir) / str(step))
@@ -348,23 +340,26 @@ def _newest_good(
     )
 
 
-def _reader() -> ocp.Checkpointer:
-    handler = ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(), record=ocp.JsonCheckpointHandler()
-    )
-    return ocp.Checkpointer(handler, multiprocessing_options=_alone())
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """Makes each host read by itself, so that none waits for one that has failed."""
-    index = jax.process_index()
-    if jax.process_count() == 1:
-        return ocp.options.MultiprocessingOptions()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=index,
-        active_processes={index},
-        barrier_sync_key_prefix=f"host{index}",
-    )
+def _read_params(path: Path, ema: str | None) -> PyTree:
+    sealed = _read_record(path)
+    with reader() as opened:
+        tree = opened.metadata(path).item_metadata["state"].tree
+        averages = tree.get("ema_params") or {}
+        if ema is not None and ema not in averages:
+            known = [*sorted(averages), "none"]
+            raise _UnknownAverage(f"ema must be one of {known}, got {ema!r}.")
+        wanted = (
+            {"params": tree["params"]}
+            if ema is None
+            else {"ema_params": {ema: tree["ema_params"][ema]}}
+        )
+        item = jax.tree.map(lambda a: np.empty((), a.dtype), wanted)
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), wanted)
+        args = ocp.args.PyTreeRestore(item, as_numpy, partial_restore=True)
+        state = opened.restore(path, args=ocp.args.Composite(state=args))["state"]
+    found = digests(state)
+    _compare({name: sealed["digests"].get(name) for name in found}, found)
+    return state["params"] if ema is None else state["ema_params"][ema]
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -386,7 +381,7 @@ def _compare(saved: dict[str, int | None], found: dict[str, int]) -> None:
         )
 
 
-def _steps(workdir: str | Path) -> Iterator[int]:
+def all_steps(workdir: str | Path) -> Iterator[int]:
     """Yields the steps of the complete checkpoints, the newest first."""
     directory = _directory(workdir)
     if directory.is_dir():

@@ -1,4 +1,4 @@
-"""Parts for Orbax: NumPy arrays that are not copied; a full disk that is told once."""
+"""Parts for Orbax: readers, NumPy arrays not copied, a full disk told once."""
 
 import asyncio
 import logging
@@ -44,3 +44,23 @@ def is_news(record: logging.LogRecord) -> bool:
     """Whether Orbax logs what it does not raise, too: a full disk is told once."""
     told = "orbax" in record.pathname and record.exc_info
     return not (told and reason_of_disk(told[1]))
+
+
+def reader() -> ocp.Checkpointer:
+    """Returns a reader of "state" and "record", on each host by itself."""
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(), record=ocp.JsonCheckpointHandler()
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone())
+
+
+def alone() -> ocp.options.MultiprocessingOptions:
+    """Makes each host read by itself, so that none waits for one that has failed."""
+    index = jax.process_index()
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index,
+        active_processes={index},
+        barrier_sync_key_prefix=f"host{index}",
+    )

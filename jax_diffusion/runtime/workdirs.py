@@ -12,7 +12,14 @@ from jax_diffusion.runtime.files import entries
 OF_RUNS = ("run.json", "metrics.jsonl")
 BESIDE_RUNS = (
     *("checkpoints", "bad_checkpoints", "samples", "best", "loss.png", "evaluation"),
-    *("profile", "tensorboard", "events.out.tfevents.*", "wandb", "wandb_id"),
+    *(
+        "ema_snapshots",
+        "profile",
+        "tensorboard",
+        "events.out.tfevents.*",
+        "wandb",
+        "wandb_id",
+    ),
     *(".*", "*.log", "logs", "nohup.out", "slurm-*.out", "slurm-*.err"),
 )
 

@@ -1,11 +1,13 @@
 """Training: the train step and its optimizer; from a config to a compiled step.
 
     step       TrainState, make_train_step
-    averages   names and decay rates of averages of the parameters (EMA)
+    averages   names, rates and updates of averages of the parameters (EMA)
+    post_hoc_ema  averages of other widths, from snapshots of those by power functions
     optimizer  make_optimizer, OPTIMIZERS: AdamW, or any optimizer of optax
     setup      a config -> data, network and compiled train step, for `train`
     resume     what may change between two starts of one run
     fine_tuning  training that begins with the weights of a run or a checkpoint file
+    saving     what `train` saves: checkpoints and snapshots of averages
     reporting  what `train` writes down: metrics, grids of samples, loss curve
 
 The loop itself is `jax_diffusion.train`. This package re-exports the first three, which

@@ -36,10 +36,11 @@ from jax_diffusion.pipeline import (
 from jax_diffusion.registry import choose, outside
 from jax_diffusion.runtime import logs, sharding
 from jax_diffusion.training import TrainState, consistency
+from jax_diffusion.training.averages import average_names
 
 # Fields of a config that are arguments of `make_train_step`.
 STEP_FIELDS = (
-    *("ema_decays", "ema_warmup", "microbatches"),
+    *("ema_decays", "ema_warmup", "ema_widths", "microbatches"),
     *("label_dropout", "low_res_size"),
 )
 PREVIEW_BATCH = 256  # images of a sample grid that are drawn together
@@ -144,15 +145,15 @@ def make_setup(
     )
     key_init, key = make_keys()
 
+    of_state = image_shape, config.ema_decays, config.ema_widths
+
     @jax.jit  # so that its shapes and its program share one trace
     @naming_network(config, model)
     def init():
-        return training.init_state(
-            key_init, model, tx, timestep_sampler, image_shape, config.ema_decays
-        )
+        return training.init_state(key_init, model, tx, timestep_sampler, *of_state)
 
     def start(params):
-        return training.start_state(params, tx, timestep_sampler, config.ema_decays)
+        return training.start_state(params, tx, timestep_sampler, *of_state[1:])
 
     return TrainingSetup(
         *(batches, mesh, rows, naming_network(config, model)(train_step), init, start),
@@ -281,7 +282,7 @@ def make_preview(
     options = configs.call(SamplingOptions, fields, "config.sampling")
     with configs.named("config.sampling", vars(options)):
         bound = bind_sampler(run, options, task, one_program=False)
-    ema = training.ema_name(config.ema_decays[0])
+    ema = average_names(config.ema_decays, config.ema_widths)[0]
 
     def preview(state):
         drawn = bound.batches(

@@ -20,7 +20,7 @@ from jax_diffusion.diffusion import Objective, check_objective
 from jax_diffusion.models import bind, init_params, num_classes
 from jax_diffusion.schedules import NoiseSchedule, check_schedule
 from jax_diffusion.timesteps import TimestepSampler, rows_of, table_of
-from jax_diffusion.training.averages import check_decays, ema_decay_at, ema_name
+from jax_diffusion.training import averages
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +34,7 @@ class TrainState:
     Attributes:
         step: number of updates made or skipped, int32 scalar.
         params: the parameters, float32.
-        ema_params: exponential moving averages of them, by `ema_name`: {"0.9999": ...}.
+        ema_params: moving averages of them, by name: {"0.9999": ..., "width=0.1": ...}.
         opt_state: state of the optimizer.
         timestep_state: state of the timestep sampler, such as its history of losses.
         skipped: number of updates in a row that were just skipped, int32 scalar.
@@ -55,6 +55,7 @@ def init_state(
     timestep_sampler: TimestepSampler,
     image_shape: Sequence[int],
     ema_decays: Sequence[float],
+    ema_widths: Sequence[float] = (),
 ) -> TrainState:
     """Builds the state before the first update.
 
@@ -64,21 +65,20 @@ def init_state(
         tx: the optimizer.
         timestep_sampler: chooses the timesteps of training.
         image_shape: (h, w, c).
-        ema_decays: decay rates, in [0, 1); every average begins as a copy of the
-            parameters.
+        ema_decays, ema_widths: as for `make_train_step`; all begin as copies.
 
     Raises:
         ValueError: if an argument has another type or is out of range.
     """
     checks.key("key", key)
-    _check_parts(model, tx, timestep_sampler, ema_decays)
+    _check_parts(model, tx, timestep_sampler, ema_decays, ema_widths)
     if not isinstance(image_shape, list | tuple):
         rule = "image_shape must be (h, w, c)"
         raise ValueError(f"{rule}, got {checks.shown(image_shape)}.")
     for axis in image_shape:
         checks.integer("image_shape's axes", axis, at_least=1)
     params = init_params(model, key, image_shape)
-    return start_state(params, tx, timestep_sampler, ema_decays)
+    return start_state(params, tx, timestep_sampler, ema_decays, ema_widths)
 
 
 def start_state(
@@ -86,17 +86,19 @@ def start_state(
     tx: optax.GradientTransformation,
     timestep_sampler: TimestepSampler,
     ema_decays: Sequence[float],
+    ema_widths: Sequence[float] = (),
 ) -> TrainState:
     """Builds the state before the first update that begins with given parameters.
 
     Args:
         params: the parameters.
-        tx, timestep_sampler, ema_decays: as for `init_state`.
+        tx, timestep_sampler, ema_decays, ema_widths: as for `init_state`.
     """
+    names = averages.average_names(ema_decays, ema_widths)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema_params={ema_name(d): jax.tree.map(jnp.copy, params) for d in ema_decays},
+        ema_params={name: jax.tree.map(jnp.copy, params) for name in names},
         opt_state=tx.init(params),
         timestep_state=timestep_sampler.init(),
         skipped=jnp.zeros((), jnp.int32),
@@ -112,6 +114,7 @@ def make_train_step(
     *,
     ema_decays: Sequence[float],
     ema_warmup: bool = True,
+    ema_widths: Sequence[float] = (),
     microbatches: int = 1,
     param_sharding: Any = None,
     label_dropout: float = 0.0,
@@ -140,8 +143,9 @@ def make_train_step(
         objective: what the network learns; None trains a classifier of noisy images.
         timestep_sampler: chooses t, or a level in continuous time, and its weight in
             the loss, for every image.
-        ema_decays: decay rates of the averages of the parameters.
+        ema_decays: decay rates of averages of the parameters, in [0, 1).
         ema_warmup: whether they warm up, see `ema_decay_at`.
+        ema_widths: relative widths of averages by power functions, in (0, 0.28].
         microbatches: number of parts of the batch, whose gradients are computed one
             after the other, which saves memory, and averaged. Dropout aside, that is
             the gradient of the whole batch.
@@ -159,13 +163,14 @@ def make_train_step(
             batch is as above and divides by `microbatches`, and its height by
             `low_res_size`.
     """
-    _check_parts(model, tx, timestep_sampler, ema_decays)
+    _check_parts(model, tx, timestep_sampler, ema_decays, ema_widths)
     checks.boolean("ema_warmup", ema_warmup)
     checks.integer("microbatches", microbatches, at_least=1)
     checks.number("label_dropout", label_dropout, at_least=0, at_most=1)
     if label_dropout and num_classes(model) is None:
         rule = "label_dropout must be 0 for a network without labels"
         raise ValueError(f"{rule}, got {label_dropout}.")
+    rates = ema_decays, ema_warmup, ema_widths
     loss_fn = make_loss_fn(model, schedule, objective, param_sharding, low_res_size)
 
     def train_step(key, state, batch):
@@ -182,15 +187,11 @@ def make_train_step(
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        averages = {}
-        for decay in ema_decays:
-            old, new = state.ema_params[ema_name(decay)], params
-            share = 1 - ema_decay_at(decay, state.step, ema_warmup)
-            averages[ema_name(decay)] = optax.incremental_update(new, old, share)
+        ema_params = averages.update(state.ema_params, params, state.step, *rates)
         t = rows_of(schedule, examples[2])
         timestep_state = timestep_sampler.update(state.timestep_state, t, terms.loss)
         step, none = state.step + 1, jnp.zeros_like(state.skipped)
-        updated = TrainState(step, params, averages, opt_state, timestep_state, none)
+        updated = TrainState(step, params, ema_params, opt_state, timestep_state, none)
         skipped = dataclasses.replace(state, step=step, skipped=state.skipped + 1)
 
         trees = {"grad": grads, "param": params, "update": updates}
@@ -210,9 +211,9 @@ def make_train_step(
     return train_step
 
 
-def _check_parts(model: Any, tx: Any, timestep_sampler: Any, ema_decays: Any) -> None:
-    """Raises ValueError unless these have what a train step calls, and decays fit."""
-    check_decays(ema_decays)
+def _check_parts(model: Any, tx: Any, timestep_sampler: Any, *rates: Any) -> None:
+    """Raises ValueError unless these have what a train step calls, and rates fit."""
+    averages.check_averages(*rates)
     for name, value, rule, attributes in (
         ("model", model, "a network, as models describes it", ("init", "apply")),
         ("tx", tx, "an optimizer of optax", ("init", "update")),

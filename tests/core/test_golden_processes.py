@@ -26,6 +26,7 @@ from jax_diffusion import (
 )
 from jax_diffusion.diffusion import Objective, Prediction
 from jax_diffusion.samplers import SAMPLERS
+from jax_diffusion.training import averages, post_hoc_ema
 
 ROWS = 19  # of every padded table, so that one program serves all cases
 
@@ -866,6 +867,103 @@ def test_sampling_of_vdm_is_ancestral_sampling_on_its_levels(account):
     account.compare("sample/z", frames.x)
 
 
+# Averages by power functions (EDM2)
+
+
+def table(account, key, ours):
+    """Compares with an array that the official code computes in float64."""
+    size = np.abs(account.arrays[key])
+    tolerance = 1e-10 * size + 1e-12 * size.max() if account.double else 2e-7
+    account.compare(key, ours, tolerance=tolerance)
+
+
+@parity("processes/phema", precisions=["float64"])
+def test_exponents_of_power_function_averages_are_the_official_ones(account):
+    def gamma(key):
+        return np.array([averages.gamma_from_width(std) for std in account[key]])
+
+    table(account, "std_to_exp", gamma("std"))
+    table(account, "lucidrains/gammas", gamma("std"))
+    table(account, "exp", gamma("exp_to_std"))
+    table(account, "std_to_exp", gamma("exp_to_std_of_exp"))
+
+
+@parity("processes/phema")
+def test_rates_of_power_function_averages_are_the_official_ones(account):
+    def betas(t, widths):
+        shares = [averages.power_function_share(jnp.asarray(t), w) for w in widths]
+        return 1 - np.stack(shares)
+
+    t = account["beta/t_next"] / account["beta/t_delta"]
+    table(account, "beta/beta", betas(t, account["std"]))
+    # One step later than the authors'.
+    later = betas(np.arange(2, 42), account.json["lucidrains"]["sigma_rels"])
+    table(account, "lucidrains/betas", later.T)
+
+
+@parity("processes/phema")
+def test_power_function_averages_of_a_trajectory_are_the_official_ones(account):
+    (trajectory,) = account.read("", "trajectory")
+    widths = account.json["power_function_ema"]["stds"]
+    rates = dict(ema_decays=(), ema_warmup=True, ema_widths=widths)
+    names = averages.average_names((), widths)
+
+    def follow(first, steps, count):
+        def update(kept, inputs):
+            kept = averages.update(kept, *inputs, **rates)
+            return kept, jnp.stack([kept[name] for name in names])
+
+        at, kept = jnp.asarray(steps), dict.fromkeys(names, trajectory[first])
+        return jax.lax.scan(update, kept, (trajectory[first + 1 :][:count], at))[1]
+
+    account.compare("ema", follow(0, np.arange(60), 60))
+    # There the first update copies the parameters whatever the rates are.
+    later = follow(1, np.arange(2, 41), 39)
+    copied = jnp.broadcast_to(trajectory[1], later[:1].shape)
+    account.compare("lucidrains/ema", jnp.concatenate([copied, later]))
+
+
+@parity("processes/phema")
+def test_averages_that_are_reconstructed_are_the_official_ones(account):
+    kept = np.asarray(account.read("", "ema_f64" if account.double else "ema")[0])
+    widths = account.json["power_function_ema"]["stds"]
+    for case in account.json["reconstruct"]:
+        key = case["key"]
+        steps = (account[f"{key}/in_nimg"] / 1024).astype(int)
+        std, wanted = account[f"{key}/in_std"], account[f"{key}/out_std"]
+        last = int(case["out_nimg"] / 1024)
+        snapshots = {
+            (step, width): kept[step - 1, widths.index(width)]
+            for step, width in zip(steps.tolist(), std.tolist(), strict=True)
+        }
+        fits = [post_hoc_ema.fit_profile(steps, std, w, last)[0] for w in wanted]
+        table(account, f"{key}/coefficients", np.stack(fits, axis=1))
+        found = [
+            post_hoc_ema.reconstruct(snapshots, w, last, max_residual=1.0)
+            for w in wanted
+        ]
+        account.compare(f"{key}/out", np.stack(found))
+
+
+@parity("processes/phema", precisions=["float64"])
+def test_products_of_profiles_are_the_official_ones(account):
+    keys = [f"correlation/{which}" for which in ("a_ofs", "a_std", "b_ofs", "b_std")]
+    args = [account[key] for key in keys]
+    table(account, "correlation/out", post_hoc_ema.profile_product(*args))
+
+
+@parity("processes/phema", precisions=["float64"])
+def test_coefficients_of_ema_pytorch_are_ours_before_they_are_divided_by_their_sum(
+    account,
+):
+    case, weights = account.json["lucidrains"], account.arrays["lucidrains/weights"]
+    steps, std = np.repeat([10, 20, 30, 40], 2), np.tile(case["sigma_rels"], 4)
+    fits = [
+        post_hoc_ema.fit_profile(steps, std, w, 40)[0] for w in case["out_sigma_rels"]
+    ]
+    table(account, "lucidrains/weights", np.stack(fits, axis=1) * weights.sum(0))
+
+
 # The sum of it all
 
 REST = {  # why an array is not compared, by the file's name and what its key matches
@@ -926,6 +1024,10 @@ REST = {  # why an array is not compared, by the file's name and what its key ma
     "other: all noise is renewed": {"flow_diffusers": "flow_euler/stochastic|noise$"},
     "other: velocities in another time, paths with extra noise": {
         "flow": "path/.*(d_alpha|d_sigma|u_t|snr_inverse|velocity)|torchcfm/"
+    },
+    "other: averages by a number of images and its ramp-up; a profile for plots; "
+    "coefficients that do not sum to 1": {
+        "phema": "traditional/|response/|lucidrains/synthesized"
     },
     "other: a decoder of another kind; x_pred is wrong in the notebook": {
         "vdm": "data_logprob|loss/T.*(latent|loss|recon)|sample/x_pred|x$|x_|eps_0"

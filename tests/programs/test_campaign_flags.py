@@ -104,7 +104,8 @@ RANGES = {  # of `sample`
     "--classifier": ["nowhere", "plain", "file", ""],
     "--task": ["x", ""],
     "--frames": ["0", "2000000000"],
-    "--ema": ["0.5", "x", ""],
+    "--ema": ["0.5", "x", "", "width=", "width=0.1", "width=nan"],
+    "--ema-width": ["0.1", "0", "nan", "x", ""],
     "--upsample": ["nowhere", "plain"],
     "--low-res": ["few.npz", "nowhere"],
 }
@@ -185,6 +186,9 @@ def cases():
         ([*IMAGES, "--metrics", "pixel_distance", "--ode-steps", "5"], "--ode-steps"),
         ([*IMAGES, "--metrics", "pixel_distance", "--save-moments", "m"], "moments"),
         ([*EVALUATE, "--ema", "0.5"], "--ema"),
+        ([*EVALUATE, "--ema-width", "0.1,0.2"], "--ema-width"),
+        ([*EVALUATE, "--ema-width", "0.1,,0.2"], "--ema-width"),
+        ([*IMAGES, "--ema-width", "0.1"], "--ema-width"),
         ([*EVALUATE, "--seed", "99999999999"], "--seed"),
         ([*EVALUATE, "--seed", "-1"], "--seed"),
         ([*EVALUATE, "--n", "0"], "--n"),
@@ -222,6 +226,7 @@ def cases():
         ([*openai, "--ignore-objects"], "--ignore-objects is for --checkpoint"),
         ([*openai, "--allow-nonfinite"], "--allow-nonfinite is for --checkpoint"),
         ([*openai, "--ema", "0.5"], "--ema"),
+        ([*openai, "--ema-width", "0.1"], "--ema-width"),
         (["--workdir", "new", "--checkpoint", "few.npz", "--out", "x"], "--out"),
         (["--workdir", "new", "--checkpoint", "few.npz", "--ema", "0.9"], "--ema"),
         (

@@ -71,6 +71,8 @@ OUT_OF_RANGE = {
         "low_res_size": [-1, 4],
         "label_dropout": RATES,
         "ema_decays": [(), (0.9, 0.9), [0.99, 0.990], (1.0,), (-0.1,), (0.9, NAN)],
+        "ema_widths": [(0.1, 0.1), (0.3,), (0.0,), (0.05, NAN), 0.1, ("x",)],
+        "ema_snapshots": COUNTS,
         "log_to": [("mlflow",), ("",)],
         "reproduces": ["ddpm", "DDPM_CIFAR10"],
     },
