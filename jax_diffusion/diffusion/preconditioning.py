@@ -44,14 +44,14 @@ def precondition(
         model_fn: model_fn(x, timesteps, **conditioning) -> [b, ..., c], or 2 c channels
             if it learns its variance; the second half is returned as it is.
         schedule: whose levels x_t are at. A level is known by what the network is told
-            of it, so that `timesteps` must differ from row to row.
+            of it, so that `timesteps` must differ from level to level.
         sigma_data: standard deviation of the data, > 0.
 
     Returns:
         A network of the same signature that predicts x_0.
 
     Raises:
-        ValueError: if two rows of the schedule have the same timestep, if sigma_data is
+        ValueError: if two levels of the schedule have one timestep, if sigma_data is
             not > 0, or not below the noise / signal that sampling starts from.
 
     >>> from jax_diffusion.schedules import edm_levels, from_levels
@@ -65,12 +65,13 @@ def precondition(
     checks.number("sigma_data", sigma_data, above=0)
     if all(map(checks.known, (*schedule.now, schedule.timesteps, schedule.mask))):
         visited = np.asarray(schedule.mask) > 0  # NumPy: jnp would be traced in jit
-        told = np.asarray(schedule.timesteps)[visited]
-        if len(np.unique(told)) < len(told):
+        columns = schedule.timesteps, *schedule.now[:2]
+        rows = np.stack([np.asarray(a)[visited] for a in columns])
+        if len(np.unique(rows[0])) < np.unique(rows, axis=1).shape[1]:
             raise ValueError(
-                "schedule must tell a network other timesteps at every row."
+                "schedule must tell a network other timesteps at every level."
             )
-        signal, noise = (np.asarray(a)[visited][-1] for a in schedule.now[:2])
+        _, signal, noise = rows[:, -1]
         if not sigma_data * signal < noise:
             raise ValueError(
                 "sigma_data must be below the noise / signal that sampling starts from,"

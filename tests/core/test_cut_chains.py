@@ -116,17 +116,16 @@ def test_a_cut_chain_is_the_whole_bit_for_bit_within_vmap(name, length):
     @jax.jit
     def run(x, ts):
         def one(gain, x, ts):
-            new = isinstance(x, jax.Array)
-            state = samplers.start(x, step_of(name)) if new else x
-            return chain(name, KEYS, schedule, gain=gain, state=state, ts=ts)
+            return chain(name, KEYS, schedule, gain=gain, state=x, ts=ts)
 
         return jax.vmap(one, in_axes=(0, 0, None))(jnp.array([0.5, 2.0]), x, ts)
 
-    x_T = jnp.stack([X_T, -X_T])
+    begin = functools.partial(samplers.start, step_fn=step_of(name))
+    first = jax.vmap(begin)(jnp.stack([X_T, -X_T]))
     (ts,) = pieces_of(schedule, [])
-    whole = run(x_T, ts)
+    whole = run(first, ts)
     assert np.abs(whole.x[0] - whole.x[1]).max() > 1e-2
-    state = x_T
+    state = first
     for piece in pieces_of(schedule, [*range(EVERY, 200, EVERY)]):
         state = run(state, piece)
     assert_same_bits(state, whole)
