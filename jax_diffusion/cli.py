@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from jax_diffusion.guidance import GUIDANCE_METHODS
 from jax_diffusion.pipeline import SamplingOptions
 from jax_diffusion.registry import hint
 from jax_diffusion.runtime import cpu, sharding
@@ -172,7 +173,18 @@ GUIDANCE_FLAGS: Flags = {
     "--guidance": dict(
         type=float,
         help="Scale of classifier-free guidance, 1 for none. The run must have been "
-        "trained with config.label_dropout.",
+        "trained with config.label_dropout, or --guide-with be given.",
+    ),
+    "--guide-with": dict(
+        metavar="WORKDIR[@EMA]",
+        help="Autoguidance: guide away from this weaker run, such as a smaller or less "
+        "trained one, instead of from the run without labels. @EMA is one of its "
+        "averages, or none.",
+    ),
+    "--guidance-method": dict(
+        metavar="NAME",
+        help="How --guidance combines the two predictions: "
+        f"{', '.join(GUIDANCE_METHODS)}. By default the first.",
     ),
     "--guidance-rescale": dict(
         type=float,

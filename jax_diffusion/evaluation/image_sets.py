@@ -251,6 +251,8 @@ def from_run(
             about[name] = value
     if options.classifier is not None:
         about["classifier_crc32"] = _crc32(sampler.params["classifier"])
+    if options.guide_with is not None:
+        about["guide_crc32"] = _crc32(sampler.params["guide"])
     return drawn(sampler, n, seed=seed, batch_size=batch_size, about=about)
 
 

@@ -1,6 +1,7 @@
 """Guidance: wrappers that steer a denoiser by a label, a classifier, a measurement.
 
     denoise_fn = classifier_free(denoise_fn, label, null_label, scale=3.0)
+    denoise_fn = autoguidance(denoise_fn, weak_fn, scale=2.0)
     denoise_fn = classifier(denoise_fn, schedule, log_prob_fn, scale=1.0)
     denoise_fn = posterior(denoise_fn, log_likelihood_fn)
 
@@ -18,6 +19,8 @@ Each takes a denoiser and returns one, so that they nest, also with
                                        itself: give two conditions by name to one
 
     labels     classifier_free, and drop_labels for training with hidden labels
+    pairs      of two denoisers: autoguidance, adaptive_projected, zero_star; the table
+               GUIDANCE_METHODS
     gradients  classifier, posterior, shift_x_0; label_log_prob
     scales     within: guidance at some noise levels only
 """
@@ -29,10 +32,19 @@ from jax_diffusion.guidance.gradients import (
     shift_x_0,
 )
 from jax_diffusion.guidance.labels import classifier_free, drop_labels
+from jax_diffusion.guidance.pairs import (
+    GUIDANCE_METHODS,
+    adaptive_projected,
+    autoguidance,
+    zero_star,
+)
 from jax_diffusion.guidance.scales import Scale, within
 
 __all__ = [
+    "GUIDANCE_METHODS",
     "Scale",
+    "adaptive_projected",
+    "autoguidance",
     "classifier",
     "classifier_free",
     "drop_labels",
@@ -40,4 +52,5 @@ __all__ = [
     "posterior",
     "shift_x_0",
     "within",
+    "zero_star",
 ]

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def classifier(
         prediction = denoise_fn(x_t, t, **conditioning)
         diffusion.check_prediction(prediction, x_t)
         timesteps = placement.rows(schedule.timesteps, t)
-        given_rows = _given_rows(log_prob_fn, 2, t)
+        given_rows = with_rows(log_prob_fn, 2, t)
 
         def log_prob_at(x):
             log_prob = given_rows(x, timesteps)
@@ -125,7 +126,7 @@ def posterior(
         checks.data("x_t", x_t, (...,))
         one_image = np.shape(t) == () and not (checks.known(t) and checks.known(x_t))
         checks.array("t", t, "int", () if one_image else x_t.shape[:1])  # () in vmap
-        given_rows = _given_rows(log_likelihood_fn, 1, placement.beside(t, x_t))
+        given_rows = with_rows(log_likelihood_fn, 1, placement.beside(t, x_t))
 
         def log_prob_at(x):
             prediction = denoise_fn(x, t, **conditioning)
@@ -142,8 +143,8 @@ def posterior(
     return diffusion.with_schedule(guided, denoise_fn)
 
 
-def _given_rows(function, count, t):
-    """A function with its argument `t` bound, if it has one after `count` others."""
+def with_rows(function: Callable[..., Any], count: int, t: Array) -> Callable[..., Any]:
+    """A `function` with its argument `t` bound, if it has one after `count` others."""
     try:
         parameters = list(inspect.signature(function).parameters.values())[count:]
     except (TypeError, ValueError):  # of some builtins

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from jax_diffusion import checks, diffusion
 from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import ConditionalDenoiseFn, Prediction
-from jax_diffusion.guidance.scales import Scale, check_scale, column
+from jax_diffusion.guidance.scales import Scale, check_scale, column, rescaled
 
 
 def classifier_free(
@@ -88,10 +88,7 @@ def classifier_free(
         diffusion.check_prediction(prediction, x_t_twice)
         labeled, plain = split(prediction.x_0)
         x_0 = plain + column(scale, t, x_t.ndim) * (labeled - plain)
-        axes = tuple(range(1, x_t.ndim))
-        spread = jnp.std(x_0, axes, keepdims=True)
-        ratio = jnp.std(labeled, axes, keepdims=True) / jnp.maximum(spread, 1e-6)
-        x_0 = x_0 * (1 + rescale * (ratio - 1))
+        x_0 = rescaled(x_0, labeled, rescale)
         log_var = prediction.log_var
         if np.ndim(log_var) == x_t.ndim:
             log_var = jnp.broadcast_to(log_var, (2 * b, *log_var.shape[1:]))

@@ -94,3 +94,16 @@ def column(scale: Any, t: Array, ndim: int) -> Array:
         rule = f"scale must be one number, or one for each image, {list(t.shape)}"
         raise ValueError(f"{rule}, got {checks.shown(value)}.")
     return value.reshape((-1,) + (1,) * (ndim - 1))
+
+
+def rescaled(x_0: Array, labeled: Array, rescale: Any) -> Array:
+    """Scales each image of x_0 to the standard deviation of `labeled`, both [b, ...].
+
+    By the share `rescale`, in [0, 1] (Lin et al. 2023, eq. 15 and 16).
+    """
+    if isinstance(rescale, int | float) and rescale == 0:
+        return x_0  # an image of one value has no gradient of its deviation
+    axes = tuple(range(1, x_0.ndim))
+    spread = jnp.std(x_0, axes, keepdims=True)
+    ratio = jnp.std(labeled, axes, keepdims=True) / jnp.maximum(spread, 1e-6)
+    return x_0 * (1 + rescale * (ratio - 1))

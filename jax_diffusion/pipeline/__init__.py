@@ -34,7 +34,7 @@ from jax_diffusion.pipeline.draw import make_sampler
 from jax_diffusion.pipeline.inputs import (
     Inputs,
     check_inputs,
-    load_classifier,
+    load_guides,
     load_other,
     read_inputs,
 )
@@ -148,7 +148,7 @@ class BoundSampler:
 
     Attributes:
         draw: the compiled function of `make_sampler`.
-        params: its parameters, "model" and perhaps "classifier".
+        params: its parameters: "model", perhaps "classifier" and "guide".
         schedule: its steps; padded ones share one compilation.
         rows: arrays of which image i has row i, in turn: "label", "image", "low_res".
         numbers: eta and the scales of guidance.
@@ -266,22 +266,15 @@ def bind_sampler(
     """
     options, task = options or SamplingOptions(), task or TaskOptions()
     check_inputs(run, options, task, upsample)
-    params, guide, second = {"model": run.params}, None, None
-    if options.classifier is not None:
-        guide = load_classifier(options.classifier, run)
-        params["classifier"] = guide.params
-    inputs = read_inputs(run, options, task, guide, upsample)
+    second, others = None, load_guides(run, options)
+    inputs = read_inputs(run, options, task, others.get("classifier"), upsample)
     if upsample is not None:
-        changes: dict[str, Any] = dict(label=None, classifier=None)
-        if options.guidance is None:
-            changes["guidance_interval"] = None
         second = _bind(
-            *(upsample, dataclasses.replace(options, **changes), task),
-            *({"model": upsample.params}, Inputs({}), None, None),
+            *(upsample, options.of_second_stage, task, {}, Inputs({}), None),
             one_program=one_program,
         )
     return _bind(
-        *(run, options, task, params, inputs, guide and guide.model, second),
+        *(run, options, task, others, inputs, second),
         one_program=one_program,
         show_steps=show_steps,
     )
@@ -291,15 +284,16 @@ def _bind(
     run: Run,
     options: SamplingOptions,
     task: TaskOptions,
-    params: dict[str, PyTree],
+    others: Mapping[str, Run],
     inputs: Inputs,
-    classifier: Any,
     second: BoundSampler | None,
     *,
     one_program: bool,
     show_steps: bool = False,
 ) -> BoundSampler:
-    """`bind_sampler` once all files are read."""
+    """`bind_sampler` once all files are read; `others` are runs that guide."""
+    params = {name: r.params for name, r in ({"model": run} | {**others}).items()}
+    classifier, guide = others.get("classifier"), others.get("guide")
     schedule, spacing = options.make_schedule(run.config.schedule)
     num_steps = schedule.num_steps
     if is_outside(options.sampler):
@@ -326,8 +320,9 @@ def _bind(
         num_steps=num_steps,
         mask=mask,
         null_label=run.null_label,
-        classifier=classifier,
+        classifier=classifier and classifier.model,
         guide_labels=inputs.guide_labels,
+        guide=guide and (guide.model, guide.objective),
         on_step=on_step,
     )
     choices = {

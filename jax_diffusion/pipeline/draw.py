@@ -29,6 +29,7 @@ def make_sampler(
     null_label: int | None = None,
     classifier: nn.Module | None = None,
     guide_labels: np.ndarray | None = None,
+    guide: tuple[nn.Module, Objective] | None = None,
     on_step: Callable[[Any], None] | None = None,
 ) -> Callable[..., Any]:
     """Builds a compiled draw(params, schedule, seed, rows, numbers) -> frames.
@@ -36,7 +37,7 @@ def make_sampler(
     Frames are float32 [k, b, h, w, c]; the task decides k. Schedules padded to one
     length, and all numbers, share one compilation. The arguments of draw:
 
-        params    {"model": parameters, "classifier": parameters, if there is one}
+        params    {"model": parameters}; those of "classifier" and "guide", if given
         schedule  padded or not
         seed      uint32 []
         rows      of each image: "ids" and "label", int32 [b]; "low_res" or "image",
@@ -53,6 +54,8 @@ def make_sampler(
         null_label: the class that the network is told for a hidden label.
         classifier: the network that guides.
         guide_labels: its label for each label, int32 [k]; None if they agree.
+        guide: a weaker network, and how its output is read; by default it is the
+            network with its label hidden.
         on_step: called on the host with the timestep of every step.
 
     Raises:
@@ -69,20 +72,33 @@ def make_sampler(
             return diffusion.clip_x_0(denoise_fn)
         return diffusion.threshold_x_0(denoise_fn, quantile=options.threshold)
 
+    method = guidance.GUIDANCE_METHODS[options.guidance_method or "classifier_free"]
+    in_one_call = guide is None and method is guidance.autoguidance
+
+    def denoiser(model, objective, params, schedule):
+        def model_fn(x_t, timesteps, label, **more):
+            return bind(model, params, label, **more)(x_t, timesteps)
+
+        return diffusion.denoiser(model_fn, schedule, objective)
+
     @jax.jit
     def draw(params, schedule, seed, rows, numbers):
-        def model_fn(x_t, timesteps, label, **more):
-            return bind(model, params["model"], label, **more)(x_t, timesteps)
-
-        denoise_fn = diffusion.denoiser(model_fn, schedule, objective)
-        if "scale" in numbers and null_label is not None:
+        denoise_fn = denoiser(model, objective, params["model"], schedule)
+        told = ("low_res", "label")
+        if "scale" in numbers and (guide or null_label is not None):
             scale = _in_interval(schedule, numbers, "scale", outside=1.0)
-            denoise_fn = guidance.classifier_free(
-                denoise_fn, rows["label"], null_label, scale, rescale=numbers["rescale"]
-            )
-            told = ("low_res",)
-        else:
-            told = ("low_res", "label")
+            rescale = numbers["rescale"]
+            if in_one_call:
+                denoise_fn = guidance.classifier_free(
+                    denoise_fn, rows["label"], null_label, scale, rescale=rescale
+                )
+                told = ("low_res",)
+            else:
+                if guide:
+                    weak_fn = denoiser(*guide, params["guide"], schedule)
+                else:
+                    weak_fn = _unlabeled(denoise_fn, null_label)
+                denoise_fn = method(denoise_fn, weak_fn, scale, rescale=rescale)
         known = {name: rows[name] for name in told if name in rows}
         denoise_fn = clip(functools.partial(denoise_fn, **known))
         if classifier is not None:
@@ -105,6 +121,15 @@ def make_sampler(
         return row.draw(context, task)
 
     return draw
+
+
+def _unlabeled(denoise_fn, null_label):
+    """A denoiser that hides the label that it is given."""
+
+    def unlabeled(x_t, t, *, label, **known):
+        return denoise_fn(x_t, t, label=jnp.full_like(label, null_label), **known)
+
+    return unlabeled
 
 
 def _in_interval(schedule, numbers, name, *, outside):

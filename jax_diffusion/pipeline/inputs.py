@@ -23,10 +23,10 @@ from jax_diffusion.pipeline.run import (
 from jax_diffusion.pipeline.tasks import TaskOptions
 
 
-def load_other(field: str, workdir: str | os.PathLike) -> Run:
+def load_other(field: str, workdir: str | os.PathLike, ema: str | None = None) -> Run:
     """`load_run` of a second run; errors begin with the field that names it."""
     try:
-        return load_run(workdir)
+        return load_run(workdir, ema)
     except ValueError as error:
         raise ValueError(
             f"{field} must be a workdir that can be loaded, got: {error}"
@@ -42,17 +42,68 @@ def load_classifier(workdir: str | os.PathLike, run: Run) -> Run:
     other = load_other("classifier", workdir)
     if other.objective is not None:
         raise ValueError(f"classifier must be a classifier's run, got {workdir}.")
+    check_noised_alike("classifier", other, run)
+    return other
+
+
+def load_guides(run: Run, options: SamplingOptions) -> dict[str, Run]:
+    """Loads the runs that guide another one: "classifier" and "guide", if given."""
+    guides = {}
+    if options.classifier is not None:
+        guides["classifier"] = load_classifier(options.classifier, run)
+    if options.guide_with is not None:
+        guides["guide"] = load_guide(options.guide_with, run)
+    return guides
+
+
+def load_guide(workdir: str | os.PathLike, run: Run) -> Run:
+    """Loads a weaker run that guides another one, of WORKDIR or WORKDIR@EMA.
+
+    Raises:
+        ValueError: unless it is of a denoiser, of such images, noised by such a
+            schedule, and takes the same labels or none.
+    """
+    path, _, ema = os.fspath(workdir).rpartition("@")
+    if not path or os.path.isdir(workdir):
+        path, ema = os.fspath(workdir), ""
+    other = load_other("guide_with", path, ema or None)
+    if other.objective is None:
+        raise ValueError(f"guide_with must be a denoiser's run, got {workdir}.")
+    check_noised_alike("guide_with", other, run)
+    if traits(other.model).low_res != traits(run.model).low_res:
+        raise ValueError(
+            "guide_with must take small images if the run does and not otherwise, got "
+            f"{workdir}."
+        )
+    own, others = (
+        r.class_names or f"{r.num_labels if r.takes_labels else 'no'} classes"
+        for r in (run, other)
+    )
+    differ = not run.takes_labels or run.num_labels != other.num_labels
+    differ |= None not in (run.class_names, other.class_names) and own != others
+    if other.takes_labels and differ:
+        own, others = (
+            a if isinstance(a, str) else data.in_words(a) for a in (own, others)
+        )
+        raise ValueError(
+            f"guide_with must have the run's classes, {own}, or take none, got "
+            f"{others}."
+        )
+    return other
+
+
+def check_noised_alike(field: str, other: Run, run: Run) -> None:
+    """Raises ValueError unless two runs have the same images and the same schedule."""
     if other.image_shape != run.image_shape:
         raise ValueError(
-            f"classifier must be of images {run.image_shape}, as the run's, got "
+            f"{field} must be of images {run.image_shape}, as the run's, got "
             f"{other.image_shape}."
         )
     if dict(other.config.schedule) != dict(run.config.schedule):
         raise ValueError(
-            f"classifier must have the run's schedule, {dict(run.config.schedule)}, "
+            f"{field} must have the run's schedule, {dict(run.config.schedule)}, "
             f"got {dict(other.config.schedule)}."
         )
-    return other
 
 
 def check_inputs(

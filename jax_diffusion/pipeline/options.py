@@ -15,6 +15,7 @@ from jax_diffusion import checks, data
 from jax_diffusion import config as configs
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Prediction
+from jax_diffusion.guidance import GUIDANCE_METHODS
 from jax_diffusion.registry import hint, is_outside, lookup, outside
 from jax_diffusion.samplers import SAMPLERS, Sampler, as_sampler, start
 from jax_diffusion.samplers.loop import STEP_ARGUMENTS
@@ -22,6 +23,8 @@ from jax_diffusion.samplers.state import check_state, num_earlier, remembers
 from jax_diffusion.schedules import NoiseSchedule
 
 NEEDS = {  # the fields that have no effect without another one, and which
+    "guide_with": "guidance",
+    "guidance_method": "guidance",
     "guidance_rescale": "guidance",
     "classifier_scale": "classifier",
     "reclip": "classifier",
@@ -44,7 +47,13 @@ class SamplingOptions:
         label: the images get these labels in turn: numbers or names of classes, as 3,
             "0,1,2", "dog,cat" or ["dog", "cat"]; by default all labels. Where names of
             classes are numbers, 3 is the class of that name, not the fourth class.
-        guidance: scale of classifier-free guidance; 1 is the labeled prediction.
+        guidance: scale of guidance; 1 is the labeled prediction. Classifier-free, or
+            away from what `guide_with` predicts.
+        guide_with: workdir of a weaker run that predicts in place of the network
+            without a label (autoguidance), or WORKDIR@EMA for one average of it. It is
+            told the same labels, or takes none.
+        guidance_method: a key of `guidance.GUIDANCE_METHODS`: "classifier_free" (which
+            is the default), "apg" or "zero_star".
         guidance_rescale: how far, in [0, 1], guided images are scaled to the standard
             deviation of the labeled prediction.
         guidance_interval: (low, high) of noise / signal, in which guidance acts.
@@ -68,6 +77,8 @@ class SamplingOptions:
     rounding: str = "floor"
     label: int | str | Sequence[int | str] | None = None
     guidance: float | None = None
+    guide_with: str | os.PathLike | None = None
+    guidance_method: str | None = None
     guidance_rescale: float = 0.0
     guidance_interval: str | Sequence[float] | None = None
     classifier: str | os.PathLike | None = None
@@ -85,6 +96,10 @@ class SamplingOptions:
             names = [name for name, row in SAMPLERS.items() if row.takes_eta]
             raise ValueError(f"eta is for the samplers {names}, got {self.sampler!r}.")
         checks.choice("rounding", self.rounding, data.ROUNDINGS)
+        if self.guidance_method is not None:
+            checks.choice("guidance_method", self.guidance_method, [*GUIDANCE_METHODS])
+        if self.guide_with is not None:
+            checks.path("guide_with", self.guide_with, "the path of a workdir")
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}.")
         if self.threshold is not None and not self.clip:
@@ -168,6 +183,20 @@ class SamplingOptions:
         eta = {"eta": np.float32(self.eta)} if row.takes_eta else {}
         jax.eval_shape(one, np.zeros((2, *image_shape), np.float32), **eta)
 
+    @property
+    def of_second_stage(self) -> "SamplingOptions":
+        """The same without what is for the first of two stages only."""
+        changes: dict[str, Any] = dict(label=None, classifier=None)
+        if self.guide_with is not None:
+            changes |= dict(guide_with=None, guidance=None)
+        left = vars(self) | changes
+        if left["guidance"] is None:
+            changes["guidance_interval"] = None
+        for field in dataclasses.fields(self):
+            if field.name in NEEDS and left[NEEDS[field.name]] is None:
+                changes[field.name] = field.default
+        return dataclasses.replace(self, **changes)
+
     def make_schedule(self, config: Config) -> tuple[NoiseSchedule, str]:
         """Builds the schedule of these steps, and tells which spacing it has.
 
@@ -195,10 +224,10 @@ class SamplingOptions:
         """
         numbers = {"eta": self.eta}
         if self.guidance is not None:
-            if null_label is None:
+            if null_label is None and self.guide_with is None:
                 raise ValueError(
                     "guidance needs a run that was trained with label_dropout, got one "
-                    "without; guidance by a classifier works with any run."
+                    "without; `guide_with` and `classifier` work with any run."
                 )
             numbers |= {"scale": self.guidance, "rescale": self.guidance_rescale}
         if self.classifier is not None:

@@ -70,9 +70,15 @@ def _is_ours(path: Path) -> bool:
 
 
 def _is_of(record: Mapping[str, Any], folder: Path) -> bool:
-    """Whether a folder has the record of this job, and one that can be read."""
+    """Whether a folder has the record of this job, and one that can be read.
+
+    An option that an older version did not have is None where it is not used.
+    """
     try:
         stored = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
         return False
-    return stored == json.loads(json.dumps(record))
+    if not isinstance(stored, dict):
+        return False
+    own = json.loads(json.dumps(record))
+    return all(own.get(name) == stored.get(name) for name in {*own, *stored})

@@ -57,6 +57,10 @@ def logits_fn(x, timesteps):
     return x[:, 0].reshape(x.shape[0], -1)
 
 
+def first_value(x_0):
+    return -x_0[:, 0, 0, 0]
+
+
 DENOISE = diffusion.denoiser(model_fn, S, V)
 LABELED = diffusion.denoiser(labeled_fn, S, V)
 PADDED_DENOISE = diffusion.denoiser(model_fn, PADDED, V)
@@ -157,6 +161,13 @@ BATCHES = {
         {"text": {"a": jnp.zeros(3)}},
         guidance.within(S, 3.0 + jnp.arange(B), low=0.3),
     )(a["x"], a["t"]),
+    **{
+        name: lambda a, method=method: method(
+            free(a), DENOISE, guidance.within(S, 3.0 + jnp.arange(B)), rescale=0.5
+        )(a["x"], a["t"])
+        for name, method in guidance.GUIDANCE_METHODS.items()
+        if name != "classifier_free"
+    },
     "classifier": lambda a: (
         guidance.classifier(DENOISE, S, log_prob(a))(a["x"], a["t"]).grad
     ),
@@ -202,6 +213,12 @@ BATCHES = {
     "edit": lambda a: editing.edit(
         a["keys"], DENOISE, samplers.ddpm_step, S, a["x"], t=3
     ),
+    "dps": lambda a: editing.dps(
+        *(a["keys"], DENOISE, samplers.ddpm_step, S, a["x"]), first_value
+    ),
+    "twisted_smc": lambda a: editing.twisted_smc(
+        *(a["keys"], DENOISE, S, a["x"]), first_value
+    )[0],
     "block_mean": lambda a: editing.block_mean(a["x"], size=2),
 }
 # Each returns what belongs to no image: gradients and metrics.

@@ -785,6 +785,88 @@ def test_classifier_free_guidance_of_diffusers_is_ours(account):
         account.compare(case["key"], jnp.stack(results))
 
 
+def guided(method, strong, weak, scale, x_t=0.0, t=0, **options):
+    """What a method of `guidance.pairs` makes of two predictions of x_0 [b, ...]."""
+    fns = (
+        lambda x, t, x_0=x_0: Prediction(x_0, jnp.zeros((1,) * 4))
+        for x_0 in (strong, weak)
+    )
+    x_t, t = jnp.full_like(strong, x_t), jnp.full(len(strong), t, jnp.int32)
+    return method(*fns, float(scale), **options)(x_t, t).x_0
+
+
+@parity("processes/guidance")
+def test_autoguidance_of_diffusers_and_edm2_is_ours(account):
+    cond, uncond = account.read("", "cond", "uncond")
+    for case in account.json["autoguidance"]:
+        given, method = case["parameters"], guidance.autoguidance
+        original = given.get("use_original_formulation", False)
+        scale = given.get("guidance", given.get("guidance_scale")) + original
+        rescale = float(given.get("guidance_rescale", 0.0))
+        pairs = zip(cond, uncond, strict=True)
+        found = [guided(method, *pair, scale, rescale=rescale) for pair in pairs]
+        found, tolerance = jnp.stack(found), None
+        if np.float32(scale) != scale:  # what a scale is to us
+            tolerance = np.asarray(1e-5 * jnp.abs(found).max())
+        account.compare(case["key"], found, tolerance=tolerance)
+
+
+@parity("processes/guidance")
+def test_adaptive_projected_guidance_of_diffusers_is_ours(account):
+    """The momentum is the test's: a sum over steps, in place of each difference.
+
+    diffusers adds the projection to uncond, but for its "original" case, which is the
+    paper's and ours.
+    """
+    cond, uncond = account.read("", "cond", "uncond")
+    for case in account.json["apg"]:
+        given, average, found = case["parameters"], 0.0, []
+        if case["key"] == "apg/channel_norm":
+            continue
+        for strong, weak in zip(cond, uncond, strict=True):
+            average = strong - weak + (given["momentum"] or 0.0) * average
+            original = given.get("use_original_formulation", False)
+            x_0 = guided(
+                *(guidance.adaptive_projected, strong, strong - average),
+                given["guidance_scale"] + 1,
+                eta=float(given["eta"]),
+                norm=given["norm_threshold"] or None,
+            )
+            found.append(x_0 if original else x_0 + (weak - strong))
+        key = case["key"]
+        pred = f"{key}/pred" if f"{key}/pred" in account.arrays else key
+        account.compare(pred, jnp.stack(found))
+
+
+@parity("processes/guidance")
+def test_cfg_zero_star_of_diffusers_and_its_authors_is_ours(account):
+    """Of x_t = 0 on a flow, x_0 is -noise times the flow."""
+    cond, uncond = account.read("", "cond", "uncond")
+    sigma = np.linspace(0.25, 1.0, len(cond))
+    table, _ = schedule_of(account, "flow", sigma)
+    for case in account.json["cfg_zero_star"]:
+        given, found = case["parameters"], []
+        if case["key"] == "cfg_zero_star/optimized_scale":
+            given = {"guidance_scale": 0.0, "zero_init_steps": 0}  # of uncond alone
+        for k, flows in enumerate(zip(cond, uncond, strict=True)):
+            t = len(cond) - 1 - k
+            noise = table.now.noise[t]
+            x_0 = guided(
+                *(guidance.zero_star, *(-noise * flow for flow in flows)),
+                given["guidance_scale"] + given.get("use_original_formulation", False),
+                t=t,
+                schedule=table,
+                zero_steps=given["zero_init_steps"],
+                rescale=float(given.get("guidance_rescale", 0.0)),
+            )
+            found.append(-x_0 / noise)
+        found = jnp.stack(found)
+        if "optimized_scale" in case["key"]:
+            axes = tuple(range(2, found.ndim))
+            found = jnp.sum(found * uncond, axes) / jnp.sum(uncond**2, axes)
+        account.compare(case["key"], found)
+
+
 # VDM
 
 
@@ -987,8 +1069,8 @@ REST = {  # why an array is not compared, by the file's name and what its key ma
     "not begun: a loss with learned uncertainty; learning rates of EDM2": {
         "edm2": "loss/|lr/",
     },
-    "not begun: autoguidance, projected guidance, CFG-Zero*": {
-        "guidance": "apg/|autoguidance/|cfg_zero_star/",
+    "other: a norm of each channel; a sum over steps, which the test keeps": {
+        "guidance": "apg/(channel_norm|.*/running_average)",
     },
     "not begun: the density of data that are not images": {
         "kdiffusion_wrappers": "likelihood/|denoiser/",

@@ -60,10 +60,20 @@ def log_prob(x, timesteps):
     return -jnp.sum(x**2, axis=(1, 2, 3))
 
 
+def first_value(x_0):
+    return -x_0[:, 0, 0, 0]
+
+
 WRAPPERS = {  # of a denoiser f that is made with schedule s
     "clip_x_0": lambda f, s: diffusion.clip_x_0(f),
     "threshold_x_0": lambda f, s: diffusion.threshold_x_0(f),
     "classifier_free": lambda f, s: guidance.classifier_free(f, T, 0, 2.0),
+    "autoguidance": lambda f, s: guidance.autoguidance(f, f, 2.0),
+    "autoguidance by another": lambda f, s: guidance.autoguidance(
+        lambda x, t: f(x, t), f, 2.0
+    ),
+    "adaptive_projected": lambda f, s: guidance.adaptive_projected(f, f, 2.0),
+    "zero_star": lambda f, s: guidance.zero_star(f, f, 2.0, schedule=s),
     "classifier": lambda f, s: guidance.classifier(f, s, log_prob),
     "posterior": lambda f, s: guidance.posterior(f, lambda x_0: -x_0.sum((1, 2, 3))),
     "shift_x_0": lambda f, s: guidance.shift_x_0(f, s),
@@ -110,6 +120,8 @@ CALLS = {  # everything that takes a denoiser f and a schedule s
     "edit": lambda f, s: editing.edit(KEYS, f, ddim, s, X, t=3),
     "descend": lambda f, s: editing.descend(KEYS, f, ddim, s, X, t=3),
     "reconstruct": lambda f, s: editing.reconstruct(KEYS, f, s, X, t=3),
+    "dps": lambda f, s: editing.dps(KEYS, f, ddim, s, X, first_value),
+    "twisted_smc": lambda f, s: editing.twisted_smc(KEYS, f, s, X, first_value),
     "between_noises": lambda f, s: editing.between_noises(
         KEYS, f, ddim, s, X, X, jnp.ones(1)
     ),
@@ -117,6 +129,7 @@ CALLS = {  # everything that takes a denoiser f and a schedule s
     "ode_bits_per_dim": lambda f, s: likelihood.ode_bits_per_dim(KEY, f, s, X),
     "classifier": lambda f, s: guidance.classifier(f, s, log_prob),
     "shift_x_0": lambda f, s: guidance.shift_x_0(f, s),
+    "zero_star": lambda f, s: guidance.zero_star(f, f, 2.0, schedule=s),
 }
 RULE = r"^denoise_fn must be made with the schedule that it is used with, got one of "
 
@@ -173,6 +186,13 @@ def test_a_scale_of_another_schedule_is_refused():
         guidance.classifier(f, OTHERS["respaced"][0], log_prob, scale)
     guidance.classifier_free(made(S), T, 0, scale)
     guidance.classifier_free(lambda x, t, label: None, T, 0, scale)  # does not say
+
+
+def test_a_weaker_denoiser_of_another_schedule_is_refused():
+    said = r"^weak_fn must be made with the schedule that it is used with, got one of "
+    for method in guidance.GUIDANCE_METHODS.values():
+        with pytest.raises(ValueError, match=said):
+            method(made(S), made(OTHERS["respaced"][0]), 2.0)
 
 
 @pytest.mark.parametrize("same", SAME)

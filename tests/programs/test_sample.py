@@ -24,6 +24,7 @@ from support.tiny_runs import (
     write_images,
 )
 
+import jax_diffusion as jd
 from jax_diffusion import (
     cli,
     data,
@@ -483,6 +484,97 @@ def test_a_classifier_must_fit_the_run(labelled, classifier, folder, refuses):
         assert words in refuses(labelled, "--classifier", workdir)
     assert "to 2, got '3'" in refuses(labelled, "--classifier", classifier, "--label=3")
     assert "must be of a denoiser, got a classifier's" in refuses(classifier)
+
+
+@pytest.fixture(scope="module")
+def weaker(folder):
+    """A run that predicts something else, with labels that were never hidden."""
+    model, v = UNET | dict(num_classes=KNOWN), dict(mean_type="v", var_type="learned")
+    return make_run(folder / "weaker", model=model, objective=v, scale=0.2)
+
+
+def by_pair(method, weak_fn_of):
+    """Guidance with scale 3 by two denoisers, by hand."""
+
+    def wrap(denoise_fn, schedule, label):
+        labeled = functools.partial(denoise_fn, label=label)
+        weak_fn = weak_fn_of(denoise_fn, schedule, label)
+        return diffusion.clip_x_0(method(labeled, weak_fn, 3.0))
+
+    return wrap
+
+
+def unlabeled(denoise_fn, schedule, label):
+    return functools.partial(denoise_fn, label=jnp.full_like(label, KNOWN))
+
+
+def test_a_weaker_run_guides_as_autoguidance_of_the_core(labelled, weaker, draws):
+    other = pipeline.load_run(weaker)
+
+    def weak_fn(denoise_fn, schedule, label):
+        model_fn = bind(other.model, other.params, label)
+        return diffusion.denoiser(model_fn, schedule, other.objective)
+
+    told = ("--guide-with", weaker, "--guidance")
+    images, _ = draws(labelled, *told, 3)
+    wrap = by_pair(guidance.autoguidance, weak_fn)
+    assert_same(images, by_hand(labelled, wrap))
+    assert_same(draws(labelled, *told, 1)[0], draws(labelled)[0])
+    again = pipeline.load_run(labelled)
+    options = dict(guide_with=f"{weaker}@none", guidance=3, n=N)
+    assert_same(images, jd.sample_images(again, **options).astype(int))
+
+
+@pytest.mark.parametrize(
+    "name", ["apg", pytest.param("zero_star", marks=pytest.mark.slow)]
+)
+def test_a_method_of_guidance_is_that_of_the_core(name, labelled, draws):
+    images, _ = draws(labelled, "--guidance", 3, "--guidance-method", name)
+    wrap = by_pair(guidance.GUIDANCE_METHODS[name], unlabeled)
+    assert_same(images, by_hand(labelled, wrap))
+    assert_other(images, draws(labelled, "--guidance", 3)[0])
+
+
+def test_a_guide_must_fit_the_run(labelled, plain, weaker, classifier, folder, refuses):
+    model = UNET | dict(num_classes=KNOWN + 1)
+    small = make_run(folder / "small guide", shape=(4, 4, 3))
+    schedule = COSINE | dict(num_steps=T + 1)
+    longer = make_run(folder / "longer guide", schedule=schedule)
+    of_five = make_run(folder / "five", model=model)
+    options = ("--guidance", 2, "--guide-with")
+    for workdir, words in (
+        (small, "must be of images (8, 8, 3), as the run's, got (4, 4, 3)"),
+        (longer, "must have the run's schedule"),
+        (of_five, "must have the run's classes, 4 classes, or take none, got 5"),
+        (classifier, f"must be a denoiser's run, got {classifier}"),
+        (folder / "none", "holds none"),
+        (f"{weaker}@0.5", "must be a workdir that can be loaded, got: "),
+    ):
+        error = refuses(labelled, *options, workdir)
+        assert error.startswith("error: --guide-with ") and words in error
+    error = refuses(labelled, "--guide-with", weaker)
+    assert "--guide-with needs --guidance, got none" in error
+    error = refuses(labelled, "--guidance-method", "apg")
+    assert "--guidance-method needs --guidance, got none" in error
+    error = refuses(labelled, *options[:2], "--guidance-method", "cfg")
+    assert "--guidance-method must be one of ['classifier_free', 'apg', " in error
+    no_labels = make_run(folder / "no labels")
+    assert "got 4 classes" in refuses(no_labels, *options, weaker)
+
+
+def test_another_guide_is_another_job(labelled, weaker, folder, tmp_path, program):
+    """Also of the same name: its weights are in the record of the folder."""
+    out, guide = tmp_path / "out", folder / "its guide"
+    told = ("--workdir", labelled, "--out", out, "--n", 2, "--guidance", 2)
+    told = (*told, "--guide-with", guide)
+    shutil.copytree(weaker, guide)
+    program(*told)
+    program(*told)
+    assert json.loads((out / "record.json").read_text())["guide_with"] == str(guide)
+    shutil.rmtree(guide)
+    shutil.copytree(labelled, guide)
+    with pytest.raises(ValueError, match="or hold the same job"):
+        program(*told)
 
 
 # Tasks

@@ -63,9 +63,12 @@ def log_prob(x, timesteps):
 
 def guided(schedule):
     """A denoiser in all wrappers."""
-    f = denoiser(schedule, Objective("eps", "learned_range"))
+    f = plain = denoiser(schedule, Objective("eps", "learned_range"))
     scale = guidance.within(schedule, 3.0, low=0.1, high=50.0)
     f = guidance.classifier_free(f, LABEL, 0, scale, rescale=0.5)
+    f = guidance.autoguidance(f, plain, scale, rescale=0.5)
+    f = guidance.adaptive_projected(f, plain, scale, eta=0.5, norm=2.0)
+    f = guidance.zero_star(f, plain, scale)
     f = guidance.classifier(diffusion.threshold_x_0(f), schedule, log_prob, 0.5)
     f = guidance.posterior(f, lambda x_0: log_prob(x_0, None), 0.5)
     return diffusion.clip_x_0(guidance.shift_x_0(f, schedule))
@@ -129,6 +132,13 @@ DATA_CALLS = {
         KEYS, denoiser(PADDED), PADDED, x, t=5
     ),
     "renoise": lambda x: editing.renoise(KEYS, PADDED, x, T // 2, T),
+    "dps": lambda x: editing.dps(
+        *(KEYS, denoiser(PADDED), samplers.heun_step, PADDED, x),
+        lambda x_0: log_prob(x_0, None),
+    ),
+    "twisted_smc": lambda x: editing.twisted_smc(
+        *(KEYS, denoiser(PADDED), PADDED, x), lambda x_0: log_prob(x_0, None)
+    )[0],
     "gray": editing.gray,
     "block_mean": lambda x: editing.block_mean(x, size=2),
     "shrink": lambda x: editing.shrink(x, size=2),

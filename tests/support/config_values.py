@@ -122,6 +122,8 @@ OUT_OF_RANGE = {
         "rounding": ["ceil"],
         "label": [-1, 10, (1, 99)],
         "guidance": [2.0],
+        "guide_with": ["nowhere", ""],
+        "guidance_method": ["cfg", "apg"],
         "guidance_rescale": [-0.1, 1.1],
         "guidance_interval": [(1.0, 0.5)],
         "n": [*COUNTS, 10**9],

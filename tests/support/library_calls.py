@@ -223,6 +223,39 @@ def number_cases():
             "a number",
             lambda v: guidance.classifier(DENOISE, S, lambda x, t: x[:, 0, 0, 0], v),
         ),
+        *(
+            (
+                name,
+                values,
+                rule,
+                lambda v, method=method, name=name: method(
+                    DENOISE, DENOISE, **{"scale": 2.0, name: v}
+                ),
+            )
+            for method in guidance.GUIDANCE_METHODS.values()
+            for name, values, rule in (
+                ("scale", [nan, inf, "3", None], "a number"),
+                ("rescale", [2, nan], "a number in [0, 1]"),
+            )
+        ),
+        (
+            "eta",
+            [nan, "1", None],
+            "a number",
+            lambda v: guidance.adaptive_projected(DENOISE, DENOISE, 2.0, eta=v),
+        ),
+        (
+            "norm",
+            [0, -1, inf, nan],
+            "a number > 0",
+            lambda v: guidance.adaptive_projected(DENOISE, DENOISE, 2.0, norm=v),
+        ),
+        (
+            "zero_steps",
+            [-1, 1.0, None],
+            "an integer >= 0",
+            lambda v: guidance.zero_star(DENOISE, DENOISE, 2.0, zero_steps=v),
+        ),
         ("low", [nan, -1], "a number >= 0", lambda v: guidance.within(S, 2.0, low=v)),
         ("outside", [nan], "a number", lambda v: guidance.within(S, 2.0, outside=v)),
         (
@@ -953,6 +986,16 @@ OTHERS = [
     (RAW, lambda: guidance.shift_x_0(model, S)(X, T)),
     (RAW, lambda: guidance.classifier(model, S, lambda x, t: x[:, 0, 0, 0])(X, T)),
     (RAW, lambda: guidance.classifier_free(lambda x, t, label: x, LABEL, 0, 2.0)(X, T)),
+    (RAW, lambda: guidance.autoguidance(model, DENOISE, 2.0)(X, T)),
+    (RAW, lambda: guidance.adaptive_projected(DENOISE, model, 2.0)(X, T)),
+    (
+        "weak_fn must be a function of (x_t, t), got None",
+        lambda: guidance.autoguidance(DENOISE, None, 2.0),
+    ),
+    (
+        "schedule must be a NoiseSchedule, as make_schedule returns one, got None.",
+        lambda: guidance.zero_star(lambda x, t: PREDICTION, DENOISE, 2.0),
+    ),
     (RAW, lambda: samplers.sample(KEYS, model, STEP, S, X)),
     (RAW, lambda: samplers.invert(model, S, X)),
     (RAW, lambda: likelihood.bits_per_dim(KEY, model, S, X)),
@@ -1231,6 +1274,26 @@ OTHERS = [
     (
         "y_T must be a float array [3, 4, 4, 2]",
         lambda: editing.between_noises(KEYS, DENOISE, STEP, S, X, X[:2], jnp.ones(2)),
+    ),
+    (
+        "log_likelihood_fn must be a function of (x_0,), got None",
+        lambda: editing.dps(KEYS, DENOISE, STEP, S, X, None),
+    ),
+    (
+        "log_likelihood_fn must be a function of (x_0,), got None",
+        lambda: editing.twisted_smc(KEYS, DENOISE, S, X, None),
+    ),
+    (
+        "log_likelihood_fn's output must be a float array [3], got float32 []",
+        lambda: editing.twisted_smc(KEYS, DENOISE, S, X, jnp.sum),
+    ),
+    (
+        "x_T must be a float array, such as",
+        lambda: editing.twisted_smc(KEYS, DENOISE, S, IMAGES, first_value),
+    ),
+    (
+        "keys must be an array of typed keys [3], got key<fry> [2]",
+        lambda: editing.twisted_smc(KEYS[:2], DENOISE, S, X, first_value),
     ),
     (
         "x_0 must be a float array, such as",

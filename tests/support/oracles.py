@@ -42,6 +42,16 @@ def assert_moments(draws, mean, var, *, bias=0.0):
     assert_mean((draws - mean) ** 2, np.asarray(var), bias=bias)
 
 
+def assert_normal(draws, mean, cov):
+    """Independent draws [n, d] have this mean and covariance within 5 sigma."""
+    draws, var = np.asarray(draws, np.float64), np.diag(cov)
+    error = (draws.mean(axis=0) - mean) / np.sqrt(var / len(draws))
+    assert np.abs(error).max() < K_SIGMA, error
+    sigma = np.sqrt((np.outer(var, var) + cov**2) / len(draws))
+    error = (np.cov(draws.T) - cov) / sigma
+    assert np.abs(error).max() < K_SIGMA, error
+
+
 def alpha_bars(schedule):
     """alpha_bar of every step, accurate where it is near 1."""
     betas = np.asarray(schedule.betas, np.float64)
@@ -248,6 +258,13 @@ def normal_denoiser(rows):
         return Prediction(x_0, jnp.zeros_like(x_t))
 
     return denoise
+
+
+def linear_posterior(mean, cov, matrix, y, noise):
+    """Mean and covariance of N(mean, cov) given y = matrix x + noise eps."""
+    spread = matrix @ cov @ matrix.T + noise**2 * np.eye(len(y))
+    gain = cov @ matrix.T @ np.linalg.inv(spread)
+    return mean + gain @ (y - matrix @ mean), cov - gain @ matrix @ cov
 
 
 def normal_bits(x, mean, cov):
