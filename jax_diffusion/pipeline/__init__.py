@@ -24,13 +24,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from tqdm import tqdm
 
 from jax_diffusion import config as configs
 from jax_diffusion import data, export, schedules
 from jax_diffusion.checks import shown
 from jax_diffusion.models import traits
-from jax_diffusion.pipeline.draw import make_sampler
+from jax_diffusion.pipeline.draw import make_sampler, progress_bar
 from jax_diffusion.pipeline.inputs import (
     Inputs,
     check_inputs,
@@ -308,13 +307,7 @@ def _bind(
         schedule = schedules.pad(schedule, total)
     on_step: Callable[[Any], None] | None = None
     if show_steps and num_steps > LONG and jax.process_index() == 0:
-        bar = tqdm(total=num_steps, unit="step", leave=False, disable=None)
-
-        def show(t: Any) -> None:  # of the present batch
-            if not bar.disable:
-                bar.update(num_steps - int(t) - bar.n)
-
-        on_step = show
+        on_step = progress_bar(num_steps)
     draw = make_sampler(
         *(run.model, run.objective, run.image_shape, options, task),
         num_steps=num_steps,

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from jax_diffusion import diffusion, guidance, samplers
 from jax_diffusion.diffusion import DenoiseFn, Objective
@@ -72,9 +73,6 @@ def make_sampler(
             return diffusion.clip_x_0(denoise_fn)
         return diffusion.threshold_x_0(denoise_fn, quantile=options.threshold)
 
-    method = guidance.GUIDANCE_METHODS[options.guidance_method or "classifier_free"]
-    in_one_call = guide is None and method is guidance.autoguidance
-
     def denoiser(model, objective, params, schedule):
         def model_fn(x_t, timesteps, label, **more):
             return bind(model, params, label, **more)(x_t, timesteps)
@@ -86,19 +84,11 @@ def make_sampler(
         denoise_fn = denoiser(model, objective, params["model"], schedule)
         told = ("low_res", "label")
         if "scale" in numbers and (guide or null_label is not None):
+            weak_fn = guide and denoiser(*guide, params["guide"], schedule)
             scale = _in_interval(schedule, numbers, "scale", outside=1.0)
-            rescale = numbers["rescale"]
-            if in_one_call:
-                denoise_fn = guidance.classifier_free(
-                    denoise_fn, rows["label"], null_label, scale, rescale=rescale
-                )
-                told = ("low_res",)
-            else:
-                if guide:
-                    weak_fn = denoiser(*guide, params["guide"], schedule)
-                else:
-                    weak_fn = _unlabeled(denoise_fn, null_label)
-                denoise_fn = method(denoise_fn, weak_fn, scale, rescale=rescale)
+            given = (rows["label"], null_label, scale, numbers["rescale"])
+            name = options.guidance_method or "classifier_free"
+            denoise_fn, told = guided(name, denoise_fn, weak_fn, *given), ("low_res",)
         known = {name: rows[name] for name in told if name in rows}
         denoise_fn = clip(functools.partial(denoise_fn, **known))
         if classifier is not None:
@@ -123,13 +113,33 @@ def make_sampler(
     return draw
 
 
-def _unlabeled(denoise_fn, null_label):
-    """A denoiser that hides the label that it is given."""
+def guided(name, denoise_fn, weak_fn, label, null_label, scale, rescale):
+    """A labeled denoiser, guided by a method of `guidance.GUIDANCE_METHODS`.
 
-    def unlabeled(x_t, t, *, label, **known):
-        return denoise_fn(x_t, t, label=jnp.full_like(label, null_label), **known)
+    Away from `weak_fn`, or where that is None from what it predicts with `null_label`.
+    """
+    method = guidance.GUIDANCE_METHODS[name]
+    if weak_fn is None and method is guidance.autoguidance:  # both in one call
+        args = (label, null_label, scale)
+        return guidance.classifier_free(denoise_fn, *args, rescale=rescale)
+    labeled = functools.partial(denoise_fn, label=label)
+    if weak_fn is None:
+        hidden = jnp.full_like(label, null_label)
+        weaker = functools.partial(denoise_fn, label=hidden)
+    else:
+        weaker = functools.partial(weak_fn, label=label)
+    return method(labeled, weaker, scale, rescale=rescale)
 
-    return unlabeled
+
+def progress_bar(num_steps: int) -> Callable[[Any], None]:
+    """Returns a function of t that shows how many of `num_steps` a batch has made."""
+    bar = tqdm(total=num_steps, unit="step", leave=False, disable=None)
+
+    def show(t: Any) -> None:  # of the present batch
+        if not bar.disable:
+            bar.update(num_steps - int(t) - bar.n)
+
+    return show
 
 
 def _in_interval(schedule, numbers, name, *, outside):

@@ -806,7 +806,7 @@ def test_autoguidance_of_diffusers_and_edm2_is_ours(account):
         pairs = zip(cond, uncond, strict=True)
         found = [guided(method, *pair, scale, rescale=rescale) for pair in pairs]
         found, tolerance = jnp.stack(found), None
-        if np.float32(scale) != scale:  # what a scale is to us
+        if float(np.float32(scale)) != scale:  # what a scale is to us
             tolerance = np.asarray(1e-5 * jnp.abs(found).max())
         account.compare(case["key"], found, tolerance=tolerance)
 

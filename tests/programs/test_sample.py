@@ -553,9 +553,9 @@ def test_a_guide_must_fit_the_run(labelled, plain, weaker, classifier, folder, r
         error = refuses(labelled, *options, workdir)
         assert error.startswith("error: --guide-with ") and words in error
     error = refuses(labelled, "--guide-with", weaker)
-    assert "--guide-with needs --guidance, got none" in error
+    assert "--guide-with needs guidance, got none" in error
     error = refuses(labelled, "--guidance-method", "apg")
-    assert "--guidance-method needs --guidance, got none" in error
+    assert "--guidance-method needs guidance, got none" in error
     error = refuses(labelled, *options[:2], "--guidance-method", "cfg")
     assert "--guidance-method must be one of ['classifier_free', 'apg', " in error
     no_labels = make_run(folder / "no labels")
@@ -847,7 +847,7 @@ class Bar:
 @pytest.mark.slow
 def test_long_samplers_alone_show_their_steps(labelled, draws, monkeypatch):
     bars = []
-    monkeypatch.setattr(pipeline, "tqdm", functools.partial(Bar, bars))
+    monkeypatch.setattr(draw, "tqdm", functools.partial(Bar, bars))
     monkeypatch.setattr(pipeline, "LONG", 3)
     draws(labelled, "--batch-size", 3, "--steps", 3)
     assert not bars
