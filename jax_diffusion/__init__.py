@@ -15,8 +15,8 @@ The mathematics needs jax, numpy and jaxtyping, and takes a network from any lib
     timesteps     which timesteps to train on
     losses        simple, variational and hybrid losses; weightings
     samplers      DDPM, DDIM, DPM-Solver++, Heun; one scan over steps; inpainting
-    guidance      classifier-free, by a classifier, by a measurement
-    editing       RePaint, SDEdit, reconstruction
+    guidance      classifier-free, by a weaker network, a classifier, a measurement
+    editing       RePaint, SDEdit, reconstruction; posterior sampling
     likelihood    bits/dim by the variational bound and by the ODE
 
 Parts that know nothing of each other:
