@@ -13,10 +13,11 @@ where no signal is left:
     dx / dphi = v(x, phi)   d log p(x) / dphi = -tr(dv / dx)   tan phi = noise / signal
 
 That is the flow where signal^2 + noise^2 = 1; elsewhere it is the flow of x divided by
-the root of that sum.
+the root of that sum. `ode_log_prob` does this for continuous data of any kind.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -70,17 +71,28 @@ class OdeBits(NamedTuple):
     probe_error: Array
 
 
+class LogProb(NamedTuple):
+    """Log densities of each example by the probability flow.
+
+    Attributes:
+        total, prior, step_error, probe_error: [b] nats, log p(x_0), the part of it that
+            is log p(x_T), and errors as in `OdeBits`.
+    """
+
+    total: Array
+    prior: Array
+    step_error: Array
+    probe_error: Array
+
+
 def prior_bpd(schedule: NoiseSchedule, x_0: Float[Array, "b *d"]) -> Float[Array, "b"]:
-    """KL(q(x_T | x_0) || p(x_T)) in bits/dim: the information on x_0 left in x_T.
+    """KL(q(x_T | x_0) || p(x_T)), bits/dim [b]: the information on x_0 left in x_T.
 
     p(x_T) is what sampling starts from, see `samplers.pure_noise`.
 
     Args:
         schedule: its last row is x_T; rows added by `schedules.pad` do not count.
         x_0: data [b, ...].
-
-    Returns:
-        Bits/dim [b].
 
     Raises:
         ValueError: unless schedule and x_0 are such.
@@ -247,20 +259,68 @@ def ode_bits_per_dim(
         probes: how many vectors of signs to estimate the trace with, >= 1. Each costs
             as much as a forward pass.
 
-    Returns:
-        OdeBits with arrays [b].
-
     Raises:
         ValueError: if probes is no integer >= 1, or arguments do not fit each other.
     """
     checks.integer("probes", probes, at_least=1)
     keys = _keys_of(key, denoise_fn, schedule, x_0)
     x = dequantize(keys, x_0)  # with these keys, and probes with others
-    half, shape = jnp.float32(0.5), x_0.shape[1:]
+    return _integrate(denoise_fn, schedule, x, _signs(keys, x, probes), BINS)
+
+
+def ode_log_prob(
+    key: Key[Array, "*_"],
+    denoise_fn: DenoiseFn,
+    schedule: NoiseSchedule,
+    x_0: Float[Array, "b *d"],
+    *,
+    probes: int | None = None,
+    per_dim: bool = False,
+) -> LogProb:
+    """log p(x_0) of any continuous data by the probability flow, without dequantizing.
+
+    The density p is that of samples, as in `ode_bits_per_dim`. Of an exact denoiser it
+    is that of the data plus the Gaussian noise of the first row, of standard deviation
+    noise / signal, which must be small beside the finest detail of the data; less what
+    signal the last row has left, where p(x_T) is that of `samplers.pure_noise`.
+
+    Args:
+        key, denoise_fn, schedule: as for `ode_bits_per_dim`; the key is for the probes.
+        x_0: float data [b, ...], of any scale.
+        probes: how many vectors of signs to estimate the divergence with, >= 1; None
+            for the exact one, at the cost of a forward pass for each dimension.
+        per_dim: whether to divide by the number of dimensions.
+
+    Raises:
+        ValueError: if arguments do not fit each other, or known x_0 are not finite.
+    """
+    checks.integer("probes", 1 if probes is None else probes, at_least=1)
+    checks.boolean("per_dim", per_dim)
+    keys = _keys_of(key, denoise_fn, schedule, x_0)
+    if checks.known(x_0) and not np.isfinite(np.asarray(jax.device_get(x_0))).all():
+        raise ValueError("x_0 must be finite, got NaN or infinity.")
+    x = jnp.asarray(x_0, jnp.result_type(x_0, jnp.float32))
+    bits = _integrate(denoise_fn, schedule, x, _signs(keys, x, probes), 1.0)
+    nats = LOG_2 * (1 if per_dim else math.prod(x.shape[1:]))
+    total, prior, steps, error = (nats * a for a in bits)
+    return LogProb(-total, -prior, steps, error if probes else jnp.zeros_like(error))
+
+
+def _signs(keys, x, probes):
+    """Random signs for Hutchinson's estimate of a trace, [probes, b, ...]."""
+    if probes is None:  # with all unit vectors, root(d) long, it is exact
+        d = math.prod(x.shape[1:])
+        units = np.sqrt(d).item() * jnp.eye(d, dtype=x.dtype)
+        return units.reshape(d, 1, *x.shape[1:]) * jnp.ones_like(x)[None]
+    half, shape = jnp.float32(0.5), x.shape[1:]
     draw = jax.vmap(lambda key: jax.random.bernoulli(key, half, shape))
     heads = [draw(samplers.fold_in(keys, 1 + i)) for i in range(probes)]
-    heads = jnp.stack([placement.beside(head, x_0) for head in heads])
-    signs = 2 * heads.astype(x.dtype) - 1
+    heads = jnp.stack([placement.beside(head, x) for head in heads])
+    return 2 * heads.astype(x.dtype) - 1
+
+
+def _integrate(denoise_fn, schedule, x, signs, bins):
+    """OdeBits of continuous x, of which `bins` make an interval of length 1."""
     flow = functools.partial(_flow, denoise_fn, schedule, x, signs)
 
     def bits(stride):
@@ -268,7 +328,7 @@ def ode_bits_per_dim(
         start, log_2_pi = schedule.next.noise[-1], np.log(2 * np.pi).item()
         squares = losses.mean_flat((x_T / start) ** 2)
         prior = (squares + log_2_pi) / (2 * LOG_2) + jnp.log2(start)
-        growth = volume / LOG_2 - np.log2(BINS).item()
+        growth = volume / LOG_2 - np.log2(bins).item()
         return prior, prior[None] - growth
 
     # A map, so that the network is compiled once for both lengths of step.
@@ -276,7 +336,7 @@ def ode_bits_per_dim(
     fine, coarse = jnp.mean(total, axis=1)
     two_steps = jnp.sum(schedule.visited, dtype=jnp.int32) > 2
     step_error = jnp.where(two_steps, jnp.abs(fine - coarse), jnp.nan)
-    probe_error = jnp.std(total[0], axis=0, ddof=1) / np.sqrt(probes).item()
+    probe_error = jnp.std(total[0], axis=0, ddof=1) / np.sqrt(len(signs)).item()
     return OdeBits(fine, prior[0], step_error, probe_error)
 
 

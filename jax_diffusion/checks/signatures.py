@@ -29,15 +29,25 @@ def takes(name: str, function: Any, *arguments: Any, **named: Any) -> None:
             f"{name} must be a network with its parameters, as models.bind makes it, "
             f"got {checks.shown(function)} without."
         )
+    if not fit(function, *arguments, **named):
+        wanted = ", ".join([*arguments, *(f"{word}=" for word in named)])
+        parameters = inspect.signature(function).parameters
+        got = f"got one of ({', '.join(parameters)})"
+        raise ValueError(f"{name} must be a function of ({wanted}), {got}.")
+
+
+def fit(function: Any, *arguments: Any, **named: Any) -> bool:
+    """Whether a function can be called with arguments; True if it has no signature.
+
+    >>> fit(lambda x: x, "x_t"), fit(lambda x: x, "x_t", label=3)
+    (True, False)
+    """
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of some builtins
-        return
+        return True
     try:
         signature.bind(*arguments, **named)
-    except TypeError as error:
-        wanted = ", ".join([*arguments, *(f"{word}=" for word in named)])
-        raise ValueError(
-            f"{name} must be a function of ({wanted}), got one of "
-            f"({', '.join(signature.parameters)})."
-        ) from error
+    except TypeError:
+        return False
+    return True

@@ -20,7 +20,6 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -37,7 +36,7 @@ from jax_diffusion.config.groups import GIVEN, GIVEN_OPTIMIZER, OF_SCHEDULES
 from jax_diffusion.config.reading import load_config
 from jax_diffusion.config.records import FORMAT, differences, of_record, upgrade
 from jax_diffusion.diffusion import Objective, check_signal
-from jax_diffusion.models import MODELS, traits
+from jax_diffusion.models import MODELS, Network, traits
 from jax_diffusion.registry import (
     call,
     call_by_name,
@@ -92,7 +91,7 @@ class Built(NamedTuple):
 
     schedule: NoiseSchedule
     objective: Objective | None
-    model: nn.Module
+    model: Network
 
 
 def check_signature(
@@ -142,7 +141,7 @@ def build(config: Config, num_channels: int) -> Built:
 
 def make_network(
     config: Config, objective: Objective | None, num_channels: int
-) -> nn.Module:
+) -> Network:
     """Builds the network of a whole config: see `build`."""
     group = dict(config["model"])
     if config.get("label_dropout"):
@@ -266,7 +265,7 @@ def make_objective(config: Config, schedule: NoiseSchedule) -> Objective | None:
 
 def make_model(
     config: Config, objective: Objective | None, num_channels: int
-) -> nn.Module:
+) -> Network:
     """Builds the network that `config.model` describes, as it stands there.
 
     A denoiser is told `out_channels`: num_channels, twice of it for a learned variance.
@@ -281,7 +280,7 @@ def make_model(
     return call_by_name(MODELS, group, "config.model", rule, _check_network, **fixed)
 
 
-def _check_network(made: Any) -> nn.Module:
+def _check_network(made: Any) -> Network:
     if not all(callable(getattr(made, name, None)) for name in ("init", "apply")):
         raise ValueError(f"it makes {short(made)}, without init and apply.")
     return made

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -24,7 +23,7 @@ from jax_diffusion.evaluation.per_image import (
     mean_and_error,
 )
 from jax_diffusion.evaluation.results import Clock, Result, Score
-from jax_diffusion.models import bind
+from jax_diffusion.models import Network, bind
 from jax_diffusion.pipeline import Run
 from jax_diffusion.runtime import files
 from jax_diffusion.schedules import NoiseSchedule
@@ -149,7 +148,7 @@ def ode(
 
 
 def bound_fn(
-    model: nn.Module, objective: Any, schedule: NoiseSchedule, seed: int
+    model: Network, objective: Any, schedule: NoiseSchedule, seed: int
 ) -> ScoreFn:
     """Builds score(params, ids, image, label) -> `likelihood.BitsPerDim`, jitted.
 
@@ -163,7 +162,7 @@ def bound_fn(
 
 
 def ode_fn(
-    model: nn.Module, objective: Any, schedule: NoiseSchedule, seed: int, probes: int
+    model: Network, objective: Any, schedule: NoiseSchedule, seed: int, probes: int
 ) -> ScoreFn:
     """Builds score(params, ids, image, label) -> `likelihood.OdeBits`, jitted.
 
@@ -175,7 +174,7 @@ def ode_fn(
 
 def _bits_fn(
     bits: Callable[..., Any],
-    model: nn.Module,
+    model: Network,
     objective: Any,
     schedule: NoiseSchedule,
     seed: int,

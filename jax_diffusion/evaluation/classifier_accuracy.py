@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -13,7 +12,7 @@ from jax_diffusion import data, losses, timesteps
 from jax_diffusion.evaluation.image_sets import ImageSet, network_of
 from jax_diffusion.evaluation.per_image import ScoreFn, collect, each_image
 from jax_diffusion.evaluation.results import Clock, Result, Score
-from jax_diffusion.models import bind
+from jax_diffusion.models import Network, bind
 from jax_diffusion.pipeline import Run
 from jax_diffusion.schedules import NoiseSchedule
 
@@ -78,7 +77,7 @@ def accuracy(
     return Result(scores, about, clock.seconds, [finish])
 
 
-def accuracy_fn(model: nn.Module, schedule: NoiseSchedule, seed: int) -> ScoreFn:
+def accuracy_fn(model: Network, schedule: NoiseSchedule, seed: int) -> ScoreFn:
     """Builds score(params, ids, image, label) -> `Answers`, jitted.
 
     The timesteps of a batch are stratified; the id of its first image decides them.

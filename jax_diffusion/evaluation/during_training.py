@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -36,7 +35,7 @@ from jax_diffusion.evaluation.image_sets import Arrays, ImageSet
 from jax_diffusion.evaluation.per_image import collect, each_image, mean_and_error
 from jax_diffusion.evaluation.results import OLD_METRICS
 from jax_diffusion.evaluation.sample_quality import METRICS, Metric, Reference
-from jax_diffusion.models import traits
+from jax_diffusion.models import Network, traits
 from jax_diffusion.pipeline import (
     Run,
     SamplingOptions,
@@ -237,7 +236,7 @@ def make_watch(
     config: Config,
     workdir: Path,
     record: dict[str, Any],
-    model: nn.Module,
+    model: Network,
     objective: Objective | None,
     batches: data.Batches,
     mesh: Mesh,

@@ -1,17 +1,19 @@
 """The networks, by name in `MODELS`, and what the trainer asks of a network.
 
 A network never sees a noise schedule: it maps noisy images and timesteps to its output.
-Any `flax.linen.Module` that keeps the following protocol can be trained and sampled; a
-config names one from outside as "package.module:MyNetwork".
+Any `flax.linen.Module` that keeps the following protocol can be trained and sampled,
+and any other network that `from_functions` gives its form: of Flax NNX, Equinox, Haiku
+or plain JAX. A config names what makes one as "package.module:MyNetwork".
 
-The call is `(x, timesteps, [label], *, [low_res=], train=False)`; the first three are
-given by position:
+The call is `(x, timesteps, [label], *, [low_res=], [...], train=False)`; the first
+three are given by position:
 
-    x          float32 [b, h, w, c], noisy images
+    x          float32 [b, h, w, c], noisy images, or data of any other rank
     timesteps  float32 [b], one number for each image: how noisy it is
     label      int32 [b] in [0, num_classes), if the network has `num_classes`
     low_res    float32 [b, h_low, w_low, c], the same images at a lower resolution, if
                the network has `low_res`
+    ...        any other array [b, ...] of the batch, by its name
     train      whether dropout is on; its random key is `rngs={"dropout": key}`
 
 A denoiser returns float32 [b, h, w, out_channels], a classifier of noisy images float32
@@ -42,9 +44,28 @@ from jaxtyping import Array, PyTree
 
 from jax_diffusion.models.annotated import AnnotatedUNet
 from jax_diffusion.models.dit import DiT
+from jax_diffusion.models.functions import FunctionNetwork, from_functions
 from jax_diffusion.models.lucidrains import LucidrainsUNet
 from jax_diffusion.models.noisy_classifier import NoisyClassifier
 from jax_diffusion.models.unet import UNet
+
+__all__ = [
+    "MODELS",
+    "AnnotatedUNet",
+    "DiT",
+    "FunctionNetwork",
+    "LucidrainsUNet",
+    "Network",
+    "NoisyClassifier",
+    "Traits",
+    "UNet",
+    "bind",
+    "example_inputs",
+    "from_functions",
+    "init_params",
+    "num_classes",
+    "traits",
+]
 
 
 @runtime_checkable
@@ -53,10 +74,6 @@ class Network(Protocol):
 
     Every `flax.linen.Module` has `init` and `apply`: only `__call__` is left to write.
     """
-
-    def __call__(self, x: Any, timesteps: Any, /, *, train: bool = False) -> Any:
-        """Returns the output, float32 [b, h, w, out_channels] or [b, num_labels]."""
-        ...
 
     def init(self, rngs: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Returns {"params": ...}, given a random key and the inputs of a call."""
@@ -147,7 +164,9 @@ def example_inputs(model: Any, image_shape: Sequence[int]) -> dict[str, Array]:
     return inputs
 
 
-def init_params(model: Any, key: Array, image_shape: Sequence[int]) -> PyTree:
+def init_params(
+    model: Any, key: Array, image_shape: Sequence[int], **cond: Array
+) -> PyTree:
     """Returns random parameters of a network.
 
     Images, timesteps and labels are given by position, as in every call: a network may
@@ -157,10 +176,19 @@ def init_params(model: Any, key: Array, image_shape: Sequence[int]) -> PyTree:
         model: the network.
         key: a random key.
         image_shape: shape of one image, (h, w, c).
+        cond: what else the network is called with, arrays [b, ...], any b.
+
+    Raises:
+        ValueError: if the network has other variables, which training would not change.
     """
     inputs = example_inputs(model, image_shape)
-    low_res = {k: inputs.pop(k) for k in ("low_res",) if k in inputs}
-    return model.init(key, *inputs.values(), **low_res).get("params", {})
+    named = {k: inputs.pop(k) for k in ("low_res",) if k in inputs}
+    named |= {name: value[:1] for name, value in cond.items()}
+    variables = model.init(key, *inputs.values(), **named)
+    if others := sorted(variables.keys() - {"params"}):
+        rule = "model must be a network without variables besides its parameters"
+        raise ValueError(f"{rule}, got one with {', '.join(others)}.")
+    return variables.get("params", {})
 
 
 def bind(model: Any, params: PyTree, label: Any, **options: Any) -> Callable[..., Any]:
@@ -170,7 +198,8 @@ def bind(model: Any, params: PyTree, label: Any, **options: Any) -> Callable[...
         model: the network.
         params: the parameters of the network.
         label: int32 [b]; ignored if the network takes no label.
-        options: further arguments of `model.apply`: `low_res`, `train`, `rngs`.
+        options: further arguments of `model.apply`: `low_res`, `train`, `rngs`, and
+            other conditioning by its name.
     """
     labels = () if num_classes(model) is None else (label,)
 

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +11,14 @@ from tqdm import tqdm
 
 from jax_diffusion import diffusion, guidance, samplers
 from jax_diffusion.diffusion import DenoiseFn, Objective
-from jax_diffusion.models import bind
+from jax_diffusion.models import Network, bind
 from jax_diffusion.pipeline import tasks
 from jax_diffusion.pipeline.options import SamplingOptions
 from jax_diffusion.pipeline.tasks import TaskOptions
 
 
 def make_sampler(
-    model: nn.Module,
+    model: Network,
     objective: Objective | None,
     image_shape: tuple[int, ...],
     options: SamplingOptions,
@@ -28,7 +27,7 @@ def make_sampler(
     num_steps: int,
     mask: np.ndarray | None = None,
     null_label: int | None = None,
-    classifier: nn.Module | None = None,
+    classifier: Network | None = None,
     guide_labels: np.ndarray | None = None,
     guide: tuple[nn.Module, Objective] | None = None,
     on_step: Callable[[Any], None] | None = None,

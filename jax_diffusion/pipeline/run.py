@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 from jaxtyping import PyTree
 
 from jax_diffusion import checks, data
 from jax_diffusion import config as configs
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
-from jax_diffusion.models import traits
+from jax_diffusion.models import Network, traits
 from jax_diffusion.runtime import checkpoint
 from jax_diffusion.training.averages import (
     MAX_WIDTH,
@@ -43,7 +42,7 @@ class Run:
     """
 
     config: Config
-    model: nn.Module
+    model: Network
     params: PyTree
     objective: Objective | None
     image_shape: tuple[int, ...]

@@ -4,6 +4,7 @@
     averages   names, rates and updates of averages of the parameters (EMA)
     post_hoc_ema  averages of other widths, from snapshots of those by power functions
     optimizer  make_optimizer, OPTIMIZERS: AdamW, or any optimizer of optax
+    gradients  the gradient of a batch, in microbatches
     setup      a config -> data, network and compiled train step, for `train`
     resume     what may change between two starts of one run
     fine_tuning  training that begins with the weights of a run or a checkpoint file

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from jax_diffusion import data
-from jax_diffusion.models import traits
+from jax_diffusion.models import Network, traits
 from jax_diffusion.models.unet import Trunk
 
 
@@ -27,7 +26,7 @@ def check_dtype(config: Any) -> None:
         )
 
 
-def check_attention(config: Any, model: nn.Module, image_shape: Sequence[int]) -> None:
+def check_attention(config: Any, model: Network, image_shape: Sequence[int]) -> None:
     """Checks that a level of the U-Net has each resolution that shall have attention.
 
     Runs of older versions may have others, to no effect.
@@ -54,7 +53,7 @@ def check_attention(config: Any, model: nn.Module, image_shape: Sequence[int]) -
 
 def check_fit(
     config: Any,
-    model: nn.Module,
+    model: Network,
     batches: data.Batches,
     *,
     fresh: bool = True,

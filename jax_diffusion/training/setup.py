@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +23,7 @@ from jax_diffusion import config as configs
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.evaluation import published
-from jax_diffusion.models import traits
+from jax_diffusion.models import Network, traits
 from jax_diffusion.pipeline import (
     Run,
     SamplingOptions,
@@ -75,7 +74,7 @@ class TrainingSetup(NamedTuple):
     key: jax.Array
     lr_fn: Callable[[int], Any] | None
     preview: Callable[[TrainState], np.ndarray] | None
-    model: nn.Module
+    model: Network
     objective: Objective | None
 
     def place(self, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -162,7 +161,7 @@ def make_setup(
 
 
 @contextlib.contextmanager
-def naming_network(config: Config, model: nn.Module) -> Iterator[None]:
+def naming_network(config: Config, model: Network) -> Iterator[None]:
     """Names config.model in what a network raises, which it does while it is traced."""
     name, rule = config.model.get("name"), "a network that can be trained"
     with (

@@ -8,19 +8,23 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int, Key, PyTree
 
 from jax_diffusion import checks, data, editing, guidance, losses
-from jax_diffusion.checks import placement
+from jax_diffusion.checks import placement, signatures
 from jax_diffusion.diffusion import Objective, check_objective
-from jax_diffusion.models import bind, init_params, num_classes
+from jax_diffusion.models import Network, bind, init_params, num_classes
 from jax_diffusion.schedules import NoiseSchedule, check_schedule
 from jax_diffusion.timesteps import TimestepSampler, rows_of, table_of
 from jax_diffusion.training import averages
+from jax_diffusion.training.gradients import average_gradient, update
+
+DATA = "image"  # the key of a batch under which the data stand
+TAKEN = ("x", "timesteps", "train", "rngs")  # what the trainer itself gives a network
 
 
 @jax.tree_util.register_dataclass
@@ -50,12 +54,14 @@ class TrainState:
 
 def init_state(
     key: Key[Array, ""],
-    model: nn.Module,
+    model: Network,
     tx: optax.GradientTransformation,
     timestep_sampler: TimestepSampler,
     image_shape: Sequence[int],
     ema_decays: Sequence[float],
     ema_widths: Sequence[float] = (),
+    *,
+    cond: Mapping[str, Array] | None = None,
 ) -> TrainState:
     """Builds the state before the first update.
 
@@ -64,20 +70,23 @@ def init_state(
         model: the network.
         tx: the optimizer.
         timestep_sampler: chooses the timesteps of training.
-        image_shape: (h, w, c).
+        image_shape: shape of one example, such as (h, w, c).
         ema_decays, ema_widths: as for `make_train_step`; all begin as copies.
+        cond: what else the network is called with, by name: arrays [b, ...] such as
+            those of a batch, with any b.
 
     Raises:
-        ValueError: if an argument has another type or is out of range.
+        ValueError: if an argument has another type or is out of range, or the network
+            has variables that are no parameters, such as those of a batch norm.
     """
     checks.key("key", key)
     _check_parts(model, tx, timestep_sampler, ema_decays, ema_widths)
     if not isinstance(image_shape, list | tuple):
-        rule = "image_shape must be (h, w, c)"
+        rule = "image_shape must be the shape of one example, such as (h, w, c)"
         raise ValueError(f"{rule}, got {checks.shown(image_shape)}.")
     for axis in image_shape:
         checks.integer("image_shape's axes", axis, at_least=1)
-    params = init_params(model, key, image_shape)
+    params = init_params(model, key, image_shape, **(cond or {}))
     return start_state(params, tx, timestep_sampler, ema_decays, ema_widths)
 
 
@@ -106,7 +115,7 @@ def start_state(
 
 
 def make_train_step(
-    model: nn.Module,
+    model: Network,
     tx: optax.GradientTransformation,
     schedule: NoiseSchedule,
     objective: Objective | None,
@@ -126,7 +135,9 @@ def make_train_step(
 
         key     of the run, the same at every step
         state   a `TrainState`
-        batch   "image" uint8 [b, h, w, c] and "label" int32 [b]
+        batch   "image", the data: uint8 [b, ...], which is scaled to [-1, 1], or float
+                [b, ...], taken as it is. Any other key goes to the network by its name,
+                an array [b, ...]; "label", int32 [b], only to one that takes labels
 
     The metrics are float32 scalars, means over the batch: `loss`, its terms, and
     `grad_norm`, `param_norm`, `update_norm`. `quartiles` holds sums and counts of the
@@ -138,7 +149,7 @@ def make_train_step(
 
     Args:
         model: the network, which keeps the protocol of `jax_diffusion.models`.
-        tx: any optimizer of optax.
+        tx: any optimizer of optax; one that wants `value=` is told the batch's loss.
         schedule: the noise schedule, of all T steps.
         objective: what the network learns; None trains a classifier of noisy images.
         timestep_sampler: chooses t, or a level in continuous time, and its weight in
@@ -185,7 +196,7 @@ def make_train_step(
         loss, terms, grads = average_gradient(
             loss_fn, microbatches, state.params, key_dropout, examples
         )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(tx, grads, state.opt_state, state.params, loss)
         params = optax.apply_updates(state.params, updates)
         ema_params = averages.update(state.ema_params, params, state.step, *rates)
         t = rows_of(schedule, examples[2])
@@ -236,51 +247,66 @@ def draw_examples(
     *,
     null_label: int,
     label_dropout: float,
-) -> tuple[Key[Array, ""], tuple[Array, ...]]:
+) -> tuple[Key[Array, ""], tuple[Any, ...]]:
     """Draws timesteps, noise and hidden labels for a batch.
 
     Args:
         key: of this step.
-        batch: "image" uint8 [b, h, w, c] and "label" int32 [b].
+        batch: as for `make_train_step`.
         timestep_sampler: draws t.
         timestep_state: its state.
         null_label: what replaces a hidden label.
         label_dropout: probability that a label is hidden.
 
     Returns:
-        A key for dropout; and x_0 [b, h, w, c], label, t (or its `Levels`) and weight
-        [b], eps [b, h, w, c]: all that the loss of an example depends on.
+        A key for dropout; and x_0 [b, ...], the batch's other arrays by name, t (or its
+        `Levels`) and weight [b], eps [b, ...]: all that the loss of an example depends
+        on.
 
     Raises:
         ValueError: unless the batch has such arrays.
     """
-    if not isinstance(batch, Mapping) or not {"image", "label"} <= batch.keys():
+    if not isinstance(batch, Mapping) or DATA not in batch:
         got = sorted(batch) if isinstance(batch, Mapping) else checks.shown(batch)
-        raise ValueError(f"batch must have 'image' and 'label', got {got}.")
+        raise ValueError(f"batch must have {DATA!r}, got {got}.")
     checks.key("key", key)
     checks.number("label_dropout", label_dropout, at_least=0, at_most=1)
-    checks.array("batch's image", batch["image"], "uint8", ("b", "h", "w", "c"))
-    checks.array("batch's label", batch["label"], "int", batch["image"].shape[:1])
-    label = batch["label"]
+    x_0, cond = batch[DATA], {name: batch[name] for name in batch if name != DATA}
+    kind = getattr(x_0, "dtype", np.dtype(object))
+    if not any(jnp.issubdtype(kind, one) for one in (np.uint8, np.floating)):
+        rule = f"batch's {DATA} must be a uint8 or float array [b, ...]"
+        raise ValueError(f"{rule}, got {checks.shown(x_0)}.")
+    checks.array(f"batch's {DATA}", x_0, "any", ("b", ...))
+    for name, value in cond.items():
+        if name in TAKEN:
+            rule = "batch's keys must be other arguments of the network than"
+            raise ValueError(f"{rule} {', '.join(TAKEN)}, got {name!r}.")
+        axes = () if name == "label" else (...,)
+        what = "int" if name == "label" else "any"
+        checks.array(f"batch's {name}", value, what, (*x_0.shape[:1], *axes))
     if label_dropout:
+        if "label" not in cond:
+            rule = "batch must have 'label', of which label_dropout hides some"
+            raise ValueError(f"{rule}, got {sorted(batch)}.")
         # The split below takes what fold_in of 0, 1 and 2 would give.
         key_label = jax.random.fold_in(key, 3)
-        label = guidance.drop_labels(key_label, label, null_label, label_dropout)
+        hide = guidance.drop_labels
+        cond["label"] = hide(key_label, cond["label"], null_label, label_dropout)
     key_t, key_eps, key_dropout = jax.random.split(key, 3)
-    x_0 = data.from_uint8(batch["image"])
+    x_0 = data.from_uint8(x_0) if kind == np.uint8 else x_0
     t, weight = timestep_sampler.sample(key_t, timestep_state, x_0.shape[0])
     eps = jax.random.normal(key_eps, x_0.shape)
-    return key_dropout, (x_0, label, t, weight, eps)
+    return key_dropout, (x_0, cond, t, weight, eps)
 
 
 def make_loss_fn(
-    model: nn.Module,
+    model: Network,
     schedule: NoiseSchedule,
     objective: Objective | None,
     param_sharding: Any = None,
     low_res_size: int = 0,
 ) -> Callable[..., tuple[Array, Any]]:
-    """Builds loss_fn(params, key, x_0, label, t, weight, eps) -> (loss, terms).
+    """Builds loss_fn(params, key, x_0, cond, t, weight, eps) -> (loss, terms).
 
     The loss is the weighted mean that is minimized, `terms` those of each example, [b].
     The arguments of the loss are those of `draw_examples`, the others those of
@@ -294,17 +320,29 @@ def make_loss_fn(
         check_objective(objective)
     checks.integer("low_res_size", low_res_size, at_least=0)
 
-    def loss_fn(params, key, x_0, label, t, weight, eps):
+    def loss_fn(params, key, x_0, cond, t, weight, eps):
+        options: dict[str, Any] = dict(cond)
+        label: Any = options.pop("label", None)
+        if label is None and (objective is None or num_classes(model) is not None):
+            rule = "batch must have 'label', which the network takes or learns"
+            raise ValueError(f"{rule}, got {sorted([DATA, *cond])}.")
+        if options and callable(model):
+            labels = () if num_classes(model) is None else ("label",)
+            call = model.__call__
+            signatures.takes("model", call, *TAKEN[:2], *labels, **options)
         params = placement.on_mesh(params, x_0)
         if param_sharding is not None:
             params = jax.lax.with_sharding_constraint(params, param_sharding)
-        options: dict[str, Any] = dict(train=True, rngs={"dropout": key})
         if low_res_size:
+            if "low_res" in options:
+                rule = "low_res_size must be 0 where the batch has 'low_res'"
+                raise ValueError(f"{rule}, got {low_res_size}.")
             blocks, rest = divmod(x_0.shape[1], low_res_size)
             if rest:
                 rule = f"low_res_size must divide the height {x_0.shape[1]}"
                 raise ValueError(f"{rule}, got {low_res_size}.")
             options["low_res"] = editing.shrink(x_0, size=blocks)
+        options |= dict(train=True, rngs={"dropout": key})
         model_fn = bind(model, params, label, **options)
         table, rows = table_of(schedule, t)
         if objective is None:
@@ -318,57 +356,6 @@ def make_loss_fn(
         return jnp.mean(weight * terms.loss), terms
 
     return loss_fn
-
-
-def average_gradient(
-    loss_fn: Callable[..., Any],
-    microbatches: int,
-    params: PyTree,
-    key: Key[Array, ""],
-    examples: tuple[Array, ...],
-) -> tuple[Array, Any, PyTree]:
-    """Computes the gradient of a batch, in parts one after the other.
-
-    Args:
-        loss_fn: loss_fn(params, key, *examples) -> (mean loss, terms by example).
-        microbatches: number of parts. Part i has the examples i, i + microbatches, ...,
-            so that every device has its share of each, and the key fold_in(key, i).
-        params: what to differentiate by.
-        key: of dropout.
-        examples: arrays [b, ...].
-
-    Returns:
-        The mean loss, its terms [b], and the gradient.
-
-    Raises:
-        ValueError: unless microbatches divides b.
-    """
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    b = len(examples[0])
-    if microbatches < 1 or b % microbatches:
-        raise ValueError(
-            f"microbatches must divide the batch of {b} images, got {microbatches}."
-        )
-    if microbatches == 1:
-        (loss, terms), grads = grad_fn(params, key, *examples)
-        return loss, terms, grads
-
-    def in_parts(a):  # [b, ...] -> [microbatches, b / microbatches, ...]
-        shape = (b // microbatches, microbatches, *a.shape[1:])
-        return placement.reshape(a, shape).swapaxes(0, 1)
-
-    def add_part(sums, part):
-        i, examples = part
-        (loss, terms), grads = grad_fn(params, jax.random.fold_in(key, i), *examples)
-        return jax.tree.map(jnp.add, sums, (loss, grads)), terms
-
-    parts = jnp.arange(microbatches), jax.tree.map(in_parts, examples)
-    loss, _ = jax.eval_shape(loss_fn, params, key, *examples)
-    zeros = jnp.zeros((), loss.dtype), jax.tree.map(jnp.zeros_like, params)
-    sums, terms = jax.lax.scan(add_part, zeros, parts)
-    loss, grads = jax.tree.map(lambda a: a / microbatches, sums)
-    terms = jax.tree.map(lambda a: a.T.reshape(b), terms)
-    return loss, terms, grads
 
 
 def sums_by_quartile(

@@ -184,6 +184,14 @@ BATCHES = {
     "ode_bits_per_dim": lambda a: likelihood.ode_bits_per_dim(
         a["keys"], DENOISE, S, a["x"], probes=2
     ),
+    "ode_log_prob": lambda a: likelihood.ode_log_prob(
+        a["keys"], DENOISE, S, a["x"], probes=2
+    ),
+    "ode_log_prob by the exact divergence": lambda a: likelihood.ode_log_prob(
+        KEY,
+        lambda x_t, t: diffusion.Prediction(0.5 * jnp.sin(x_t), jnp.zeros_like(x_t)),
+        *(S, a["x"][..., 0, 0]),
+    ),
     "ode_bits_per_dim of a padded schedule": lambda a: likelihood.ode_bits_per_dim(
         KEY, PADDED_DENOISE, PADDED, a["x"]
     ),

@@ -127,6 +127,7 @@ CALLS = {  # everything that takes a denoiser f and a schedule s
     ),
     "bits_per_dim": lambda f, s: likelihood.bits_per_dim(KEY, f, s, X),
     "ode_bits_per_dim": lambda f, s: likelihood.ode_bits_per_dim(KEY, f, s, X),
+    "ode_log_prob": lambda f, s: likelihood.ode_log_prob(KEY, f, s, X, probes=1),
     "classifier": lambda f, s: guidance.classifier(f, s, log_prob),
     "shift_x_0": lambda f, s: guidance.shift_x_0(f, s),
     "zero_star": lambda f, s: guidance.zero_star(f, f, 2.0, schedule=s),

@@ -197,6 +197,12 @@ RESULT_CALLS = {  # of float32 or better
     "ode_bits_per_dim": lambda x: likelihood.ode_bits_per_dim(
         KEY, denoiser(PADDED), PADDED, x, probes=2
     ),
+    "ode_log_prob": lambda x: likelihood.ode_log_prob(
+        KEY, denoiser(PADDED), PADDED, x, probes=2
+    ),
+    "ode_log_prob, exact": lambda x: likelihood.ode_log_prob(
+        KEY, denoiser(PADDED), PADDED, x, per_dim=True
+    ),
     "prior_bpd": lambda x: likelihood.prior_bpd(PADDED, x),
     "dequantize": lambda x: likelihood.dequantize(KEYS, x),
     "gradient of sampling": lambda x: jax.grad(
@@ -218,7 +224,14 @@ RUN = [  # what is new in a call is traced; these draw, or are long
     *("ddim: inpaint", "ddpm: repaint", "ddpm: edit", "ddim: interpolate"),
     *("dpmpp_2m: between_noises", "reconstruct", "training_loss: eps, hybrid"),
     *("training_loss: v, l2", "bits_per_dim", "ode_bits_per_dim", "dequantize"),
-    *("drop_labels", "uniform", "antithetic", "stratified", "loss_second_moment"),
+    *(
+        "ode_log_prob",
+        "drop_labels",
+        "uniform",
+        "antithetic",
+        "stratified",
+        "loss_second_moment",
+    ),
 ]
 
 

@@ -425,6 +425,12 @@ def number_cases():
             lambda v: likelihood.ode_bits_per_dim(KEY, DENOISE, S, X, probes=v),
         ),
         (
+            "probes",
+            [0, 1.5],
+            "an integer >= 1",
+            lambda v: likelihood.ode_log_prob(KEY, DENOISE, S, X, probes=v),
+        ),
+        (
             "splits",
             [2.5, None],
             "an integer",
@@ -1000,6 +1006,7 @@ OTHERS = [
     (RAW, lambda: samplers.invert(model, S, X)),
     (RAW, lambda: likelihood.bits_per_dim(KEY, model, S, X)),
     (RAW, lambda: likelihood.ode_bits_per_dim(KEY, model, S, X)),
+    (RAW, lambda: likelihood.ode_log_prob(KEY, model, S, X, probes=1)),
     (RAW, lambda: editing.repaint(KEYS, model, STEP, S, X, X, X)),
     (
         "denoise_fn's x_0 must be a float array [3, 4, 4, 2]",
@@ -1307,6 +1314,22 @@ OTHERS = [
         "x_0 must be a float array, such as",
         lambda: likelihood.ode_bits_per_dim(KEY, DENOISE, S, IMAGES),
     ),
+    (
+        "x_0 must be a float array, such as",
+        lambda: likelihood.ode_log_prob(KEY, DENOISE, S, IMAGES),
+    ),
+    (
+        "x_0 must be a float array [b, ...], got 2.0",
+        lambda: likelihood.ode_log_prob(KEY, DENOISE, S, 2.0),
+    ),
+    (
+        "x_0 must be finite, got NaN or infinity",
+        lambda: likelihood.ode_log_prob(KEY, DENOISE, S, X.at[0].set(jnp.inf)),
+    ),
+    (
+        "per_dim must be True or False, got 2",
+        lambda: likelihood.ode_log_prob(KEY, DENOISE, S, X, per_dim=2),
+    ),
     ("x_0 must be a float array, such as", lambda: likelihood.prior_bpd(S, IMAGES)),
     ("x_0 must be a float array, such as", lambda: likelihood.dequantize(KEYS, IMAGES)),
     (
@@ -1351,16 +1374,39 @@ OTHERS = [
     ("schedule must be a NoiseSchedule", lambda: train_step(schedule=BETAS)),
     ("objective must be an Objective", lambda: train_step(objective="eps")),
     (
-        "batch must have 'image' and 'label', got ['image']",
+        "batch must have 'label', of which label_dropout hides some, got ['image']",
         lambda: draw({"image": IMAGES}),
     ),
+    ("batch must have 'image', got ['label']", lambda: draw({"label": LABEL})),
     (
-        "batch's image must be a uint8 array [b, h, w, c], got float32",
-        lambda: draw(BATCH | {"image": X}),
+        "batch's image must be a uint8 or float array [b, ...], got int32 [3]",
+        lambda: draw(BATCH | {"image": LABEL}),
+    ),
+    (
+        "batch's image must be an array [b, ...], got uint8 []",
+        lambda: draw(BATCH | {"image": jnp.uint8(3)}),
+    ),
+    (
+        "batch's angle must be an array [3, ...], got float32 [2]",
+        lambda: draw(BATCH | {"angle": jnp.ones(2)}),
+    ),
+    (
+        "batch's keys must be other arguments of the network than x, timesteps, "
+        "train, rngs, got 'train'",
+        lambda: draw(BATCH | {"train": jnp.ones(3)}),
     ),
     (
         "batch's label must be an int array [3], got int32 [2]",
         lambda: draw(BATCH | {"label": LABEL[:2]}),
+    ),
+    (
+        "init must be a function of (key, x, timesteps, **cond), got None",
+        lambda: models.from_functions(None, model),
+    ),
+    (
+        "apply must be a function of (params, x, timesteps, *, train, rngs, **cond), "
+        "got 3",
+        lambda: models.from_functions(model, 3),
     ),
     (
         FIT + "sequence: its length must be divisible by 4 to be halved 2 times, got 6",

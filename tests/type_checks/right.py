@@ -123,6 +123,7 @@ loss: jax.Array = terms.loss.mean()
 losses.training_loss(key, Net(), schedule, Objective(), x_T, t, eps=x_T)
 bits: jax.Array = likelihood.bits_per_dim(key, clipped, schedule, x_T).total
 likelihood.ode_bits_per_dim(keys, own, schedule, x_T, probes=2)
+nats: jax.Array = likelihood.ode_log_prob(key, own, schedule, x_T, per_dim=True).total
 
 
 def weighting(schedule: NoiseSchedule, t: jax.Array) -> jax.Array:
