@@ -323,7 +323,8 @@ def make_loss_fn(
     def loss_fn(params, key, x_0, cond, t, weight, eps):
         options: dict[str, Any] = dict(cond)
         label: Any = options.pop("label", None)
-        if label is None and (objective is None or num_classes(model) is not None):
+        takes_label = objective is None or num_classes(model) is not None
+        if takes_label and label is None:
             rule = "batch must have 'label', which the network takes or learns"
             raise ValueError(f"{rule}, got {sorted([DATA, *cond])}.")
         if options and callable(model):
