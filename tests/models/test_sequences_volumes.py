@@ -11,7 +11,7 @@ from support.oracles import F32_SUM, normal
 from support.tiny_runs import random_params
 
 from jax_diffusion import diffusion, losses, samplers, schedules
-from jax_diffusion.models import bind, init_params
+from jax_diffusion.models import bind
 from jax_diffusion.models.unet import UNet
 
 # LLVM's optimization is most of the time that a network takes here, and gains nothing.
@@ -25,9 +25,9 @@ MODEL = UNet(
     attention_resolutions=(),
     out_channels=2,
 )
-SHAPES = {"sequence": (16, 2), "volume": (3, 8, 4, 2)}  # an odd depth stays as it is
+SHAPES = {"sequence": (16, 2), "volume": (3, 4, 4, 2)}  # an odd depth stays as it is
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-S = schedules.make_schedule(schedules.cosine_betas(50))
+S = schedules.make_schedule(schedules.cosine_betas(10))
 X_0 = diffusion.Objective("x_0")
 
 
@@ -50,28 +50,27 @@ def test_every_position_of_a_sequence_or_volume_attends_to_every_other(shape):
 @shapes
 def test_sequences_and_volumes_are_learned_and_drawn(shape):
     pattern = np.random.default_rng(0).choice([-0.5, 0.5], shape).astype(np.float32)
-    x_0, tx = jnp.broadcast_to(pattern, (8, *shape)), optax.adam(3e-3)
+    x_0, tx = jnp.broadcast_to(pattern, (4, *shape)), optax.adam(1e-2)
 
     def loss(params, key):
         key_t, key_eps = jax.random.split(key)
-        t = jax.random.randint(key_t, (8,), 0, S.num_steps)
+        t = jax.random.randint(key_t, (4,), 0, S.num_steps)
         model_fn = bind(MODEL, params, None)
         terms = losses.training_loss(key_eps, model_fn, S, X_0, x_0, t)
         return jnp.mean(terms.loss)
 
-    @jit
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 2})
     def update(params, state, key):
         value, grads = jax.value_and_grad(loss)(params, key)
         updates, state = tx.update(grads, state)
         return optax.apply_updates(params, updates), state, value
 
-    params = init_params(MODEL, jax.random.key(0), shape)
+    params = random_params(MODEL, shape)
     state, found = tx.init(params), []
-    for i in range(300):
+    for i in range(100):
         params, state, value = update(params, state, jax.random.key(i))
         found.append(float(value))
-    np.testing.assert_allclose(found[0], 0.25, rtol=1e-5)  # of an output of zero
-    assert np.mean(found[-20:]) < 0.05
+    assert np.mean(found[-10:]) < 0.05 < found[0]  # 0.25 for an output of zero
 
     @jit
     def draw(params, keys):
@@ -82,6 +81,6 @@ def test_sequences_and_volumes_are_learned_and_drawn(shape):
     keys = samplers.image_keys(jax.random.key(1), jnp.arange(4))
     drawn = draw(params, keys)
     assert drawn.shape == (4, *shape)
-    assert np.sqrt(np.mean((drawn - pattern) ** 2)) < 0.2
+    assert np.sqrt(np.mean((drawn - pattern[None]) ** 2)) < 0.2
     alone = draw(params, keys[2:3])  # whoever is drawn beside it
     np.testing.assert_allclose(alone[0], drawn[2], rtol=0, atol=1e-4)
