@@ -1,6 +1,6 @@
 """The Diffusion Transformer (DiT) of Peebles & Xie 2023: a transformer on patches.
 
-    emb = MLP(sinusoids of t) + embedding of the label
+    emb = MLP(sinusoids of t) + embedding of the label + linear(cond)
     x = linear(patches of the image) + sinusoids of their row and column
     depth times: x += gate attention(norm(x)), x += gate MLP(norm(x))
     patches of the output = linear(norm(x))
@@ -85,8 +85,8 @@ class DiT(nn.Module):
     """Diffusion Transformer; the docstring of the module shows its structure.
 
     Args of the call: x float32 [b, h, w, c]; timesteps float32 [b]; label int32 [b] if
-    num_classes is set; train is ignored, as there is no dropout. Returns float32
-    [b, h, w, out_channels].
+    num_classes is set; cond [b, cond_dim] if cond_dim is set; train is ignored, as
+    there is no dropout. Returns float32 [b, h, w, out_channels].
 
     Attributes:
         channels: width of every token, divisible by 4 and by num_heads.
@@ -96,12 +96,14 @@ class DiT(nn.Module):
         mlp_ratio: width of the MLPs' hidden layers in multiples of channels.
         out_channels: channels of the output.
         num_classes: number of labels; None for a network that takes no label.
+        cond_dim: length of the vectors `cond`, which a linear layer adds to emb; 0 for
+            a network that takes none. The official network has no such layer.
         remat: name of a policy of `jax.checkpoint_policies`, as of `UNet`.
         dtype: dtype of linear layers and attention.
 
     Raises:
         ValueError: if patches do not fill the image, if a field is out of range, or if
-            label is missing or not wanted.
+            label or cond is missing, not wanted or of another shape.
     """
 
     channels: int = 384
@@ -111,12 +113,14 @@ class DiT(nn.Module):
     mlp_ratio: float = 4.0
     out_channels: int = 3
     num_classes: int | None = None
+    cond_dim: int = 0
     remat: str | None = None
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
         """Raises ValueError for a field that is out of range or does not fit others."""
         check_sizes(self)
+        checks.integer("cond_dim", self.cond_dim, at_least=0)
         checks.number("mlp_ratio", self.mlp_ratio, above=0, at_most=1000)
         if self.channels % 4 or self.channels % self.num_heads:
             raise ValueError(
@@ -134,9 +138,10 @@ class DiT(nn.Module):
         timesteps: Float[Array, "b"],
         label: Int[Array, "b"] | None = None,
         *,
+        cond: Float[Array, "b c_cond"] | None = None,
         train: bool = False,
     ) -> Float[Array, "b *d c_out"]:
-        self.check_call(x, timesteps, label)
+        self.check_call(x, timesteps, label, cond)
         emb = timestep_embedding(timesteps, FREQUENCIES)
         normal = nn.initializers.normal(0.02)
         dense = functools.partial(nn.Dense, self.channels, kernel_init=normal)
@@ -145,6 +150,8 @@ class DiT(nn.Module):
             size = self.num_classes, self.channels
             table = nn.Embed(*size, embedding_init=normal, name="label")
             emb = emb + placement.rows(table.embedding, label, mode="fill")
+        if cond is not None:
+            emb = emb + Dense(self.channels, name="cond")(cond)
 
         x = nn.Conv(
             self.channels,
@@ -172,7 +179,7 @@ class DiT(nn.Module):
         h = placement.reshape(h, (b, height, width, h.shape[-1]))
         return unfold(h, self.patch_size)
 
-    def check_call(self, x, timesteps, label):
+    def check_call(self, x, timesteps, label, cond):
         """Raises ValueError for inputs of a call that do not fit this network."""
         check_inputs(x, timesteps, halvings=0)
         if x.ndim != 4:
@@ -188,6 +195,14 @@ class DiT(nn.Module):
                 f"a DiT with num_classes = {self.num_classes} {wanted} labels, got "
                 f"{'none' if label is None else 'some'}."
             )
+        if (cond is not None) != bool(self.cond_dim):
+            wanted = "" if self.cond_dim else "not "
+            raise ValueError(
+                f"cond must {wanted}be given to a network with cond_dim = "
+                f"{self.cond_dim}, got {checks.shown(cond)}."
+            )
+        if cond is not None:
+            checks.array("cond", cond, "float", (x.shape[0], self.cond_dim))
 
 
 def norm(
@@ -216,8 +231,6 @@ def positions(height: int, width: int, channels: int) -> Float[np.ndarray, "n c"
     """
     freqs = 10_000.0 ** -(np.arange(channels // 4) / (channels / 4))
     row, column = np.divmod(np.arange(height * width), width)
-    waves = [f(place[:, None] * freqs) for place in (column, row) for f in WAVES]
+    angles = [place[:, None] * freqs for place in (column, row)]
+    waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
     return np.concatenate(waves, axis=1).astype(np.float32)
-
-
-WAVES = (np.sin, np.cos)

@@ -296,6 +296,7 @@ def test_computing_blocks_of_dit_again_changes_no_gradient():
         (dict(patch_size=0), "patch_size must be an integer"),
         (dict(mlp_ratio=0.0), "mlp_ratio must be a number"),
         (dict(remat="all"), "remat must be one of"),
+        (dict(cond_dim=-1), "cond_dim must be an integer >= 0"),
     ],
 )
 def test_wrong_fields_of_dit_are_named(options, message):
@@ -317,3 +318,27 @@ def test_inputs_that_do_not_fit_dit_are_refused(options, shape, label, message):
     given = (x, t) if label is None else (x, t, jnp.array(label))
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: SMALL.clone(**options).init(jax.random.key(0), *given))
+
+
+@pytest.mark.slow
+def test_vectors_move_dit_through_its_embedding_and_have_no_place_in_the_layout():
+    model = SMALL.clone(cond_dim=5)
+    x, t, cond = normal(1, 2, 8, 8, 3), jnp.array([3.0, 900.0]), normal(2, 2, 5)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, t, cond=cond))
+    assert shapes["params"]["cond"]["kernel"].shape == (5, 16)
+    with pytest.raises(ValueError, match=r"layout 'dit' must have .* got cond\."):
+        dit_layout.leaves({"cond": shapes["params"]["cond"]})
+    without = dict(random_params(SMALL, (8, 8, 3)))
+    params = without | {"cond": {"kernel": normal(3, 5, 16), "bias": jnp.zeros(16)}}
+    apply = jit(model.apply)
+    plain = jit(SMALL.apply)({"params": without}, x, t)
+    y = apply({"params": params}, x, t, cond=cond.at[1].set(0.0))
+    np.testing.assert_allclose(y[1], plain[1], **F32)
+    assert np.abs(y[0] - plain[0]).max() > 0.01
+    message = r"^cond must not be given to a network with cond_dim = 0, got float32"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(SMALL.apply, {"params": without}, x, t, cond=cond)
+    with pytest.raises(ValueError, match=r"^cond must be given .* got None"):
+        jax.eval_shape(model.apply, {"params": params}, x, t)
+    with pytest.raises(ValueError, match=r"^cond must be a float array \[2, 5\]"):
+        jax.eval_shape(model.apply, {"params": params}, x, t, cond=cond[:, :4])
