@@ -218,8 +218,9 @@ def show(
         print(results.side_by_side("ema_width", by_width))
     elif found[0]:
         print(found[0])
-    for scores in found if compare else ():
-        print(published.comparison(compare, scores.record["scores"]))
+    if compare:
+        for scores in found:
+            print(published.comparison(compare, scores.record["scores"]))
     told = (
         f"{k} is missing: {why}" for one in found for k, why in one.failures.items()
     )

@@ -1361,6 +1361,14 @@ OTHERS = [
         "ema_decays must be a list of numbers, got 0.9",
         lambda: train_step(ema_decays=0.9),
     ),
+    (
+        "ema_widths must be a number in (0, 0.28], got 0.3",
+        lambda: train_step(ema_widths=(0.3,)),
+    ),
+    (
+        "ema_widths must differ from each other",
+        lambda: train_step(ema_widths=(0.1, 0.1)),
+    ),
     ("microbatches must be an integer >= 1, got 0", lambda: train_step(microbatches=0)),
     (
         "label_dropout must be a number in [0, 1], got 2",
