@@ -16,7 +16,8 @@ A run is its workdir:
     run.json         command, config, commit, versions and hardware of every start
     samples/         a grid every config.sample_every updates, and at the end
     best/            the best average, if config.eval_every is given
-    ema_snapshots/   averages by power functions, if config.ema_widths has any
+    ema_snapshots/   averages by power functions, if config.ema_widths has any: up to
+                     config.ema_snapshots (32) times the parameters for each width
     loss.png         the loss curve, in the end
 """
 
