@@ -108,7 +108,6 @@ def without_variance(run: Run) -> Run:
             f"{type(run.model).__name__} that does not."
         )
     last = "conv_out" if isinstance(run.model, UNet) else "out"
-
     channels = run.model.out_channels
 
     def first_half(array):  # of the channels of every pixel of a folded block
@@ -264,6 +263,7 @@ def gaussian_diffusion_arguments(run: Run) -> dict[str, Any]:
     """
     objective: Any = run.objective
     schedule = run.config.schedule
+    check_unconditioned(objective)
     return dict(
         betas=configs.make_betas(schedule).tolist(),
         model_mean_type=choose(
@@ -272,6 +272,15 @@ def gaussian_diffusion_arguments(run: Run) -> dict[str, Any]:
         model_var_type=objective.var_type.upper(),
         rescale_timesteps=schedule.get("rescale_timesteps", False),
     )
+
+
+def check_unconditioned(objective: Any) -> None:
+    """Raises ValueError for a preconditioned network: no code has one on a chain."""
+    if objective.precondition:
+        raise ValueError(
+            "precondition must be False for other codes to read the output of a chain's"
+            " network, got True."
+        )
 
 
 def to_diffusers(run: Run, out: Path) -> None:
@@ -303,6 +312,7 @@ def to_diffusers(run: Run, out: Path) -> None:
             schedule, cast(Any, run.objective)
         )
     else:
+        check_unconditioned(run.objective)
         scheduler = diffusers_config.scheduler_from_process(
             betas, run.objective, schedule.get("rescale_timesteps", False)
         )

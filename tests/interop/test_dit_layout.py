@@ -33,10 +33,12 @@ def config_of(objective=None, data=None, **model):
     )
 
 
-def dit_run(image_shape=(8, 8, 4), label_dropout=0.0, **model):
+def dit_run(
+    image_shape=(8, 8, 4), label_dropout=0.0, objective=None, schedule=None, **model
+):
     """A run of a network with random weights."""
-    config = config_of(dict(mean_type="eps"), **model)
-    config["label_dropout"] = label_dropout
+    config = config_of(objective or dict(mean_type="eps"), **model)
+    config |= dict(label_dropout=label_dropout, schedule=schedule or SCHEDULE)
     built = configs.build(config, image_shape[-1])
     return jd.pipeline.Run(
         config=configs.complete(ConfigDict(config)),
@@ -194,3 +196,29 @@ def test_a_dit_without_its_variance_predicts_the_same_mean(file):
     x, t, y = (golden("tiny_a")[f"run1/{name}"] for name in "xty")
     ours = output(short, x, t, y)
     np.testing.assert_allclose(ours, output(run, x, t, y)[..., :4], **F32)
+
+
+@pytest.mark.parametrize(
+    ("objective", "schedule", "words"),
+    [
+        (dict(mean_type="x_0", precondition=True), {}, "precondition must be False"),
+        (
+            dict(mean_type="v"),
+            {},
+            "mean_type for improved-diffusion must be .* got 'v'",
+        ),
+        (dict(mean_type="flow"), dict(name="flow"), "must have variances, got levels"),
+    ],
+)
+def test_processes_that_the_official_dit_cannot_compute_are_refused(
+    objective, schedule, words, tmp_path
+):
+    run = dit_run(objective=objective, schedule=SCHEDULE | schedule)
+    with pytest.raises(ValueError, match=words):
+        exporting.export_run(run, "dit", tmp_path / "a.pt")
+    if objective.get("precondition"):
+        with pytest.raises(ValueError, match=f"^{words}"):
+            exporting.export_run(
+                tiny_run(objective=objective), "diffusers", tmp_path / "d"
+            )
+    assert not [*tmp_path.iterdir()]
