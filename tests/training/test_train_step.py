@@ -147,14 +147,16 @@ def quiet_toy(microbatches):
     sampler = timesteps.loss_second_moment(20, history=1)
     tx, _ = training.make_optimizer(lr=1e-2, total_steps=100, grad_clip=1.0)
     key = jax.random.key(0)
-    state = training.init_state(key, model, tx, sampler, (4, 4, 1), (0.9,))
+    averages = (0.9,), (0.1,)
+    state = training.init_state(key, model, tx, sampler, (4, 4, 1), *averages)
     step = training.make_train_step(
         model,
         tx,
         SCHEDULE,
         Objective(),
         sampler,
-        ema_decays=(0.9,),
+        ema_decays=averages[0],
+        ema_widths=averages[1],
         microbatches=microbatches,
     )
     return compiled(step), state
@@ -206,6 +208,7 @@ def test_an_update_that_is_not_finite_changes_the_counts_alone():
     last, metrics = step(jax.random.key(1), healed, BATCH)
     assert metrics["skipped_in_a_row"] == last.skipped == 0 and last.step == 3
     assert not same(last.params, healed.params)
+    assert not same(last.ema_params["width=0.1"], healed.ema_params["width=0.1"])
 
 
 def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite():
