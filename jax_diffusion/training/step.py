@@ -322,7 +322,7 @@ def make_loss_fn(
 
     def loss_fn(params, key, x_0, cond, t, weight, eps):
         options: dict[str, Any] = dict(cond)
-        label: Any = options.pop("label", None)
+        label = options.pop("label", None)
         takes_label = objective is None or num_classes(model) is not None
         if takes_label and label is None:
             rule = "batch must have 'label', which the network takes or learns"
@@ -348,7 +348,7 @@ def make_loss_fn(
         table, rows = table_of(schedule, t)
         if objective is None:
             terms = losses.classifier_loss(
-                key, model_fn, table, x_0, rows, label, eps=eps
+                key, model_fn, table, x_0, rows, cond["label"], eps=eps
             )
         else:
             terms = losses.training_loss(
