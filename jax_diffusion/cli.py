@@ -170,6 +170,13 @@ GUIDANCE_FLAGS: Flags = {
         help="The images get these labels in turn: 3, or 0,1,2, or names of classes, "
         "as dog,cat. By default all."
     ),
+    "--cond": dict(
+        metavar="FILE.npz",
+        help="What a network with cond_dim or token_dim is told: arrays cond [k, d], "
+        "tokens [k, n, d] and tokens_mask [k, n]. Image i gets row i, in turn where "
+        "there are more images than rows. By default that of the images that a task "
+        "starts from.",
+    ),
     "--guidance": dict(
         type=float,
         help="Scale of classifier-free guidance, 1 for none. The run must have been "
@@ -240,7 +247,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     example = "Example: --sampler dpmpp_2m --steps 20 --spacing trailing"
     add_flags(parser, SAMPLER_FLAGS, "sampler", example)
     example = "Example: --label 3,5 --guidance 2"
-    add_flags(parser, GUIDANCE_FLAGS, "labels and guidance", example)
+    add_flags(parser, GUIDANCE_FLAGS, "conditioning and guidance", example)
 
 
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:

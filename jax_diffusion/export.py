@@ -10,7 +10,8 @@ it has been run on CPUs only. The machine that draws needs
 with a jax at least as new as the one that wrote the file. The one that writes needs
 `pip install 'jax_diffusion[export]'`. The following script, saved as draw.py, draws the
 images 0 to N - 1 of a seed: `python draw.py FILE SEED N images.npy`. It takes all
-labels in turn, as `sample` does.
+labels in turn, as `sample` does. If a network is told vectors or tokens, `draw` takes
+them after the labels as {"cond": [n, d], "tokens": [n, k, d], "tokens_mask": [n, k]}.
 
     import hashlib
     import json
@@ -56,9 +57,12 @@ DIGEST = hashlib.sha256().digest_size
 
 DrawFn = Callable[..., Array]  # (params, seed, ids [b], label [b]) -> images [b, ...]
 Sampler = Callable[..., Array]  # (seed, ids [b], label [b] = None) -> images [b, ...]
+Told = Mapping[str, tuple[str, Any]]  # name -> its axes after b, as "k, 5", and dtype
 
 
-def export_sampler(draw: DrawFn, params: PyTree, *, beside: bool = False) -> bytes:
+def export_sampler(
+    draw: DrawFn, params: PyTree, *, beside: bool = False, told: Told | None = None
+) -> bytes:
     """Serializes a sampler, for batches of any size.
 
     The serialized function is f(weights, seed, ids, label) -> images. Its `weights` are
@@ -71,6 +75,8 @@ def export_sampler(draw: DrawFn, params: PyTree, *, beside: bool = False) -> byt
             is traced for a single image.
         params: the parameters; every array is whole in this process.
         beside: whether the weights are left out, to be passed by the caller.
+        told: conditioning that draw takes by name, arrays [b, ...]; f takes it as a
+            dict after label.
 
     Returns:
         The bytes of the file.
@@ -89,19 +95,26 @@ def export_sampler(draw: DrawFn, params: PyTree, *, beside: bool = False) -> byt
             f"{size}."
         )
 
-    def sampler(weights, seed, ids, label):
+    def sampler(weights, seed, ids, label, *cond):
         source = weights if beside else inside
         tree = jax.tree.unflatten(structure, [source[name] for name in inside])
 
-        def one(number, its_label):
-            return draw(tree, seed, number[None], its_label[None])[0]
+        def one(number, its_label, *its_cond):
+            more = {name: a[None] for some in its_cond for name, a in some.items()}
+            return draw(tree, seed, number[None], its_label[None], **more)[0]
 
-        return jax.vmap(one)(ids, label)
+        return jax.vmap(one)(ids, label, *cond)
 
-    (b,) = jax.export.symbolic_shape("b")
-    numbers = jax.ShapeDtypeStruct((b,), np.int32)
+    scope = jax.export.SymbolicScope()
+
+    def of_batch(axes, dtype):
+        shape = jax.export.symbolic_shape(f"b, {axes}", scope=scope)
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    numbers = of_batch("", np.int32)
+    cond = {name: of_batch(*kind) for name, kind in (told or {}).items()}
     exported = jax.export.export(jax.jit(sampler), platforms=PLATFORMS)(
-        inside if beside else {}, np.uint32(0), numbers, numbers
+        inside if beside else {}, np.uint32(0), numbers, numbers, *[cond] * bool(cond)
     )
     if [a.dtype for a in exported.out_avals] != [np.float32]:
         raise ValueError(
@@ -126,10 +139,11 @@ def load_sampler(
         weights: the weights {"a/b/c": array}, if they are not inside.
 
     Returns:
-        sampler(seed, ids, label=None) -> images. The seed is an integer, ids and label
-        are integers [b], images are float32 [b, h, w, c] in [-1, 1] on the default
-        device. It is compiled once for each b. It raises ValueError for other shapes
-        and, given a record, for labels that are missing or out of range.
+        sampler(seed, ids, label=None, **cond) -> images. The seed is an integer, ids
+        and label are integers [b], conditioning has its name and arrays [b, ...],
+        images are float32 [b, h, w, c] in [-1, 1] on the default device. It is compiled
+        once for each b. It raises ValueError for other shapes, for conditioning that is
+        missing and, given a record, for labels that are missing or out of range.
 
     Raises:
         ValueError: if the package flatbuffers is missing; if the data are damaged, are
@@ -152,10 +166,10 @@ def load_sampler(
             f"the sampler must be that of its side-car, sha256 {record.get('sha256')}, "
             f"got {_sha256(data)}."
         )
-    call, weights = _call(data, record, dict(weights or {}))
+    call, weights, told = _call(data, record, dict(weights or {}))
     num_labels = record["inputs"]["label"]["num_labels"] if record else None
 
-    def sampler(seed, ids, label=None):
+    def sampler(seed, ids, label=None, **cond):
         ids = _numbers("ids", ids)
         if label is None and not num_labels:
             label = np.zeros_like(ids)  # the program ignores it
@@ -166,7 +180,16 @@ def load_sampler(
             )
         if num_labels and not np.all((label >= 0) & (label < num_labels)):
             raise ValueError(f"labels must be in [0, {num_labels}), got {label}.")
-        return call(weights, np.uint32(seed % 2**32), ids, label)
+        if cond.keys() != told.keys():
+            rule = f"the sampler must be told {', '.join(told) or 'no conditioning'}"
+            raise ValueError(f"{rule}, got {', '.join(cond) or 'none'}.")
+        for name, aval in told.items():
+            sizes = [n if isinstance(n, int) else str(n) for n in aval.shape[1:]]
+            kind = "bool" if aval.dtype == bool else "float"
+            cond[name] = np.asarray(cond[name], aval.dtype)
+            checks.array(name, cond[name], kind, (len(ids), *sizes))
+        numbers = np.uint32(seed % 2**32), ids, label
+        return call(weights, *numbers, *[cond] * bool(cond))
 
     return sampler
 
@@ -178,6 +201,7 @@ def write(
     *,
     beside: bool = False,
     num_labels: int | None = None,
+    told: Told | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes a sampler: FILE, its description FILE.json, and perhaps FILE.npz.
@@ -190,6 +214,7 @@ def write(
         params: the parameters, see `export_sampler`.
         beside: whether the weights go to FILE.npz.
         num_labels: labels are in [0, num_labels); None if draw ignores labels.
+        told: conditioning that draw takes, see `export_sampler`.
         about: further content of FILE.json, under "about": plain JSON values.
 
     Returns:
@@ -201,7 +226,7 @@ def write(
     for suffix in ("", ".json", *([".npz"] if beside else [])):
         files.check_output("path", f"{os.fspath(path)}{suffix}")
     path = Path(path)
-    data = export_sampler(draw, params, beside=beside)
+    data = export_sampler(draw, params, beside=beside, told=told)
     record = {"file": path.name, "sha256": _sha256(data), "weights": None}
     content: dict[Path, files.Content] = {path: data}
     if beside:
@@ -282,7 +307,7 @@ def _inside(record: Mapping[str, Any], *names: str) -> Any:
 
 
 def _call(data, record, weights):
-    """Returns the compiled call and the weights on the device, after checking both."""
+    """Returns the compiled call, the weights on the device, and what else it takes."""
     mine = f"jax {jax.__version__} on {jax.default_backend()}"
     theirs = f"jax {record['versions']['jax']}" if record else "another jax"
     try:
@@ -290,7 +315,11 @@ def _call(data, record, weights):
         if exported.calling_convention_version > MAX_CONVENTION:  # JAX does not check
             raise ValueError("its calling convention is newer")
         (wanted, *numbers), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-        one = [np.zeros((1,) * len(a.shape), a.dtype) for a in numbers]
+
+        def zeros(a):  # of one image
+            return np.zeros([n if isinstance(n, int) else 1 for n in a.shape], a.dtype)
+
+        one = jax.tree.map(zeros, numbers)
         call = jax.jit(exported.call)
         call.lower(wanted, *one)  # reads the program itself, which may be too new
     except Exception as error:  # of many kinds, from many layers of JAX
@@ -305,7 +334,7 @@ def _call(data, record, weights):
             f"weights must be the {len(wanted)} arrays that lie beside the sampler, "
             f"got {len(weights)} that are not those."
         )
-    return call, jax.device_put(weights)
+    return call, jax.device_put(weights), dict(*numbers[3:])
 
 
 def _describe(data, num_labels):
@@ -317,12 +346,12 @@ def _describe(data, num_labels):
         return {"shape": sizes, "dtype": str(aval.dtype)}
 
     avals, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-    names = ("weights", "seed", "ids", "label")
+    names = ("weights", "seed", "ids", "label", "cond")[: len(avals)]
     inputs = dict(zip(names, jax.tree.map(shaped, avals), strict=True))
     inputs["label"]["num_labels"] = num_labels
     return {
-        "usage": "jax.export.deserialize(data).call(weights, seed, ids, label) -> "
-        "images, after pip install jax flatbuffers; see jax_diffusion/export.py",
+        "usage": f"jax.export.deserialize(data).call({', '.join(names)}) -> images, "
+        "after pip install jax flatbuffers; see jax_diffusion/export.py",
         "versions": {
             "jax": jax.__version__,
             "jaxlib": importlib.metadata.version("jaxlib"),

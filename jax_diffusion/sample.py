@@ -92,19 +92,21 @@ def draw_images(
         "rows": [zlib.crc32(np.ascontiguousarray(a).data) for a in bound.rows.values()],
     }
 
+    n = args.n or bound.default_n
+
     def draw(start: int) -> Batches:
         return bound.batches(
-            args.n - start,
+            n - start,
             first=start,
             seed=args.seed,
-            batch_size=min(args.batch_size, args.n),
+            batch_size=min(args.batch_size, n),
             on_compiled=_say_seconds,
         )
 
     out = Path(args.out)
     if out.suffix == ".npz":
         called = data.numbers_called(bound.class_names)
-        _write_npz(out, args.n, draw, record, called)
+        _write_npz(out, n, draw, record, called)
     else:
         channels = run.image_shape[-1]
         if channels not in (1, 3) and not task.row.is_strip:
@@ -112,10 +114,10 @@ def draw_images(
                 f"out must be FILE.npz for images of {channels} channels, as PNGs have "
                 f"1 or 3, got {args.out!r}."
             )
-        record["n"] = args.n
+        record["n"] = n
         sample_folder.check_folder(out, record, overwrite=args.overwrite)
-        _write_folder(out, args.n, draw, task, upsample is None, record)
-    _say_drawn(f"{args.n} images by {args.sampler}", bound, out)
+        _write_folder(out, n, draw, task, upsample is None, record)
+    _say_drawn(f"{n} images by {args.sampler}", bound, out)
 
 
 def check(args: argparse.Namespace) -> tuple[SamplingOptions, TaskOptions]:
@@ -154,10 +156,11 @@ def check(args: argparse.Namespace) -> tuple[SamplingOptions, TaskOptions]:
             files.check_output("export", f"{args.export}.npz")
         useless = ("n", "batch_size")
         cli.refuse_useless(args.given, useless, "is for --out, got --export")
-        for name in ("label", "low_res", "upsample"):
+        for name in ("label", "cond", "low_res", "upsample"):
             if getattr(args, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"--export takes no labels or images, got {flag}.")
+                rule = "--export takes no labels, cond or images"
+                raise ValueError(f"{rule}, got {flag}.")
         if args.task != "generate":
             raise ValueError(f"--export is of the task generate, got {args.task!r}.")
     else:
@@ -289,7 +292,10 @@ FLAGS: cli.Flags = {
         action="store_true",
         help="Put the weights of --export into FILE.npz, not into FILE.",
     ),
-    "--n": dict(type=cli.positive, default=64, help="Number of images."),
+    "--n": dict(
+        type=cli.positive,
+        help="Number of images. By default 64, or as many as --cond has rows.",
+    ),
     "--seed": dict(type=int, default=0, help="Seed of all images."),
     "--batch-size": dict(
         type=cli.positive, default=256, help="Number of images drawn together."

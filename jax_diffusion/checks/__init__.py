@@ -29,15 +29,15 @@ from jax.core import Tracer
 
 REAL: Any = numbers.Real  # a type checker knows no comparison of them
 INTEGRAL: Any = numbers.Integral
-ARRAYS = {
+ARRAYS = {  # kinds of arrays: in words, and the dtype that they have
     "float": ("a float array", jnp.floating),
     "int": ("an int array", jnp.signedinteger),
     "integer": ("an integer array", jnp.integer),
     "uint8": ("a uint8 array", np.uint8),
+    "bool": ("a bool array", np.bool_),
     "key": ("an array of typed keys", jax.dtypes.prng_key),
     "any": ("an array", np.generic),
 }
-"""Kinds of arrays: in words, and the dtype that they have."""
 
 
 def number(

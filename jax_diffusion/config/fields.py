@@ -106,8 +106,8 @@ FIELDS = {
         f"of the grids: {SAMPLE_FIELDS}; None for a classifier", free=True
     ),
     "label_dropout": Field(
-        "probability that a label is hidden in training, for classifier-free "
-        "guidance; the network then gets one class more than num_classes",
+        "probability that a label, cond and tokens are hidden in training, for "
+        "classifier-free guidance; the network gets a class more than num_classes",
         0.0,
         hint=float,
     ),

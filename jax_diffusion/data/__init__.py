@@ -6,6 +6,7 @@
 | `batches` | `Batches`, `from_arrays`: batches that depend on (seed, step) alone |
 | `examples` | what a reader returns: arrays, or `Examples` that are read by row |
 | `arrays` | readers "digits", "synthetic", "idx" (MNIST's files) and "npz" (or .npy) |
+| `conditioning` | vectors and token sequences beside images, checked and matched |
 | `layout` | splits and classes of a folder |
 | `classes` | names of classes: their order, and labels matched by name |
 | `folder` | reader "folder"; `open_images`: anybody's images as they are |
@@ -28,6 +29,10 @@ This module has `load`, which opens a data set by its name in `DATASETS`, and
 A folder without splits keeps every tenth image for "test". Splits are folders called
 train, val (valid, validation) and test, and each may have folders of classes, which
 need config.model.num_classes=N.
+
+Vectors or token sequences that a network is told of each image (config.model.cond_dim
+or token_dim) stand in the .npz as cond, tokens and tokens_mask, or in a file cond.npz
+of the folder, with the paths of its images as names; see `conditioning`.
 
 Images that are not in memory are read ahead of the training step by grain, which
 `pip install 'jax_diffusion[grain]'` installs.
@@ -57,6 +62,13 @@ from jax_diffusion.data.classes import (
     numbers_called,
     tell,
 )
+from jax_diffusion.data.conditioning import (
+    CONDITIONING,
+    Conditioning,
+    check_conditioning,
+    read_conditioning,
+    record_of,
+)
 from jax_diffusion.data.damaged import WithoutDamaged, check_examples
 from jax_diffusion.data.decode import Color, Decoder, height_and_width
 from jax_diffusion.data.examples import (
@@ -80,6 +92,7 @@ from jax_diffusion.data.pixels import ROUNDINGS, from_uint8, to_uint8
 from jax_diffusion.data.tfds import open_tfds
 
 __all__ = [
+    "CONDITIONING",
     "DATASETS",
     "LOGGER",
     "MAX_IN_MEMORY",
@@ -91,6 +104,7 @@ __all__ = [
     "Arrays",
     "Batch",
     "Batches",
+    "Conditioning",
     "DamagedImageError",
     "Decoder",
     "Examples",
@@ -99,6 +113,7 @@ __all__ = [
     "StoredImages",
     "check",
     "check_arrays",
+    "check_conditioning",
     "describe",
     "fit_labels",
     "from_arrays",
@@ -113,6 +128,8 @@ __all__ = [
     "open_images",
     "open_stored",
     "parse_source",
+    "read_conditioning",
+    "record_of",
     "source_name",
     "to_uint8",
 ]

@@ -19,6 +19,11 @@ import numpy as np
 from jax_diffusion import checks
 from jax_diffusion.data import philox
 from jax_diffusion.data.classes import class_order, label_table
+from jax_diffusion.data.conditioning import (
+    CONDITIONING,
+    check_conditioning,
+    read_arrays,
+)
 from jax_diffusion.data.decode import Decoder, height_and_width, reading
 from jax_diffusion.data.examples import (
     Arrays,
@@ -132,9 +137,10 @@ def _read_idx(folder: Path, stem: str, ndim: int) -> np.ndarray:
 def load_npz(
     split: str, path: Source, image_size: ImageSize, *, decoder: Decoder | None = None
 ) -> InMemory:
-    """Reads images and labels of a .npz file, or images of a .npy file.
+    """Reads images, labels and conditioning of a .npz file, or images of a .npy file.
 
-    Every tenth image is for "test". See `read_image_file` for the names of the arrays.
+    Every tenth image is for "test". See `read_image_file` for the names of the arrays,
+    and `data.conditioning` for cond, tokens and tokens_mask.
     Labels are integers, or names of classes as text. `decoder` converts images of more
     than 8 bits, and those with alpha.
 
@@ -150,9 +156,18 @@ def load_npz(
     images = (decoder or Decoder()).convert(images, str(path))
     with of_file(path):
         found = InMemory.of((images, labels))
+        file, given = Path(path or "").expanduser(), {}
+        if zipfile.is_zipfile(file):
+            given = read_arrays("path", file)
+        more = check_conditioning(given, len(found))
     rows = rows_of_split(split, every_tenth(len(found)))
-    images, labels = found.images[rows], found.labels[rows]
-    return dataclasses.replace(found, images=images, labels=labels, class_names=names)
+    return dataclasses.replace(
+        found,
+        images=found.images[rows],
+        labels=found.labels[rows],
+        class_names=names,
+        conditioning={name: array[rows] for name, array in more.items()},
+    )
 
 
 @contextlib.contextmanager
@@ -162,7 +177,7 @@ def of_file(path: Source) -> Iterator[None]:
         yield
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        if name in ("images", "labels"):
+        if name in ("images", "labels", *CONDITIONING):
             raise ValueError(f"{name} of {path} {rest}") from error
         raise
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from jax_diffusion import checks
 from jax_diffusion.data import philox
-from jax_diffusion.data.examples import Examples, InMemory
-
-Batch = dict[str, np.ndarray]  # {"image": uint8 [b h w c], "label": int32 [b]}
+from jax_diffusion.data.conditioning import CONDITIONING, check_conditioning
+from jax_diffusion.data.examples import Batch, Examples, InMemory
+from jax_diffusion.registry import hint
 
 THREADS = 2  # that make batches ahead, each with decoders on all cores
 PREFETCH_BATCHES = 4  # batches that are made ahead
@@ -47,6 +47,7 @@ class Batches:
         train: endless and shuffled, instead of one pass in the stored order.
         flip: mirror each image with probability 1/2, in training only.
         start_step: the step of the first batch of an iteration.
+        told: names of the conditioning that batches have; None for all there is.
     """
 
     examples: Examples
@@ -55,6 +56,7 @@ class Batches:
     train: bool
     flip: bool
     start_step: int
+    told: tuple[str, ...] | None = None
 
     @classmethod
     def checked(
@@ -112,6 +114,12 @@ class Batches:
         return self.examples.image_shape
 
     @property
+    def conditioning(self) -> dict[str, np.ndarray]:
+        """All vectors and tokens that batches have, [n, ...] by name."""
+        found = self.examples.conditioning
+        return {k: a for k, a in found.items() if self.told is None or k in self.told}
+
+    @property
     def in_memory(self) -> bool:
         """Whether all images are decoded already."""
         return isinstance(self.examples, InMemory)
@@ -126,8 +134,16 @@ class Batches:
         """All labels, int32 [n]; those of TFDS are read with the images."""
         return self.examples.labels
 
+    def read(self, rows: np.ndarray) -> Batch:
+        """Returns a batch of these rows of the data, int [k], as they are stored."""
+        batch = self.examples.read_batch(rows)
+        wanted = ("image", "label", *self.conditioning)
+        return {name: batch[name] for name in wanted}
+
     def batch(self, step: int, rows: Any = None) -> Batch:
         """Returns batch number `step`: {"image": uint8 [b h w c], "label": int32 [b]}.
+
+        Conditioning stands beside them by its names, see `data.conditioning`.
 
         Args:
             step: integer >= 0, and within the data unless `train`.
@@ -150,13 +166,14 @@ class Batches:
                 chosen = np.append(chosen, more)
         rows = _check_rows(rows, b)
         rows = rows[: np.searchsorted(rows, len(chosen))]
-        images, labels = self.examples.read(chosen[rows])
+        batch = self.read(chosen[rows])
         if self.flip and self.train:  # drawn for all rows, whoever asks
             flips = philox.draw(philox.FLIP, self.seed, step, b)[rows] % 2
             # Moving pixels whole takes half the time of moving their bytes.
-            pixels, flipped = images.view(f"V{images.shape[-1]}"), np.flatnonzero(flips)
+            images, flipped = batch["image"], np.flatnonzero(flips)
+            pixels = images.view(f"V{images.shape[-1]}")
             pixels[flipped] = pixels[flipped, :, ::-1]
-        return {"image": images, "label": labels}
+        return batch
 
     def stream(self, first: int, rows: Any = None) -> Generator[Batch, None, None]:
         """Yields batches first, first + 1, ...: endless in training, else to the last.
@@ -242,6 +259,7 @@ def from_arrays(
     train: bool = True,
     flip: bool = False,
     start_step: int = 0,
+    **conditioning: Any,
 ) -> Batches:
     """Makes batches of images that are in memory.
 
@@ -254,6 +272,8 @@ def from_arrays(
         flip: mirror each image with probability 1/2. Ignored unless `train`, so that
             one config serves both: evaluation sees images as they are.
         start_step: where iteration starts, to resume a run.
+        conditioning: cond [n, d], tokens [n, k, d], tokens_mask bool [n, k]: what a
+            network is told of each image, see `data.conditioning`.
 
     Raises:
         ValueError: if an argument is not as described or out of range.
@@ -262,8 +282,13 @@ def from_arrays(
     >>> batches.batch(7)["image"].shape, batches.num_classes
     ((2, 8, 8, 3), 1)
     """
+    for name in conditioning:
+        if name not in CONDITIONING:
+            raise ValueError(f"there is no option {name!r}{hint(name, CONDITIONING)}")
+    found = InMemory.of((images, labels))
+    more = check_conditioning(conditioning, len(found))
     return Batches.checked(
-        InMemory.of((images, labels)),
+        dataclasses.replace(found, conditioning=more),
         batch_size=batch_size,
         seed=seed,
         train=train,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_diffusion.data.examples import Arrays, Examples, InMemory, Wrapped
+from jax_diffusion.data.examples import Arrays, Batch, Examples, InMemory, Wrapped
 
 Names = tuple[str, ...]
 
@@ -103,6 +103,10 @@ class Relabeled(Wrapped):
     def read(self, rows: np.ndarray) -> Arrays:
         images, labels = self.inner.read(rows)
         return images, self._table[labels]
+
+    def read_batch(self, rows: np.ndarray) -> Batch:
+        batch = self.inner.read_batch(rows)
+        return {**batch, "label": self._table[batch["label"]]}
 
 
 def match(examples: Examples, class_names: Names | None, field: str) -> Examples:
@@ -199,6 +203,8 @@ def tell(what: str, examples: Examples) -> None:
 def describe(examples: Examples) -> str:
     """Says in one line what a source holds: images, shape, classes, what is left out.
 
+    Of conditioning it names the shape for one image.
+
     >>> images, labels = np.zeros((3, 8, 8, 1), np.uint8), np.array([0, 1, 1])
     >>> describe(InMemory(images, labels, class_names=("cat", "dog")))
     '3 images of 8 x 8 x 1, 2 classes (cat 1, dog 2)'
@@ -216,6 +222,9 @@ def describe(examples: Examples) -> str:
             shown = [f"{k} {c:,}" for k, c in zip(shown, first, strict=False)]
         listed = ", ".join([*shown, *["..."] * (n > SHOWN)])
         line += f"{n:,} class{'es' * (n != 1)} ({listed})"
+    for name, array in examples.conditioning.items():
+        if array.dtype != bool:
+            line += f", {name} of {' x '.join(map(str, array.shape[1:]))}"
     return line + (f"; left out: {examples.left_out}" if examples.left_out else "")
 
 

@@ -1,12 +1,20 @@
 """Images that cannot be decoded: finding them beforehand, and going on without them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
 from jax_diffusion.data.decode import in_threads
-from jax_diffusion.data.examples import Arrays, DamagedImageError, Examples, Wrapped
+from jax_diffusion.data.examples import (
+    Arrays,
+    Batch,
+    DamagedImageError,
+    Examples,
+    Wrapped,
+)
 
+T = TypeVar("T")
 CHECKED_TOGETHER = 256  # images between two updates of the progress bar
 
 
@@ -15,8 +23,9 @@ class WithoutDamaged(Wrapped):
 
     There are as many rows as before, the last of which is followed by the first, and
     what a row holds depends on the files alone: batches stay a function of (seed,
-    step), in memory or not. The label is that of the image that is read, while
-    `labels` and `counts` are those of all images, of damaged ones, too.
+    step), in memory or not. Label and conditioning are those of the image that is
+    read, while `labels`, `conditioning` and `counts` are those of all images, of
+    damaged ones, too.
 
     Args:
         inner: the examples.
@@ -36,6 +45,13 @@ class WithoutDamaged(Wrapped):
         Raises:
             ValueError: if no image is whole.
         """
+        return self._read_whole(self.inner.read, rows)
+
+    def read_batch(self, rows: np.ndarray) -> Batch:
+        """Returns images, labels and conditioning of whole images, as `read` does."""
+        return self._read_whole(self.inner.read_batch, rows)
+
+    def _read_whole(self, read: Callable[[np.ndarray], T], rows: np.ndarray) -> T:
         n = len(self)
         while True:
             taken = np.array(rows)
@@ -50,7 +66,7 @@ class WithoutDamaged(Wrapped):
                     )
                 taken[i] = found
             try:
-                return self.inner.read(taken)
+                return read(taken)
             except DamagedImageError as error:
                 damaged = find_damaged(self.inner, taken, DamagedImageError)
                 if not damaged:  # neither whole nor not: a disk that fails at times

@@ -12,12 +12,14 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from jax_diffusion import registry
 
+Batch = dict[str, np.ndarray]  # "image", "label" and conditioning by name
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [n h w c], labels int [n]
 Source = str | os.PathLike | None  # where the data are
 ImageSize = int | Sequence[int] | None  # side of squares, or (h, w); None if unknown
@@ -38,12 +40,14 @@ class Examples(abc.ABC):
         old_class_names: the names in the order in which version 0.1 numbered them; ()
             where it read other classes.
         labeled: whether the labels mean anything; without, all are 0.
+        conditioning: vectors and tokens by name, [n, ...], see `data.conditioning`.
         left_out: files that are there and were not read, in words: "3 .txt, 1 hidden".
     """
 
     labels: np.ndarray
     class_names: tuple[str, ...] | None = None
     labeled: bool = True
+    conditioning: Mapping[str, np.ndarray] = MappingProxyType({})
     left_out: str = ""
 
     @property
@@ -68,6 +72,12 @@ class Examples(abc.ABC):
         Raises:
             ValueError: if an image cannot be decoded.
         """
+
+    def read_batch(self, rows: np.ndarray) -> Batch:
+        """Returns "image", "label" and all conditioning of rows int [k], by name."""
+        images, labels = self.read(rows)
+        more = {name: a.take(rows, axis=0) for name, a in self.conditioning.items()}
+        return {"image": images, "label": labels, **more}
 
     @property
     def num_classes(self) -> int:
@@ -128,6 +138,10 @@ class Wrapped(Examples):
         return self.inner.labeled
 
     @property
+    def conditioning(self) -> Mapping[str, np.ndarray]:  # pyright: ignore
+        return self.inner.conditioning
+
+    @property
     def left_out(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.left_out
 
@@ -149,6 +163,9 @@ class Wrapped(Examples):
     def read(self, rows: np.ndarray) -> Arrays:
         return self.inner.read(rows)
 
+    def read_batch(self, rows: np.ndarray) -> Batch:
+        return self.inner.read_batch(rows)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InMemory(Examples):
@@ -156,7 +173,8 @@ class InMemory(Examples):
 
     Attributes:
         images: uint8 [n h w c].
-        labels, class_names, old_class_names, labeled, left_out: as of `Examples`.
+        labels, class_names, old_class_names, labeled, left_out, conditioning: as of
+            `Examples`.
         source: what they were decoded from; None if they came as arrays.
     """
 
@@ -167,6 +185,7 @@ class InMemory(Examples):
     labeled: bool = True
     left_out: str = ""
     old_class_names: tuple[str, ...] | None = None  # pyright: ignore
+    conditioning: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, found: Examples | tuple[Any, Any]) -> "InMemory":
@@ -181,7 +200,9 @@ class InMemory(Examples):
         if not isinstance(found, Examples):
             return cls(*check_arrays(*found), labeled=found[1] is not None)
         about = found.class_names, found.labeled, found.left_out, found.old_class_names
-        return cls(*check_arrays(*found.read_all()), found, *about)
+        batch = found.read_batch(np.arange(len(found)))
+        arrays = check_arrays(batch.pop("image"), batch.pop("label"))
+        return cls(*arrays, found, *about, conditioning=batch)
 
     def __len__(self) -> int:
         return len(self.images)

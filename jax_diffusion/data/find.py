@@ -40,7 +40,7 @@ class FoundImages(NamedTuple):
     @property
     def left_out_in_words(self) -> str:
         """Such as "3 .txt, 1 hidden"; "" if nothing was left out."""
-        return ", ".join(f"{n} {why}" for why, n in sorted(self.left_out.items()))
+        return ", ".join(f"{n} {why}" for why, n in sorted(self.left_out.items()) if n)
 
 
 @functools.cache

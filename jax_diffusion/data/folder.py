@@ -12,7 +12,7 @@ import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from jax_diffusion import checks
 from jax_diffusion.data.arrays import check_folder, read_image_file
 from jax_diffusion.data.classes import class_order, label_table
+from jax_diffusion.data.conditioning import read_sidecar
 from jax_diffusion.data.decode import (
     Decoder,
     fit,
@@ -72,8 +73,9 @@ class Folder(Examples):
             square. None leaves them as they are; then all must be as large as the first
             one.
         decoder: decodes them.
-        class_names, labeled, left_out, old_class_names: as of `Examples`. A lone class
-            has a name, but its images count as without labels: any folder has a name.
+        class_names, labeled, left_out, old_class_names, conditioning: as of `Examples`.
+            A lone class has a name, but its images count as without labels: any folder
+            has a name.
         beside: paths of the files of other splits; what has colors among them counts,
             so that all splits have images of one shape.
     """
@@ -87,6 +89,7 @@ class Folder(Examples):
     left_out: str = ""
     old_class_names: tuple[str, ...] | None = None  # pyright: ignore
     beside: PackedStrings | None = None
+    conditioning: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -173,7 +176,8 @@ def open_folder(
     "training", "valid", "validation", "testing", in any case) are the splits. Of three,
     "val" belongs to "all" only; of two, the other one is "test". Without splits, and of
     a lone "train", every tenth image is for "test". A folder that only wraps another
-    one is looked through. See `layout`.
+    one is looked through. See `layout`. Vectors and tokens of all images of the folder
+    may lie in it as cond.npz, see `conditioning`.
 
     Args:
         split: "train", "test" or "all".
@@ -204,6 +208,9 @@ def read_folder(
     root = check_folder(path)
     found = find_images(root)
     paths = _not_empty("path", root, found.paths)
+    conditioning = read_sidecar(root, paths)
+    if conditioning:
+        found.left_out[".npz"] -= 1
     layout = read_layout(root, [path[len(str(root)) + 1 :] for path in paths])
     labels, class_names = np.zeros(len(paths), np.int32), None
     if layout.classes is not None:
@@ -221,6 +228,7 @@ def read_folder(
         left_out=found.left_out_in_words,
         old_class_names=layout.old_class_names,
         beside=PackedStrings(paths[i] for i in others),
+        conditioning={name: array[rows] for name, array in conditioning.items()},
     )
 
 

@@ -150,7 +150,7 @@ def ode(
 def bound_fn(
     model: Network, objective: Any, schedule: NoiseSchedule, seed: int
 ) -> ScoreFn:
-    """Builds score(params, ids, image, label) -> `likelihood.BitsPerDim`, jitted.
+    """Builds score(params, ids, image, label, ...) -> `likelihood.BitsPerDim`, jitted.
 
     The predicted x_0 is clipped to [-1, 1].
     """
@@ -164,7 +164,7 @@ def bound_fn(
 def ode_fn(
     model: Network, objective: Any, schedule: NoiseSchedule, seed: int, probes: int
 ) -> ScoreFn:
-    """Builds score(params, ids, image, label) -> `likelihood.OdeBits`, jitted.
+    """Builds score(params, ids, image, label, ...) -> `likelihood.OdeBits`, jitted.
 
     Nothing is clipped: the flow must be differentiable.
     """
@@ -185,9 +185,9 @@ def _bits_fn(
     """
 
     @jax.jit
-    def score(params, ids, image, label):
+    def score(params, ids, image, label, **told):
         keys = samplers.image_keys(jax.random.key(seed), ids)
-        model_fn = bind(model, params, label)
+        model_fn = bind(model, params, label, **told)
         denoise_fn = diffusion.denoiser(model_fn, schedule, objective)
         return bits(keys, denoise_fn, schedule, data.from_uint8(image))
 

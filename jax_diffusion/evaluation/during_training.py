@@ -35,7 +35,7 @@ from jax_diffusion.evaluation.image_sets import Arrays, ImageSet
 from jax_diffusion.evaluation.per_image import collect, each_image, mean_and_error
 from jax_diffusion.evaluation.results import OLD_METRICS
 from jax_diffusion.evaluation.sample_quality import METRICS, Metric, Reference
-from jax_diffusion.models import Network, traits
+from jax_diffusion.models import Network, check_conditioning, traits
 from jax_diffusion.pipeline import (
     Run,
     SamplingOptions,
@@ -132,11 +132,17 @@ class PeriodicEvaluation:
             if run.takes_labels:
                 some = fit_labels(test.examples, run, field, own=True)
                 test = dataclasses.replace(test, examples=some)
+            test = dataclasses.replace(test, told=run.conditioning)
+            check_conditioning(run.model, test.conditioning, f" of {field}")
             self._test = test
         self._metric = metric
         self._run, self._train, self._mesh, self._workdir = run, train, mesh, workdir
         self._n, self._reference_n, self._bpd_images = n, reference, bpd_images
         config, model, objective = run.config, run.model, run.objective
+        if train.conditioning and options.cond is None:
+            rows = np.linspace(0, train.num_examples - 1, n).astype(int)
+            told = {name: array[rows] for name, array in train.conditioning.items()}
+            options = dataclasses.replace(options, cond=told)
         self._sampler = bind_sampler(run, options, one_program=False)
         full = settings.make_schedule(config.schedule)
         self._bound = bound_fn(model, objective, full, config.seed)
@@ -166,7 +172,7 @@ class PeriodicEvaluation:
         for ema, params in ema_params.items() if test else ():
             assert test is not None
             n = min(self._bpd_images, test.num_examples)
-            images = image_sets.from_reader(test.examples.read, n, **options)
+            images = image_sets.from_reader(test.read, n, **options)
             terms = collect(each_image(self._bound, params, images), n).arrays
             bits[ema], _ = mean_and_error(terms["total"])
         names = f"{self._metric}_n{self._n}", f"bits_per_dim_n{self._bpd_images}"

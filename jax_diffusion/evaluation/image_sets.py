@@ -37,8 +37,8 @@ class ImageSet(NamedTuple):
 
     Attributes:
         n: the number of images.
-        batches: batches(start) yields {"image": uint8 [b h w c], "label": int [b]} of
-            images start, start + 1, ..., n - 1.
+        batches: batches(start) yields {"image": uint8 [b h w c], "label": int [b]}, and
+            perhaps conditioning, of images start, start + 1, ..., n - 1.
         about: what decides the images, for the record. "image_shape" is (h, w, c).
     """
 
@@ -48,7 +48,7 @@ class ImageSet(NamedTuple):
 
 
 def from_reader(
-    read: Callable[[np.ndarray], np.ndarray | tuple[np.ndarray, np.ndarray]],
+    read: Callable[[np.ndarray], np.ndarray | tuple[np.ndarray, np.ndarray] | Arrays],
     n: int,
     *,
     batch_size: int,
@@ -58,7 +58,7 @@ def from_reader(
 
     Args:
         read: function of row numbers [b] that returns images uint8 [b h w c], or both
-            these and labels [b].
+            these and labels [b], or what `ImageSet.batches` yields.
         n: the number of images.
         batch_size: number of images in all batches but perhaps the last one.
         about: what decides the images.
@@ -68,6 +68,9 @@ def from_reader(
         for first in range(start, n, batch_size):
             rows = np.arange(first, min(first + batch_size, n))
             found = read(rows)
+            if isinstance(found, dict):
+                yield found
+                continue
             images, labels = found if isinstance(found, tuple) else (found, 0 * rows)
             yield {"image": images, "label": labels}
 
@@ -153,7 +156,7 @@ def from_split(
     Args:
         n: how many; default all.
         source: PATH or NAME:PATH of a data set in place of the run's.
-        labels: whether the run's network is told their labels.
+        labels: whether the run's network is told their labels and conditioning.
 
     Raises:
         ValueError: if the data cannot be read, have fewer images than n, or lack labels
@@ -175,8 +178,9 @@ def from_split(
         "image_shape": [*batches.image_shape],
         "images": n,
     }
-    read = batches.examples.read
-    return from_reader(read, n, batch_size=batch_size, about=about)
+    if batches.conditioning:
+        about["conditioning"] = data.record_of(batches.conditioning)
+    return from_reader(batches.read, n, batch_size=batch_size, about=about)
 
 
 def drawn(
@@ -217,7 +221,13 @@ def drawn(
 
 
 def from_run(
-    run: Run, n: int, *, options: SamplingOptions, seed: int, batch_size: int
+    run: Run,
+    n: int,
+    *,
+    options: SamplingOptions,
+    seed: int,
+    batch_size: int,
+    told: Mapping[str, np.ndarray] | None = None,
 ) -> ImageSet:
     """Returns the set of n samples of a run, with the record of how they are drawn.
 
@@ -227,11 +237,13 @@ def from_run(
         options: how they are drawn.
         seed: of all samples.
         batch_size: number of images that are drawn together, at most.
+        told: conditioning of the samples, in place of the options'.
 
     Raises:
         ValueError: if an option does not fit the run.
     """
-    sampler = bind_sampler(run, options, one_program=False)
+    how = dataclasses.replace(options, cond=told) if told else options
+    sampler = bind_sampler(run, how, one_program=False)
     about = {
         "sampler": options.sampler,
         "clip": options.clip,
@@ -244,8 +256,9 @@ def from_run(
         "image_shape": [*run.image_shape],
         "network": network_of(run),
     }
-    if "noise" in sampler.choices:
-        about["noise"] = sampler.choices["noise"]
+    for name in ("noise", "conditioning"):
+        if name in sampler.choices:
+            about[name] = sampler.choices[name]
     for name, value in changed_options(options).items():
         if name not in {*about, "rounding"}:
             about[name] = value
@@ -257,12 +270,17 @@ def from_run(
 
 
 def changed_options(options: SamplingOptions) -> dict[str, Any]:
-    """Returns the fields that are not as by default, as plain values for JSON."""
+    """Returns the fields that are not as by default, as plain values for JSON.
+
+    Arrays of conditioning are left out: `BoundSampler.choices` has their digests.
+    """
     changed = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
+        if field.name == "cond" and not isinstance(value, str):
+            continue
         value = np.asarray(value).tolist()
         if value != field.default:
             changed[field.name] = value
@@ -284,7 +302,8 @@ def open_samples(
         n: how many; default all images, or as many samples as the reference has.
         reference: what they are compared with; None for moments, beside which as many
             samples are drawn as the split of the run's data has images.
-        options: how samples are drawn.
+        options: how samples are drawn; by default conditioning is that of the images of
+            the split, in turn.
         seed: of the samples.
         of_data: split, source and batch_size, as `from_split` takes them.
     """
@@ -300,7 +319,17 @@ def open_samples(
             raise ValueError(
                 f"n must be given where the reference has no images, got None: {error}"
             ) from error
-    return from_run(run_or_images, n, options=options, seed=seed, batch_size=size)
+    told = None
+    if run_or_images.conditioning and options.cond is None:
+        told = open_images(
+            run_or_images,
+            of_data["source"],
+            of_data["split"],
+            batch_size=size,
+            field="data",
+        ).conditioning
+    how: dict[str, Any] = dict(options=options, seed=seed, batch_size=size, told=told)
+    return from_run(run_or_images, n, **how)
 
 
 def _crc32(params: PyTree) -> int:

@@ -20,7 +20,8 @@ from jax_diffusion.runtime.resumable_npz import ResumableNpz
 
 SAMPLES = ("arr_0", "arr_1")  # images and labels, as improved-diffusion names them
 
-# (params, ids int32 [b], image uint8 [b h w c], label [b]) -> NamedTuple of [b, ...]
+# (params, ids int32 [b], image uint8 [b h w c], label [b]) -> NamedTuple of [b, ...];
+# of a network with conditioning it is also given that, by name
 ScoreFn = Callable[..., Any]
 
 
@@ -88,8 +89,8 @@ def each_image(
     """Builds compute(start), for `collect`, which evaluates `score` on every image.
 
     Args:
-        score: a jitted function of parameters, ids, images and labels of a batch. The
-            id of an image is its number in the set.
+        score: a jitted function of parameters, ids, images, labels and conditioning of
+            a batch. The id of an image is its number in the set.
         params: its first argument, copied to all devices.
         images: the image set.
     """

@@ -18,7 +18,7 @@ Each takes a denoiser and returns one, so that they nest, also with
                                        measurement an image, and for `classifier_free`
                                        itself: give two conditions by name to one
 
-    labels     classifier_free, and drop_labels for training with hidden labels
+    labels     classifier_free; drop_labels and drop for training with hidden ones
     pairs      of two denoisers: autoguidance, adaptive_projected, zero_star; the table
                GUIDANCE_METHODS
     gradients  classifier, posterior, shift_x_0; label_log_prob
@@ -31,7 +31,7 @@ from jax_diffusion.guidance.gradients import (
     posterior,
     shift_x_0,
 )
-from jax_diffusion.guidance.labels import classifier_free, drop_labels
+from jax_diffusion.guidance.labels import classifier_free, drop, drop_labels
 from jax_diffusion.guidance.pairs import (
     GUIDANCE_METHODS,
     adaptive_projected,
@@ -47,6 +47,7 @@ __all__ = [
     "autoguidance",
     "classifier",
     "classifier_free",
+    "drop",
     "drop_labels",
     "label_log_prob",
     "posterior",

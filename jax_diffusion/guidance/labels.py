@@ -186,13 +186,49 @@ def drop_labels(
     >>> drop_labels(jax.random.key(0), jnp.array([3, 5, 2]), null_label=10, share=1.0)
     Array([10, 10, 10], dtype=int32)
     """
-    checks.key("key", key)
     checks.array("label", label, "int", ("b",))
     if isinstance(null_label, jax.Array):
         checks.array("null_label", null_label, "int", ())
     else:
         checks.integer("null_label", null_label)
+    return drop(key, {"label": label}, {"label": null_label}, share)["label"]
+
+
+def drop(
+    key: Key[Array, ""],
+    cond: Mapping[str, Array],
+    null: Mapping[str, Any],
+    share: float | Float[Array, ""],
+) -> dict[str, Array]:
+    """Replaces all conditioning of an image by `null`, with probability `share`.
+
+    Args:
+        key: says which images.
+        cond: conditioning by name, arrays [b, ...]; what `null` does not name stays.
+        null: by some of these names what means none; it broadcasts against [b, ...].
+        share: in [0, 1].
+
+    Returns:
+        Arrays as in `cond`.
+
+    Raises:
+        ValueError: unless these are arrays with one b, and share is in [0, 1].
+
+    >>> told = {"label": jnp.array([3, 5]), "cond": jnp.ones((2, 1))}
+    >>> drop(jax.random.key(0), told, {"label": 10, "cond": 0.0}, share=1.0)["label"]
+    Array([10, 10], dtype=int32)
+    """
+    checks.key("key", key)
     checks.number("share", share, at_least=0, at_most=1)
-    return jnp.where(
-        jax.random.bernoulli(key, jnp.float32(share), label.shape), null_label, label
-    ).astype(label.dtype)
+    for name in null:
+        checks.array(f"cond's {name}", cond.get(name), "any", ("b", ...))
+    b = next((cond[name].shape[0] for name in null), 0)
+    hidden = jax.random.bernoulli(key, jnp.float32(share), (b,))
+
+    def replaced(name, value):
+        checks.array(f"cond's {name}", value, "any", (b, ...))
+        axes = tuple(range(1, np.ndim(value)))
+        mask = jnp.expand_dims(hidden, axes)
+        return jnp.where(mask, null[name], value).astype(value.dtype)
+
+    return {**cond, **{name: replaced(name, cond[name]) for name in null}}

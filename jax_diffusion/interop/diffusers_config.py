@@ -34,7 +34,13 @@ FIXED_FIELDS = {
     "class_embed_type": None,
 }
 # Fields of `UNet` with the values that diffusers supports.
-PLAIN_FIELDS = {"resample": ("conv",), "low_res": (False,), "block_size": (1,)}
+PLAIN_FIELDS = {
+    "resample": ("conv",),
+    "low_res": (False,),
+    "block_size": (1,),
+    "cond_dim": (0,),
+    "token_dim": (0,),
+}
 # Fields of UNet2DModel with a choice: value there -> value of the field of `UNet`.
 CHOICES = {
     "freq_shift": {0: False, 1: True},

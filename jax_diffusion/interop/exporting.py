@@ -48,6 +48,8 @@ OPENAI_FIELDS = dict(
     resample=("conv",),
     head_channels=(None,),
     block_size=(1,),
+    cond_dim=(0,),
+    token_dim=(0,),
 )
 OPENAI_MEANS = {"eps": "EPSILON", "x_0": "START_X", "mu": "PREVIOUS_X"}
 

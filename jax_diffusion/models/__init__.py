@@ -5,14 +5,19 @@ Any `flax.linen.Module` that keeps the following protocol can be trained and sam
 and any other network that `from_functions` gives its form: of Flax NNX, Equinox, Haiku
 or plain JAX. A config names what makes one as "package.module:MyNetwork".
 
-The call is `(x, timesteps, [label], *, [low_res=], [...], train=False)`; the first
-three are given by position:
+The call is `(x, timesteps, [label], *, [low_res=], [cond=], [...], train=False)`; the
+first three are given by position:
 
     x          float32 [b, h, w, c], noisy images, or data of any other rank
     timesteps  float32 [b], one number for each image: how noisy it is
     label      int32 [b] in [0, num_classes), if the network has `num_classes`
     low_res    float32 [b, h_low, w_low, c], the same images at a lower resolution, if
                the network has `low_res`
+    cond       float32 [b, cond_dim], vectors that say what is wanted, if the network
+               has `cond_dim`; zeros mean none, for classifier-free guidance
+    tokens     float32 [b, n, token_dim], sequences of vectors that say it, if the
+               network has `token_dim`; with it comes tokens_mask, bool [b, n], the
+               tokens that count; none of them means none
     ...        any other array [b, ...] of the batch, by its name
     train      whether dropout is on; its random key is `rngs={"dropout": key}`
 
@@ -27,16 +32,18 @@ These fields of the module say what it takes and returns:
     num_classes   number of labels that the network takes, including the null label of
                   classifier-free guidance; None or no such field: it takes no label
     low_res       whether the network takes `low_res`; no such field: it does not
+    cond_dim      length of `cond`; 0 or no such field: it takes none
+    token_dim     length of each of the `tokens`; 0 or no such field: it takes none
     num_labels    number of labels that a classifier tells apart. This field makes it a
                   classifier: it is trained without an objective and cannot be sampled
 
-`traits` reads the last three, and nothing else does. A test checks all of this for
+`traits` reads all but the first, and nothing else does. A test checks all of this for
 every row of `MODELS` (tests/models/test_model_protocol.py).
 """
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -60,6 +67,7 @@ __all__ = [
     "Traits",
     "UNet",
     "bind",
+    "check_conditioning",
     "example_inputs",
     "from_functions",
     "init_params",
@@ -101,11 +109,28 @@ class Traits(NamedTuple):
         num_classes: number of labels that the network takes; None if it takes no label.
         num_labels: number of labels that a classifier tells apart; None for a denoiser.
         low_res: whether the network takes low-resolution images (super-resolution).
+        cond_dim: length of the vectors `cond` that it takes; 0 for none.
+        token_dim: length of the `tokens` that it takes; 0 for none.
     """
 
     num_classes: int | None = None
     num_labels: int | None = None
     low_res: bool = False
+    cond_dim: int = 0
+    token_dim: int = 0
+
+    @property
+    def null(self) -> dict[str, Any]:
+        """What means no conditioning, by name; the last label means none.
+
+        >>> Traits(num_classes=11, cond_dim=3).null
+        {'label': 10, 'cond': 0.0}
+        """
+        null: dict[str, Any] = {}
+        if self.num_classes is not None:
+            null["label"] = self.num_classes - 1
+        null |= {"cond": 0.0} if self.cond_dim else {}
+        return null | ({"tokens": 0.0, "tokens_mask": False} if self.token_dim else {})
 
 
 def traits(model: Any) -> Traits:
@@ -117,7 +142,7 @@ def traits(model: Any) -> Traits:
             makes a denoiser without labels.
 
     >>> traits(UNet(num_classes=10))
-    Traits(num_classes=10, num_labels=None, low_res=False)
+    Traits(num_classes=10, num_labels=None, low_res=False, cond_dim=0, token_dim=0)
     >>> traits(MODELS["noisy_classifier"]).num_labels is None
     False
     """
@@ -133,7 +158,8 @@ def traits(model: Any) -> Traits:
         name: getattr(model, name, 0 if name in required else default)
         for name, default in Traits._field_defaults.items()
     }
-    return Traits(found["num_classes"], found["num_labels"], bool(found["low_res"]))
+    sizes = {name: found[name] or 0 for name in ("cond_dim", "token_dim")}
+    return Traits(**{**found, **sizes, "low_res": bool(found["low_res"])})
 
 
 def num_classes(model: Any) -> int | None:
@@ -149,8 +175,9 @@ def example_inputs(model: Any, image_shape: Sequence[int]) -> dict[str, Array]:
         image_shape: shape of one image, (h, w, c).
 
     Returns:
-        "x" [1, h, w, c], "timesteps" [1], and "label" [1] and "low_res" [1, h, w, c] if
-        the network takes them.
+        "x" [1, h, w, c], "timesteps" [1], and "label" [1], "low_res" [1, h, w, c],
+        "cond" [1, cond_dim], "tokens" [1, 1, token_dim] and "tokens_mask" [1, 1] if the
+        network takes them.
 
     >>> {name: a.shape for name, a in example_inputs(UNet(), (8, 8, 3)).items()}
     {'x': (1, 8, 8, 3), 'timesteps': (1,)}
@@ -161,6 +188,11 @@ def example_inputs(model: Any, image_shape: Sequence[int]) -> dict[str, Array]:
         inputs["label"] = jnp.zeros(1, jnp.int32)
     if known.low_res:
         inputs["low_res"] = jnp.zeros((1, *image_shape))
+    if known.cond_dim:
+        inputs["cond"] = jnp.zeros((1, known.cond_dim))
+    if known.token_dim:
+        inputs["tokens"] = jnp.zeros((1, 1, known.token_dim))
+        inputs["tokens_mask"] = jnp.ones((1, 1), bool)
     return inputs
 
 
@@ -182,13 +214,36 @@ def init_params(
         ValueError: if the network has other variables, which training would not change.
     """
     inputs = example_inputs(model, image_shape)
-    named = {k: inputs.pop(k) for k in ("low_res",) if k in inputs}
-    named |= {name: value[:1] for name, value in cond.items()}
-    variables = model.init(key, *inputs.values(), **named)
+    given = [inputs.pop(k) for k in ("x", "timesteps", "label") if k in inputs]
+    named = inputs | {name: value[:1] for name, value in cond.items()}
+    variables = model.init(key, *given, **named)
     if others := sorted(variables.keys() - {"params"}):
         rule = "model must be a network without variables besides its parameters"
         raise ValueError(f"{rule}, got one with {', '.join(others)}.")
     return variables.get("params", {})
+
+
+def check_conditioning(model: Any, arrays: Mapping[str, Any], of: str = "") -> None:
+    """Checks that arrays have what a network takes, of the length that it takes.
+
+    Args:
+        model: the network.
+        arrays: by name; only the lengths of "cond" [n, d] and "tokens" [n, k, d] count.
+        of: whose they are, for errors, such as " of the training images".
+
+    Raises:
+        ValueError: if one is missing or of another length; it begins with its name.
+    """
+    known = traits(model)
+    for name, axes, field in (
+        ("cond", "n", "cond_dim"),
+        ("tokens", "n, k", "token_dim"),
+    ):
+        size, array = getattr(known, field), arrays.get(name)
+        if size and (array is None or array.shape[-1] != size):
+            got = "None" if array is None else f"{[*array.shape]}"
+            rule = f"{name}{of} must be [{axes}, {size}] for a network with"
+            raise ValueError(f"{rule} {field} = {size}, got {got}.")
 
 
 def bind(model: Any, params: PyTree, label: Any, **options: Any) -> Callable[..., Any]:

@@ -120,7 +120,6 @@ class DiT(nn.Module):
     def __post_init__(self):
         """Raises ValueError for a field that is out of range or does not fit others."""
         check_sizes(self)
-        checks.integer("cond_dim", self.cond_dim, at_least=0)
         checks.number("mlp_ratio", self.mlp_ratio, above=0, at_most=1000)
         if self.channels % 4 or self.channels % self.num_heads:
             raise ValueError(

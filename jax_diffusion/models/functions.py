@@ -23,6 +23,8 @@ class FunctionNetwork:
     num_classes: int | None = None
     num_labels: int | None = None
     low_res: bool = False
+    cond_dim: int = 0
+    token_dim: int = 0
 
     def init(self, key: Array, x: Array, timesteps: Array, *label: Array, **cond: Any):
         """Returns {"params": ...}, dicts with the names of the parameters as keys."""
@@ -71,6 +73,8 @@ def from_functions(
     num_classes: int | None = None,
     num_labels: int | None = None,
     low_res: bool = False,
+    cond_dim: int = 0,
+    token_dim: int = 0,
 ) -> FunctionNetwork:
     """Makes a network of any library from two pure functions.
 
@@ -85,7 +89,8 @@ def from_functions(
             says whether dropout is on, then rngs is {"dropout": key}, else {}. `cond`
             are `label` and `low_res`, if the network takes them, and all other
             conditioning by its name.
-        num_classes, num_labels, low_res: fields of a network, see `models`.
+        num_classes, num_labels, low_res, cond_dim, token_dim: fields of a network, see
+            `models`.
 
     Raises:
         ValueError: if init or apply cannot be called.
@@ -97,7 +102,8 @@ def from_functions(
     """
     checks.function("init", init, "(key, x, timesteps, **cond)")
     checks.function("apply", apply, "(params, x, timesteps, *, train, rngs, **cond)")
-    return FunctionNetwork(init, apply, num_classes, num_labels, low_res)
+    sizes = cond_dim, token_dim
+    return FunctionNetwork(init, apply, num_classes, num_labels, low_res, *sizes)
 
 
 def _by_name(tree: PyTree) -> dict[tuple[str, ...], Any]:

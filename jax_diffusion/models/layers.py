@@ -72,6 +72,7 @@ SIZES = (
     ("expansion", 1, 1000),
     *(("block_size", 1, 1000), ("patch_size", 1, 1000)),
     ("num_classes", 1, 2**24),
+    *((name, 0, MAX_CHANNELS) for name in ("cond_dim", "token_dim")),
     ("num_labels", 1, 2**24),
 )
 

@@ -1,9 +1,10 @@
 """The U-Net of DDPM, DDIM, Improved DDPM, guided diffusion and `google/ddpm-*`.
 
-    emb = MLP(sinusoids of t) + embedding of the label
+    emb = MLP(sinusoids of t) + embedding of the label + dense(cond)
     down: per level num_res_blocks x (ResBlock, attention at some sizes), halve
     mid:  ResBlock, attention, ResBlock
     up:   per level (num_res_blocks + 1) x (ResBlock on [h, skip], attention), double
+    attention: self-attention, then cross-attention to tokens if there are any
 
 The systems differ in small ways, each of which is a field of `UNet`; the defaults are
 those of Improved DDPM. Norms, softmax, time embedding and output are always float32;
@@ -16,11 +17,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_diffusion import checks
 from jax_diffusion.checks import placement
+from jax_diffusion.models.attention import (
+    Attention,
+    CrossAttention,
+    check_conditioning,
+)
 from jax_diffusion.models.dropout import Dropout
+from jax_diffusion.models.folding import fold, unfold
 from jax_diffusion.models.layers import (
     Layers,
     check_inputs,
@@ -94,33 +101,6 @@ class ResBlock(Layers):
         if x.shape[-1] != self.channels:
             x = self.dense(x, self.channels, name="skip", dtype=self.dtype)
         return x + h
-
-
-class Attention(Layers):
-    """Self-attention over all pixels, added to its input; it starts at zero.
-
-    Args of the call: x [b, *spatial, c]. Returns the same shape.
-
-    Attributes:
-        num_heads: number of attention heads.
-        head_channels: channels of each head; if given, it determines num_heads.
-    """
-
-    num_heads: int = 1
-    head_channels: int | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b *d c"]) -> Float[Array, "b *d c"]:
-        b, c = x.shape[0], x.shape[-1]
-        size = self.head_channels or c // self.num_heads
-        h = self.norm(x, name="norm").reshape(b, -1, c)
-        qkv = self.dense(h, 3 * c, name="qkv", dtype=self.dtype, fused=3)
-        # [b, pixels, head, channels of a head] each; softmax is float32 inside.
-        q, k, v = jnp.moveaxis(qkv.reshape(b, -1, 3, c // size, size), 2, 0)
-        # The pixels x pixels attention weights are computed again, not kept.
-        h = jax.checkpoint(jax.nn.dot_product_attention)(q, k, v)
-        h = placement.reshape(h, x.shape)
-        return x + self.dense(h, c, name="out", dtype=self.dtype, zero=True)
 
 
 class Trunk(Layers):
@@ -206,18 +186,20 @@ class Trunk(Layers):
         emb = nn.silu(self.dense(emb, 4 * self.channels, name="time_0"))
         return self.dense(emb, 4 * self.channels, name="time_1")
 
-    def blocks(self, emb, train):
+    def blocks(self, emb, train, tokens=None, tokens_mask=None):
         """Returns block(h, channels, name) and attend(h, name), all else bound.
 
         Args:
             emb: time embedding, float32 [b, e].
             train: whether dropout is on.
+            tokens, tokens_mask: of `CrossAttention`, which follows if they are given.
         """
-        res_block, attention = ResBlock, Attention
+        res_block, attention, cross_attention = ResBlock, Attention, CrossAttention
         if self.remat is not None:
             policy = getattr(jax.checkpoint_policies, self.remat)
             res_block = nn.remat(ResBlock, policy=policy, static_argnums=(3,))
             attention = nn.remat(Attention, policy=policy)
+            cross_attention = nn.remat(CrossAttention, policy=policy)
 
         def block(h, channels, name, resample=None):
             return res_block(
@@ -234,7 +216,11 @@ class Trunk(Layers):
             if not always and height not in self.attention_resolutions:
                 return h
             options = self.shared() | self.heads()
-            return attention(name=f"{name}_attention", **options)(h)
+            h = attention(name=f"{name}_attention", **options)(h)
+            if tokens is None:
+                return h
+            across = cross_attention(name=f"{name}_cross_attention", **options)
+            return across(h, tokens, tokens_mask)
 
         return block, attend
 
@@ -291,11 +277,19 @@ class UNet(Trunk):
 
     Args of the call: x float32 [b, h, w, c] (or another number of spatial axes, 1 to
     3); timesteps float32 [b]; label int32 [b] if num_classes is set; low_res
-    [b, h_low, w_low, c] if low_res is set. Returns float32 [b, h, w, out_channels].
+    [b, h_low, w_low, c] if low_res is set; cond [b, cond_dim], tokens [b, n, token_dim]
+    and tokens_mask bool [b, n], None for all of them, if their size is set. Returns
+    float32 [b, h, w, out_channels].
 
     Attributes:
         out_channels: channels of the output.
         num_classes: number of labels; None for a network that takes no label.
+        cond_dim: length of the vectors `cond`, which a dense layer adds to the time
+            embedding; zeros mean none. 0 for a network that takes none.
+        token_dim: length of each token; a set of n of them is attended to wherever
+            pixels attend to each other, without regard to their order. Tokens that are
+            masked have no influence, and all of them masked means none. 0 for a
+            network that takes none.
         low_res: whether the network also takes low-resolution images, which are resized
             and stacked onto x (super-resolution).
         block_size: side of the blocks of pixels that are folded into channels before
@@ -305,12 +299,14 @@ class UNet(Trunk):
 
     Raises:
         ValueError: if the image cannot be halved often enough, if channels cannot be
-            divided into groups or heads, or if label or low_res is missing or not
-            wanted.
+            divided into groups or heads, or if an input is missing, not wanted or of
+            another shape.
     """
 
     out_channels: int = 3
     num_classes: int | None = None
+    cond_dim: int = 0
+    token_dim: int = 0
     low_res: bool = False
     block_size: int = 1
 
@@ -322,9 +318,13 @@ class UNet(Trunk):
         label: Int[Array, "b"] | None = None,
         *,
         low_res: Float[Array, "b *d_low c_low"] | None = None,
+        cond: Float[Array, "..."] | None = None,
+        tokens: Float[Array, "..."] | None = None,
+        tokens_mask: Bool[Array, "..."] | None = None,
         train: bool = False,
     ) -> Float[Array, "b *d c_out"]:
         self._check_inputs(label, low_res)
+        check_conditioning(self, x, cond, tokens, tokens_mask)
         if low_res is not None:
             shape = x.shape[:-1] + low_res.shape[-1:]
             small = jax.image.resize(low_res, shape, "bilinear")
@@ -337,7 +337,9 @@ class UNet(Trunk):
             size = 4 * self.channels
             table = nn.Embed(self.num_classes, size, embedding_init=init, name="label")
             emb = emb + placement.rows(table.embedding, label, mode="fill")
-        block, attend = self.blocks(emb, train)
+        if cond is not None:
+            emb = emb + self.dense(cond, 4 * self.channels, name="cond")
+        block, attend = self.blocks(emb, train, tokens, tokens_mask)
 
         skips, h = self.descend(x, block, attend)
         for level, width in reversed(list(enumerate(self.widths()))):
@@ -365,36 +367,3 @@ class UNet(Trunk):
                 f"a U-Net with low_res = {self.low_res} {wanted} low_res images, "
                 f"got {'none' if low_res is None else 'some'}."
             )
-
-
-def fold(x: Float[Array, "b *d c"], size: int) -> Float[Array, "b *d_out c_out"]:
-    """Folds blocks of size x size pixels into channels, ordered [row, column, channel].
-
-    Args:
-        x: images [b, h, w, c].
-        size: side of a block; 1 changes nothing.
-
-    Returns:
-        [b, h / size, w / size, size^2 c].
-
-    Raises:
-        ValueError: if height or width is not divisible by `size`, or x has neither.
-    """
-    if size == 1:
-        return x
-    if x.ndim != 4:
-        raise ValueError(f"x must be images [b, h, w, c], got shape {x.shape}.")
-    b, h, w, c = x.shape
-    if h % size or w % size:
-        raise ValueError(f"block_size must divide {h} x {w} images, got {size}.")
-    x = placement.reshape(x, (b, h // size, size, w // size, size, c)).swapaxes(2, 3)
-    return placement.reshape(x, (b, h // size, w // size, size * size * c))
-
-
-def unfold(x: Float[Array, "b *d c"], size: int) -> Float[Array, "b *d_out c_out"]:
-    """Unfolds channels into blocks of size x size pixels: the inverse of `fold`."""
-    if size == 1:
-        return x
-    b, h, w, c = x.shape
-    x = placement.reshape(x, (b, h, w, size, size, c // size**2)).swapaxes(2, 3)
-    return placement.reshape(x, (b, h * size, w * size, c // size**2))

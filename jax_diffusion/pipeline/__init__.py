@@ -9,26 +9,25 @@ Image i depends on the seed and on i alone, whatever the batch size and the devi
     options  SamplingOptions: solver, steps, clipping, labels, guidance
     inputs   labels, images to start from, a classifier; checked against the run
     masks    read_mask: which pixels of an image are known
+    bound    BoundSampler: a compiled sampler with all that it draws with
     draw     make_sampler: the compiled function that draws a batch
 """
 
 import dataclasses
 import os
-import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import PyTree
 
 from jax_diffusion import config as configs
 from jax_diffusion import data, export, schedules
 from jax_diffusion.checks import shown
-from jax_diffusion.models import traits
+from jax_diffusion.models import example_inputs, traits
+from jax_diffusion.pipeline.bound import BoundSampler
 from jax_diffusion.pipeline.draw import make_sampler, progress_bar
 from jax_diffusion.pipeline.inputs import (
     Inputs,
@@ -50,9 +49,7 @@ from jax_diffusion.pipeline.run import (
 )
 from jax_diffusion.pipeline.tasks import TaskOptions
 from jax_diffusion.registry import is_outside
-from jax_diffusion.runtime import sharding
 from jax_diffusion.samplers import SAMPLERS
-from jax_diffusion.schedules import NoiseSchedule
 
 __all__ = [
     "BoundSampler",
@@ -79,7 +76,7 @@ LONG = 100  # steps, from which on a sampler has a progress bar of its own
 
 def sample_images(
     run: Run,
-    n: int = 64,
+    n: int | None = None,
     *,
     seed: int = 0,
     ids: Sequence[int] | np.ndarray | None = None,
@@ -92,7 +89,7 @@ def sample_images(
 
     Args:
         run: as `load_run` returns it.
-        n: number of images.
+        n: number of images; by default 64, or as many as `cond` has rows.
         seed: decides all images, an integer >= 0.
         ids: numbers of the images, [n]; by default 0 to n - 1. An image depends on the
             seed and on its number only.
@@ -100,7 +97,7 @@ def sample_images(
         upsample: a run of a network with low_res, or its workdir, that enlarges what is
             drawn.
         options: how images are drawn; fields change some of it.
-        fields: fields of `SamplingOptions` (sampler, steps, label, guidance, ...) and
+        fields: fields of `SamplingOptions` (sampler, steps, label, cond, ...) and
             of `tasks.TaskOptions` (task, images, mask, level, ...).
 
     Returns:
@@ -113,7 +110,7 @@ def sample_images(
     if not isinstance(run, Run):
         raise ValueError(f"run must be what load_run returns, got {shown(run)}.")
     for name, value, least in (
-        ("n", n, 1),
+        ("n", 1 if n is None else n, 1),
         ("batch_size", batch_size, 1),
         ("seed", seed, 0),
     ):
@@ -122,7 +119,7 @@ def sample_images(
             raise ValueError(
                 f"{name} must be an integer in [{least}, 2^32), got {shown(value)}."
             )
-    numbers = np.arange(n) if ids is None else np.asarray(ids)
+    numbers = np.arange(n or 1) if ids is None else np.asarray(ids)
     if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
         raise ValueError(f"ids must be integers [n], got {shown(ids)}.")
     if numbers.min() < 0 or numbers.max() >= 2**31:
@@ -135,109 +132,12 @@ def sample_images(
     if upsample is not None and not isinstance(upsample, Run):
         upsample = load_other("upsample", upsample)
     bound = bind_sampler(run, options, task, upsample=upsample)
+    if n is None and ids is None:
+        numbers = np.arange(bound.default_n)
     size = min(batch_size, len(numbers))
     batches = bound.batches(ids=numbers, seed=seed, batch_size=size)
     keep = slice(None) if task.row.is_strip else -1
     return np.concatenate([frames[keep] for frames, _ in batches], axis=-4)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class BoundSampler:
-    """A compiled sampler with the network, steps and labels that it draws with.
-
-    Attributes:
-        draw: the compiled function of `make_sampler`.
-        params: its parameters: "model", perhaps "classifier" and "guide".
-        schedule: its steps; padded ones share one compilation.
-        rows: arrays of which image i has row i, in turn: "label", "image", "low_res".
-        numbers: eta and the scales of guidance.
-        rounding: how floats become uint8.
-        choices: what defaults and files have come to, for records: "steps", "spacing",
-            "ema", "mask"; "noise" if it depends on rows since version 0.2 only.
-        second: the sampler that enlarges what this one draws, if there is one.
-        second_labels: its label for each label, int32 [k]; None if they agree.
-        class_names: what the labels are called; None where they are numbers only.
-    """
-
-    draw: Callable[..., Any]
-    params: Mapping[str, PyTree]
-    schedule: NoiseSchedule
-    rows: Mapping[str, np.ndarray]
-    numbers: Mapping[str, float]
-    rounding: str
-    choices: Mapping[str, Any]
-    second: "BoundSampler | None" = None
-    second_labels: np.ndarray | None = None
-    class_names: tuple[str, ...] | None = None
-
-    def batches(
-        self,
-        n: int = 0,
-        *,
-        first: int = 0,
-        ids: np.ndarray | None = None,
-        seed: int = 0,
-        batch_size: int = 256,
-        mesh: Mesh | None = None,
-        params: PyTree = None,
-        on_compiled: Callable[[float], None] | None = None,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields batches of frames, uint8 [k, b, h, w, c], and their labels, int32 [b].
-
-        On several hosts, all of them call it and get all images.
-
-        Args:
-            n: number of images.
-            first: number of the first image.
-            ids: numbers of the images instead, [n].
-            seed: of all images.
-            batch_size: number of images in all batches but perhaps the last one.
-            mesh: the devices that share the work; by default all.
-            params: parameters of the network, instead of those that are bound.
-            on_compiled: is told the seconds that compilation took.
-        """
-        numbers = range(first, first + n) if ids is None else np.asarray(ids)
-        mesh = mesh or sharding.make_mesh()
-        bound = {**self.params} if params is None else {**self.params, "model": params}
-        weights = sharding.replicate(mesh, bound)
-        if self.second is not None:  # once, not each time
-            second_weights = sharding.replicate(mesh, self.second.params)
-        draw = self.draw
-        for start in range(0, len(numbers), batch_size):
-            some = np.asarray(numbers[start : start + batch_size])
-            rows = {name: a[some % len(a)] for name, a in self.rows.items()}
-            inputs = self._inputs(mesh, weights, some, rows, seed, batch_size)
-            if on_compiled is not None:
-                begun = time.perf_counter()
-                draw = draw.lower(*inputs).compile()  # type: ignore[attr-defined]
-                on_compiled(time.perf_counter() - begun)
-                on_compiled = None
-            frames = self._finish(draw(*inputs), len(some))
-            if self.second is not None:
-                label = rows["label"]
-                if self.second_labels is not None:
-                    label = self.second_labels[label]
-                some_rows = {"low_res": frames[-1], "label": label}
-                inputs = self.second._inputs(
-                    mesh, second_weights, some, some_rows, seed, batch_size
-                )
-                frames = self.second._finish(self.second.draw(*inputs), len(some))
-            yield frames, rows["label"]
-
-    def _inputs(self, mesh, params, ids, rows, seed, batch_size):
-        """The arguments of `draw`; all batches are filled up to one size."""
-        filled = np.minimum(np.arange(batch_size), len(ids) - 1)
-        rows = {"ids": ids.astype(np.int32), **rows}
-        rows = {
-            name: (data.from_uint8(a) if a.dtype == np.uint8 else a)[filled]
-            for name, a in rows.items()
-        }
-        rows = sharding.shard_padded(mesh, rows)
-        scalars = {k: np.float32(v) for k, v in self.numbers.items()}
-        return params, self.schedule, np.uint32(seed % 2**32), rows, scalars
-
-    def _finish(self, frames, n):
-        return data.to_uint8(sharding.fetch(frames), self.rounding)[:, :n]
 
 
 def bind_sampler(
@@ -272,11 +172,16 @@ def bind_sampler(
             *(upsample, options.of_second_stage, task, {}, Inputs({}), None),
             one_program=one_program,
         )
-    return _bind(
+    bound = _bind(
         *(run, options, task, others, inputs, second),
         one_program=one_program,
         show_steps=show_steps,
     )
+    if options.cond is None:
+        return bound
+    told = {k: a for k, a in inputs.rows.items() if k in data.CONDITIONING}
+    choices = {**bound.choices, "conditioning": data.record_of(told)}
+    return dataclasses.replace(bound, choices=choices)
 
 
 def _bind(
@@ -312,7 +217,7 @@ def _bind(
         *(run.model, run.objective, run.image_shape, options, task),
         num_steps=num_steps,
         mask=mask,
-        null_label=run.null_label,
+        null=run.null,
         classifier=classifier and classifier.model,
         guide_labels=inputs.guide_labels,
         guide=guide and (guide.model, guide.objective),
@@ -328,7 +233,7 @@ def _bind(
     repaints = task.row.reads is None or "resamples" in task.row.reads
     if repaints or options.sampler not in SAMPLERS:
         choices["noise"] = "by row"
-    numbers = options.numbers(run.null_label)
+    numbers = options.numbers(run.null)
     if is_outside(task.task) and params["model"] is not None:
         rows = {"ids": np.zeros(1, np.int32)}
         rows |= {name: a[:1] for name, a in inputs.rows.items()}
@@ -354,7 +259,8 @@ def export_sampler(
     Args:
         path: of the file; beside it lie a .json and perhaps an .npz.
         run: the network.
-        options: solver, steps, guidance; labels are an input of the file.
+        options: solver, steps, guidance; labels and conditioning are inputs of the
+            file.
         weights_beside: put the weights into path + ".npz".
         about: what the .json shall say besides, JSON values.
 
@@ -364,20 +270,33 @@ def export_sampler(
     Raises:
         ValueError: if an option does not fit the run, or as `export.write` does.
     """
+    options, told = options or SamplingOptions(), run.conditioning
+    if told:  # any will do
+        if options.cond is not None:
+            rule = "cond must be left out, as it is an input of the file"
+            raise ValueError(f"{rule}, got {shown(options.cond)}.")
+        known = example_inputs(run.model, run.image_shape)
+        options = dataclasses.replace(options, cond={k: known[k] for k in told})
     bound = bind_sampler(run, options, one_program=False)
 
-    def draw_images(params, seed, ids, label):
-        rows = {"ids": ids, "label": label}
+    def draw_images(params, seed, ids, label, **cond):
+        rows = {"ids": ids, "label": label, **cond}
         return bound.draw(params, bound.schedule, seed, rows, bound.numbers)[-1]
 
     if jax.process_index() == 0:
-        told = "classifier" in bound.params or traits(run.model).num_classes is not None
+        known = traits(run.model)
+        labeled = "classifier" in bound.params or known.num_classes is not None
+        axes = {"cond": (f"{known.cond_dim}", np.float32)}
+        axes |= {"tokens": (f"k, {known.token_dim}", np.float32)}
+        axes |= {"tokens_mask": ("k", np.bool_)}
+        choices = {k: v for k, v in bound.choices.items() if k != "conditioning"}
         export.write(
             os.fspath(path),
             draw_images,
             bound.params,
             beside=weights_beside,
-            num_labels=int(bound.rows["label"].max()) + 1 if told else None,
-            about={**(about or {}), **bound.choices},
+            num_labels=int(bound.rows["label"].max()) + 1 if labeled else None,
+            told={name: axes[name] for name in run.conditioning},
+            about={**(about or {}), **choices},
         )
     return bound

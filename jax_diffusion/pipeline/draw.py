@@ -1,7 +1,7 @@
 """Builds the compiled function that draws a batch of images."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from jax_diffusion import diffusion, guidance, samplers
 from jax_diffusion.diffusion import DenoiseFn, Objective
-from jax_diffusion.models import Network, bind
+from jax_diffusion.models import Network, bind, traits
 from jax_diffusion.pipeline import tasks
 from jax_diffusion.pipeline.options import SamplingOptions
 from jax_diffusion.pipeline.tasks import TaskOptions
@@ -26,7 +26,7 @@ def make_sampler(
     *,
     num_steps: int,
     mask: np.ndarray | None = None,
-    null_label: int | None = None,
+    null: Mapping[str, Any] | None = None,
     classifier: Network | None = None,
     guide_labels: np.ndarray | None = None,
     guide: tuple[Network, Objective] | None = None,
@@ -41,7 +41,8 @@ def make_sampler(
         schedule  padded or not
         seed      uint32 []
         rows      of each image: "ids" and "label", int32 [b]; "low_res" or "image",
-                  float32 [b, h, w, c], if the network or the task wants them
+                  float32 [b, h, w, c], and "cond", "tokens" and "tokens_mask", if the
+                  network or the task wants them
         numbers   those of `SamplingOptions.numbers`
 
     Args:
@@ -51,11 +52,11 @@ def make_sampler(
         task: what is drawn.
         num_steps: number of steps of the schedule.
         mask: of the task, see `masks.read_mask`.
-        null_label: the class that the network is told for a hidden label.
+        null: what the network is told for hidden conditioning, by name, see `Run.null`.
         classifier: the network that guides.
         guide_labels: its label for each label, int32 [k]; None if they agree.
         guide: a weaker network, and how its output is read; by default it is the
-            network with its label hidden.
+            network with its conditioning hidden.
         on_step: called on the host with the timestep of every step.
 
     Raises:
@@ -73,22 +74,21 @@ def make_sampler(
         return diffusion.threshold_x_0(denoise_fn, quantile=options.threshold)
 
     def denoiser(model, objective, params, schedule):
-        def model_fn(x_t, timesteps, label, **more):
-            return bind(model, params, label, **more)(x_t, timesteps)
-
-        return diffusion.denoiser(model_fn, schedule, objective)
+        return diffusion.denoiser(network_fn(model, params), schedule, objective)
 
     @jax.jit
     def draw(params, schedule, seed, rows, numbers):
         denoise_fn = denoiser(model, objective, params["model"], schedule)
-        told = ("low_res", "label")
-        if "scale" in numbers and (guide or null_label is not None):
+        told = ("low_res", "label", *traits(model).null)
+        known = {name: rows[name] for name in told if name in rows}
+        if "scale" in numbers and (guide or null is not None):
             weak_fn = guide and denoiser(*guide, params["guide"], schedule)
             scale = _in_interval(schedule, numbers, "scale", outside=1.0)
-            given = (rows["label"], null_label, scale, numbers["rescale"])
+            names = known.keys() - {"low_res"} if null is None else null
+            wanted = {name: known.pop(name) for name in sorted(names)}
+            given = (wanted, null, scale, numbers["rescale"])
             name = options.guidance_method or "classifier_free"
-            denoise_fn, told = guided(name, denoise_fn, weak_fn, *given), ("low_res",)
-        known = {name: rows[name] for name in told if name in rows}
+            denoise_fn = guided(name, denoise_fn, weak_fn, *given)
         denoise_fn = clip(functools.partial(denoise_fn, **known))
         if classifier is not None:
             label = rows["label"]
@@ -112,22 +112,35 @@ def make_sampler(
     return draw
 
 
-def guided(name, denoise_fn, weak_fn, label, null_label, scale, rescale):
-    """A labeled denoiser, guided by a method of `guidance.GUIDANCE_METHODS`.
+def network_fn(model, params):
+    """Returns model_fn(x_t, timesteps, label, **told), which ignores what it takes not.
 
-    Away from `weak_fn`, or where that is None from what it predicts with `null_label`.
+    A weaker network that guides need not be told what the other one is.
+    """
+    takes = ("low_res", *traits(model).null)
+
+    def model_fn(x_t, timesteps, label, **told):
+        told = {name: a for name, a in told.items() if name in takes}
+        return bind(model, params, label, **told)(x_t, timesteps)
+
+    return model_fn
+
+
+def guided(name, denoise_fn, weak_fn, wanted, null, scale, rescale):
+    """A denoiser that is told what is wanted, by a method of `GUIDANCE_METHODS`.
+
+    Away from `weak_fn`, or where that is None from what it predicts when told `null`.
     """
     method = guidance.GUIDANCE_METHODS[name]
     if weak_fn is None and method is guidance.autoguidance:  # both in one call
-        args = (label, null_label, scale)
+        args = (wanted, null, scale)
         return guidance.classifier_free(denoise_fn, *args, rescale=rescale)
-    labeled = functools.partial(denoise_fn, label=label)
+    weaker = wanted
     if weak_fn is None:
-        hidden = jnp.full_like(label, null_label)
-        weaker = functools.partial(denoise_fn, label=hidden)
-    else:
-        weaker = functools.partial(weak_fn, label=label)
-    return method(labeled, weaker, scale, rescale=rescale)
+        weaker = {name: jnp.full_like(a, null[name]) for name, a in wanted.items()}
+    weak_fn = functools.partial(weak_fn or denoise_fn, **weaker)
+    told_fn = functools.partial(denoise_fn, **wanted)
+    return method(told_fn, weak_fn, scale, rescale=rescale)
 
 
 def progress_bar(num_steps: int) -> Callable[[Any], None]:

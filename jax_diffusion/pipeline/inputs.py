@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jax_diffusion import checks, data
-from jax_diffusion.models import traits
+from jax_diffusion.models import check_conditioning, traits
 from jax_diffusion.pipeline.options import SamplingOptions
 from jax_diffusion.pipeline.run import (
     Run,
@@ -151,7 +151,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         rows: arrays [k, ...] by name, "label" int32 and perhaps "image", "next" or
-            "low_res" uint8; image i has row i of each, in turn.
+            "low_res" uint8 and conditioning; image i has row i of each, in turn.
         guide_labels: the classifier's label for each label, int32; None if they agree.
         upsample_labels: the second stage's, likewise.
         class_names: what the labels are called; None where they are numbers only.
@@ -195,7 +195,7 @@ def read_inputs(
     if guide_labels is not None and not names:  # up to the last one that both know
         known = 1 + int(np.flatnonzero(guide_labels >= 0).max(initial=-1))
     wanted = options.labels(known, names)
-    rows, labels = read_images(run, task, owner if wanted is None else None)
+    rows, labels, told = read_images(run, task, owner if wanted is None else None)
     if wanted is not None:
         labels = wanted
     elif known is None:
@@ -217,8 +217,43 @@ def read_inputs(
         None if table is None or (table == np.arange(len(table))).all() else table
         for table in (guide_labels, upsample_labels)
     ]
-    rows = {**rows, "label": labels.astype(np.int32)}
+    told = check_told(run, upsample, options, told)
+    rows = {**rows, **told, "label": labels.astype(np.int32)}
     return Inputs(rows, *tables, class_names=names)
+
+
+def check_told(
+    run: Run, upsample: Run | None, options: SamplingOptions, told: data.Conditioning
+) -> data.Conditioning:
+    """Returns the conditioning that run and second stage take, [k, ...] by name.
+
+    Args:
+        run, upsample: the networks.
+        options: its `cond` replaces what the images have.
+        told: that of the images of a task.
+
+    Raises:
+        ValueError: if it is missing, not wanted, or of another length.
+    """
+    given = options.conditioning()
+    runs = [one for one in (run, upsample) if one is not None]
+    wanted = {name for one in runs for name in one.conditioning}
+    for name in given:
+        if name not in wanted:
+            own = f"takes {' and '.join(sorted(wanted))}" if wanted else "takes neither"
+            raise ValueError(
+                "cond must hold what the network takes of cond and tokens, got "
+                f"{name} for one that {own}."
+            )
+    told = given or told
+    if wanted and not told:
+        raise ValueError(
+            "cond must be given for a network that takes "
+            f"{' and '.join(sorted(wanted - {'tokens_mask'}))}, got None."
+        )
+    for one in runs:
+        check_conditioning(one.model, told)
+    return {name: told[name] for name in told if name in wanted}
 
 
 def check_known(
@@ -284,8 +319,8 @@ def as_images(field: str, images: Any) -> np.ndarray:
 
 def read_images(
     run: Run, task: TaskOptions, owner: Run | None
-) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """Images of a task or to enlarge, and their labels.
+) -> tuple[dict[str, np.ndarray], np.ndarray | None, data.Conditioning]:
+    """Images of a task or to enlarge, their labels and conditioning.
 
     Args:
         run: what draws.
@@ -314,9 +349,11 @@ def read_images(
             split = task.split_of_images
             of_split: Any = dict(batch_size=1, gray=True, labels=False)
             examples = open_images(run, given, split, **of_split).examples
-    labels = None
+    labels, told = None, {}
     if examples is not None:
-        rows["low_res" if field == "low_res" else "image"] = examples.read_all()[0]
+        told = examples.read_batch(np.arange(len(examples)))
+        rows["low_res" if field == "low_res" else "image"] = told.pop("image")
+        del told["label"]
         if owner is not None:
             own = given is None and low_res is None and owner is run
             remedy = "; give `label` instead"
@@ -341,4 +378,4 @@ def read_images(
             )
     if task.row.takes_next:
         rows["next"] = np.roll(rows["image"], -1, axis=0)
-    return rows, labels
+    return rows, labels, told

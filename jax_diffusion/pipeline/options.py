@@ -29,6 +29,7 @@ NEEDS = {  # the fields that have no effect without another one, and which
     "classifier_scale": "classifier",
     "reclip": "classifier",
 }
+ARRAYS = np.ndarray | jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +48,10 @@ class SamplingOptions:
         label: the images get these labels in turn: numbers or names of classes, as 3,
             "0,1,2", "dog,cat" or ["dog", "cat"]; by default all labels. Where names of
             classes are numbers, 3 is the class of that name, not the fourth class.
+        cond: of a network that takes vectors or tokens, what it is told: arrays by name
+            ("cond" [k, d], "tokens" [k, n, d], "tokens_mask" bool [k, n]), an array
+            [k, d] alone, or a .npz file of such arrays; image i gets row i, in turn. By
+            default that of the images that a task starts from.
         guidance: scale of guidance; 1 is the labeled prediction. Classifier-free, or
             away from what `guide_with` predicts.
         guide_with: workdir of a weaker run that predicts in place of the network
@@ -76,6 +81,7 @@ class SamplingOptions:
     threshold: float | None = None
     rounding: str = "floor"
     label: int | str | Sequence[int | str] | None = None
+    cond: Any = None
     guidance: float | None = None
     guide_with: str | os.PathLike | None = None
     guidance_method: str | None = None
@@ -131,7 +137,7 @@ class SamplingOptions:
         for name in ("clip", "reclip"):
             checks.boolean(name, getattr(self, name))
         label: Any = self.label
-        if isinstance(label, np.ndarray | jax.Array):
+        if isinstance(label, ARRAYS):
             label = np.ravel(label).tolist()
         several = isinstance(label, Sequence) and not isinstance(label, str | bytes)
         for one in label if several else [label]:
@@ -139,6 +145,9 @@ class SamplingOptions:
                 if not isinstance(one, str | Integral) or isinstance(one, bool):
                     rule = "label must be an integer, a string, or a list of them"
                     raise ValueError(f"{rule}, got {checks.shown(self.label)}.")
+        given = self.cond
+        if given is not None and not isinstance(given, ARRAYS | Mapping):
+            checks.path("cond", given, "arrays by name, an array [k, d] or a .npz file")
         whole = isinstance(self.steps, Integral) and not isinstance(self.steps, bool)
         if self.steps is not None and not whole:
             raise ValueError(
@@ -186,7 +195,7 @@ class SamplingOptions:
     @property
     def of_second_stage(self) -> "SamplingOptions":
         """The same without what is for the first of two stages only."""
-        changes: dict[str, Any] = dict(label=None, classifier=None)
+        changes: dict[str, Any] = dict(label=None, cond=None, classifier=None)
         if self.guide_with is not None:
             changes |= dict(guide_with=None, guidance=None)
         left = vars(self) | changes
@@ -213,18 +222,18 @@ class SamplingOptions:
         spacing = row.spacing if self.spacing is None else self.spacing
         return configs.make_schedule(config, steps=steps, spacing=spacing), spacing
 
-    def numbers(self, null_label: int | None) -> dict[str, float]:
+    def numbers(self, null: Mapping[str, Any] | None) -> dict[str, float]:
         """Returns the numbers that can change without another compilation, by name.
 
         Args:
-            null_label: the class that the network is told for a hidden label.
+            null: what the network is told for hidden conditioning, see `Run.null`.
 
         Raises:
             ValueError: if the network has not learned what guidance needs.
         """
         numbers = {"eta": self.eta}
         if self.guidance is not None:
-            if null_label is None and self.guide_with is None:
+            if null is None and self.guide_with is None:
                 raise ValueError(
                     "guidance needs a run that was trained with label_dropout, got one "
                     "without; `guide_with` and `classifier` work with any run."
@@ -247,6 +256,24 @@ class SamplingOptions:
                 )
             numbers |= {"low": low, "high": high}
         return {name: float(number) for name, number in numbers.items()}
+
+    def conditioning(self) -> data.Conditioning:
+        """Returns the arrays that `cond` gives or names, checked; empty if none.
+
+        Raises:
+            ValueError: if they are not as `data.check_conditioning` says.
+        """
+        given = self.cond
+        if given is None:
+            return {}
+        if isinstance(given, str | os.PathLike):
+            return data.read_conditioning(given)
+        given = given if isinstance(given, Mapping) else {"cond": given}
+        for name in given:
+            checks.choice("cond's names", name, data.CONDITIONING)
+        if not given:
+            raise ValueError("cond must hold cond or tokens, got no array.")
+        return data.check_conditioning(given)
 
     def labels(
         self, known: int | None, class_names: Sequence[str] | None = None

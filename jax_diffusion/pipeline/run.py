@@ -12,7 +12,7 @@ from jax_diffusion import checks, data
 from jax_diffusion import config as configs
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
-from jax_diffusion.models import Network, traits
+from jax_diffusion.models import Network, check_conditioning, traits
 from jax_diffusion.runtime import checkpoint
 from jax_diffusion.training.averages import (
     MAX_WIDTH,
@@ -58,15 +58,20 @@ class Run:
         return known.num_classes is not None or known.num_labels is not None
 
     @property
-    def null_label(self) -> int | None:
-        """The class of hidden labels; None if labels were never hidden."""
-        return self.num_labels if self.config.get("label_dropout") else None
+    def conditioning(self) -> tuple[str, ...]:
+        """Names of what the network takes of `data.conditioning`."""
+        return tuple(name for name in traits(self.model).null if name != "label")
+
+    @property
+    def null(self) -> dict[str, Any] | None:
+        """What means no conditioning, by name; None if nothing was ever hidden."""
+        return traits(self.model).null if self.config.get("label_dropout") else None
 
     @property
     def num_labels(self) -> int:
         """The number of labels that it knows; 1 for a network that takes none."""
         hidden, known = 1 if self.config.get("label_dropout") else 0, traits(self.model)
-        return known.num_labels or (known.num_classes or 1) - hidden
+        return known.num_labels or max(known.num_classes or 1, 1 + hidden) - hidden
 
 
 def load_run(
@@ -185,12 +190,12 @@ def open_images(
         batch_size: number of images of a batch.
         gray: whether images with one channel are fine, whatever the run's have.
         field: what the images are, for errors.
-        labels: whether labels matter, to a network that takes them; then they are
-            matched with the run's, see `fit_labels`.
+        labels: whether labels and conditioning matter, to a network that takes them;
+            then labels are matched with the run's, see `fit_labels`.
 
     Raises:
         ValueError: if it cannot be read, if its images differ in size from the run's,
-            or if it lacks labels that the run knows.
+            or if it lacks labels that the run knows, or conditioning that it takes.
     """
     changes: dict[str, Any] = dict(batch_size=batch_size)
     if source is not None:
@@ -205,6 +210,10 @@ def open_images(
             f"{field} must be {run.image_shape}, as the run's, got "
             f"{batches.image_shape}."
         )
+    told = run.conditioning if labels else ()
+    batches = dataclasses.replace(batches, told=told)
+    if labels:
+        check_conditioning(run.model, batches.conditioning, f" of {field}")
     if not labels or not run.takes_labels:
         return batches
     examples = fit_labels(batches.examples, run, field, own=source is None)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jax_diffusion import data
-from jax_diffusion.models import Network, traits
+from jax_diffusion.models import Network, check_conditioning, traits
 from jax_diffusion.models.unet import Trunk
 
 
@@ -59,7 +59,7 @@ def check_fit(
     fresh: bool = True,
     old: bool = False,
 ) -> None:
-    """Checks that the network takes these labels and image sizes.
+    """Checks that the network takes these labels, conditioning and image sizes.
 
     Args:
         config: its label_dropout, low_res_size and microbatches are checked.
@@ -72,10 +72,10 @@ def check_fit(
         ValueError: that names the field.
     """
     share, image_shape, known = config.label_dropout, batches.image_shape, traits(model)
-    if share and known.num_classes is None:
+    if share and not known.null:
         raise ValueError(
-            "config.label_dropout must be 0 for a network that knows no labels, got "
-            f"{share}."
+            "config.label_dropout must be 0 for a network that takes no labels, cond "
+            f"or tokens, got {share}."
         )
     # `config.build` has added the class of hidden labels.
     taken = known.num_classes and known.num_classes - bool(share)
@@ -98,6 +98,7 @@ def check_fit(
             )
         if most > count:
             raise ValueError(f"labels must be below {field} = {count}, got {most - 1}.")
+    check_conditioning(model, batches.conditioning, " of the training images")
     if batches.batch_size % config.microbatches:
         raise ValueError(
             f"config.microbatches must divide the batch of {batches.batch_size} images,"

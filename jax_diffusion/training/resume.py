@@ -98,7 +98,9 @@ class SavedRun(NamedTuple):
             others: how their shape differs; "" if it does not.
         """
         before, digest = self.record.get("data_digest"), batches.examples.digest
-        if before == digest and digest is not None and not others:
+        conditioning = data.record_of(batches.conditioning)
+        misled = self.record.get("conditioning", {}) != conditioning
+        if before == digest and digest is not None and not others and not misled:
             return []
         names = [_name(line) for line in self.changes if line.startswith("data.")]
         names = [n for n in names if n.removeprefix("data.") not in SAME_IMAGES]
@@ -107,11 +109,12 @@ class SavedRun(NamedTuple):
             _covers(self.allowed, name) for name in ["data.path", *names]
         ):
             return []
+        what = "images" if others or before != digest else "conditioning"
         moved = [line for line in self.changes if _name(line) == "data.path"]
         if moved:
-            return [f"{moved[0]}, which holds other images"]
-        if others or (before is not None and digest is not None):
-            return ["data.path: other images than the run was trained with"]
+            return [f"{moved[0]}, which holds other {what}"]
+        if misled or others or (before is not None and digest is not None):
+            return [f"data.path: other {what} than the run was trained with"]
         return []
 
 

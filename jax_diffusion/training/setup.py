@@ -118,6 +118,7 @@ def make_setup(
     image_shape = batches.image_shape
     model = configs.make_network(config, objective, image_shape[-1])
     run = Run(config, model, None, objective, image_shape)
+    batches = dataclasses.replace(batches, told=run.conditioning)
     if saved is None:
         consistency.check_fit(config, model, batches)
         consistency.check_attention(config, model, image_shape)
@@ -135,7 +136,6 @@ def make_setup(
         )
     preview = None
     if objective is not None and config.sample_every:
-        run = dataclasses.replace(run, class_names=batches.class_names)
         preview = make_preview(run, batches, mesh)
     # On all devices at once: an array made on one host cannot be used by others.
     make_keys = jax.jit(
@@ -255,7 +255,8 @@ def make_preview(
 ) -> Callable[[TrainState], np.ndarray]:
     """Builds preview(state) -> uint8 [n, h, w, c], drawn with the first average.
 
-    Labels 0, 1, 2, ... are drawn in turn. A network with low_res enlarges images of
+    Labels 0, 1, 2, ... are drawn in turn, and conditioning is that of the first images
+    in the stored order. A network with low_res enlarges images of
     the first batch.
 
     Args:
@@ -266,6 +267,7 @@ def make_preview(
     Raises:
         ValueError: for a field of config.sampling that is wrong.
     """
+    run = dataclasses.replace(run, class_names=batches.class_names)
     config, task = run.config, TaskOptions()
     fields = dict(config.sampling)
     n = fields.pop("n")
@@ -279,6 +281,9 @@ def make_preview(
             labels = first["label"].tolist()
             fields.setdefault("label", [names[i] for i in labels] if names else labels)
     options = configs.call(SamplingOptions, fields, "config.sampling")
+    if batches.conditioning and options.cond is None:
+        told = {name: array[:n] for name, array in batches.conditioning.items()}
+        options = dataclasses.replace(options, cond=told)
     with configs.named("config.sampling", vars(options)):
         bound = bind_sampler(run, options, task, one_program=False)
     ema = average_names(config.ema_decays, config.ema_widths)[0]

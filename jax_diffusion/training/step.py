@@ -17,7 +17,7 @@ from jaxtyping import Array, Int, Key, PyTree
 from jax_diffusion import checks, data, editing, guidance, losses
 from jax_diffusion.checks import placement, signatures
 from jax_diffusion.diffusion import Objective, check_objective
-from jax_diffusion.models import Network, bind, init_params, num_classes
+from jax_diffusion.models import Network, bind, init_params, num_classes, traits
 from jax_diffusion.schedules import NoiseSchedule, check_schedule
 from jax_diffusion.timesteps import TimestepSampler, rows_of, table_of
 from jax_diffusion.training import averages
@@ -163,23 +163,24 @@ def make_train_step(
         param_sharding: sharding of the parameters inside the network, if not that of
             the state. Replicated, it makes XLA gather parameters that are split over
             devices once a step, instead of exchanging activations at every layer.
-        label_dropout: probability that a label is replaced by the network's last class,
+        label_dropout: probability that an image's label is replaced by the network's
+            last class, and cond and tokens by what means none, all of them together,
             for classifier-free guidance (`guidance.classifier_free`).
         low_res_size: side in pixels of the small images that a network with `low_res`
             enlarges: block means of the batch's images. 0 for any other network.
 
     Raises:
-        ValueError: if an argument has another type or is out of range, or labels shall
-            be dropped and the network takes none; when the step is traced, unless the
-            batch is as above and divides by `microbatches`, and its height by
+        ValueError: if an argument has another type or is out of range, or there is
+            label_dropout and nothing to drop; when the step is traced, unless the batch
+            is as above and divides by `microbatches`, and its height by
             `low_res_size`.
     """
     _check_parts(model, tx, timestep_sampler, ema_decays, ema_widths)
     checks.boolean("ema_warmup", ema_warmup)
     checks.integer("microbatches", microbatches, at_least=1)
     checks.number("label_dropout", label_dropout, at_least=0, at_most=1)
-    if label_dropout and num_classes(model) is None:
-        rule = "label_dropout must be 0 for a network without labels"
+    if label_dropout and not traits(model).null:
+        rule = "label_dropout must be 0 for a network without labels, cond and tokens"
         raise ValueError(f"{rule}, got {label_dropout}.")
     rates = ema_decays, ema_warmup, ema_widths
     loss_fn = make_loss_fn(model, schedule, objective, param_sharding, low_res_size)
@@ -190,7 +191,7 @@ def make_train_step(
             batch,
             timestep_sampler,
             state.timestep_state,
-            null_label=(num_classes(model) or 0) - 1,
+            null=traits(model).null,
             label_dropout=label_dropout,
         )
         loss, terms, grads = average_gradient(
@@ -245,18 +246,18 @@ def draw_examples(
     timestep_sampler: TimestepSampler,
     timestep_state: PyTree,
     *,
-    null_label: int,
+    null: Mapping[str, Any],
     label_dropout: float,
 ) -> tuple[Key[Array, ""], tuple[Any, ...]]:
-    """Draws timesteps, noise and hidden labels for a batch.
+    """Draws timesteps, noise and hidden conditioning for a batch.
 
     Args:
         key: of this step.
         batch: as for `make_train_step`.
         timestep_sampler: draws t.
         timestep_state: its state.
-        null_label: what replaces a hidden label.
-        label_dropout: probability that a label is hidden.
+        null: what replaces hidden conditioning, by its names in the batch.
+        label_dropout: probability that all that of an image is hidden.
 
     Returns:
         A key for dropout; and x_0 [b, ...], the batch's other arrays by name, t (or its
@@ -285,13 +286,11 @@ def draw_examples(
         what = "int" if name == "label" else "any"
         checks.array(f"batch's {name}", value, what, (*x_0.shape[:1], *axes))
     if label_dropout:
-        if "label" not in cond:
-            rule = "batch must have 'label', of which label_dropout hides some"
+        for name in [name for name in null if name not in cond]:
+            rule = f"batch must have {name!r}, of which label_dropout hides some"
             raise ValueError(f"{rule}, got {sorted(batch)}.")
         # The split below takes what fold_in of 0, 1 and 2 would give.
-        key_label = jax.random.fold_in(key, 3)
-        hide = guidance.drop_labels
-        cond["label"] = hide(key_label, cond["label"], null_label, label_dropout)
+        cond = guidance.drop(jax.random.fold_in(key, 3), cond, null, label_dropout)
     key_t, key_eps, key_dropout = jax.random.split(key, 3)
     x_0 = data.from_uint8(x_0) if kind == np.uint8 else x_0
     t, weight = timestep_sampler.sample(key_t, timestep_state, x_0.shape[0])

@@ -370,6 +370,20 @@ def test_a_share_of_0_hides_none_and_of_1_all():
     assert not dropped(0.0).any() and dropped(1.0).all()
 
 
+def test_all_conditioning_of_an_image_is_hidden_together_with_its_label():
+    key, label = jax.random.key(1), jnp.arange(64, dtype=jnp.int32) % 8
+    told = dict(label=label, cond=jnp.ones((64, 3)), mask=jnp.ones((64, 2), bool))
+    null = dict(label=NULL, cond=0.0, mask=False)
+    after = guidance.drop(key, told | dict(other=label), null, 0.5)
+    assert after["other"] is label
+    alone = guidance.drop_labels(key, label, NULL, 0.5)
+    np.testing.assert_array_equal(after["label"], alone)
+    hidden = alone == NULL
+    assert 16 < hidden.sum() < 48
+    np.testing.assert_array_equal(after["cond"], jnp.ones((64, 3)) * ~hidden[:, None])
+    np.testing.assert_array_equal(after["mask"], told["mask"] & ~hidden[:, None])
+
+
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8])
 def test_labels_keep_their_type(dtype):
     label = jnp.arange(8, dtype=dtype)

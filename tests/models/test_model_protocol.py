@@ -40,6 +40,7 @@ TINY = {
 ROWS = [name for name in MODELS if name != "encoder"]  # which is noisy_classifier
 # Case -> row of MODELS and what differs from TINY. The first are the rows themselves.
 CASES = {name: (name, {}) for name in ROWS} | {
+    "unet-conditioned": ("unet", dict(cond_dim=3, token_dim=3)),
     "annotated-resnet": ("annotated", dict(use_convnext=False, full_skip=True)),
     **{f"noisy_classifier-{p}": ("noisy_classifier", dict(pool=p)) for p in POOLS[1:]},
 }
@@ -86,9 +87,14 @@ def random_params(case):
 
 
 def call(model, params, x, t, label, low_res, **options):
-    """The network as the trainer calls it."""
+    """The network as the trainer calls it; pixels of x are its vector and tokens."""
     if traits(model).low_res:
         options["low_res"] = low_res
+    if traits(model).cond_dim:
+        options["cond"] = x[:, 0, 0]
+    if traits(model).token_dim:
+        options["tokens"] = x[:, :3, 1]
+        options["tokens_mask"] = x[:, :3, 1, 0] < 1
     return bind(model, params, label, **options)(x, t)
 
 
@@ -192,7 +198,7 @@ def test_dropout_needs_a_key_and_only_when_training(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*ROWS, "annotated-resnet"])
+@pytest.mark.parametrize("case", [*ROWS, "unet-conditioned", "annotated-resnet"])
 def test_every_parameter_has_a_finite_gradient_that_is_not_zero(case):
     model = make(case)
 

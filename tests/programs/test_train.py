@@ -364,8 +364,8 @@ def test_a_new_network_has_as_many_classes_as_its_data_name(
     [
         ("smoke", ["label_dropout=1.0"], r"must be a number in \[0, 1\), got 1\.0"),
         ("smoke", ["label_dropout=-0.1"], r"must be a number in \[0, 1\), got -0\.1"),
-        ("digits", ["label_dropout=0.1"], "0 for a network that knows no labels"),
-        ("digits_classifier", ["label_dropout=0.1"], "network that knows no labels"),
+        ("digits", ["label_dropout=0.1"], "0 for a network that takes no labels"),
+        ("digits_classifier", ["label_dropout=0.1"], "network that takes no labels"),
         (
             "digits_labels",
             ["model.num_classes=9"],

@@ -501,7 +501,7 @@ def draw(batch):
     """What the train step draws for a batch."""
     from jax_diffusion import training
 
-    options = dict(null_label=3, label_dropout=0.5)
+    options = dict(null={"label": 3}, label_dropout=0.5)
     sampler = timesteps.uniform(10)
     return training.step.draw_examples(KEY, batch, sampler, (), **options)
 
