@@ -311,7 +311,7 @@ def to_diffusers(run: Run, out: Path) -> None:
     pipeline: str | None = "DDPMPipeline"
     if isinstance(betas := configs.make_process(schedule), Levels):
         scheduler, pipeline = diffusers_levels.scheduler_of_levels(
-            schedule, cast(Any, run.objective)
+            dict(schedule), cast(Any, run.objective)
         )
     else:
         check_unconditioned(run.objective)

@@ -202,11 +202,11 @@ def test_a_run_of_every_process_trains_resumes_draws_scores_and_is_exported(
     exported = data.to_uint8(np.asarray(exported), "floor")
     assert np.abs(np.int32(exported) - images).max() <= 1
     found = jd.evaluate(run, metrics=["bpd", "nll_ode"], bpd_images=4, ode_probes=1)
-    values = {score.name: score.value for score in found}
+    values = {score.metric: score.value for score in found}
     assert all(np.isfinite(values[name]) for name in NUMBERS)
     assert values["bits_per_dim"] > 0 and values["prior"] >= 0
     exporting.export_run(run, "safetensors", tmp_path / "own.safetensors")
-    back = jd.load_checkpoint(tmp_path / "own.safetensors")
+    back = jd.load_checkpoint(tmp_path / "own.safetensors", config=run.config)
     np.testing.assert_array_equal(jd.sample_images(back, n=3, steps=6), images)
 
 
