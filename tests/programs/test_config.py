@@ -129,7 +129,7 @@ def test_the_network_has_as_many_outputs_as_the_objective_reads(var_type):
 
 def test_unknown_models_and_fields_are_named():
     with pytest.raises(
-        ValueError, match=r"config.model.name must be one of \['annotated', 'encoder'"
+        ValueError, match=r"config.model.name must be one of \['annotated', 'dit'"
     ):
         configs.make_model(dict(name="vit"), Objective(), 3)
     with pytest.raises(ValueError, match="'chanels'; did you mean 'channels'"):
