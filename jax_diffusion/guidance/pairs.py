@@ -129,25 +129,24 @@ def zero_star(
     Raises:
         ValueError: as `autoguidance` does, or if no schedule is known.
     """
-    if schedule is None:
-        schedule = diffusion.schedule_of(denoise_fn)
-    check_schedule(schedule)
-    diffusion.check_schedule_of(denoise_fn, schedule)
+    table: Any = diffusion.schedule_of(denoise_fn) if schedule is None else schedule
+    check_schedule(table)
+    diffusion.check_schedule_of(denoise_fn, table)
     checks.integer("zero_steps", zero_steps, at_least=0)
 
     def combine(strong, weak, scale, x_t, t):
-        check_rows(schedule, t)
-        level = take(schedule, t, x_t.ndim).now
+        check_rows(table, t)
+        level = take(table, t, x_t.ndim).now
         both = level.signal + level.noise
         flow, weak_flow = ((x_t - both * x_0) / level.noise for x_0 in (strong, weak))
         closest = _dot(flow, weak_flow) / (_dot(weak_flow, weak_flow) + 1e-8)
         weak_flow = closest * weak_flow
         flow = weak_flow + scale * (flow - weak_flow)
         x_0 = rescaled((x_t - level.noise * flow) / both, strong, rescale)
-        still = t >= jnp.sum(schedule.visited) - zero_steps
+        still = t >= jnp.sum(table.visited) - zero_steps
         return jnp.where(still.reshape(level.noise.shape), x_t / both, x_0)
 
-    return _guided(denoise_fn, weak_fn, scale, rescale, combine, schedule)
+    return _guided(denoise_fn, weak_fn, scale, rescale, combine, table)
 
 
 GUIDANCE_METHODS: dict[str, Callable[..., ConditionalDenoiseFn]] = {

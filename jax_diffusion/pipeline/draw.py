@@ -29,7 +29,7 @@ def make_sampler(
     null: Mapping[str, Any] | None = None,
     classifier: Network | None = None,
     guide_labels: np.ndarray | None = None,
-    guide: tuple[Network, Objective] | None = None,
+    guide: tuple[Network, Objective | None] | None = None,
     on_step: Callable[[Any], None] | None = None,
 ) -> Callable[..., Any]:
     """Builds a compiled draw(params, schedule, seed, rows, numbers) -> frames.

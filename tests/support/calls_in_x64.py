@@ -37,6 +37,7 @@ NO_SIGNAL = schedules.make_schedule(
 T = jnp.array([0, 3, 5, 9], jnp.int32)
 LABEL = jnp.array([1, 2, 0, 1], jnp.int32)
 MASK = np.arange(4 * 4 * 2).reshape(4, 4, 2) % 3 == 0
+V = Objective("v")
 DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16)
 
 
@@ -63,12 +64,9 @@ def log_prob(x, timesteps):
 
 def guided(schedule):
     """A denoiser in all wrappers."""
-    f = plain = denoiser(schedule, Objective("eps", "learned_range"))
+    f = denoiser(schedule, Objective("eps", "learned_range"))
     scale = guidance.within(schedule, 3.0, low=0.1, high=50.0)
     f = guidance.classifier_free(f, LABEL, 0, scale, rescale=0.5)
-    f = guidance.autoguidance(f, plain, scale, rescale=0.5)
-    f = guidance.adaptive_projected(f, plain, scale, eta=0.5, norm=2.0)
-    f = guidance.zero_star(f, plain, scale)
     f = guidance.classifier(diffusion.threshold_x_0(f), schedule, log_prob, 0.5)
     f = guidance.posterior(f, lambda x_0: log_prob(x_0, None), 0.5)
     return diffusion.clip_x_0(guidance.shift_x_0(f, schedule))
@@ -77,6 +75,19 @@ def guided(schedule):
 def step_of(name):
     row = SAMPLERS[name]
     return functools.partial(row.step, **({"eta": 0.7} if row.takes_eta else {}))
+
+
+def by_two(name):
+    """A denoiser of a schedule, guided by a method of two denoisers."""
+    method, options = guidance.GUIDANCE_METHODS[name], dict(rescale=0.5)
+    if name == "apg":
+        options |= dict(eta=0.5, norm=2.0)
+
+    def make(schedule):
+        weak_fn = diffusion.denoiser(lambda x, t: 0.5 * model_fn(x, t), schedule, V)
+        return method(denoiser(schedule), weak_fn, 1.5, **options)
+
+    return make
 
 
 def sampled(x, name, schedule=PADDED, denoise_fn=denoiser, wrap=lambda step: step):
@@ -125,6 +136,12 @@ def by_sampler(name):
 
 DATA_CALLS = {
     **{f"{name}: {k}": f for name in SAMPLERS for k, f in by_sampler(name).items()},
+    **{
+        f"guided by {name}": lambda x, name=name: sampled(
+            x, "ddim", denoise_fn=by_two(name)
+        )
+        for name in guidance.GUIDANCE_METHODS
+    },
     "invert": lambda x: samplers.invert(denoiser(PADDED), PADDED, x),
     "slerp": lambda x: samplers.slerp(x, -x[::-1], jnp.linspace(0, 1, 4)),
     "reconstruct": lambda x: editing.reconstruct(KEYS, denoiser(PADDED), PADDED, x),
