@@ -69,6 +69,7 @@ def test_tokens_are_a_set_and_padding_them_changes_nothing():
     np.testing.assert_allclose(model_fn(X, T, COND, TOKENS, first), few, **F32_SUM)
 
 
+@pytest.mark.slow
 def test_vectors_matter_and_masked_nan_tokens_leave_gradients_finite():
     y = model_fn(X, T, COND, TOKENS, MASK)
     assert np.abs(model_fn(X, T, -COND, TOKENS, MASK) - y).max() > 0.01
@@ -98,6 +99,7 @@ def test_conditioning_adds_parameters_and_leaves_the_others_as_they_are():
     assert jax.tree.all(jax.tree.map(np.array_equal, plain, shared))
 
 
+@pytest.mark.slow
 def test_guidance_of_1_is_the_conditional_and_of_0_the_unconditional_prediction():
     schedule = schedules.make_schedule(schedules.cosine_betas(10))
     denoise_fn = diffusion.denoiser(model_fn, schedule, diffusion.Objective("v"))

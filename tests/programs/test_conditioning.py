@@ -52,6 +52,7 @@ def test_images_get_the_rows_of_cond_in_turn_and_by_default_one_each(run):
     assert np.mean(other[:2] != images[:2]) > 0.3
 
 
+@pytest.mark.slow
 def test_guidance_1_is_the_conditional_image_and_0_the_unconditional_one(run):
     none = dict(cond=0 * COND, tokens=TOKENS, tokens_mask=MASK & False)
     for scale, told in ((1, TOLD), (0, none)):
@@ -60,6 +61,7 @@ def test_guidance_1_is_the_conditional_image_and_0_the_unconditional_one(run):
         assert np.abs(guided.astype(int) - alone).max() <= 1
 
 
+@pytest.mark.slow
 def test_tasks_take_conditioning_of_their_images_or_cond(run):
     how = dict(task="edit", level=0.5, **OFTEN)
     own = jd.sample_images(run, 3, **how)
@@ -95,6 +97,7 @@ def test_a_network_without_conditioning_refuses_cond(plain):
         jd.sample_images(plain, 2, cond=COND, **OFTEN)
 
 
+@pytest.mark.slow
 def test_evaluate_draws_and_scores_with_the_conditioning_of_the_data(run, folder):
     metrics = dict(metrics=["pixel_distance", "bpd"], n=6, bpd_images=4)
     with pytest.warns(UserWarning, match="needs more than 192 images"):
