@@ -93,7 +93,7 @@ def check_conditioning(
         ("cond", cond, "cond_dim"),
         ("tokens", tokens, "token_dim"),
     ):
-        size = getattr(network, field)
+        size = getattr(network, field, 0)
         if (value is not None) != bool(size):
             rule = f"{name} must {'' if size else 'not '}be given to a network with"
             got = "None" if value is None else checks.shown(value)

@@ -25,8 +25,10 @@ from jaxtyping import Array, Float, Int
 
 from jax_diffusion import checks
 from jax_diffusion.checks import placement
+from jax_diffusion.models.attention import check_conditioning
+from jax_diffusion.models.folding import unfold
 from jax_diffusion.models.layers import check_inputs, check_sizes, timestep_embedding
-from jax_diffusion.models.unet import POLICIES, unfold
+from jax_diffusion.models.unet import POLICIES
 
 PUBLISHED: dict[str, dict[str, int]] = {
     "S": dict(channels=384, depth=12, num_heads=6),
@@ -194,14 +196,7 @@ class DiT(nn.Module):
                 f"a DiT with num_classes = {self.num_classes} {wanted} labels, got "
                 f"{'none' if label is None else 'some'}."
             )
-        if (cond is not None) != bool(self.cond_dim):
-            wanted = "" if self.cond_dim else "not "
-            raise ValueError(
-                f"cond must {wanted}be given to a network with cond_dim = "
-                f"{self.cond_dim}, got {checks.shown(cond)}."
-            )
-        if cond is not None:
-            checks.array("cond", cond, "float", (x.shape[0], self.cond_dim))
+        check_conditioning(self, x, cond, tokens=None, tokens_mask=None)
 
 
 def norm(

@@ -275,11 +275,11 @@ class Trunk(Layers):
 class UNet(Trunk):
     """U-Net of x_t and its timestep; the docstring of the module shows its structure.
 
-    Args of the call: x float32 [b, h, w, c] (or another number of spatial axes, 1 to
-    3); timesteps float32 [b]; label int32 [b] if num_classes is set; low_res
-    [b, h_low, w_low, c] if low_res is set; cond [b, cond_dim], tokens [b, n, token_dim]
-    and tokens_mask bool [b, n], None for all of them, if their size is set. Returns
-    float32 [b, h, w, out_channels].
+    Args of the call: x float32 [b, h, w, c], or sequences [b, n, c], or volumes
+    [b, d, h, w, c], whose depth d is never halved; timesteps float32 [b]; label int32
+    [b] if num_classes is set; low_res [b, h_low, w_low, c] if low_res is set; cond
+    [b, cond_dim], tokens [b, n, token_dim] and tokens_mask bool [b, n], None for all
+    of them, if their size is set. Returns float32 [b, h, w, out_channels].
 
     Attributes:
         out_channels: channels of the output.
@@ -301,6 +301,13 @@ class UNet(Trunk):
         ValueError: if the image cannot be halved often enough, if channels cannot be
             divided into groups or heads, or if an input is missing, not wanted or of
             another shape.
+
+    >>> model, t = UNet(multipliers=(1, 2), out_channels=1), jnp.zeros(2)
+    >>> for shape in ((2, 64, 1), (2, 5, 16, 16, 1)):  # of sequences, and of volumes
+    ...     given = jax.random.key(0), jnp.zeros(shape), t
+    ...     jax.eval_shape(model.init_with_output, *given)[0].shape
+    (2, 64, 1)
+    (2, 5, 16, 16, 1)
     """
 
     out_channels: int = 3

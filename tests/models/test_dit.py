@@ -21,8 +21,8 @@ from jax_diffusion.interop import dit_layout
 from jax_diffusion.interop.layouts import to_torch
 from jax_diffusion.models import init_params
 from jax_diffusion.models.dit import FREQUENCIES, PUBLISHED, DiT, positions
+from jax_diffusion.models.folding import unfold
 from jax_diffusion.models.layers import timestep_embedding
-from jax_diffusion.models.unet import unfold
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "processes" / "dit"
 NOISE_FLOOR = json.loads((GOLDEN / "noise_floor.json").read_text())

@@ -34,7 +34,7 @@ TINY = {
     "unet": TRUNK | dict(num_classes=7, low_res=True),
     "annotated": HEADS | dict(num_groups=4),
     "lucidrains": HEADS,
-    "dit": dict(channels=16, depth=2, num_heads=2, num_classes=7),
+    "dit": dict(channels=16, depth=2, num_heads=2, num_classes=7, cond_dim=3),
     "noisy_classifier": TRUNK | dict(num_labels=10),
 }
 ROWS = [name for name in MODELS if name != "encoder"]  # which is noisy_classifier
