@@ -606,16 +606,16 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(ddim_step, takes_eta=True, steps=50),
     "dpmpp_2m": Sampler(dpmpp_2m_step, steps=20, spacing="trailing"),
     "heun": Sampler(heun_step, steps=10, spacing="trailing"),
-    "dpmpp_2s": Sampler(dpmpp_2s_step, steps=21, spacing="trailing"),
-    "unipc": Sampler(unipc_step, steps=16, spacing="trailing"),
-    "edm_heun": Sampler(edm_heun_step, steps=35, spacing="karras"),
+    "dpmpp_2s": Sampler(dpmpp_2s_step, steps=21, spacing="log_snr"),
+    "unipc": Sampler(unipc_step, steps=20, spacing="log_snr"),
+    "edm_heun": Sampler(edm_heun_step, steps=35, spacing="log_snr"),
     "euler_ancestral": Sampler(euler_ancestral_step, steps=50, adds_noise=True),
     "dpmpp_sde": Sampler(dpmpp_sde_step, steps=25, spacing="trailing", adds_noise=True),
     "dpmpp_2m_sde": Sampler(
         dpmpp_2m_sde_step, steps=25, spacing="trailing", adds_noise=True
     ),
     "dpmpp_3m_sde": Sampler(
-        dpmpp_3m_sde_step, steps=25, spacing="trailing", adds_noise=True
+        dpmpp_3m_sde_step, steps=25, spacing="log_snr", adds_noise=True
     ),
 }
 
