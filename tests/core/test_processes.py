@@ -694,6 +694,14 @@ def test_churn_that_makes_no_levels_is_refused(sigma, options, message):
         schedules.churned(sigma, **{"churn": 1.0} | options)
 
 
+def test_s_noise_below_0_is_refused():
+    schedule, x = schedules.churned([0.5, 1.0], churn=1.0), jnp.ones((2, 3))
+    step_fn = functools.partial(samplers.edm_heun_step, s_noise=-0.5)
+    args = KEYS[:2], lambda x, t: diffusion.Prediction(x, x), step_fn, schedule, x
+    with pytest.raises(ValueError, match=r"^s_noise must be a number >= 0, got -0\.5"):
+        samplers.sample(*args)
+
+
 @pytest.mark.parametrize("name", ["heun", "unipc"])
 @every_process
 def test_one_trace_serves_every_process(kind, name):
