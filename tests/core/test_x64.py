@@ -69,8 +69,8 @@ def test_values_are_those_of_float32_in_32_bits(found, expected, call, dtype):
     for i, leaf in enumerate(expected[call]):
         array = found[f"{dtype}|{call}|{i}"]
         assert np.isfinite(array).all()
-        if dtype == "bfloat16":  # a rounded value may cross the edge of a threshold
-            assert np.mean(np.isclose(array, leaf, **BFLOAT16)) > 0.98
+        if dtype == "bfloat16":  # rounding may turn the sign that guidance follows
+            assert np.mean(np.isclose(array, leaf, **BFLOAT16)) > 0.95
         else:
             np.testing.assert_allclose(array, leaf, **F32_SUM)
 
