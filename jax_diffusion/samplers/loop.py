@@ -256,7 +256,7 @@ def check_step_arguments(
     somebody else. `churned` says whether the step is one for `schedules.churned`.
 
     Returns:
-        t as an array [b].
+        t as an array [b] that lies as state.x does.
     """
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     check_fields(state)
@@ -265,7 +265,7 @@ def check_step_arguments(
     check_schedule_of(denoise_fn, schedule)
     checks.keys("keys", keys, state.x.shape[0])
     t = jnp.asarray(t)
-    return t if t.ndim else like_batch(t, state.x)
+    return placement.beside(t, state.x) if t.ndim else like_batch(t, state.x)
 
 
 def like_batch(t: Any, x: Array) -> Array:

@@ -128,7 +128,8 @@ def start(x_T: Float[Array, "b *d"], step_fn: Callable[..., Any] | None = None) 
     shape = x_T.shape[:1] + (1,) * (x_T.ndim - 1)
     dtype = jnp.promote_types(x_T.dtype, jnp.float32)
     no_level = jnp.full_like(x_T, -jnp.inf, dtype, shape)  # varies in shard_map as x_T
-    none = Past(jnp.zeros_like(x_T), placement.beside(no_level, x_T))
+    zeros = jnp.zeros_like(x_T)  # of an x_T closed over by jit, on no mesh
+    none = Past(*(placement.beside(a, x_T) for a in (zeros, no_level)))
     number = num_earlier(step_fn)
     state = SampleState(x_T, *none)
     return MultistepState(*state, (none,) * number) if number else state
@@ -171,7 +172,14 @@ def first_state(x_T: Any, state: Any, step_fn: Any) -> Any:
     x = state.x
     checks.data("state.x_0", state.x_0, x.shape)
     checks.data("state.log_snr", state.log_snr, x.shape[:1] + (1,) * (x.ndim - 1))
-    return jax.tree.map(jnp.asarray, state)
+    return jax.tree.map(lambda a: beside_if_batch(jnp.asarray(a), x), state)
+
+
+def beside_if_batch(leaf: Array, x: Array) -> Array:
+    """Returns a leaf of a state: one with an axis [b] that lies nowhere, beside x."""
+    batch = leaf.ndim > 0 and leaf.shape[0] == x.shape[0]
+    split = any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
+    return placement.beside(leaf, x) if batch and not split else leaf
 
 
 def check_fields(state: Any) -> None:

@@ -6,6 +6,7 @@ computed, with and without a mesh, in the slow tests.
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,31 @@ def labeled_fn(x, timesteps, *, label):
 
 def logits_fn(x, timesteps):
     return x[:, 0].reshape(x.shape[0], -1)
+
+
+class Weighted(NamedTuple):
+    x: jax.Array
+    x_0: jax.Array
+    log_snr: jax.Array
+    log_weight: jax.Array
+
+
+def own_scan(a):
+    def body(state, t):
+        t = jnp.full(B, t)
+        return samplers.ddim_step(a["keys"], DENOISE, S, state, t), None
+
+    return jax.lax.scan(body, samplers.start(a["x"]), jnp.arange(6)[::-1])[0]
+
+
+def weighted(a):
+    def step(keys, denoise_fn, schedule, state, t):
+        state = samplers.ddpm_step(keys, denoise_fn, schedule, state, t)
+        weight = state.log_weight + state.x_0.mean((1, 2, 3))
+        return state._replace(log_weight=weight)
+
+    first = Weighted(*samplers.start(a["x"]), jnp.zeros(B))
+    return samplers.sample(a["keys"], DENOISE, step, S, state=first)
 
 
 def first_value(x_0):
@@ -228,6 +254,8 @@ BATCHES = {
         *(a["keys"], DENOISE, S, a["x"]), first_value
     )[0],
     "block_mean": lambda a: editing.block_mean(a["x"], size=2),
+    "a scan of one's own, t made in it": lambda a: own_scan(a).x,
+    "a state of one's own": lambda a: weighted(a),
 }
 # Each returns what belongs to no image: gradients and metrics.
 WHOLES = {
@@ -365,6 +393,20 @@ def test_keys_on_one_device_fit_a_batch_that_is_split(name, within):
     with context(within):
         jax.jit(lambda x: DRAWN[name](given | {"x": x})).trace(given["x"])
         jax.make_jaxpr(lambda x: DRAWN[name](given | {"x": x}))(given["x"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ddpm sampler", "unipc sampler", "edit", "bits_per_dim", "a state of one's own"],
+)
+def test_images_that_jit_closes_over_stay_split(name):
+    given = split_arrays()
+    with context(True):
+        traced = jax.jit(lambda keys: BATCHES[name](given | {"keys": keys})).trace(
+            given["keys"]
+        )
+    for aval in jax.tree.leaves(traced.jaxpr.out_avals):
+        assert aval.sharding.spec[0] == "data", aval
 
 
 @within
