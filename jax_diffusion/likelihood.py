@@ -144,7 +144,8 @@ def bits_per_dim(
         if not largest <= 1 + 1e-6:
             raise ValueError(f"x_0 must be in [-1, 1], got a value of {largest:.4g}.")
     dtype = jnp.result_type(x_0, jnp.float32)
-    num_images, zeros = x_0.shape[0], losses.mean_flat(jnp.zeros_like(x_0, dtype))
+    num_images = x_0.shape[0]
+    zeros = placement.beside(losses.mean_flat(jnp.zeros_like(x_0, dtype)), x_0)
 
     def terms_at(step):
         t = placement.beside(jnp.full((num_images,), step, jnp.int32), x_0)
@@ -342,7 +343,7 @@ def _integrate(denoise_fn, schedule, x, signs, bins):
 
 def _keys_of(key, denoise_fn, schedule, x_0):
     """One key for each image, once the arguments of a likelihood fit each other."""
-    checks.function("denoise_fn", denoise_fn, "(x_t, t)")
+    diffusion.check_denoise_fn(denoise_fn)
     check_chain(schedule)
     diffusion.check_schedule_of(denoise_fn, schedule)
     checks.data("x_0", x_0, ("b", ...))

@@ -275,7 +275,8 @@ def training_loss(
         schedule: the noise levels. Rows that `schedules.pad` has added are no steps of
             the bound, and no t; a traced schedule counts as one without such rows.
         objective: what the network outputs, and which loss is taken of it.
-        x_0: data [b, ..., c] in [-1, 1].
+        x_0: data [b, ..., c] in [-1, 1], which only the term of the bound at t = 0
+            relies on: without a bound, of any scale.
         t: int32 [b].
         eps: the noise [b, ..., c]; drawn from `key` if not given.
 
@@ -285,7 +286,8 @@ def training_loss(
     Raises:
         ValueError: if the output's shape does not fit data and objective, if a learned
             variance meets a loss that would not train it, if eps is predicted on a
-            schedule that ends in zero signal, or if data, t and eps do not fit.
+            schedule that ends in zero signal, if data, t and eps do not fit, or if
+            model_fn is a denoiser.
 
     >>> from jax_diffusion.schedules import cosine_betas, make_schedule
     >>> terms = training_loss(
@@ -295,7 +297,7 @@ def training_loss(
     >>> terms.loss
     Array([4., 4.], dtype=float32)
     """
-    checks.function("model_fn", model_fn, "(x_t, timesteps)")
+    diffusion.check_raw(model_fn)
     diffusion.check_signal(schedule, objective)
     if objective.learns_variance and objective.loss not in ("hybrid", "vlb"):
         raise ValueError(
@@ -351,6 +353,7 @@ def classifier_loss(
         ValueError: if data, t, label, eps and logits do not fit each other.
     """
     checks.function("logits_fn", logits_fn, "(x_t, timesteps)")
+    signatures.takes("logits_fn", logits_fn, "x_t", "timesteps")
     x_t, eps, t = _noised(key, schedule, x_0, t, eps)
     checks.array("label", label, "int", x_0.shape[:1])
     logits = logits_fn(x_t, placement.rows(schedule.timesteps, t))

@@ -1,5 +1,6 @@
 """Whether a function takes what it is called with, before it is called."""
 
+import functools
 import inspect
 import sys
 from typing import Any
@@ -23,6 +24,9 @@ def takes(name: str, function: Any, *arguments: Any, **named: Any) -> None:
     Traceback (most recent call last):
     ValueError: model_fn must be a function of (x_t, label=), got one of (x).
     """
+    while isinstance(function, functools.partial):  # whose signature may be none
+        arguments = (*map(checks.shown, function.args), *arguments)
+        named, function = function.keywords | named, function.func
     linen = sys.modules.get("flax.linen")
     if linen and isinstance(function, linen.Module) and function.scope is None:
         raise ValueError(
@@ -42,6 +46,9 @@ def fit(function: Any, *arguments: Any, **named: Any) -> bool:
     >>> fit(lambda x: x, "x_t"), fit(lambda x: x, "x_t", label=3)
     (True, False)
     """
+    while isinstance(function, functools.partial):
+        arguments = (*function.args, *arguments)
+        named, function = function.keywords | named, function.func
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of some builtins

@@ -17,7 +17,8 @@ Conventions, relied on everywhere in the package:
    `t`); options by keyword.
 2. `t` is int32 of shape [b] and counts rows of the schedule from 0. There is no scalar
    form.
-3. Data are float32 [b, h, w, c] in [-1, 1], or of another shape [b, ...].
+3. Data are float32 [b, h, w, c] in [-1, 1], or of another shape [b, ...], or another
+   float dtype, which a sampler keeps.
 4. Per-example results have shape [b]; the caller takes the mean.
 5. A function that draws takes a typed key (`jax.random.key`) first and returns none.
 6. A model_fn(x_t, timesteps, **conditioning) is the raw network and returns [b, ..., c]
@@ -25,8 +26,8 @@ Conventions, relied on everywhere in the package:
    denoise_fn(x_t, t, **conditioning) is the network read as a `Prediction`.
 7. How many steps, which ones, eta and guidance scales are data: with schedules of one
    length (`schedules.pad`), other values of them do not compile again.
-8. Types, shapes and dtypes are checked always, and so are values that are known when a
-   function is called or traced, such as t outside of `jax.jit`: ValueError.
+8. Types, shapes and dtypes are checked always, values where they are known, such as t
+   outside of `jax.jit`: ValueError.
 """
 
 from jax_diffusion.diffusion.denoisers import (
@@ -56,6 +57,7 @@ from jax_diffusion.diffusion.prediction import (
     ConditionalDenoiseFn,
     DenoiseFn,
     Prediction,
+    check_denoise_fn,
     check_prediction,
 )
 from jax_diffusion.diffusion.process import (
@@ -72,6 +74,7 @@ from jax_diffusion.diffusion.process import (
     x_0_from_v,
 )
 from jax_diffusion.diffusion.same_schedule import (
+    check_raw,
     check_schedule_of,
     schedule_of,
     with_schedule,
@@ -88,9 +91,11 @@ __all__ = [
     "Reduction",
     "VarType",
     "Weighting",
+    "check_denoise_fn",
     "check_objective",
     "check_output",
     "check_prediction",
+    "check_raw",
     "check_schedule_of",
     "check_signal",
     "clip_x_0",

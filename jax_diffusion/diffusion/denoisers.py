@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -28,7 +29,7 @@ from jax_diffusion.diffusion.process import (
     x_0_from_mu,
     x_0_from_v,
 )
-from jax_diffusion.diffusion.same_schedule import with_schedule
+from jax_diffusion.diffusion.same_schedule import check_raw, with_schedule
 from jax_diffusion.schedules import (
     NoiseSchedule,
     check_batch,
@@ -235,20 +236,24 @@ def denoiser(
     """Reads a raw network as a `DenoiseFn` on the rows of `schedule`.
 
     Args:
-        model_fn: model_fn(x_t, timesteps, **conditioning) -> output, from any library.
-            timesteps, float32 [b], are `schedule.timesteps` of rows t: numbers of the
-            full diffusion, whichever rows a shorter schedule has kept.
+        model_fn: model_fn(x_t, timesteps, **conditioning) -> output, from any library,
+            in evaluation mode. timesteps, float32 [b], are `schedule.timesteps` of rows
+            t: numbers of the full diffusion, whichever rows a shorter schedule has
+            kept. Dropout is noticed in networks of Flax NNX, but not one whose key your
+            function closes over.
         schedule: the steps to take.
         objective: says what the network outputs.
 
     Returns:
-        denoise_fn(x_t, t, **conditioning) -> Prediction. Beside another schedule it is
-        refused, see `schedule_of`.
+        denoise_fn(x_t, t, **conditioning) -> Prediction. Arrays of conditioning have a
+        leading axis [b]; numbers are for all images. Beside another schedule it is
+        refused where both are known; within `jax.jit`, make it inside, of the schedule
+        that is an argument.
 
     Raises:
         ValueError: if the network predicts eps and the schedule ends in zero signal,
-            or v and signal^2 + noise^2 is not 1; in a call, if x_t, t and the network's
-            output do not fit each other.
+            or v and signal^2 + noise^2 is not 1; if model_fn is a denoiser; in a call,
+            if x_t, t, conditioning and the network's output do not fit each other.
 
     >>> from jax_diffusion.schedules import cosine_betas, make_schedule
     >>> objective = Objective(mean_type="x_0")
@@ -256,12 +261,16 @@ def denoiser(
     >>> denoise_fn(jnp.ones((2, 3)), jnp.array([0, 8])).x_0.shape
     (2, 3)
     """
-    checks.function("model_fn", model_fn, "(x_t, timesteps)")
+    check_raw(model_fn)
     check_signal(schedule, objective)
     output_fn = conditioned(model_fn, schedule, objective)
 
-    def denoise(x_t, t, **conditioning):
+    def denoise(x_t, t, *unnamed, **conditioning):
+        if unnamed:
+            rule = "conditioning must be given by name, such as label="
+            raise ValueError(f"{rule}, got {checks.shown(unnamed[0])}.")
         check_batch(schedule, t, x_t=x_t)
+        check_conditioning(conditioning, t)
         t = placement.beside(t, x_t)
         timesteps = placement.rows(schedule.timesteps, t)
         signatures.takes("model_fn", model_fn, "x_t", "timesteps", **conditioning)
@@ -269,6 +278,17 @@ def denoiser(
         return predict(schedule, objective, output, x_t, t)
 
     return with_schedule(denoise, schedule)
+
+
+def check_conditioning(conditioning: dict[str, Any], t: Array) -> None:
+    """Raises ValueError unless all arrays in `conditioning` have the axis [b] of t.
+
+    Numbers of no axis are for all images, and what `jax.vmap` shows is of one image.
+    """
+    for name, tree in conditioning.items():
+        for leaf in jax.tree.leaves(tree):
+            if np.ndim(t) and np.ndim(leaf):
+                checks.array(name, leaf, "any", (*t.shape, ...))
 
 
 def check_output(output: Any, x_t: Array) -> None:

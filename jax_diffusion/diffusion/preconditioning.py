@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from jax_diffusion import checks
 from jax_diffusion.diffusion.objective import Objective
+from jax_diffusion.diffusion.same_schedule import check_raw
 from jax_diffusion.schedules import NoiseSchedule, check_schedule, take
 
 
@@ -60,7 +61,7 @@ def precondition(
     >>> model_fn(jnp.ones((2, 3)), schedule.timesteps[jnp.array([0, 9])]).round(3)[:, 0]
     Array([1., 0.], dtype=float32)
     """
-    checks.function("model_fn", model_fn, "(x_t, timesteps)")
+    check_raw(model_fn)
     check_schedule(schedule)
     checks.number("sigma_data", sigma_data, above=0)
     if all(map(checks.known, (*schedule.now, schedule.timesteps, schedule.mask))):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 from jaxtyping import Array
 
 from jax_diffusion import checks
+from jax_diffusion.checks import signatures
 
 
 class Prediction(NamedTuple):
@@ -44,7 +45,7 @@ class DenoiseFn(Protocol):
 class ConditionalDenoiseFn(Protocol):
     """A `DenoiseFn` that may also be given conditioning by name, such as `label`.
 
-    What is given has a leading axis [b].
+    Arrays that are given have a leading axis [b]; numbers are for all images.
     """
 
     def __call__(self, x_t: Array, t: Array, /, **conditioning: Any) -> Prediction:
@@ -54,6 +55,12 @@ class ConditionalDenoiseFn(Protocol):
 
 AnyDenoiseFn = TypeVar("AnyDenoiseFn", bound=Callable[..., Prediction])
 """What a wrapper takes and returns: a denoiser of x_t, t and the same conditioning."""
+
+
+def check_denoise_fn(denoise_fn: Any) -> None:
+    """Raises ValueError unless `denoise_fn` can be called with x_t and t."""
+    checks.function("denoise_fn", denoise_fn, "(x_t, t)")
+    signatures.takes("denoise_fn", denoise_fn, "x_t", "t")
 
 
 def check_prediction(prediction: Any, x_t: Array | None = None) -> None:

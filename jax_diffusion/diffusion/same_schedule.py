@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jax_diffusion import checks
-from jax_diffusion.schedules import NoiseSchedule
+from jax_diffusion.schedules import NoiseSchedule, num_visited
 
 # Tables that differ by less give the same samples: a table in another precision does.
 RTOL, ATOL = 1e-4, 1e-6
@@ -46,11 +46,22 @@ def with_schedule(function: Any, source: Any) -> Any:
 
     Returns:
         The function.
+
+    Raises:
+        ValueError: unless `function` is one.
     """
+    checks.function("function", function, "(x_t, t)")
     schedule = source if isinstance(source, NoiseSchedule) else schedule_of(source)
     if schedule is not None:
         function.__dict__[NOTE] = schedule
     return function
+
+
+def check_raw(model_fn: Any) -> None:
+    """Raises ValueError unless `model_fn` is a function, and no denoiser of one."""
+    checks.function("model_fn", model_fn, "(x_t, timesteps)")
+    if schedule_of(model_fn) is not None:
+        raise ValueError("model_fn must be the raw network, got a denoiser of one.")
 
 
 def check_schedule_of(
@@ -58,8 +69,8 @@ def check_schedule_of(
 ) -> None:
     """Checks that a denoiser is used with the schedule that it was made with.
 
-    The rows that `schedule` visits must be equal in both; either may be padded. Nothing
-    is compared where one of them is traced, or not known at all.
+    The rows that `schedule` visits must be equal in both; either may be padded. Where
+    one of them is traced, lengths are compared, as far as they are known.
 
     Args:
         function: a denoiser, or a scale of guidance.
@@ -72,9 +83,14 @@ def check_schedule_of(
     own = schedule_of(function)
     if own is schedule or own is None or schedule is None:
         return
-    if not all(map(checks.known, jax.tree.leaves((own, schedule)))):
-        return
     rule = f"{name} must be made with the schedule that it is used with, got one of"
+    if not all(map(checks.known, jax.tree.leaves((own, schedule)))):
+        known = checks.known(own.mask)
+        short, long = own.num_steps, num_visited(own) if known else 0
+        if num_visited(schedule) > short or long > schedule.num_steps:
+            rows = f"{long or short} rows for {schedule.num_steps}"
+            raise ValueError(f"{rule} {rows}; within jax.jit, make it there.")
+        return
     mine, theirs = jax.tree.map(np.asarray, jax.device_get((own, schedule)))
     num_mine, num_theirs = (int(np.sum(table.visited)) for table in (mine, theirs))
     if num_theirs > num_mine:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 from jax_diffusion import checks, diffusion, guidance, samplers
 from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn
-from jax_diffusion.guidance.gradients import with_rows
+from jax_diffusion.guidance.gradients import check_log_likelihood, with_rows
 from jax_diffusion.guidance.scales import Scale
 from jax_diffusion.samplers import StepFn
 from jax_diffusion.samplers.state import advance
@@ -100,7 +100,7 @@ def twisted_smc(
     """
     check_schedule(schedule)
     checks.data("x_T", x_T, ("b", ...))
-    checks.function("log_likelihood_fn", log_likelihood_fn, "(x_0,)")
+    check_log_likelihood(log_likelihood_fn)
     b = x_T.shape[0]
 
     def step(keys, denoise_fn, schedule, state, t):

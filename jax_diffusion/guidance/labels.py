@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jax_diffusion import checks, diffusion
-from jax_diffusion.checks import placement
+from jax_diffusion.checks import placement, signatures
 from jax_diffusion.diffusion import ConditionalDenoiseFn, Prediction
 from jax_diffusion.guidance.scales import Scale, check_scale, column, rescaled
 
@@ -84,6 +84,7 @@ def classifier_free(
 
         x_t_twice = twice(x_t)
         both = jax.tree.map(pairs, wanted, null) | twice(conditioning)
+        signatures.takes("denoise_fn", denoise_fn, "x_t", "t", **both)
         prediction = denoise_fn(x_t_twice, twice(t), **both)
         diffusion.check_prediction(prediction, x_t_twice)
         labeled, plain = split(prediction.x_0)

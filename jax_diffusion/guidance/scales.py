@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jax_diffusion import checks, diffusion
-from jax_diffusion.checks import placement
+from jax_diffusion.checks import placement, signatures
 from jax_diffusion.schedules import NoiseSchedule, check_schedule, take
 
 Scale = float | Array | Callable[[Array], Array]
@@ -34,7 +34,7 @@ def within(
         low, high: the interval, in units of noise / signal, the paper's sigma; both
             ends are inside. It is empty if low is above high.
         outside: the scale elsewhere. 1 is the prediction with the label for
-            `classifier_free`; give 0 for `classifier`.
+            `classifier_free`; give 0 for `classifier` and `posterior`.
 
     Returns:
         scale_fn(t) -> scales [b].
@@ -72,6 +72,7 @@ def check_scale(scale: Any, name: str = "scale", schedule: Any = None) -> None:
     is refused, too.
     """
     if callable(scale):
+        signatures.takes(name, scale, "t")
         diffusion.check_schedule_of(scale, schedule, name)
         return
     if np.ndim(scale) == 0:

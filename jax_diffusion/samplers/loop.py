@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import checks
-from jax_diffusion.checks import placement
-from jax_diffusion.diffusion import DenoiseFn, check_schedule_of
+from jax_diffusion.checks import placement, signatures
+from jax_diffusion.diffusion import DenoiseFn, check_denoise_fn, check_schedule_of
 from jax_diffusion.samplers.noise import keys_of_step
 from jax_diffusion.samplers.state import (
     SampleState,
@@ -18,6 +18,7 @@ from jax_diffusion.samplers.state import (
     check_fields,
     check_state,
     first_state,
+    way_of,
 )
 from jax_diffusion.schedules import NoiseSchedule, check_batch, check_chain
 
@@ -43,6 +44,12 @@ class StepFn(Protocol):
 
 
 STEP_ARGUMENTS = "(keys, denoise_fn, schedule, state, t)"  # in words, for errors
+
+
+def check_step_fn(name: str, step_fn: Any) -> None:
+    """Raises ValueError unless `step_fn`, the argument `name`, is called as a step."""
+    checks.function(name, step_fn, STEP_ARGUMENTS)
+    signatures.takes(name, step_fn, *STEP_ARGUMENTS.strip("()").split(", "))
 
 
 @overload
@@ -90,34 +97,41 @@ def sample_frames(
         step_fn: the sampler's step, such as `ddim_step`.
         schedule: the steps to take.
         x_T: where to start; noise for generation, or data for inversion.
-        ts: rows as they are visited, one after the other: all upwards or all
-            downwards, negative ones skipped; default T - 1 to 0. A row that comes back
-            would get the same noise again: sample in several calls then, with another
-            number folded into keys, as `editing.repaint` does.
+        ts: rows as they are visited, one after the other, negative ones skipped: all
+            downwards, default T - 1 to 0, or upwards if the step does so. A row that
+            comes back would get the same noise again: sample in several calls then,
+            with another number folded into keys, as `editing.repaint` does.
         num_frames: a divisor of the length of `ts`.
         state: where to start instead of x_T, see `sample`.
 
     Returns:
         SampleState, or what `state` is, with a leading axis [num_frames] on every leaf.
+        Rows added by `schedules.pad` are skipped: first frames may be x_T as it was.
 
     Raises:
         ValueError: if num_frames does not divide the number of steps, ts, where known,
-            repeats or leaves out a row, arguments do not fit each other, denoise_fn is
-            made with another schedule, or denoise_fn or step_fn returns something else.
+            repeats or leaves out a row, or goes another way than a step of this
+            package, arguments do not fit each other, denoise_fn is made with another
+            schedule, or denoise_fn or step_fn takes or returns something else.
     """
-    checks.function("denoise_fn", denoise_fn, "(x_t, t)")
-    checks.function("step_fn", step_fn, STEP_ARGUMENTS)
+    check_denoise_fn(denoise_fn)
+    check_step_fn("step_fn", step_fn)
     check_chain(schedule, churned=True)  # as the step may be for that
     check_schedule_of(denoise_fn, schedule)
     first = first_state(x_T, state, step_fn)
     checks.keys("keys", keys, first.x.shape[0])
     keys = placement.beside(keys, first.x)
     if ts is None:
-        ts = schedule.steps[::-1]
+        ts, way = schedule.steps[::-1], -1
     else:
         checks.array("ts", ts, "int", ("n",))
         checks.rows("ts", ts, schedule.num_steps, negative=True)
-        check_order(ts)
+        way = check_order(ts)
+    wanted = way_of(step_fn)
+    if wanted is not None and way == -wanted:
+        words = ("up", "down") if wanted > 0 else ("down", "up")
+        rule = "ts must go {} as step_fn does, got rows that go {}."
+        raise ValueError(rule.format(*words))
     num_steps = ts.shape[0]
     checks.integer("num_frames", num_frames)
     if num_frames < 1 or num_steps % num_frames:
@@ -181,9 +195,9 @@ def sample(
     ts: Int[Array, "n"] | None = None,
     state: Any = None,
 ) -> Any:
-    """Runs `step_fn` over `ts` from x_T, or from a state, as far as it leads.
+    """Runs `step_fn` over `ts` from x_T, or from a state, and returns the end.
 
-    Of x_T [b, ...] it returns the last x, [b, ...]; of a state it returns the last
+    Of x_T [b, ...] that is the last x, [b, ...]; of a state it is the last
     state. So a chain may be cut anywhere, and is the same chain to the bit. (That of
     x_T is another program for XLA, which may round otherwise.)
 
@@ -192,7 +206,8 @@ def sample(
         state = sample(..., state=state, ts=ts[7:])
 
     A state of your own has the fields of `SampleState` and others, of any shape:
-    Weighted(*samplers.start(x_T), log_weight=jnp.zeros(4)).
+    Weighted(*samplers.start(x_T), log_weight=jnp.zeros(4)). On a mesh with Explicit
+    axes, those with an axis [b] that lie nowhere are put beside x.
 
     `keys`, `denoise_fn`, `step_fn`, `schedule` and `ts` are those of `sample_frames`,
     which says what raises ValueError.
@@ -213,17 +228,20 @@ def sample(
     return frames.x[-1] if state is None else jax.tree.map(lambda a: a[-1], frames)
 
 
-def check_order(ts: Any) -> None:
-    """Raises ValueError unless rows go up or down by 1, where they are known.
+def check_order(ts: Any) -> int | None:
+    """Returns whether rows go up or down: 1, -1, or None if that is not known.
 
     A step goes to the next row, whatever comes after it. Negative ones are skipped.
+
+    Raises:
+        ValueError: unless they go up or down by 1, where they are known.
 
     >>> check_order(jnp.array([3, 2, -1, 3, -1]))
     Traceback (most recent call last):
     ValueError: ts must be different rows, got 3 twice.
     """
     if not checks.known(ts):
-        return
+        return None
     rows = np.asarray(jax.device_get(ts)).astype(np.int64)
     rows = rows[rows >= 0]
     found, counts = np.unique(rows, return_counts=True)
@@ -238,6 +256,7 @@ def check_order(ts: Any) -> None:
             f"ts must be consecutive rows, got {after} after {before}; for fewer steps "
             "there is make_schedule(keep=)."
         )
+    return int(way[0]) if way.size else None
 
 
 def check_step_arguments(
@@ -258,7 +277,7 @@ def check_step_arguments(
     Returns:
         t as an array [b] that lies as state.x does.
     """
-    checks.function("denoise_fn", denoise_fn, "(x_t, t)")
+    check_denoise_fn(denoise_fn)
     check_fields(state)
     check_chain(schedule, churned=churned)
     check_batch(schedule, t, **{"state.x": state.x})

@@ -93,15 +93,39 @@ def remembers(number: int) -> Callable[[Function], Function]:
     return mark
 
 
+def like(inner: Any) -> Callable[[Function], Function]:
+    """Marks a step that wraps another one, `inner`, as that is marked."""
+
+    def mark(step_fn: Any) -> Any:
+        step_fn.num_earlier, step_fn.way = num_earlier(inner), way_of(inner)
+        return step_fn
+
+    return mark
+
+
 def num_earlier(step_fn: Any) -> int:
     """Returns how many predictions before the last one `step_fn` reads: 0 if unmarked.
 
     A `functools.partial`, or what `jax.jit` makes, reads as many as its function.
     """
-    while step_fn is not None and not hasattr(step_fn, "num_earlier"):
+    return marked(step_fn, "num_earlier", 0)
+
+
+def way_of(step_fn: Any) -> int | None:
+    """Returns by how many rows `step_fn` goes on: 1, -1, or None if that is not known.
+
+    Steps of `SAMPLERS` are marked, and `ddim_inversion_step`; wrappers tell it of what
+    they wrap.
+    """
+    return marked(step_fn, "way", None)
+
+
+def marked(step_fn: Any, name: str, default: Any) -> Any:
+    """Returns an attribute `name` of `step_fn` or what it wraps; else `default`."""
+    while step_fn is not None and not hasattr(step_fn, name):
         inner = getattr(step_fn, "func", None)
         step_fn = getattr(step_fn, "__wrapped__", inner)
-    return getattr(step_fn, "num_earlier", 0)
+    return getattr(step_fn, name, default)
 
 
 @overload

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jax_diffusion import checks, diffusion
 from jax_diffusion.diffusion import DenoiseFn
-from jax_diffusion.samplers.loop import STEP_ARGUMENTS, StepFn, check_step_arguments
+from jax_diffusion.samplers.loop import StepFn, check_step_arguments, check_step_fn
 from jax_diffusion.samplers.noise import fold_in, normal
 from jax_diffusion.samplers.state import Past, State, advance, remembers
 from jax_diffusion.schedules import NoiseSchedule, take
@@ -618,6 +618,9 @@ SAMPLERS: dict[str, Sampler] = {
         dpmpp_3m_sde_step, steps=25, spacing="log_snr", adds_noise=True
     ),
 }
+for _row in SAMPLERS.values():
+    vars(_row.step)["way"] = -1  # see `state.way_of`
+vars(ddim_inversion_step)["way"] = 1
 
 
 def as_sampler(sampler: Sampler | StepFn) -> Sampler:
@@ -638,15 +641,7 @@ def as_sampler(sampler: Sampler | StepFn) -> Sampler:
     """
     if isinstance(sampler, Sampler):
         return sampler
-    checks.function("sampler", sampler, STEP_ARGUMENTS)
+    check_step_fn("sampler", sampler)
     bound = getattr(sampler, "keywords", {})  # of functools.partial
-    try:
-        signature = inspect.signature(sampler)
-        signature.bind(*("keys", "denoise_fn", "schedule", "state", "t"))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"sampler must be a function of {STEP_ARGUMENTS}, got "
-            f"{getattr(sampler, '__name__', checks.shown(sampler))}: {error}."
-        ) from error
-    takes_eta = "eta" in signature.parameters and "eta" not in bound
+    takes_eta = "eta" not in bound and "eta" in inspect.signature(sampler).parameters
     return Sampler(sampler, takes_eta=takes_eta, adds_noise=True)

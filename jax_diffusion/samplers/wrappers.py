@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jax_diffusion import checks
-from jax_diffusion.checks import placement
-from jax_diffusion.samplers.loop import STEP_ARGUMENTS, StepFn
+from jax_diffusion.checks import placement, signatures
+from jax_diffusion.samplers.loop import StepFn, check_step_fn
 from jax_diffusion.samplers.noise import fold_in, keys_of_step, normal
-from jax_diffusion.samplers.state import advance, num_earlier, remembers
+from jax_diffusion.samplers.state import advance, like
 from jax_diffusion.schedules import take
 
 
@@ -40,9 +40,11 @@ def inpaint(
         ValueError: if the shape of the mask does not fit the data, or x_known is no
             float array.
     """
-    checks.function("step_fn", step_fn, STEP_ARGUMENTS)
+    check_step_fn("step_fn", step_fn)
     checks.data("x_known", x_known, ("b", ...))
-    if not callable(mask):
+    if callable(mask):
+        signatures.takes("mask", mask, "x")
+    else:
         checks.broadcasts("mask", mask, x_known.shape)
         if checks.known(mask):
             values = np.asarray(mask, np.float64)
@@ -51,7 +53,7 @@ def inpaint(
                 raise ValueError(f"mask must be in [0, 1], got {wrong.flat[0]}.")
     project = mask if callable(mask) else functools.partial(_masked, mask, x_known)
 
-    @remembers(num_earlier(step_fn))
+    @like(step_fn)
     def step(keys, denoise_fn, schedule, state, t):
         state = step_fn(keys, denoise_fn, schedule, state, t)
         prev = take(schedule, t, x_known.ndim).prev
@@ -82,14 +84,14 @@ def share_noise(
         ValueError: unless step_fn is a function, until an integer, and key typed and
             of as many as there are images.
     """
-    checks.function("step_fn", step_fn, STEP_ARGUMENTS)
+    check_step_fn("step_fn", step_fn)
     checks.array("key", key, "key", ("b",) if np.ndim(key) else ())
     if isinstance(until, jax.Array):
         checks.array("until", until, "int", ())
     else:
         checks.integer("until", until)
 
-    @remembers(num_earlier(step_fn))
+    @like(step_fn)
     def step(keys, denoise_fn, schedule, state, t):
         if np.ndim(key):
             checks.keys("key", key, keys.shape[0])
@@ -113,10 +115,11 @@ def on_step(step_fn: StepFn, on_step: Callable[[Array], None]) -> StepFn:
     Raises:
         ValueError: unless both are functions.
     """
-    checks.function("step_fn", step_fn, STEP_ARGUMENTS)
+    check_step_fn("step_fn", step_fn)
     checks.function("on_step", on_step, "(t,)")
+    signatures.takes("on_step", on_step, "t")
 
-    @remembers(num_earlier(step_fn))
+    @like(step_fn)
     def step(keys, denoise_fn, schedule, state, t):
         jax.debug.callback(on_step, placement.everywhere(t)[0] if jnp.ndim(t) else t)
         return step_fn(keys, denoise_fn, schedule, state, t)

@@ -203,6 +203,36 @@ def test_a_schedule_that_is_the_same_is_accepted(same):
     diffusion.check_schedule_of(made(schedules.pad(S, 30)), S)
 
 
+TRACED = {  # made of, and used with, one of them traced; what is said
+    "t beyond its table": (S, SAME["padded"], "20 rows for 24"),
+    "padded, too short": (schedules.pad(S, 22), SAME["padded"], "20 rows for 24"),
+    "rows beyond the other": (S, SAME["cut"], "20 rows for 9"),
+}
+
+
+@pytest.mark.parametrize("case", TRACED)
+def test_a_traced_schedule_whose_length_cannot_fit_is_refused(case):
+    own, other, said = TRACED[case]
+    with pytest.raises(ValueError, match=f"{RULE}{said}; within jax.jit, make it ther"):
+        jax.eval_shape(lambda s: CALLS["sample"](made(own), s), other)
+
+
+def test_a_schedule_beside_a_traced_one_that_is_too_short_is_refused():
+    with pytest.raises(ValueError, match=f"{RULE}9 rows for 20; within jax.jit, make"):
+        jax.eval_shape(lambda s: CALLS["sample"](made(s), S), SAME["cut"])
+
+
+def test_a_traced_schedule_of_fitting_length_is_accepted():
+    def sample(own, other):
+        return CALLS["sample"](made(own), other)
+
+    for known in (S, SAME["padded"], SAME["cut"]):
+        jax.eval_shape(lambda s, known=known: sample(s, known), S)
+    for known in (S, SAME["padded"]):
+        jax.eval_shape(lambda s, known=known: sample(known, s), S)
+    jax.eval_shape(sample, SAME["padded"], S)  # both are traced
+
+
 def test_schedules_that_are_traced_and_functions_that_do_not_say_pass():
     other, _ = OTHERS["other betas"]
     jax.eval_shape(lambda s: CALLS["sample"](made(S), s), other)

@@ -60,6 +60,7 @@ def logits(x_t, timesteps):
 
 DENOISE = diffusion.denoiser(model, S, V)
 PREDICTION = DENOISE(X, T)
+DENOISE_LABELED = diffusion.denoiser(lambda x_t, timesteps, **_: 0.1 * x_t, S, V)
 
 # Wrong schedules, timesteps and data, and how the sentence about each begins.
 SCHEDULES = {
@@ -659,6 +660,16 @@ def first_value(x_0):
     return -(x_0[:, 0, 0, 0] ** 2)
 
 
+class Averaging(nnx.Module):
+    """A network of Flax NNX that averages over the batch."""
+
+    def __init__(self):
+        self.norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+
+    def __call__(self, x_t, timesteps):
+        return self.norm(x_t)
+
+
 class Dropping(nnx.Module):
     """A network of Flax NNX with dropout."""
 
@@ -705,6 +716,7 @@ A_VECTOR = "betas must be a vector of values in (0, 1], got "
 A_KEY = "key must be one typed key, as jax.random.key makes it, got "
 OLD_KEY = jnp.zeros(2, jnp.uint32)
 OUTPUT = "model_fn's output must be a float array [3, 4, 4, channels], got "
+RAW_NETWORK = "the raw network, got a denoiser of one."
 RAW = "denoise_fn must return a Prediction, as diffusion.denoiser makes it of a network"
 NO_DENOISER = "denoise_fn must be a function of (x_t, t), got None"
 NO_STEP = "step_fn must be a function of (keys, denoise_fn, schedule, state, t), got "
@@ -799,6 +811,132 @@ OTHERS = [
     (
         "sampler must be a function of (keys, denoise_fn, schedule, state, t), got f",
         lambda: samplers.as_sampler(X),
+    ),
+    # what somebody has found who used it in code of their own
+    (
+        "step_fn must be a function of (keys, denoise_fn, schedule, state, t), got one "
+        "of (keys, denoise_fn, state, t)",
+        lambda: samplers.sample(KEYS, DENOISE, lambda keys, denoise_fn, state, t: 0, S),
+    ),
+    (
+        NO_STEP + "one of (x_t, timesteps)",
+        lambda: samplers.inpaint(model, X, X[0] > 0),
+    ),
+    (
+        "step_fn must be a function of (keys, denoise_fn, schedule, state, t, eta=), "
+        "got one of (keys, denoise_fn, schedule, state, t)",
+        lambda: samplers.sample(
+            *(KEYS, DENOISE, functools.partial(samplers.ddpm_step, eta=0.5), S, X)
+        ),
+    ),
+    (
+        "denoise_fn must be a function of (x_t, t), got one of (keys, denoise_fn, ",
+        lambda: samplers.sample(KEYS, STEP, DENOISE, S, X),
+    ),
+    (
+        "denoise_fn must be a function of (x_t, t), got one of (x_t, t, label)",
+        lambda: STEP(KEYS, labeled, S, STATE, T),
+    ),
+    (
+        "denoise_fn must be a function of (x_t, t), got one of (x_t, t, label)",
+        lambda: likelihood.bits_per_dim(KEY, labeled, S, X),
+    ),
+    (
+        "denoise_fn must be a function of (x_t, t, text=), got one of (x_t, t, label)",
+        lambda: guidance.classifier_free(
+            labeled, {"text": LABEL}, {"text": LABEL}, 2.0
+        )(X, T),
+    ),
+    (
+        "sampler must be a function of (keys, denoise_fn, schedule, state, t), got one",
+        lambda: samplers.as_sampler(model),
+    ),
+    (
+        "log_likelihood_fn must be a function of (x_0), got one of (y, x_0)",
+        lambda: guidance.posterior(DENOISE, lambda y, x_0: y),
+    ),
+    (
+        "log_likelihood_fn must be a function of (x_0), got one of (x_t, timesteps)",
+        lambda: editing.twisted_smc(KEYS, DENOISE, S, X, logits),
+    ),
+    (
+        "log_prob_fn must be a function of (x_t, timesteps), got one of (x_0)",
+        lambda: guidance.classifier(DENOISE, S, first_value),
+    ),
+    (
+        "log_prob_fn must be a function of (x_t, timesteps), got one of (x, t, label)",
+        lambda: guidance.classifier(DENOISE, S, lambda x, t, label: x),
+    ),
+    (
+        "logits_fn must be a function of (x_t, timesteps), got one of (x_0)",
+        lambda: guidance.label_log_prob(first_value, LABEL),
+    ),
+    (
+        "logits_fn must be a function of (x_t, timesteps), got one of (x_0)",
+        lambda: losses.classifier_loss(KEY, first_value, S, X, T, LABEL % 2),
+    ),
+    (
+        "scale must be a function of (t), got one of (x_t, timesteps)",
+        lambda: guidance.posterior(DENOISE, first_value, model),
+    ),
+    (
+        "mask must be a function of (x), got one of (x_t, timesteps)",
+        lambda: samplers.inpaint(STEP, X, model),
+    ),
+    (
+        "on_step must be a function of (t), got one of (x_t, timesteps)",
+        lambda: samplers.on_step(STEP, model),
+    ),
+    (
+        "conditioning must be given by name, such as label=, got int32 [3]",
+        lambda: DENOISE(X, T, LABEL),
+    ),
+    *(
+        (f"model_fn must be {rule}", call)
+        for rule, call in (
+            (RAW_NETWORK, lambda: losses.training_loss(KEY, DENOISE, S, V, X, T)),
+            (RAW_NETWORK, lambda: diffusion.denoiser(DENOISE, S, V)),
+            (
+                RAW_NETWORK,
+                lambda: diffusion.denoiser(diffusion.clip_x_0(DENOISE), S, V),
+            ),
+            (
+                "in evaluation mode, as eval() of a network of Flax NNX does it",
+                lambda: diffusion.denoiser(Averaging(), S, V)(X, T),
+            ),
+        )
+    ),
+    *(
+        (
+            f"label must be an array [3, ...], got int32 [{size}]",
+            lambda size=size: DENOISE_LABELED(X, T, label=jnp.arange(size)),
+        )
+        for size in (1, 2, 4)
+    ),
+    (
+        "text must be an array [3, ...], got float32 [2, 5]",
+        lambda: DENOISE_LABELED(X, T, text={"a": jnp.ones((2, 5))}),
+    ),
+    (
+        "function must be a function of (x_t, t), got a NoiseSchedule",
+        lambda: diffusion.with_schedule(S, model),
+    ),
+    *(
+        (
+            "ts must go down as step_fn does, got rows that go up.",
+            lambda step=step: samplers.sample(
+                KEYS, DENOISE, step, S, X, ts=jnp.arange(10)
+            ),
+        )
+        for step in (
+            *(row.step for row in samplers.SAMPLERS.values()),
+            samplers.inpaint(STEP, X, X[0] > 0),
+            functools.partial(STEP, eta=0.5),
+        )
+    ),
+    (
+        "ts must go up as step_fn does, got rows that go down.",
+        lambda: samplers.sample(KEYS, DENOISE, samplers.ddim_inversion_step, S, X),
     ),
     # tables
     (
@@ -1684,6 +1822,30 @@ RIGHT = {
     ),
     "dropout of NNX, in a loss": (
         lambda: losses.training_loss(KEY, Dropping(), S, V, X, T).loss,
+        (3,),
+    ),
+    "averages of NNX, in evaluation mode": (
+        lambda: evaluated(Averaging())(X, T).x_0,
+        X.shape,
+    ),
+    "one number as conditioning of all images": (
+        lambda: DENOISE_LABELED(X, T, label=2, train=False, rngs={"a": KEY}).x_0,
+        X.shape,
+    ),
+    "vmap of a denoiser with a label": (
+        lambda: jax.vmap(lambda x, t, label: DENOISE_LABELED(x, t, label=label).x_0)(
+            X, T, LABEL
+        ),
+        X.shape,
+    ),
+    "a step of one's own that goes up": (
+        lambda: samplers.sample(
+            KEYS, DENOISE, lambda *args: STEP(*args), S, X, ts=jnp.arange(10)
+        ),
+        X.shape,
+    ),
+    "a loss of data of any scale": (
+        lambda: losses.training_loss(KEY, model, S, V, 200 + X, T).loss,
         (3,),
     ),
     "dropout of NNX, switched off": (
