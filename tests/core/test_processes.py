@@ -651,7 +651,7 @@ def test_one_trace_serves_every_churn_process_and_length():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("name", {*SAMPLERS} - {"edm_heun"})
+@pytest.mark.parametrize("name", sorted({*SAMPLERS} - {"edm_heun"}))
 def test_steps_that_need_a_chain_refuse_a_table_with_churn(name):
     schedule = schedules.churned([0.5, 1.0, 2.0], churn=1.0)
     x_T = jnp.ones((2, 3))
