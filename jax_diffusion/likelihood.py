@@ -144,11 +144,10 @@ def bits_per_dim(
         if not largest <= 1 + 1e-6:
             raise ValueError(f"x_0 must be in [-1, 1], got a value of {largest:.4g}.")
     dtype = jnp.result_type(x_0, jnp.float32)
-    num_images = x_0.shape[0]
     zeros = placement.beside(losses.mean_flat(jnp.zeros_like(x_0, dtype)), x_0)
 
     def terms_at(step):
-        t = placement.beside(jnp.full((num_images,), step, jnp.int32), x_0)
+        t = placement.beside(jnp.full(x_0.shape[:1], step, jnp.int32), x_0)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
         eps = samplers.normal(step_keys, x_0.shape[1:])
         x_t = diffusion.q_sample(schedule, x_0, t, eps)
@@ -304,7 +303,8 @@ def ode_log_prob(
     bits = _integrate(denoise_fn, schedule, x, _signs(keys, x, probes), 1.0)
     nats = LOG_2 * (1 if per_dim else math.prod(x.shape[1:]))
     total, prior, steps, error = (nats * a for a in bits)
-    return LogProb(-total, -prior, steps, error if probes else jnp.zeros_like(error))
+    none = placement.beside(jnp.zeros_like(error), error)
+    return LogProb(-total, -prior, steps, error if probes else none)
 
 
 def _signs(keys, x, probes):

@@ -312,7 +312,7 @@ def training_loss(
     value, _ = diffusion.split_output(objective, output, x_0.shape[-1])
     error = value - diffusion.target(schedule, objective, x_0, x_t, t, eps)
     mse = mean_flat(error**2)
-    vlb = jnp.zeros_like(mse)
+    vlb = placement.beside(jnp.zeros_like(mse), mse)
 
     if objective.loss in ("vlb", "hybrid"):
         if objective.loss == "hybrid":  # the bound must not reach the mean
