@@ -48,23 +48,23 @@ class SamplingOptions:
         label: the images get these labels in turn: numbers or names of classes, as 3,
             "0,1,2", "dog,cat" or ["dog", "cat"]; by default all labels. Where names of
             classes are numbers, 3 is the class of that name, not the fourth class.
-        cond: of a network that takes vectors or tokens, what it is told: arrays by name
-            ("cond" [k, d], "tokens" [k, n, d], "tokens_mask" bool [k, n]), an array
-            [k, d] alone, or a .npz file of such arrays; image i gets row i, in turn. By
-            default that of the images that a task starts from.
         guidance: scale of guidance; 1 is the labeled prediction. Classifier-free, or
             away from what `guide_with` predicts.
-        guide_with: workdir of a weaker run that predicts in place of the network
-            without a label (autoguidance), or WORKDIR@EMA for one average of it. It is
-            told the same labels, or takes none.
-        guidance_method: a key of `guidance.GUIDANCE_METHODS`: "classifier_free" (which
-            is the default), "apg" or "zero_star".
         guidance_rescale: how far, in [0, 1], guided images are scaled to the standard
             deviation of the labeled prediction.
         guidance_interval: (low, high) of noise / signal, in which guidance acts.
         classifier: workdir of a classifier of noisy images that guides.
         classifier_scale: scale of its gradient.
         reclip: whether x_0 is clipped again after a classifier has shifted it.
+        cond: of a network that takes vectors or tokens, what it is told: arrays by name
+            ("cond" [k, d], "tokens" [k, n, d], "tokens_mask" bool [k, n]), an array
+            [k, d] alone, or a .npz file of such arrays; image i gets row i, in turn. By
+            default that of the images that a task starts from.
+        guide_with: workdir of a weaker run that predicts in place of the network
+            without a label (autoguidance), or WORKDIR@EMA for one average of it. It is
+            told the same labels, or takes none.
+        guidance_method: a key of `guidance.GUIDANCE_METHODS`: "classifier_free" (which
+            is the default), "apg" or "zero_star".
 
     Raises:
         ValueError: for a value that is out of range; it begins with the field's name.
@@ -81,15 +81,15 @@ class SamplingOptions:
     threshold: float | None = None
     rounding: str = "floor"
     label: int | str | Sequence[int | str] | None = None
-    cond: Any = None
     guidance: float | None = None
-    guide_with: str | os.PathLike | None = None
-    guidance_method: str | None = None
     guidance_rescale: float = 0.0
     guidance_interval: str | Sequence[float] | None = None
     classifier: str | os.PathLike | None = None
     classifier_scale: float = 1.0
     reclip: bool = True
+    cond: Any = None
+    guide_with: str | os.PathLike | None = None
+    guidance_method: str | None = None
 
     def __post_init__(self):
         self._check_types()

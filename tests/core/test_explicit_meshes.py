@@ -317,6 +317,7 @@ def test_it_can_be_traced_on_an_explicit_mesh_and_batches_stay_split(name, withi
         assert first == ("data" if name in BATCHES else None), aval
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t", "label", "keys"])
 def test_what_is_not_split_fits_a_batch_that_is(name):
     """One of the arguments lies whole on every device, as arrays made there do."""

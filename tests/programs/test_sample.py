@@ -525,9 +525,8 @@ def test_a_weaker_run_guides_as_autoguidance_of_the_core(labelled, weaker, draws
     assert_same(images, jd.sample_images(again, **options).astype(int))
 
 
-@pytest.mark.parametrize(
-    "name", ["apg", pytest.param("zero_star", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["apg", "zero_star"])
 def test_a_method_of_guidance_is_that_of_the_core(name, labelled, draws):
     images, _ = draws(labelled, "--guidance", 3, "--guidance-method", name)
     wrap = by_pair(guidance.GUIDANCE_METHODS[name], unlabeled)
@@ -562,6 +561,7 @@ def test_a_guide_must_fit_the_run(labelled, plain, weaker, classifier, folder, r
     assert "got 4 classes" in refuses(no_labels, *options, weaker)
 
 
+@pytest.mark.slow
 def test_another_guide_is_another_job(labelled, weaker, folder, tmp_path, program):
     """Also of the same name: its weights are in the record of the folder."""
     out, guide = tmp_path / "out", folder / "its guide"

@@ -29,6 +29,7 @@ def update(net, optimizer, key):
     return loss
 
 
+@pytest.mark.slow
 def test_an_nnx_network_learns_and_is_not_sampled_while_its_dropout_is_on():
     net, sample = Net(nnx.Rngs(0)), nnx.jit(two_points.sample)
     optimizer = nnx.Optimizer(net, optax.adam(3e-3), wrt=nnx.Param)
