@@ -207,7 +207,7 @@ def loss_weight(
         case "vdm":
             check_chain(schedule)
             fall = jnp.where(c.prev.noise > 0, jnp.exp(c.prev.log_snr) - snr, 0.0)
-            weight = schedule.num_steps * fall / (2 * np.log(2.0).item())
+            weight = jnp.sum(schedule.mask) * fall / (2 * np.log(2.0).item())
     # || output error ||^2 is so many times || x_0 error ||^2.
     match objective.mean_type:
         case "eps":

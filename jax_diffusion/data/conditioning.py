@@ -143,7 +143,7 @@ def read_sidecar(root: Path, paths: Sequence[str]) -> Conditioning:
     file = root / SIDECAR
     if not file.is_file():
         return {}
-    given = read_arrays("path", file)
+    given = read_arrays("path", file, ("names", *CONDITIONING))
     names = given.pop("names", None)
     if names is None or names.dtype.kind != "U" or names.ndim != 1 or not given:
         raise ValueError(
@@ -170,14 +170,16 @@ def read_sidecar(root: Path, paths: Sequence[str]) -> Conditioning:
     return {name: array[rows] for name, array in found.items()}
 
 
-def read_arrays(field: str, file: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of the module in a .npz file, and names, as they are.
+def read_arrays(
+    field: str, file: Path, names: Sequence[str] = CONDITIONING
+) -> dict[str, np.ndarray]:
+    """Returns those arrays of a .npz file that have these names, as they are.
 
     Raises:
         ValueError: if it is no such file of plain arrays; it begins with the field.
     """
     try:
-        return files.read_npz(file, ("names", *CONDITIONING))
+        return files.read_npz(file, names)
     except ValueError as error:
         told = error.__cause__ or error
         if "allow_pickle" in str(told) or "pickle" in str(told).lower():

@@ -1,5 +1,6 @@
 """A network read as a distribution: `denoiser`, and what clips its predictions."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -263,7 +264,8 @@ def denoiser(
     """
     check_raw(model_fn)
     check_signal(schedule, objective)
-    output_fn = conditioned(model_fn, schedule, objective)
+    evaluated = functools.partial(modes.evaluate, "model_fn", model_fn)
+    output_fn = conditioned(evaluated, schedule, objective)
 
     def denoise(x_t, t, *unnamed, **conditioning):
         if unnamed:
@@ -274,7 +276,7 @@ def denoiser(
         t = placement.beside(t, x_t)
         timesteps = placement.rows(schedule.timesteps, t)
         signatures.takes("model_fn", model_fn, "x_t", "timesteps", **conditioning)
-        output = modes.evaluate("model_fn", output_fn, x_t, timesteps, **conditioning)
+        output = output_fn(x_t, timesteps, **conditioning)
         return predict(schedule, objective, output, x_t, t)
 
     return with_schedule(denoise, schedule)

@@ -132,7 +132,7 @@ def check_signal(schedule: NoiseSchedule, objective: Objective) -> None:
     if not checks.known(signal):
         return
     # NumPy: jnp would be traced within a jit.
-    if objective.mean_type == "eps" and not np.asarray(signal)[-1] > 0:
+    if objective.mean_type == "eps" and not np.all(np.asarray(signal) > 0):
         raise ValueError(
             "mean_type must be 'v', 'flow', 'x_0' or 'mu' for a schedule that ends in "
             "zero signal, got 'eps', which does not determine x_0 there."

@@ -81,9 +81,11 @@ def precondition(
 
     def preconditioned(x_t, timesteps, **conditioning):
         checks.data("x_t", x_t, ("b", ...))
-        checks.array("timesteps", timesteps, "float", x_t.shape[:1])
+        axes = x_t.shape[:1] if jnp.ndim(timesteps) else ()  # none within jax.vmap
+        checks.array("timesteps", timesteps, "float", axes)
         told = jnp.where(schedule.visited, schedule.timesteps, jnp.inf)
-        rows = jnp.argmin(jnp.abs(told[None] - timesteps[:, None]), axis=1)
+        told = jnp.expand_dims(told, tuple(range(jnp.ndim(timesteps))))
+        rows = jnp.argmin(jnp.abs(told - timesteps[..., None]), axis=-1)
         level = take(schedule, rows.astype(jnp.int32), x_t.ndim).now
         var = (level.signal * sigma_data) ** 2 + level.noise**2  # of x_t
         output = model_fn(x_t / jnp.sqrt(var), timesteps, **conditioning)

@@ -95,6 +95,8 @@ def check_schedule_of(
     num_mine, num_theirs = (int(np.sum(table.visited)) for table in (mine, theirs))
     if num_theirs > num_mine:
         raise ValueError(f"{rule} {num_mine} steps for {num_theirs}.")
+    if jax.tree.structure(mine) != jax.tree.structure(theirs):
+        raise ValueError(f"{rule} another kind.")  # such as of levels with churn
     for field in dataclasses.fields(NoiseSchedule):
         if field.name == "next":  # no denoiser's, and of the last row not the same
             continue
@@ -102,7 +104,7 @@ def check_schedule_of(
             jax.tree.leaves(getattr(table, field.name)) for table in (mine, theirs)
         )
         for a, b in zip(*columns, strict=True):
-            same = np.isclose(a[:num_theirs], b[:num_theirs], RTOL, ATOL)
+            same = np.isclose(a[:num_theirs], b[:num_theirs], RTOL, ATOL, True)
             if not same.all():
                 raise ValueError(
                     f"{rule} {num_mine} steps for {num_theirs}, with other "

@@ -284,16 +284,16 @@ class UNet(Trunk):
     Attributes:
         out_channels: channels of the output.
         num_classes: number of labels; None for a network that takes no label.
+        low_res: whether the network also takes low-resolution images, which are resized
+            and stacked onto x (super-resolution).
+        block_size: side of the blocks of pixels that are folded into channels before
+            the network and unfolded after it (Ho et al.'s space_to_depth); 1 for none.
         cond_dim: length of the vectors `cond`, which a dense layer adds to the time
             embedding; zeros mean none. 0 for a network that takes none.
         token_dim: length of each token; a set of n of them is attended to wherever
             pixels attend to each other, without regard to their order. Tokens that are
             masked have no influence, and all of them masked means none. 0 for a
             network that takes none.
-        low_res: whether the network also takes low-resolution images, which are resized
-            and stacked onto x (super-resolution).
-        block_size: side of the blocks of pixels that are folded into channels before
-            the network and unfolded after it (Ho et al.'s space_to_depth); 1 for none.
 
     Further attributes are those of `Trunk` and `Layers`.
 
@@ -312,10 +312,10 @@ class UNet(Trunk):
 
     out_channels: int = 3
     num_classes: int | None = None
-    cond_dim: int = 0
-    token_dim: int = 0
     low_res: bool = False
     block_size: int = 1
+    cond_dim: int = 0
+    token_dim: int = 0
 
     @nn.compact
     def __call__(

@@ -85,7 +85,9 @@ def tabulate_churned(
 
     signal, noise, timesteps = (mix(*pair) for pair in zip(raised, plain, strict=True))
     now = signal, noise, 2 * (np.log(signal) - np.log(noise))
-    clean, pure = (a[0] for a in ends.prev), (0.0, max(1.0, noise[-1]), -np.inf)
+    from_last = ends.next.noise[-1] == ends.now.noise[-1]
+    start = noise[-1] if from_last else 1.0
+    clean, pure = (a[0] for a in ends.prev), (0.0, start, -np.inf)
     ratio = np.append(1.0, signal[:-1]) / signal  # of prev, which rises from odd rows
     below = np.append(0.0, noise[:-1])
     step = noise**2 - (below / ratio) ** 2, below**2 - (noise * ratio) ** 2

@@ -392,4 +392,4 @@ def _middles(num_steps: int) -> np.ndarray:
 def _shifted(s: np.ndarray, shift: float) -> np.ndarray:
     """s of a flow, shifted for the resolution of images."""
     checks.number("shift", shift, above=0)
-    return shift * s / (1 + (shift - 1) * s)
+    return s / (s + (1 - s) / shift)  # is 1 at s = 1, also in floating point

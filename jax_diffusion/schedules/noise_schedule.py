@@ -54,7 +54,7 @@ class NoiseSchedule:
         prev: the noise level of x_{t-1}; in row 0 that of clean data, signal 1 and
             noise 0.
         next: the noise level of x_{t+1}; in row T - 1 that of pure noise, which
-            sampling starts from: signal 0, and as noise 1, or the last row's if larger.
+            sampling starts from: signal 0, and noise 1, or in EDM the last row's.
         posterior_x_0: factor of x_0 in the mean of q(x_{t-1} | x_t, x_0), which is
             posterior_x_0 * x_0 + posterior_x_t * x_t (DDPM eq. 7).
         posterior_x_t: factor of x_t in that mean.
@@ -145,10 +145,9 @@ def tabulate(
         raise ValueError(f"no beta but the last may be 1, got it at t = {first}.")
     checks.boolean("rescale_timesteps", rescale_timesteps)
     scale = 1000 / len(betas) if rescale_timesteps else 1.0
-    timesteps = (
-        np.arange(len(betas)) if keep is None else steps_to_keep(keep, len(betas))
-    )
+    timesteps = np.arange(len(betas))
     if keep is not None:
+        timesteps = steps_to_keep(keep, len(betas))
         alpha_bar = np.cumprod(1 - betas)[timesteps]
         betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
@@ -183,7 +182,8 @@ def table_of_squares(
     """
     make, level = cast(Any, NoiseSchedule), cast(Any, Level)  # of NumPy's arrays
     now = np.sqrt(signal_sq), np.sqrt(noise_sq), log_snr
-    clean, pure = (1.0, 0.0, np.inf), (0.0, max(1.0, now[1][-1]), -np.inf)
+    start = 1.0 if np.hypot(*now[:2])[-1] <= 1 + 1e-6 else now[1][-1]  # not so in EDM
+    clean, pure = (1.0, 0.0, np.inf), (0.0, start, -np.inf)
     prev_signal_sq = np.append(1.0, signal_sq[:-1])
     prev_noise_sq = np.append(0.0, noise_sq[:-1])
 
@@ -284,7 +284,7 @@ def pad(schedule: NoiseSchedule, length: int) -> NoiseSchedule:
     )
 
 
-def take(schedule: NoiseSchedule, t: Int[Array, "b"], ndim: int) -> NoiseSchedule:
+def take(schedule: NoiseSchedule, t: Int[Array, "*b"], ndim: int) -> NoiseSchedule:
     """Takes rows `t` of every coefficient, shaped to multiply a batch of data.
 
     Args:

@@ -28,8 +28,8 @@ class Saver:
         Raises:
             OSError: as `checkpoint.save`.
         """
-        self._snapshots.take(step, state.ema_params)
         checkpoint.save(self._manager, step, state, record)
+        self._snapshots.take(step, state.ema_params)  # `begin` takes one that is lost
 
     def save_at_error(
         self, step: int, state: TrainState, record: dict[str, Any]

@@ -61,6 +61,11 @@ def denoiser(model_fn):
     return diffusion.denoiser(model_fn, SCHEDULE, diffusion.Objective("v"))
 
 
+def preconditioned(model_fn):
+    objective = diffusion.Objective("x_0", precondition=True)
+    return diffusion.denoiser(model_fn, SCHEDULE, objective)(X, T).x_0
+
+
 def sampled(model_fn):
     return samplers.sample(KEYS, denoiser(model_fn), samplers.ddim_step, SCHEDULE, X)
 
@@ -69,7 +74,7 @@ def called(model_fn):
     return denoiser(model_fn)(X, T).x_0
 
 
-calls = pytest.mark.parametrize("call", [called, sampled])
+calls = pytest.mark.parametrize("call", [called, preconditioned, sampled])
 
 
 @calls

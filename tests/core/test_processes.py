@@ -137,6 +137,22 @@ def test_edm_levels_are_even_in_a_root_of_sigma():
     np.testing.assert_array_equal(levels.timesteps, np.log(levels.noise) / 4)
 
 
+@pytest.mark.parametrize("shift", [0.1, 0.2, 0.3, 1 / 3, 0.7, 3.0, 3.158])
+def test_a_flow_of_any_shift_ends_in_pure_noise(shift):
+    schedule = schedules.from_levels(*schedules.flow_levels(10, shift=shift))
+    assert (schedule.now.signal[-1], schedule.now.noise[-1]) == (0, 1)
+
+
+@pytest.mark.parametrize("sigma_max", [0.5, 1.0, 80.0])
+def test_sampling_starts_from_the_noise_of_the_last_level(sigma_max):
+    levels = schedules.edm_levels(10, sigma_max=sigma_max)
+    for schedule in (
+        schedules.from_levels(*levels),
+        schedules.churned(levels.noise, churn=0.0),
+    ):
+        assert schedule.next.noise[-1] == np.float32(sigma_max)
+
+
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
 def test_the_shift_of_a_flow_multiplies_noise_over_signal(shift):
     plain, levels = (schedules.flow_levels(10, shift=s) for s in (1.0, shift))
@@ -269,6 +285,10 @@ def test_the_vdm_loss_is_the_variational_bound(kind):
     ours = weight * losses.mean_flat((guess - x_0) ** 2) / schedule.num_steps
     np.testing.assert_allclose(ours[1:], bound[1:], rtol=2e-3)
     assert ours[0] == 0
+    padded = jax.jit(losses.loss_weight, static_argnums=1)(
+        schedules.pad(schedule, 4 * schedule.num_steps), objective, t
+    )
+    np.testing.assert_allclose(padded, weight, rtol=1e-6)
 
 
 @every_process
@@ -314,6 +334,9 @@ def test_an_objective_preconditions_its_network_wherever_it_is_read(kind):
     x_0_fn = diffusion.precondition(raw_fn, schedule, 0.5)
     same = diffusion.denoiser(x_0_fn, schedule, plain)(x_t, t).x_0
     np.testing.assert_array_equal(found, same)
+    network = diffusion.precondition(lambda x, t: x, schedule)
+    one_by_one = jax.vmap(network)(x_t, schedule.timesteps)
+    np.testing.assert_allclose(one_by_one, network(x_t, schedule.timesteps), rtol=1e-6)
     var = (signal * 0.5) ** 2 + noise**2
     c_skip, c_out = signal * 0.25 / var, noise * 0.5 / np.sqrt(var)
     target = (x_0 - c_skip[:, None] * x_t) / c_out[:, None]

@@ -203,6 +203,20 @@ def test_a_schedule_that_is_the_same_is_accepted(same):
     diffusion.check_schedule_of(made(schedules.pad(S, 30)), S)
 
 
+def test_a_table_with_churn_is_the_same_as_another_copy_of_it_and_no_chain():
+    sigma = [0.5, 1.0, 2.0]
+    made_of, same = (schedules.churned(sigma, churn=1.0) for _ in range(2))
+    denoise_fn = diffusion.denoiser(model_fn, made_of, diffusion.Objective("x_0"))
+    for other in (same, schedules.pad(same, 12)):
+        diffusion.check_schedule_of(denoise_fn, other)
+    for other in (
+        schedules.churned([0.4, 1.0, 2.0], churn=1.0),
+        schedules.from_levels(*schedules.sigma_levels(np.array([0.5, 1, 1.5, 2, 3]))),
+    ):
+        with pytest.raises(ValueError, match=RULE):
+            diffusion.check_schedule_of(denoise_fn, other)
+
+
 TRACED = {  # made of, and used with, one of them traced; what is said
     "t beyond its table": (S, SAME["padded"], "20 rows for 24"),
     "padded, too short": (schedules.pad(S, 22), SAME["padded"], "20 rows for 24"),
