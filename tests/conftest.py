@@ -1,5 +1,6 @@
 """Eight fake CPU devices, no silent rank promotion, float32 as shipped."""
 
+import gc
 import os
 import tempfile
 import typing
@@ -33,9 +34,21 @@ for options in (diffusion.Objective, pipeline.SamplingOptions, pipeline.TaskOpti
     typing.no_type_check(options)
 
 
+LONG = ("_hosts", "_survival", "_conditioning", "_classifier", "_ema", "_inception")
+LONG += ("_meshes", "_chains", "_x64")
+# Tracing makes millions of small objects, and JAX has a callback at every collection.
+gc.set_threshold(50_000, 20, 50)
+
+
 def pytest_collection_modifyitems(items):
-    """Jobs of several processes first: what takes longest must not be left for last."""
-    items.sort(key=lambda item: not item.path.stem.endswith("_hosts"))
+    """Long modules first: what takes longest must not be left for last."""
+    items.sort(key=lambda item: not item.path.stem.endswith(LONG))
+
+
+def pytest_collection_finish(session):
+    """What is imported and collected by now lives on: it is not looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,6 @@ def slow(*values):
 
 # Padded schedules are the harder ones, and come in both speeds.
 either_length = pytest.mark.parametrize("length", ["padded", slow("plain")])
-either_short = pytest.mark.parametrize("schedule", [PADDED, slow(SHORT)])
 
 
 def step_of(name):
@@ -132,8 +131,9 @@ def test_a_cut_chain_is_the_whole_bit_for_bit_within_vmap(name, length):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@every_length
+@pytest.mark.parametrize(
+    ("length", "kind"), [("padded", AxisType.Explicit), ("plain", AxisType.Auto)]
+)
 @every_sampler
 def test_a_cut_chain_is_the_whole_bit_for_bit_within_shard_map(name, length, kind):
     schedule = SCHEDULES[length]
@@ -271,14 +271,14 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "wrapper"),
+    ("schedule", "kind", "wrapper"),
     [
-        (Weighted, "plain"),
-        slow(Remembering, "plain"),
-        *(slow(Weighted, name) for name in WRAPPERS if name != "plain"),
+        (PADDED, Weighted, "plain"),
+        slow(SHORT, Weighted, "plain"),
+        slow(PADDED, Remembering, "plain"),
+        *(slow(PADDED, Weighted, name) for name in WRAPPERS if name != "plain"),
     ],
 )
-@either_short
 @every_sampler
 def test_a_state_of_ones_own_goes_through_sample_and_wrappers(
     name, schedule, kind, wrapper
@@ -358,9 +358,8 @@ def test_a_step_that_draws_with_the_keys_of_the_chain_as_they_are_is_refused():
     shared(KEYS, tanh_denoiser(SHORT), SHORT, state, jnp.full(8, 9))
 
 
-@either_short
 @every_sampler
-@pytest.mark.parametrize("jump", [3, slow(10)])
+@pytest.mark.parametrize(("schedule", "jump"), [(PADDED, 3), slow(SHORT, 10)])
 def test_repainting_once_is_inpainting_bit_for_bit(name, schedule, jump):
     run = functools.partial(repainting, step_of(name), schedule)
     repainted = jax.jit(functools.partial(run, jump=jump, resamples=1))()

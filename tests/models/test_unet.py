@@ -437,7 +437,8 @@ def test_doubling_folded_into_the_kernel_is_doubling_and_then_convolving():
 )
 def test_computing_blocks_again_changes_no_gradient(dtype, resample):
     def grads(remat):
-        model = UNet(**SMALL, dtype=dtype, resample=resample, remat=remat, dropout=0.1)
+        small = SMALL | dict(num_res_blocks=0, dropout=0.1)
+        model = UNet(**small, dtype=dtype, resample=resample, remat=remat)
         params = random_like(param_shapes(model, (8, 8, 3)))
 
         @jit

@@ -300,7 +300,7 @@ MODEL = UNet(
     out_channels=2,
     channels=32,
     multipliers=(1, 2),
-    num_res_blocks=1,
+    num_res_blocks=0,
     attention_resolutions=(4,),
     num_groups=8,
 )

@@ -116,7 +116,7 @@ UNET = UNet(
     out_channels=1,
     channels=16,
     multipliers=(1, 2),
-    num_res_blocks=1,
+    num_res_blocks=0,
     attention_resolutions=(4,),
     num_groups=4,
 )
