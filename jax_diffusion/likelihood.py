@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Key
 from jax_diffusion import checks, diffusion, losses, samplers
 from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn
+from jax_diffusion.samplers.loop import like_batch
 from jax_diffusion.schedules import NoiseSchedule, check_schedule
 
 LOG_2 = np.log(2.0).item()  # plain numbers leave float32 as it is
@@ -126,10 +127,10 @@ def bits_per_dim(
         if not largest <= 1 + 1e-6:
             raise ValueError(f"x_0 must be in [-1, 1], got a value of {largest:.4g}.")
     dtype = jnp.result_type(x_0, jnp.float32)
-    num_images, zeros = x_0.shape[0], losses.mean_flat(jnp.zeros_like(x_0, dtype))
+    zeros = losses.mean_flat(jnp.zeros_like(x_0, dtype))
 
     def terms_at(step):
-        t = placement.beside(jnp.full((num_images,), step, jnp.int32), x_0)
+        t = like_batch(step, x_0)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
         eps = samplers.normal(step_keys, x_0.shape[1:])
         x_t = diffusion.q_sample(schedule, x_0, t, eps)
@@ -296,7 +297,7 @@ def _flow(denoise_fn, schedule, x, signs, stride):
     last = jnp.sum(schedule.visited, dtype=jnp.int32) - 1
 
     def velocity(x, row):
-        t = placement.beside(jnp.full(x.shape[:1], row, jnp.int32), x)
+        t = like_batch(row, x)
 
         def v(x):
             prediction = denoise_fn(x, t)

@@ -234,7 +234,8 @@ def denoiser(
 
     Returns:
         denoise_fn(x_t, t, **conditioning) -> Prediction. Beside another schedule it is
-        refused, see `schedule_of`.
+        refused where both are known, see `schedule_of`; within `jax.jit`, make it
+        there, of the same argument.
 
     Raises:
         ValueError: if the network predicts eps and the schedule ends in zero signal;

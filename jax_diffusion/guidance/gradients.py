@@ -36,7 +36,7 @@ def classifier(
             image by itself; timesteps [b] are what a network is told,
             `schedule.timesteps`. `label_log_prob` makes one from a classifier. If a
             third or later argument is named `t`, it is given the rows of the schedule
-            [b], too; a second one of that name is given timesteps, as any second one.
+            [b], too; the second one is always timesteps, even if it is called t.
         scale: one number, one for each image, or a function of t, see `within`.
 
     Returns:
@@ -100,8 +100,8 @@ def posterior(
         log_likelihood_fn: log_likelihood_fn(x_0) -> log p(y | x_0) [b] in nats, each
             image by itself. If a second or later argument is named `t`, it is given the
             rows of the schedule [b] too, and can count the variance of x_0 given x_t as
-            noise of the measurement (Song et al. 2023), without which the posterior is
-            narrower than it should be.
+            noise of the measurement (Song et al. 2023). Without it samples are too
+            narrow and overshoot y; with it they are exact for Gaussian data.
         scale: one number, one for each image, or a function of t, see `within`.
 
     Returns:

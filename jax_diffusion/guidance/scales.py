@@ -34,7 +34,7 @@ def within(
         low, high: the interval, in units of noise / signal, the paper's sigma; both
             ends are inside. It is empty if low is above high.
         outside: the scale elsewhere. 1 is the prediction with the label for
-            `classifier_free`; give 0 for `classifier`.
+            `classifier_free`; give 0 for `classifier` and `posterior`.
 
     Returns:
         scale_fn(t) -> scales [b].

@@ -238,7 +238,7 @@ def sample(
     ts: Int[Array, "n"] | None = None,
     state: Any = None,
 ) -> Any:
-    """Runs `step_fn` over `ts` from x_T, or from a state, as far as it leads.
+    """Runs `step_fn` over `ts` from x_T, or from a state, and returns the end.
 
     Of x_T [b, ...] it returns the last x, [b, ...]; of a state it returns the last
     state. So a chain may be cut anywhere, and is the same chain to the bit. (That of
