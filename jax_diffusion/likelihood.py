@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, Key
 from jax_diffusion import checks, diffusion, losses, samplers
 from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn
+from jax_diffusion.samplers.loop import like_batch
 from jax_diffusion.schedules import NoiseSchedule, check_chain
 
 LOG_2 = np.log(2.0).item()  # plain numbers leave float32 as it is
@@ -147,7 +148,7 @@ def bits_per_dim(
     zeros = placement.beside(losses.mean_flat(jnp.zeros_like(x_0, dtype)), x_0)
 
     def terms_at(step):
-        t = placement.beside(jnp.full(x_0.shape[:1], step, jnp.int32), x_0)
+        t = like_batch(step, x_0)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
         eps = samplers.normal(step_keys, x_0.shape[1:])
         x_t = diffusion.q_sample(schedule, x_0, t, eps)
@@ -366,7 +367,7 @@ def _flow(denoise_fn, schedule, x, signs, stride):
     last = jnp.sum(schedule.visited, dtype=jnp.int32) - 1
 
     def velocity(x, row):
-        t = placement.beside(jnp.full(x.shape[:1], row, jnp.int32), x)
+        t = like_batch(row, x)
 
         def v(x):
             x_t = (scale[row] * x).astype(x.dtype)

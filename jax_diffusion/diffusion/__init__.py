@@ -6,10 +6,10 @@
 
     process    q_sample, q_posterior; conversions of x_0, eps, v, flow, mu and score
     objective  Objective: what the network predicts, and the loss
-    prediction  Prediction; DenoiseFn, the type of a denoiser
+    prediction Prediction; DenoiseFn, the type of a denoiser
     denoisers  denoiser (the learned variance, too), clip_x_0, threshold_x_0
     preconditioning  precondition: a network's input and output at unit scale (EDM)
-    same_schedule  schedule_of: the schedule a denoiser is made with; no other is taken
+    same_schedule  schedule_of: which schedule a denoiser is made with
 
 Conventions, relied on everywhere in the package:
 

@@ -248,8 +248,8 @@ def denoiser(
     Returns:
         denoise_fn(x_t, t, **conditioning) -> Prediction. Arrays of conditioning have a
         leading axis [b]; numbers are for all images. Beside another schedule it is
-        refused where both are known; within `jax.jit`, make it inside, of the schedule
-        that is an argument.
+        refused where both are known, see `schedule_of`; within `jax.jit`, make it
+        there, of the same argument.
 
     Raises:
         ValueError: if the network predicts eps and the schedule ends in zero signal,
