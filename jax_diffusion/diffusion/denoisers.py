@@ -183,6 +183,7 @@ def predict(
     """Reads the network's output at x_t as x_0 and the variance of p(x_{t-1} | x_t).
 
     At t = 0 both fixed variances are the posterior's at t = 1, as in the official code.
+    The large one is that for data N(0, 1), which keep their variance at every level.
     A learned range is not clamped: it may lie outside the two variances (Nichol &
     Dhariwal 2021, eq. 15).
 
@@ -217,6 +218,8 @@ def predict(
 
     c = take(schedule, t, x_t.ndim)
     low, high = c.posterior_log_var, jnp.log(c.betas)
+    if c.prev.signal is not None:  # as in levels of `schedule_at`, which have no betas
+        high = high + _log_total(c.prev) - _log_total(c.now)
     log_var: Any
     match objective.var_type:
         case "fixed_small":
@@ -229,6 +232,12 @@ def predict(
             fraction = (var_value + 1) / 2
             log_var = fraction * high + (1 - fraction) * low
     return Prediction(x_0, log_var)
+
+
+def _log_total(level):
+    """log(signal^2 + noise^2); 0 where that is 1, but for the table's rounding."""
+    total = level.signal**2 + level.noise**2
+    return jnp.log(jnp.where(jnp.abs(total - 1) < 1e-6, 1.0, total))
 
 
 def denoiser(

@@ -30,8 +30,9 @@ class Objective:
             flow, which is eps - x_0 (Liu et al. 2023), or mu, the mean of
             p(x_{t-1} | x_t).
         var_type: the variance of p(x_{t-1} | x_t): that of the posterior (fixed_small),
-            beta (fixed_large), or an output of the network, either its logarithm
-            (learned) or its place between the other two (learned_range).
+            its upper bound, beta where signal^2 + noise^2 = 1 (fixed_large), or an
+            output of the network, either its logarithm (learned) or its place between
+            the other two (learned_range).
         loss: l2, l1 or huber loss of the output; vlb, the variational bound; hybrid, l2
             plus the bound, whose gradient then reaches the variance only.
         weighting: of the l2, l1 or huber term over noise levels, see

@@ -66,6 +66,38 @@ def test_the_levels_of_a_chain_make_the_table_of_its_betas(betas_fn):
 
 
 @every_process
+def test_the_large_variance_keeps_the_spread_of_every_level(kind):
+    """It is the upper bound, reached for data N(0, 1), as ancestral sampling shows."""
+    signal, noise = processes.levels(kind, RATIOS, no_signal=True)
+    schedule = processes.schedule_of(signal, noise)
+    var = signal**2 + noise**2
+    gain = jnp.asarray(signal / var, jnp.float32)[:, None]
+    t = jnp.arange(len(var), dtype=jnp.int32)
+
+    def denoise_fn(x_t, t):
+        return diffusion.predict(schedule, Objective("x_0"), gain * x_t, x_t, t)
+
+    def step(x):
+        state = samplers.start(x)
+        keys = KEYS[: len(var)]
+        return samplers.ddpm_step(keys, denoise_fn, schedule, state, t).x[1:]
+
+    x = jnp.ones((len(var), 10_000))
+    factor = np.asarray(step(x) - step(0 * x))[:, 0]
+    drawn = np.exp(np.asarray(denoise_fn(x, t).log_var))[1:, 0]
+    np.testing.assert_allclose(factor**2 * var[1:] + drawn, var[:-1], rtol=1e-4)
+    assert_moments((step(0 * x) / np.sqrt(drawn)[:, None]).T, 0, 1)
+
+
+@pytest.mark.parametrize("betas_fn", [schedules.linear_betas, schedules.cosine_betas])
+def test_the_large_variance_of_a_chain_is_beta_bit_for_bit(betas_fn):
+    schedule = schedules.make_schedule(betas_fn(1000))
+    t, x = jnp.arange(1, 1000, dtype=jnp.int32), jnp.ones((999, 1))
+    large = diffusion.predict(schedule, Objective("x_0"), x, x, t).log_var
+    np.testing.assert_array_equal(large[:, 0], jnp.log(schedule.betas[1:]))
+
+
+@every_process
 def test_pure_noise_has_the_spread_that_sampling_starts_from(kind):
     schedule = processes.schedule_of(*processes.levels(kind, RATIOS), length=20)
     assert [a[-1] for a in schedule.next] == [0, 50 if kind == "edm" else 1, -np.inf]
