@@ -39,6 +39,9 @@ V = diffusion.Objective("v")
 HYBRID = diffusion.Objective("eps", "learned_range", "hybrid")
 KEY = jax.random.key(3)
 MASK = jnp.asarray(np.arange(8) > 3, jnp.float32)[:, None, None]
+# What the train step does besides is the claim: the gradient of all of a U-Net is one
+# of `WHOLES` by itself.
+LEAN = dict(dropout=0.1, multipliers=(1,), num_res_blocks=0, attention_resolutions=())
 
 
 def model_fn(x, timesteps):
@@ -100,8 +103,12 @@ def arrays(*names, split=lambda a: a, whole=lambda a: a):
         "label": split(jnp.arange(B, dtype=jnp.int32) % 7),
         "low_res": split(normal(2, B, 4, 4, 3)),
         "keys": split(samplers.image_keys(KEY, jnp.arange(B))),
-        "params": {n: jax.tree.map(whole, params(n)) for n in CASES if n in names},
+        "params": {n: jax.tree.map(whole, params(n)) for n in names},
     }
+
+
+def network_of(case):
+    return make("unet", **LEAN) if case == "lean" else make(case)
 
 
 @functools.cache
@@ -109,7 +116,7 @@ def params(case):
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda a: jnp.asarray(rng.normal(size=a.shape) / 8, a.dtype),
-        param_shapes(make(case)),
+        param_shapes(network_of(case)),
     )
 
 
@@ -140,7 +147,7 @@ def train(a, name="uniform", **options):
     """One update of a network with dropout, labels and low resolution."""
     sampler, tx = TIMESTEP_SAMPLERS[name](6), optax.adam(1e-3)
     step = training.make_train_step(
-        make("unet", dropout=0.1),
+        network_of("lean"),
         tx,
         S,
         V,
@@ -150,7 +157,7 @@ def train(a, name="uniform", **options):
         low_res_size=4,
         **options,
     )
-    state = training.step.start_state(a["params"]["unet"], tx, sampler, (0.9,))
+    state = training.step.start_state(a["params"]["lean"], tx, sampler, (0.9,))
     images = ((a["x"] + 1) * 127.5).astype(jnp.uint8)
     state, metrics = step(KEY, state, {"image": images, "label": a["label"]})
     return state.params, metrics
@@ -278,7 +285,9 @@ def mesh():
 
 def networks_of(case):
     """The names of the networks whose parameters a case takes."""
-    return ["unet"] if case.startswith("train step") else case.split()
+    if case.startswith("train step"):
+        return ["lean"]
+    return [name for name in case.split() if name in CASES]
 
 
 @functools.cache
@@ -294,8 +303,9 @@ def context(within):
 
 
 def slow_if(name, within):
-    """Networks take seconds to trace: the fast tests do it once for each."""
-    heavy = name in WHOLES and (not within or name.startswith("train step, "))
+    """Networks take seconds to trace: the fast tests do it once for two of them."""
+    quick = ("gradient of unet", "gradient of dit", "train step in two parts")
+    heavy = name in WHOLES and not (within and name in quick)
     return pytest.mark.slow if heavy or name.endswith("network") else ()
 
 
@@ -331,13 +341,25 @@ def test_what_is_not_split_fits_a_batch_that_is(name):
                 jax.jit(function).trace(given)
 
 
-# Networks take long to compile, and their gradients hold all of them.
+def ways(name):
+    """With a mesh set, without, or both. All are traced above."""
+    if name.endswith("network"):
+        return ()  # long to compile, and the gradient holds all of it
+    if name.endswith("sampler of a padded schedule"):
+        return (False,)
+    is_sampler = name.removesuffix(" sampler") in samplers.SAMPLERS
+    return (True,) if is_sampler else (False, True)
+
+
+SKIPPED = {
+    *(f"train step, {name}" for name in TIMESTEP_SAMPLERS if name != "uniform"),
+    "gradient of unet",  # unet-conditioned is it, and more
+    *(f"gradient of noisy_classifier-{pool}" for pool in ("spatial", "spatial_v2")),
+}  # which are traced
 COMPUTED = [
-    *((name, inside) for name in BATCHES for inside in (False, True)),
-    *((name, True) for name in WHOLES if not name.startswith("train step, ")),
-    ("train step, uniform", True),
+    *((name, inside) for name in BATCHES for inside in ways(name)),
+    *((name, True) for name in WHOLES if name not in SKIPPED),
 ]
-COMPUTED = [(name, i) for name, i in COMPUTED if not name.endswith("network")]
 
 
 @pytest.mark.slow
