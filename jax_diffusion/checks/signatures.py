@@ -46,9 +46,6 @@ def fit(function: Any, *arguments: Any, **named: Any) -> bool:
     >>> fit(lambda x: x, "x_t"), fit(lambda x: x, "x_t", label=3)
     (True, False)
     """
-    while isinstance(function, functools.partial):
-        arguments = (*function.args, *arguments)
-        named, function = function.keywords | named, function.func
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of some builtins

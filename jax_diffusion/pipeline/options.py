@@ -19,7 +19,7 @@ from jax_diffusion.guidance import GUIDANCE_METHODS
 from jax_diffusion.registry import hint, is_outside, lookup, outside
 from jax_diffusion.samplers import SAMPLERS, Sampler, as_sampler, start
 from jax_diffusion.samplers.loop import STEP_ARGUMENTS
-from jax_diffusion.samplers.state import check_state, like
+from jax_diffusion.samplers.state import check_state, marked, traits_of
 from jax_diffusion.schedules import NoiseSchedule
 
 NEEDS = {  # the fields that have no effect without another one, and which
@@ -161,7 +161,7 @@ class SamplingOptions:
         if not is_outside(self.sampler):
             return row
 
-        @like(row.step)
+        @marked(**traits_of(row.step))
         @outside("sampler", self.sampler, f"a step {STEP_ARGUMENTS} -> SampleState")
         def step(keys, denoise_fn, schedule, state, t, **eta):
             new = row.step(keys, denoise_fn, schedule, state, t, **eta)

@@ -13,6 +13,8 @@ A sampler is a function of this form:
     -> state    the state: x at the level of t - 1, which is clean data for t = 0; x_0
                 as predicted at t; the log-SNR of t; dtypes as they were
 
+It raises ValueError unless these fit each other.
+
 A step draws `normal(fold_in(keys, t), shape)`, and for a second purpose folds in one
 more number. So the noise of an image depends on its key and on the row t alone: not on
 the batch around it, nor on who calls the step, nor on where a chain was cut. It never

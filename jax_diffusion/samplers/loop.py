@@ -18,7 +18,7 @@ from jax_diffusion.samplers.state import (
     check_fields,
     check_state,
     first_state,
-    way_of,
+    traits_of,
 )
 from jax_diffusion.schedules import NoiseSchedule, check_batch, check_chain
 
@@ -116,7 +116,7 @@ def sample_frames(
     """
     check_denoise_fn(denoise_fn)
     check_step_fn("step_fn", step_fn)
-    check_chain(schedule, churned=True)  # as the step may be for that
+    check_chain(schedule, may_rise=True)
     check_schedule_of(denoise_fn, schedule)
     first = first_state(x_T, state, step_fn)
     checks.keys("keys", keys, first.x.shape[0])
@@ -127,7 +127,7 @@ def sample_frames(
         checks.array("ts", ts, "int", ("n",))
         checks.rows("ts", ts, schedule.num_steps, negative=True)
         way = check_order(ts)
-    wanted = way_of(step_fn)
+    wanted = traits_of(step_fn).get("way")
     if wanted is not None and way == -wanted:
         words = ("up", "down") if wanted > 0 else ("down", "up")
         rule = "ts must go {} as step_fn does, got rows that go {}."
@@ -197,9 +197,9 @@ def sample(
 ) -> Any:
     """Runs `step_fn` over `ts` from x_T, or from a state, and returns the end.
 
-    Of x_T [b, ...] that is the last x, [b, ...]; of a state it is the last
-    state. So a chain may be cut anywhere, and is the same chain to the bit. (That of
-    x_T is another program for XLA, which may round otherwise.)
+    Given x_T, it returns the last x [b, ...]; given a state, the last state, from which
+    the chain goes on bit for bit. (A chain from x_T is another program for XLA, which
+    may round otherwise.)
 
         state = samplers.start(x_T, step_fn)
         state = sample(..., state=state, ts=ts[:7])
@@ -260,26 +260,20 @@ def check_order(ts: Any) -> int | None:
 
 
 def check_step_arguments(
-    keys: Any,
-    denoise_fn: Any,
-    schedule: Any,
-    state: Any,
-    t: Any,
-    *,
-    churned: bool = False,
+    keys: Any, denoise_fn: Any, schedule: Any, state: Any, t: Any, **may_rise: bool
 ) -> Array:
-    """Raises ValueError unless the arguments of a sampler's step fit each other.
+    """Returns t as an array [b] that lies as state.x does.
 
     `keys`, `denoise_fn`, `schedule`, `state` and `t` are those of a step, see
     `jax_diffusion.samplers`. A traced t may be an integer of no axis, as in a scan of
-    somebody else. `churned` says whether the step is one for `schedules.churned`.
+    somebody else. `may_rise` is for `check_chain`.
 
-    Returns:
-        t as an array [b] that lies as state.x does.
+    Raises:
+        ValueError: unless they fit each other.
     """
     check_denoise_fn(denoise_fn)
     check_fields(state)
-    check_chain(schedule, churned=churned)
+    check_chain(schedule, **may_rise)
     check_batch(schedule, t, **{"state.x": state.x})
     check_schedule_of(denoise_fn, schedule)
     checks.keys("keys", keys, state.x.shape[0])

@@ -43,7 +43,7 @@ def pure_noise(
     >>> (pure_noise(keys, schedule, (3,)) / normal(keys, (3,))).round(3)[0].tolist()
     [80.0, 80.0, 80.0]
     """
-    check_chain(schedule, churned=True)
+    check_chain(schedule, may_rise=True)
     return schedule.next.noise[-1] * normal(keys, shape)
 
 

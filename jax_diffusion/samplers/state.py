@@ -83,49 +83,29 @@ State = TypeVar("State", bound=StateLike)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def remembers(number: int) -> Callable[[Function], Function]:
-    """Marks a step that reads a `number` of predictions before the last one."""
+def marked(**traits: int) -> Callable[[Function], Function]:
+    """Marks a step with `traits` that its caller has to know; keeps those that it has.
+
+    num_earlier is how many predictions before the last one it reads, which `start`
+    makes room for; way is -1 or 1, by how many rows it goes on.
+    """
 
     def mark(step_fn: Any) -> Any:
-        step_fn.num_earlier = number
+        step_fn.step_traits = {**traits_of(step_fn), **traits}
         return step_fn
 
     return mark
 
 
-def like(inner: Any) -> Callable[[Function], Function]:
-    """Marks a step that wraps another one, `inner`, as that is marked."""
+def traits_of(step_fn: Any) -> dict[str, int]:
+    """Returns the marks of `step_fn`, or of what it wraps by `functools` or `jax.jit`.
 
-    def mark(step_fn: Any) -> Any:
-        step_fn.num_earlier, step_fn.way = num_earlier(inner), way_of(inner)
-        return step_fn
-
-    return mark
-
-
-def num_earlier(step_fn: Any) -> int:
-    """Returns how many predictions before the last one `step_fn` reads: 0 if unmarked.
-
-    A `functools.partial`, or what `jax.jit` makes, reads as many as its function.
+    A wrapper of another kind copies them: @marked(**traits_of(step_fn)).
     """
-    return marked(step_fn, "num_earlier", 0)
-
-
-def way_of(step_fn: Any) -> int | None:
-    """Returns by how many rows `step_fn` goes on: 1, -1, or None if that is not known.
-
-    Steps of `SAMPLERS` are marked, and `ddim_inversion_step`; wrappers tell it of what
-    they wrap.
-    """
-    return marked(step_fn, "way", None)
-
-
-def marked(step_fn: Any, name: str, default: Any) -> Any:
-    """Returns an attribute `name` of `step_fn` or what it wraps; else `default`."""
-    while step_fn is not None and not hasattr(step_fn, name):
+    while step_fn is not None and not hasattr(step_fn, "step_traits"):
         inner = getattr(step_fn, "func", None)
         step_fn = getattr(step_fn, "__wrapped__", inner)
-    return getattr(step_fn, name, default)
+    return getattr(step_fn, "step_traits", {})
 
 
 @overload
@@ -154,7 +134,7 @@ def start(x_T: Float[Array, "b *d"], step_fn: Callable[..., Any] | None = None) 
     no_level = jnp.full_like(x_T, -jnp.inf, dtype, shape)  # varies in shard_map as x_T
     zeros = jnp.zeros_like(x_T)  # of an x_T closed over by jit, on no mesh
     none = Past(*(placement.beside(a, x_T) for a in (zeros, no_level)))
-    number = num_earlier(step_fn)
+    number = traits_of(step_fn).get("num_earlier", 0)
     state = SampleState(x_T, *none)
     return MultistepState(*state, (none,) * number) if number else state
 

@@ -16,34 +16,26 @@ from jax_diffusion import checks, diffusion
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.samplers.loop import StepFn, check_step_arguments, check_step_fn
 from jax_diffusion.samplers.noise import fold_in, normal
-from jax_diffusion.samplers.state import Past, State, advance, remembers
+from jax_diffusion.samplers.state import Past, State, advance, marked
 from jax_diffusion.schedules import NoiseSchedule, take
+
+Keys = Key[Array, "b"]
+Rows = Int[Array, "b"]
 
 
 def ddpm_step(
-    keys: Key[Array, "b"],
-    denoise_fn: DenoiseFn,
-    schedule: NoiseSchedule,
-    state: State,
-    t: Int[Array, "b"],
+    keys: Keys, denoise_fn: DenoiseFn, schedule: NoiseSchedule, state: State, t: Rows
 ) -> State:
     """One step of ancestral sampling, from t to t - 1 (Ho et al. 2020, algorithm 2).
 
     The mean is that of q(x_{t-1} | x_t, x_0) at the predicted x_0; the variance is the
     predicted one. The last step, t = 0, adds no noise.
 
-    Args:
-        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
-
-    Returns:
-        The state at the level of t - 1.
-
-    Raises:
-        ValueError: unless these fit each other.
+    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says, and
+    raises ValueError unless they fit each other.
     """
     t = check_step_arguments(keys, denoise_fn, schedule, state, t)
     prediction = denoise_fn(state.x, t)
-    diffusion.check_prediction(prediction, state.x)
     mean = diffusion.guided_mean(schedule, prediction, state.x, t)
     level = take(schedule, t, state.x.ndim).now
     std = jnp.where(t.reshape(level.noise.shape) == 0, 0.0, 1.0)
@@ -53,11 +45,11 @@ def ddpm_step(
 
 
 def ddim_step(
-    keys: Key[Array, "b"],
+    keys: Keys,
     denoise_fn: DenoiseFn,
     schedule: NoiseSchedule,
     state: State,
-    t: Int[Array, "b"],
+    t: Rows,
     *,
     eta: float | Float[Array, ""] = 0.0,
 ) -> State:
@@ -88,10 +80,8 @@ def ddim_step(
     >>> ddim_step(keys, denoise_fn, schedule, state, t).x.tolist()
     [[0.5], [0.5]]
     """
-    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
     checks.number("eta", eta, at_least=0, at_most=1)
-    c = take(schedule, t, state.x.ndim)
-    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     eps = (state.x - c.now.signal * x_0) / c.now.noise
     ratio = c.prev.noise / c.now.noise
     sigma = eta * ratio * jnp.sqrt(c.betas)  # eq. 16
@@ -105,69 +95,38 @@ def ddim_step(
 
 
 def euler_ancestral_step(
-    keys: Key[Array, "b"],
-    denoise_fn: DenoiseFn,
-    schedule: NoiseSchedule,
-    state: State,
-    t: Int[Array, "b"],
+    keys: Keys, denoise_fn: DenoiseFn, schedule: NoiseSchedule, state: State, t: Rows
 ) -> State:
     """One step of Euler ancestral sampling, from t to t - 1 (k-diffusion).
 
     A draw from q(x_{t-1} | x_t, x_0) at the predicted x_0, on any process: DDIM with
     eta = 1. The predicted variance is not used.
 
-    Args:
-        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
-
-    Returns:
-        The state at the level of t - 1.
-
-    Raises:
-        ValueError: unless these fit each other.
+    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says.
     """
-    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
-    c = take(schedule, t, state.x.ndim)
-    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     x = _posterior_draw(fold_in(keys, t), c, state.x, x_0)
     return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
+@marked(way=1)
 def ddim_inversion_step(
-    keys: Key[Array, "b"],
-    denoise_fn: DenoiseFn,
-    schedule: NoiseSchedule,
-    state: State,
-    t: Int[Array, "b"],
+    keys: Keys, denoise_fn: DenoiseFn, schedule: NoiseSchedule, state: State, t: Rows
 ) -> State:
     """One step of DDIM inversion, from t up to t + 1, with eta = 0.
 
     No row of `SAMPLERS`, as it goes from data to noise; `invert` runs it.
 
-    Args:
-        keys: not used.
-        denoise_fn: not clipped: what clipping removes cannot be recovered.
-        schedule, state, t: see `jax_diffusion.samplers`.
-
-    Returns:
-        The state at the level of t + 1.
-
-    Raises:
-        ValueError: unless these fit each other.
+    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says. What
+    a clipped denoise_fn removes cannot be recovered.
     """
-    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
-    del keys
-    c = take(schedule, t, state.x.ndim)
-    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     x = _carry(state.x, x_0, c.now, c.next)
     return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
 def dpmpp_2m_step(
-    keys: Key[Array, "b"],
-    denoise_fn: DenoiseFn,
-    schedule: NoiseSchedule,
-    state: State,
-    t: Int[Array, "b"],
+    keys: Keys, denoise_fn: DenoiseFn, schedule: NoiseSchedule, state: State, t: Rows
 ) -> State:
     """One step of DPM-Solver++(2M), from t to t - 1 (Lu et al. 2022, algorithm 2).
 
@@ -176,56 +135,29 @@ def dpmpp_2m_step(
     Deterministic, of second order. Two steps are of first order, as DDIM's: the first,
     which has no last prediction, and the last, which is infinitely long in log-SNR.
 
-    Args:
-        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
-
-    Returns:
-        The state at the level of t - 1.
-
-    Raises:
-        ValueError: unless these fit each other.
+    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says.
     """
-    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
-    del keys
-    c = take(schedule, t, state.x.ndim)
-    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     x = _carry(state.x, _ahead(state, c, x_0), c.now, c.prev)
     return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
 def dpmpp_2m_sde_step(
-    keys: Key[Array, "b"],
-    denoise_fn: DenoiseFn,
-    schedule: NoiseSchedule,
-    state: State,
-    t: Int[Array, "b"],
+    keys: Keys, denoise_fn: DenoiseFn, schedule: NoiseSchedule, state: State, t: Rows
 ) -> State:
     """One step of SDE-DPM-Solver++(2M), from t to t - 1 (Lu et al. 2022, app. D).
 
     A draw from q(x_{t-1} | x_t, x_0), at the x_0 that `dpmpp_2m_step` extrapolates.
 
-    Args:
-        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
-
-    Returns:
-        The state at the level of t - 1.
-
-    Raises:
-        ValueError: unless these fit each other.
+    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says.
     """
-    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
-    c = take(schedule, t, state.x.ndim)
-    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     x = _posterior_draw(fold_in(keys, t), c, state.x, _ahead(state, c, x_0))
     return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
 def heun_step(
-    keys: Key[Array, "b"],
-    denoise_fn: DenoiseFn,
-    schedule: NoiseSchedule,
-    state: State,
-    t: Int[Array, "b"],
+    keys: Keys, denoise_fn: DenoiseFn, schedule: NoiseSchedule, state: State, t: Rows
 ) -> State:
     """One step of Heun's method, from t to t - 1, with two calls of the denoiser.
 
@@ -235,19 +167,9 @@ def heun_step(
     DDIM. Averaging eps instead of x_0 (Karras et al. 2022) is inaccurate on a long step
     that starts with hardly any signal.
 
-    Args:
-        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
-
-    Returns:
-        The state at the level of t - 1.
-
-    Raises:
-        ValueError: unless these fit each other.
+    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says.
     """
-    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
-    del keys
-    c = take(schedule, t, state.x.ndim)
-    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     x = _carry(state.x, x_0, c.now, c.prev).astype(jnp.result_type(state.x))
     end_x_0 = _x_0(denoise_fn, schedule, x, jnp.maximum(t - 1, 0))
     mean = jnp.where(c.prev.noise > 0, (x_0 + end_x_0) / 2, x_0)
@@ -256,103 +178,73 @@ def heun_step(
 
 
 def dpmpp_2s_step(
-    keys: Key[Array, "b"],
-    denoise_fn: DenoiseFn,
-    schedule: NoiseSchedule,
-    state: State,
-    t: Int[Array, "b"],
+    keys: Keys, denoise_fn: DenoiseFn, schedule: NoiseSchedule, state: State, t: Rows
 ) -> State:
     """One call of DPM-Solver++(2S): half a step (Lu et al. 2022, algorithm 1).
 
     Rows are taken in pairs, so that a network is asked at rows only: from an even row t
     to the odd one below it, and from there, again from the start, to the level of
     t - 2. The r of the paper is where the odd row lies between the two in log-SNR.
-    Deterministic, of second order. Of first order are the last step, which is
-    infinitely long in log-SNR, and that of an odd row that a chain starts from.
+    Deterministic, of second order. Single steps, of first order, are the last one,
+    which is infinitely long in log-SNR, both of a pair that starts without any signal,
+    and that of an odd row that a chain starts from.
 
-    Args:
-        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
-
-    Returns:
-        The state at the level of t - 1.
-
-    Raises:
-        ValueError: unless these fit each other.
+    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says.
     """
-    return _half_step(keys, denoise_fn, schedule, state, t, adds_noise=False)
+    t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
+    first, length, change = _second_stage(state, c, t, x_0)
+    x = _carry(state.x, first, c.now, c.prev)
+    x = x - c.prev.signal * jnp.expm1(-length / 2) * change
+    return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
 def dpmpp_sde_step(
-    keys: Key[Array, "b"],
-    denoise_fn: DenoiseFn,
-    schedule: NoiseSchedule,
-    state: State,
-    t: Int[Array, "b"],
+    keys: Keys, denoise_fn: DenoiseFn, schedule: NoiseSchedule, state: State, t: Rows
 ) -> State:
     """One call of SDE-DPM-Solver++(2S): half a step ("DPM++ SDE" of k-diffusion).
 
-    Rows are taken in pairs as by `dpmpp_2s_step`. Noise is that of one path: what is
-    drawn at the even row is a part of what takes the start to the level of t - 2.
+    Rows are taken in pairs, or alone, as by `dpmpp_2s_step`. Noise is that of one path:
+    what is drawn at the even row is a part of what leads from the start to the level of
+    t - 2.
 
-    Args:
-        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
-
-    Returns:
-        The state at the level of t - 1.
-
-    Raises:
-        ValueError: unless these fit each other.
+    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says.
     """
-    return _half_step(keys, denoise_fn, schedule, state, t, adds_noise=True)
+    t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
+    first, length, change = _second_stage(state, c, t, x_0)
+    x = _posterior_draw(fold_in(keys, t), c, state.x, first)
+    x = x - c.prev.signal * jnp.expm1(-length) * change  # noise: forgets twice as fast
+    return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
 
 
-@remembers(1)
+@marked(num_earlier=1)
 def dpmpp_3m_sde_step(
-    keys: Key[Array, "b"],
-    denoise_fn: DenoiseFn,
-    schedule: NoiseSchedule,
-    state: State,
-    t: Int[Array, "b"],
+    keys: Keys, denoise_fn: DenoiseFn, schedule: NoiseSchedule, state: State, t: Rows
 ) -> State:
     """One step of SDE-DPM-Solver++(3M), from t to t - 1 (k-diffusion).
 
     A draw from q(x_{t-1} | x_t, x_0), at an x_0 that a parabola in log-SNR through the
     last three predictions gives; of its second derivative it takes half of what an
-    integral would, as k-diffusion does. First steps take as many as there are.
+    integral would, as k-diffusion does. The first two steps use the one or two
+    predictions that exist.
 
-    Args:
-        keys, denoise_fn, schedule, t: see `jax_diffusion.samplers`.
-        state: a `MultistepState`, as `start` makes it of this step.
-
-    Returns:
-        The state at the level of t - 1.
-
-    Raises:
-        ValueError: unless these fit each other.
+    Takes keys, denoise_fn, schedule and t as `jax_diffusion.samplers` says, and as the
+    state a `MultistepState`, such as `start` makes for this step.
     """
-    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
-    earlier, c = _earlier(state), take(schedule, t, state.x.ndim)
-    x_0 = _x_0(denoise_fn, schedule, state.x, t)
-    last, before = earlier[:2]
-    step, taus, (one, two) = _places(c.now.log_snr, c.prev.log_snr, earlier[:2])
-    slope = (x_0 - last.x_0) / -taus[0]
-    slope_before = (last.x_0 - before.x_0) / (taus[0] - taus[1])
-    curve = jnp.where(two > 0, (slope - slope_before) / -taus[1], 0.0)
+    earlier = _earlier(state)
+    t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
+    step, taus, usable = _places(c.now.log_snr, c.prev.log_snr, earlier[:2])
     first, second, _ = _moments(2 * step)  # noise makes x forget twice as fast
-    change = first * (slope - taus[0] * curve) + second / 2 * curve
-    mean = x_0 + jnp.where(one > 0, change, 0.0)
+    values = [x_0, *(past.x_0 for past in earlier[:2])]
+    moments = 1.0, first, second / 2
+    mean = _mean_of_polynomial(moments, (0.0, *taus), values, sum(usable))
     x = _posterior_draw(fold_in(keys, t), c, state.x, mean)
     now = Past(x_0, c.now.log_snr)
     return advance(state, x=x, **now._asdict(), earlier=earlier[:-1])
 
 
-@remembers(2)
+@marked(num_earlier=2)
 def unipc_step(
-    keys: Key[Array, "b"],
-    denoise_fn: DenoiseFn,
-    schedule: NoiseSchedule,
-    state: State,
-    t: Int[Array, "b"],
+    keys: Keys, denoise_fn: DenoiseFn, schedule: NoiseSchedule, state: State, t: Rows
 ) -> State:
     """One step of UniPC, from t to t - 1 (Zhao et al. 2023; B(h) = bh2).
 
@@ -362,21 +254,11 @@ def unipc_step(
     of order 2 if that holds one earlier prediction instead of two. First steps are of
     the order that there are predictions for, the last ones of order 2 and 1.
 
-    Args:
-        keys: not used.
-        denoise_fn, schedule, t: see `jax_diffusion.samplers`.
-        state: a `MultistepState`, as `start` makes it of this step.
-
-    Returns:
-        The state at the level of t - 1.
-
-    Raises:
-        ValueError: unless these fit each other.
+    Takes keys, denoise_fn, schedule and t as `jax_diffusion.samplers` says, and as the
+    state a `MultistepState`, such as `start` makes for this step.
     """
-    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
-    del keys
-    earlier, c = _earlier(state), take(schedule, t, state.x.ndim)
-    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    earlier = _earlier(state)
+    t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     now, order, row = Past(x_0, c.now.log_snr), len(earlier), t.reshape(c.betas.shape)
 
     last = earlier[0]
@@ -387,50 +269,41 @@ def unipc_step(
     for places, values in ((taus, earlier[1:]), ((1.0, *taus), (now, *earlier[1:]))):
         values = [past.x_0 for past in (last, *values)]
         used = terms + len(values) - order
-        means.append(_mean_of_polynomial(step, (0.0, *places), values, used))
+        means.append(_unipc_mean(step, (0.0, *places), values, used))
     x = state.x - c.now.signal * jnp.expm1(-step) * (means[1] - means[0])
     x = jnp.where(has_last, x, state.x)
 
     step, taus, usable = _places(now.log_snr, c.prev.log_snr, earlier[: order - 1])
     values = [past.x_0 for past in (now, *earlier[: order - 1])]
     terms = jnp.minimum(sum(usable, 0), row)
-    mean = _mean_of_polynomial(step, (0.0, *taus), values, terms)
+    mean = _unipc_mean(step, (0.0, *taus), values, terms)
     x = _carry(x, mean, c.now, c.prev)
     return advance(state, x=x, **now._asdict(), earlier=earlier[:-1])
 
 
 def edm_heun_step(
-    keys: Key[Array, "b"],
+    keys: Keys,
     denoise_fn: DenoiseFn,
     schedule: NoiseSchedule,
     state: State,
-    t: Int[Array, "b"],
+    t: Rows,
     *,
     s_noise: float | Float[Array, ""] = 1.0,
 ) -> State:
     """One call of EDM's Heun method with churn (Karras et al. 2022, algorithm 2).
 
-    Rows are taken in pairs as by `dpmpp_2s_step`: of `schedules.churned`, from a raised
-    level to the next one, and there, once the step has been corrected, noise is added
-    up to the raised level below. Elsewhere no level is raised, and this is the method
-    of appendix D.2 whose alpha is where the odd row lies between the two in
-    noise / signal: deterministic, of second order. On a long step that starts with
+    Rows are taken in pairs, or alone, as by `dpmpp_2s_step`: of `schedules.churned`,
+    from a raised level to the next one, and there, once the step has been corrected,
+    noise is added up to the raised level below. Elsewhere no level is raised, and this
+    is the method of appendix D.2 whose alpha is where the odd row lies between the two
+    in noise / signal: deterministic, of second order. On a long step that starts with
     hardly any signal it is inaccurate.
 
-    Args:
-        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
-        s_noise: standard deviation of the noise that is added, >= 0.
-
-    Returns:
-        The state at the level of t - 1.
-
-    Raises:
-        ValueError: unless these fit each other, or s_noise is out of range.
+    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says, and
+    s_noise >= 0, the standard deviation of the noise that is added.
     """
-    t = check_step_arguments(keys, denoise_fn, schedule, state, t, churned=True)
     checks.number("s_noise", s_noise, at_least=0)
-    c = take(schedule, t, state.x.ndim)
-    x_0 = _x_0(denoise_fn, schedule, state.x, t)
+    t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t, may_rise=True)
     corrects, first = _pair(state, c, t, x_0)
     # sigma where the pair starts and where it ends, in units of that of this row.
     start = jnp.exp(jnp.where(corrects, c.now.log_snr - state.log_snr, 1.0) / 2)
@@ -443,6 +316,13 @@ def edm_heun_step(
     added = jnp.where(rises, jnp.sqrt(c.betas), 0.0)
     x = x + s_noise * added * normal(fold_in(keys, t), state.x.shape[1:])
     return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
+
+
+def _begin(keys, denoise_fn, schedule, state, t, **options):
+    """t [b], its row of the table, and the x_0 predicted there, if all fit together."""
+    t = check_step_arguments(keys, denoise_fn, schedule, state, t, **options)
+    c = take(schedule, t, state.x.ndim)
+    return t, c, _x_0(denoise_fn, schedule, state.x, t)
 
 
 def _x_0(denoise_fn, schedule, x, t):
@@ -467,7 +347,7 @@ def _ahead(state, c, x_0):
 def _pair(state, c, t, x_0):
     """Whether a row is the second of a pair, and the x_0 that the first one predicted.
 
-    In other rows that is their own.
+    Elsewhere it is the row's own x_0.
     """
     odd = (t % 2 == 1).reshape(c.now.log_snr.shape)
     last = state.log_snr
@@ -475,35 +355,24 @@ def _pair(state, c, t, x_0):
     return second, jnp.where(second, state.x_0, x_0)
 
 
-def _half_step(keys, denoise_fn, schedule, state, t, *, adds_noise):
-    """One call of a solver of two stages, `dpmpp_2s_step` or `dpmpp_sde_step`.
+def _second_stage(state, c, t, x_0):
+    """The x_0 of a pair's start, the pair's length in log-SNR, and what it adds to x_0.
 
     In a pair, x at the odd row tells x at the start, and at the end x for the x_0 of
     the start: what is left to add is that the mean of x_0 over the pair is another.
     """
-    t = check_step_arguments(keys, denoise_fn, schedule, state, t)
-    c = take(schedule, t, state.x.ndim)
-    x_0 = _x_0(denoise_fn, schedule, state.x, t)
     second, first = _pair(state, c, t, x_0)
     whole = jnp.where(second, c.prev.log_snr - state.log_snr, 1.0)
     part = jnp.where(second, c.now.log_snr - state.log_snr, 1.0)
-    if adds_noise:
-        x, step = _posterior_draw(fold_in(keys, t), c, state.x, first), whole
-    else:
-        x, step = _carry(state.x, first, c.now, c.prev), whole / 2
-    ahead = (x_0 - first) * whole / (2 * part)  # 1 / (2 r)
-    x = x - c.prev.signal * jnp.expm1(-step) * ahead
-    return advance(state, x=x, x_0=x_0, log_snr=c.now.log_snr)
+    return first, whole, (x_0 - first) * whole / (2 * part)  # 1 / (2 r)
 
 
 def _earlier(state):
     """The last predictions of a state, two at least, the newest first."""
     earlier = getattr(state, "earlier", ())
     if not earlier:
-        rule = (
-            "state must hold earlier predictions, as samplers.start(x_T, step_fn) does"
-        )
-        raise ValueError(f"{rule}, got {checks.shown(state)}.")
+        rule = "state must hold earlier predictions, as samplers.start(x_T, step_fn)"
+        raise ValueError(f"{rule} does, got {checks.shown(state)}.")
     return (Past(state.x_0, state.log_snr), *earlier)
 
 
@@ -546,15 +415,24 @@ def _moments(h):
     return [jnp.where(h < 1, a, b) / total for a, b in zip(low, high, strict=True)]
 
 
-def _mean_of_polynomial(h, taus, values, terms):
+def _unipc_mean(h, taus, values, terms):
+    """That of `_mean_of_polynomial` for a step of h in half log-SNR, as UniPC takes it:
+    the weight of one term after the first alone is 1/2.
+    """
+    first, second, third = _moments(h)
+    moments = 1.0, jnp.where(terms == 1, 0.5, first), second, third
+    return _mean_of_polynomial(moments, taus, values, terms)
+
+
+def _mean_of_polynomial(moments, taus, values, terms):
     """The mean of x_0 over a step, of the polynomial through its predictions.
 
     Args:
-        h: the step's half log-SNR.
+        moments: means over the step of 1, tau, tau^2, ...
         taus, values: places, see `_places`, and the predictions there; Newton's form.
-        terms: how many after the first are used; the weight of one alone is 1/2.
+        terms: how many after the first are used.
     """
-    moments, basis = (1.0, *_moments(h)), [1.0]
+    basis = [1.0]
     mean, column = values[0], values
     for k in range(1, len(values)):
         spans = [b - a for a, b in zip(taus, taus[k:], strict=False)]
@@ -563,7 +441,6 @@ def _mean_of_polynomial(h, taus, values, terms):
         shifted = zip([0.0, *basis], [*basis, 0.0], strict=True)
         basis = [a - taus[k - 1] * b for a, b in shifted]
         weight = sum(a * m for a, m in zip(basis, moments, strict=False))
-        weight = jnp.where(terms == 1, 0.5, weight)
         mean = mean + jnp.where(terms >= k, weight * column[0], 0.0)
     return mean
 
@@ -619,8 +496,8 @@ SAMPLERS: dict[str, Sampler] = {
     ),
 }
 for _row in SAMPLERS.values():
-    vars(_row.step)["way"] = -1  # see `state.way_of`
-vars(ddim_inversion_step)["way"] = 1
+    marked(way=-1)(_row.step)
+del _row
 
 
 def as_sampler(sampler: Sampler | StepFn) -> Sampler:

@@ -12,7 +12,7 @@ from jax_diffusion import checks
 from jax_diffusion.checks import placement, signatures
 from jax_diffusion.samplers.loop import StepFn, check_step_fn
 from jax_diffusion.samplers.noise import fold_in, keys_of_step, normal
-from jax_diffusion.samplers.state import advance, like
+from jax_diffusion.samplers.state import advance, marked, traits_of
 from jax_diffusion.schedules import take
 
 
@@ -53,7 +53,7 @@ def inpaint(
                 raise ValueError(f"mask must be in [0, 1], got {wrong.flat[0]}.")
     project = mask if callable(mask) else functools.partial(_masked, mask, x_known)
 
-    @like(step_fn)
+    @marked(**traits_of(step_fn))
     def step(keys, denoise_fn, schedule, state, t):
         state = step_fn(keys, denoise_fn, schedule, state, t)
         prev = take(schedule, t, x_known.ndim).prev
@@ -91,7 +91,7 @@ def share_noise(
     else:
         checks.integer("until", until)
 
-    @like(step_fn)
+    @marked(**traits_of(step_fn))
     def step(keys, denoise_fn, schedule, state, t):
         if np.ndim(key):
             checks.keys("key", key, keys.shape[0])
@@ -119,7 +119,7 @@ def on_step(step_fn: StepFn, on_step: Callable[[Array], None]) -> StepFn:
     checks.function("on_step", on_step, "(t,)")
     signatures.takes("on_step", on_step, "t")
 
-    @like(step_fn)
+    @marked(**traits_of(step_fn))
     def step(keys, denoise_fn, schedule, state, t):
         jax.debug.callback(on_step, placement.everywhere(t)[0] if jnp.ndim(t) else t)
         return step_fn(keys, denoise_fn, schedule, state, t)

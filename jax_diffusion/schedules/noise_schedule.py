@@ -320,9 +320,9 @@ def check_schedule(schedule: Any) -> None:
         raise ValueError(f"schedule must have arrays [T], got {got}.")
 
 
-def check_chain(schedule: NoiseSchedule, *, churned: bool = False) -> None:
-    """Raises ValueError if the `schedule` is of levels that no step leads through, or,
-    unless `churned` says so, of some that rise on the way down.
+def check_chain(schedule: NoiseSchedule, *, may_rise: bool = False) -> None:
+    """Raises ValueError if a `schedule` is one of `schedule_at`, without steps, or,
+    unless levels `may_rise` on the way down, one of `churned`.
     """
     check_schedule(schedule)
     if schedule.prev.signal is None:
@@ -330,7 +330,7 @@ def check_chain(schedule: NoiseSchedule, *, churned: bool = False) -> None:
             "schedule must be a chain, as make_schedule and from_levels make it, got "
             "levels of schedule_at, between which there are no steps."
         )
-    if schedule.posterior_x_0 is None and not churned:
+    if schedule.posterior_x_0 is None and not may_rise:
         raise ValueError(
             "schedule must be a chain, as make_schedule and from_levels make it, got "
             "levels of churned, which rise between steps and are for edm_heun_step."

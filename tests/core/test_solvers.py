@@ -15,6 +15,7 @@ from support.oracles import F32, F32_SUM, assert_mean, assert_moments, normal
 from jax_diffusion import diffusion, samplers, schedules
 from jax_diffusion.diffusion import Prediction
 from jax_diffusion.samplers import SAMPLERS
+from jax_diffusion.samplers.state import marked
 
 WEIGHTS = (0.3, 0.7)
 KEYS = samplers.image_keys(jax.random.key(0), jnp.arange(200))
@@ -201,6 +202,30 @@ def test_earlier_predictions_are_kept_in_order(name):
     for past, (x_0, log_snr) in zip(state.earlier, seen[1:], strict=False):
         np.testing.assert_array_equal(past.x_0, x_0)
         np.testing.assert_array_equal(past.log_snr, log_snr)
+
+
+WRAPS = {
+    "partial": functools.partial,
+    "jit": functools.partial(jax.jit, static_argnums=1),
+    "jit of a partial": lambda step_fn: jax.jit(functools.partial(step_fn)),
+    "a partial of on_step": lambda step_fn: functools.partial(
+        samplers.on_step(step_fn, int)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_a_wrapped_step_of_ones_own_keeps_its_marks(wrap):
+    @marked(way=-1)
+    @marked(num_earlier=3)
+    def step(keys, denoise_fn, schedule, state, t):
+        return samplers.unipc_step(keys, denoise_fn, schedule, state, t)
+
+    x = normal(0, 4, 6)
+    assert len(samplers.start(x, wrap(step)).earlier) == 3
+    given = KEYS[:4], tanh_denoiser(SHORT), wrap(step), SHORT, x
+    with pytest.raises(ValueError, match=r"^ts must go down as step_fn"):
+        samplers.sample(*given, ts=jnp.arange(3))
 
 
 @pytest.mark.parametrize("h", [0.01, 0.3, 0.99, 1.01, 4.0, 40.0, np.inf])
