@@ -16,7 +16,8 @@ From Python: `jax_diffusion.evaluate(run, metrics=["fid", "bpd"])`.
 
 import argparse
 import inspect
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,15 @@ from jax_diffusion.evaluation import (
     METRICS,
     NETWORK_METRICS,
     Scores,
+    feature_classifier,
+    image_sets,
     published,
     results,
 )
 from jax_diffusion.evaluation import evaluate as compute
 from jax_diffusion.interop import inception_weights
-from jax_diffusion.pipeline import load_run
+from jax_diffusion.pipeline import Run, load_run
+from jax_diffusion.runtime import files, locks, sharding
 
 SPLITS = ["train", "test", "all"]
 ALL_METRICS = ", ".join((*METRICS, *NETWORK_METRICS))
@@ -62,10 +66,9 @@ FLAGS: cli.Flags = {
     "--ema-width": dict(
         type=cli.widths,
         metavar="WIDTH,...",
-        help="Relative widths of averages by power functions, such as 0.05,0.1,0.15, "
-        "for a run with config.ema_widths. Each is read or reconstructed from the "
-        "run's snapshots, evaluated and recorded by itself; the last one's samples "
-        "are kept.",
+        help="Scores the average of each width, such as 0.05,0.1,0.15. Needs a run "
+        "with config.ema_widths; other widths are reconstructed from its snapshots. "
+        "Of several, each has a folder such as WORKDIR/evaluation/width=0.1.",
     ),
     "--data": dict(
         metavar="[NAME:]PATH",
@@ -187,10 +190,54 @@ def main() -> Scores | list[Scores]:
             raise ValueError(
                 "--compare needs a run whose config names what it reproduces, got none."
             )
-        found = [compute(what, **fields) for what in runs]
+        if len(runs) == 1:
+            found = [compute(runs[0], **fields)]
+        else:
+            found = evaluate_averages(runs, fields.pop("out"), fields)
     if jax.process_index() == 0:
         show(found, given, reproduces if args.compare else None)
     return found[0] if len(found) == 1 else found
+
+
+@locks.holding("out")
+def evaluate_averages(
+    runs: Sequence[Run], out: str | Path, fields: Mapping[str, Any]
+) -> list[Scores]:
+    """Evaluates averages of one run, each into a folder of its own within `out`.
+
+    Until all are there, `out`/averages.json says which are: a command that was killed
+    does not compute them again.
+
+    Args:
+        runs: the averages, whose names are those of the folders.
+        out: the folder.
+        fields: further arguments of `evaluation.evaluate`.
+    """
+    path, leads = Path(out) / "averages.json", jax.process_index() == 0
+    values, done = {**fields, "options": vars(fields["options"])}, list[str]()
+    job: dict[str, Any] = {name: repr(value) for name, value in values.items()}
+    job["networks"] = [image_sets.network_of(run) for run in runs]
+    if leads and path.exists():
+        there = json.loads(path.read_text())
+        done = there["done"] if there["job"] == job else []
+    if "cnn_" in (fields["metrics"] or "") and fields["feature_classifier"] is None:
+        default = feature_classifier.default_file(Path(out), None)
+        fields = {**fields, "feature_classifier": default}
+    found, count = [], sharding.broadcast_from_first(len(done))
+    for i, run in enumerate(runs):
+        folder = Path(out) / run.ema
+        if i < count:
+            last = results.read_records(folder / "scores.json")[-1:] if leads else []
+            found.append(Scores.of_record(last[0]) if last else Scores())
+            continue
+        found.append(compute(run, **{**fields, "out": folder}))
+        done = [*done, run.ema]
+        if leads:
+            text = files.json_text({"job": job, "done": done}, indent=2)
+            files.write_atomic(path, text)
+    if leads:
+        path.unlink()
+    return found
 
 
 def show(
@@ -213,16 +260,21 @@ def show(
             f"{trained['test_images']} test images right, {trained['seconds']:.0f} s: "
             f"{trained['file']}"
         )
-    if len(found) > 1:
+    several = len(found) > 1
+    of = [f" of ema_width {width:g}" if several else "" for width in ema_widths]
+    if several:
         by_width = dict(zip([f"{w:g}" for w in ema_widths], found, strict=True))
         print(results.side_by_side("ema_width", by_width))
     elif found[0]:
         print(found[0])
-    if compare:
-        for scores in found:
-            print(published.comparison(compare, scores.record["scores"]))
+    for scores, which in zip(found, of, strict=True) if compare else ():
+        assert compare is not None
+        print(which.removeprefix(" of ") + ":\n" if which else "", end="")
+        print(published.comparison(compare, scores.record["scores"]))
     told = (
-        f"{k} is missing: {why}" for one in found for k, why in one.failures.items()
+        f"{k}{which} is missing: {why}"
+        for scores, which in zip(found, of, strict=True)
+        for k, why in scores.failures.items()
     )
     if missing := " ".join(told):
         raise cli.IncompleteError(missing)

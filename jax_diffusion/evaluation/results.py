@@ -1,6 +1,7 @@
 """Results of an evaluation: scores, the table that shows them, and scores.json."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,16 @@ class Scores(list[Score]):
         super().__init__(scores)
         self.record = {} if record is None else record
 
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> "Scores":
+        """Returns the scores that a record has, as `read_records` returns it."""
+        images, errors = record["images"], record["errors"]
+        scores = [
+            Score(k, math.nan if v is None else v, images[k], errors.get(k))
+            for k, v in record["scores"].items()
+        ]
+        return cls(scores, record)
+
     @property
     def failures(self) -> dict[str, str]:
         """Why metrics that were asked for could not be computed, by name."""
@@ -98,6 +109,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def side_by_side(title: str, found: Mapping[str, Scores]) -> str:
     """Returns a table of several evaluations, a row for each and a column for a score.
 
+    Numbers of images and seconds are left out, see the records.
+
     Args:
         title: what the rows are called by.
         found: the scores by the name of their row.
@@ -111,7 +124,10 @@ def side_by_side(title: str, found: Mapping[str, Scores]) -> str:
     names = list(dict.fromkeys(s.metric for scores in found.values() for s in scores))
     rows = [(title, *names)]
     for name, scores in found.items():
-        values = {score.metric: f"{score.value:.6g}" for score in scores}
+        values = {
+            s.metric: f"{s.value:.6g}" + (f" +- {s.error:.4f}" if s.error else "")
+            for s in scores
+        }
         rows.append((name, *(values.get(metric, "-") for metric in names)))
     return "\n".join(aligned(rows))
 

@@ -15,6 +15,7 @@ from support.tiny_runs import tiny_config, write_images
 import jax_diffusion as jd
 from jax_diffusion import data
 from jax_diffusion.runtime import checkpoint, snapshots
+from jax_diffusion.runtime.resumable_npz import ResumableNpz
 from jax_diffusion.training import averages, post_hoc_ema
 
 WIDTHS = (0.05, 0.1)
@@ -312,8 +313,10 @@ def test_evaluate_scores_several_widths_and_records_each(run, monkeypatch, capsy
     table = capsys.readouterr().out.splitlines()[-4:]
     assert table[0].split()[:2] == ["ema_width", "bits_per_dim"]
     assert [row.split()[0] for row in table[1:]] == ["0.05", "0.07", "0.1"]
-    path = run / "evaluation" / "scores.json"
-    records = json.loads(path.read_text())["evaluations"]
+    records = []
+    for width in (0.05, 0.07, 0.1):
+        path = run / "evaluation" / f"width={width}" / "scores.json"
+        records += json.loads(path.read_text())["evaluations"]
     emas = [record["network"]["ema"] for record in records]
     assert emas == ["width=0.05", "width=0.07", "width=0.1"]
     values = [record["scores"]["bits_per_dim"] for record in records]
@@ -321,6 +324,47 @@ def test_evaluate_scores_several_widths_and_records_each(run, monkeypatch, capsy
     assert len({*values}) == 3
     scores = jd.evaluate(jd.load_run(run, "width=0.07"), metrics="bpd", bpd_images=3)
     np.testing.assert_allclose(scores.record["scores"]["bits_per_dim"], values[1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*needs more than")
+def test_a_killed_evaluation_of_widths_goes_on_where_it_was(
+    run, tmp_path, monkeypatch, capsys
+):
+    """Killed among the samples of the second: the first is not computed again."""
+    flags = ("--workdir", run, "--metrics", "pixel_distance", "--steps", 2)
+    flags += ("--n", 48, "--batch-size", 16, "--ema-width", "0.05,0.07,0.1", "--out")
+    run_main(monkeypatch, evaluate, *flags, tmp_path / "whole")
+    add, written = ResumableNpz.add, []
+
+    def counted(self, arrays):
+        written.append((self.folder.parent.name, self.out.stem))
+        once = "killed" not in written
+        if once and written.count(("width=0.07", "samples")) == 2:
+            raise KeyboardInterrupt
+        add(self, arrays)
+
+    monkeypatch.setattr(ResumableNpz, "add", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(monkeypatch, evaluate, *flags, tmp_path / "killed")
+    written.append("killed")
+    run_main(monkeypatch, evaluate, *flags, tmp_path / "killed")
+    after = written[written.index("killed") + 1 :]
+    samples = [width for width, what in after if what == "samples"]
+    assert samples == ["width=0.07"] * 2 + ["width=0.1"] * 3
+    whole, killed = (
+        [
+            json.loads((tmp_path / out / width / "scores.json").read_text())
+            for width in ("width=0.05", "width=0.07", "width=0.1")
+        ]
+        for out in ("whole", "killed")
+    )
+    for one, other in zip(whole, killed, strict=True):
+        (one,), (other,) = one["evaluations"], other["evaluations"]
+        assert one["scores"].keys() == other["scores"].keys()
+        for name, value in one["scores"].items():
+            np.testing.assert_allclose(other["scores"][name], value, rtol=1e-6)
+    assert not (tmp_path / "killed" / "averages.json").exists()
 
 
 @pytest.mark.slow
