@@ -111,7 +111,7 @@ def train(
         "image_shape": list(setup.batches.image_shape),
         "data_digest": setup.batches.examples.digest,
         "class_names": setup.batches.class_names,
-        "conditioning": data.record_of(setup.batches.conditioning),
+        "conditioning": data.record_of(setup.batches.stored_conditioning),
         "window": [],  # metrics since the last line of the log
     }
     weights = None

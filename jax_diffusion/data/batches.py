@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,14 @@ class Batches:
     @property
     def conditioning(self) -> dict[str, np.ndarray]:
         """All vectors and tokens that batches have, [n, ...] by name."""
-        found = self.examples.conditioning
+        return self._wanted(self.examples.conditioning)
+
+    @property
+    def stored_conditioning(self) -> dict[str, np.ndarray]:
+        """The same as the files have it, in memory or not, for records of the data."""
+        return self._wanted(self.examples.stored_conditioning)
+
+    def _wanted(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {k: a for k, a in found.items() if self.told is None or k in self.told}
 
     @property
@@ -133,6 +140,11 @@ class Batches:
     def labels(self) -> np.ndarray:
         """All labels, int32 [n]; those of TFDS are read with the images."""
         return self.examples.labels
+
+    def beside(self, rows: np.ndarray) -> Batch:
+        """Returns "label" and conditioning of these rows, int [k], without images."""
+        more = {name: array[rows] for name, array in self.conditioning.items()}
+        return {"label": self.labels[rows], **more}
 
     def read(self, rows: np.ndarray) -> Batch:
         """Returns a batch of these rows of the data, int [k], as they are stored."""

@@ -54,6 +54,11 @@ class Examples(abc.ABC):
     def old_class_names(self) -> tuple[str, ...] | None:
         return self.class_names
 
+    @property
+    def stored_conditioning(self) -> Mapping[str, np.ndarray]:
+        """`conditioning` of all images as the files have it, of damaged ones, too."""
+        return self.conditioning
+
     @abc.abstractmethod
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -142,6 +147,10 @@ class Wrapped(Examples):
         return self.inner.conditioning
 
     @property
+    def stored_conditioning(self) -> Mapping[str, np.ndarray]:
+        return self.inner.stored_conditioning
+
+    @property
     def left_out(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.left_out
 
@@ -223,6 +232,12 @@ class InMemory(Examples):
         found.update(self.labels.data)
         found.update(np.ascontiguousarray(self.images).data)
         return found.hexdigest()
+
+    @property
+    def stored_conditioning(self) -> Mapping[str, np.ndarray]:
+        """That of the source, whose damaged images have rows of others here."""
+        source = self.source
+        return self.conditioning if source is None else source.stored_conditioning
 
     @property
     def damaged(self) -> Mapping[int, str]:

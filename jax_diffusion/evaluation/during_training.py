@@ -43,6 +43,7 @@ from jax_diffusion.pipeline import (
     fit_labels,
     make_options,
     open_split,
+    told_of,
 )
 from jax_diffusion.runtime import checkpoint, locks, sharding
 from jax_diffusion.training import TrainState
@@ -141,8 +142,7 @@ class PeriodicEvaluation:
         config, model, objective = run.config, run.model, run.objective
         if train.conditioning and options.cond is None:
             rows = np.linspace(0, train.num_examples - 1, n).astype(int)
-            told = {name: array[rows] for name, array in train.conditioning.items()}
-            options = dataclasses.replace(options, cond=told)
+            options = told_of(run, options, train.beside(rows))
         self._sampler = bind_sampler(run, options, one_program=False)
         full = settings.make_schedule(config.schedule)
         self._bound = bound_fn(model, objective, full, config.seed)

@@ -24,6 +24,7 @@ from jax_diffusion.pipeline import (
     SamplingOptions,
     bind_sampler,
     open_images,
+    told_of,
 )
 from jax_diffusion.runtime import checkpoint
 
@@ -227,7 +228,7 @@ def from_run(
     options: SamplingOptions,
     seed: int,
     batch_size: int,
-    told: Mapping[str, np.ndarray] | None = None,
+    told: SamplingOptions | None = None,
 ) -> ImageSet:
     """Returns the set of n samples of a run, with the record of how they are drawn.
 
@@ -237,13 +238,12 @@ def from_run(
         options: how they are drawn.
         seed: of all samples.
         batch_size: number of images that are drawn together, at most.
-        told: conditioning of the samples, in place of the options'.
+        told: the same options with conditioning and labels of images.
 
     Raises:
         ValueError: if an option does not fit the run.
     """
-    how = dataclasses.replace(options, cond=told) if told else options
-    sampler = bind_sampler(run, how, one_program=False)
+    sampler = bind_sampler(run, told or options, one_program=False)
     about = {
         "sampler": options.sampler,
         "clip": options.clip,
@@ -262,6 +262,8 @@ def from_run(
     for name, value in changed_options(options).items():
         if name not in {*about, "rounding"}:
             about[name] = value
+    if told is not None and told.label is not options.label:
+        (about["labels"],) = data.record_of({"": sampler.rows["label"]}).values()
     if options.classifier is not None:
         about["classifier_crc32"] = _crc32(sampler.params["classifier"])
     if options.guide_with is not None:
@@ -302,8 +304,8 @@ def open_samples(
         n: how many; default all images, or as many samples as the reference has.
         reference: what they are compared with; None for moments, beside which as many
             samples are drawn as the split of the run's data has images.
-        options: how samples are drawn; by default conditioning is that of the images of
-            the split, in turn.
+        options: how samples are drawn; by default conditioning, and labels with it, are
+            those of the images of the split, in turn.
         seed: of the samples.
         of_data: split, source and batch_size, as `from_split` takes them.
     """
@@ -321,13 +323,15 @@ def open_samples(
             ) from error
     told = None
     if run_or_images.conditioning and options.cond is None:
-        told = open_images(
+        batches = open_images(
             run_or_images,
             of_data["source"],
             of_data["split"],
             batch_size=size,
             field="data",
-        ).conditioning
+        )
+        rows = np.arange(min(n, batches.num_examples))
+        told = told_of(run_or_images, options, batches.beside(rows))
     how: dict[str, Any] = dict(options=options, seed=seed, batch_size=size, told=told)
     return from_run(run_or_images, n, **how)
 

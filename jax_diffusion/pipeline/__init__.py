@@ -45,6 +45,7 @@ from jax_diffusion.pipeline.run import (
     match_classes,
     open_images,
     open_split,
+    told_of,
     with_effect,
 )
 from jax_diffusion.pipeline.tasks import TaskOptions
@@ -68,6 +69,7 @@ __all__ = [
     "open_split",
     "read_inputs",
     "sample_images",
+    "told_of",
     "with_effect",
 ]
 

@@ -5,12 +5,14 @@ That is: labels, images of tasks, small images to enlarge, a classifier that gui
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jax_diffusion import checks, data
+from jax_diffusion import config as configs
 from jax_diffusion.models import check_conditioning, traits
 from jax_diffusion.pipeline.options import SamplingOptions
 from jax_diffusion.pipeline.run import (
@@ -70,11 +72,18 @@ def load_guide(workdir: str | os.PathLike, run: Run) -> Run:
     if other.objective is None:
         raise ValueError(f"guide_with must be a denoiser's run, got {workdir}.")
     check_noised_alike("guide_with", other, run)
-    if traits(other.model).low_res != traits(run.model).low_res:
+    known, theirs = traits(run.model), traits(other.model)
+    if theirs.low_res != known.low_res:
         raise ValueError(
             "guide_with must take small images if the run does and not otherwise, got "
             f"{workdir}."
         )
+    for name in ("cond_dim", "token_dim"):
+        if getattr(theirs, name) not in (0, getattr(known, name)):
+            raise ValueError(
+                f"guide_with must take what the run takes of cond and tokens, {name} = "
+                f"{getattr(known, name)}, or none, got {getattr(theirs, name)}."
+            )
     own, others = (
         r.class_names or f"{r.num_labels if r.takes_labels else 'no'} classes"
         for r in (run, other)
@@ -99,7 +108,10 @@ def check_noised_alike(field: str, other: Run, run: Run) -> None:
             f"{field} must be of images {run.image_shape}, as the run's, got "
             f"{other.image_shape}."
         )
-    if dict(other.config.schedule) != dict(run.config.schedule):
+    # One process can be written in several ways.
+    ours, theirs = (configs.make_schedule(r.config.schedule) for r in (run, other))
+    same = jax.tree.map(partial(np.array_equal, equal_nan=True), ours, theirs)
+    if not all(jax.tree.leaves(same)):
         raise ValueError(
             f"{field} must have the run's schedule, {dict(run.config.schedule)}, "
             f"got {dict(other.config.schedule)}."

@@ -320,7 +320,7 @@ def _parts(label: Any, names: Mapping[str, int]) -> list[str | int]:
         parts = np.ravel(label).tolist()
     found: list[str | int] = []
     for part in parts:
-        number = [] if part in [*names] else _floats(part)
+        number = [] if part in names else _floats(part)
         whole = len(number) == 1 and number[0].is_integer()
         found.append(int(number[0]) if whole else str(part))
     return found

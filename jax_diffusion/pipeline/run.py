@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jaxtyping import PyTree
 
 from jax_diffusion import checks, data
@@ -13,6 +14,7 @@ from jax_diffusion import config as configs
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.models import Network, check_conditioning, traits
+from jax_diffusion.pipeline.options import SamplingOptions
 from jax_diffusion.runtime import checkpoint
 from jax_diffusion.training.averages import (
     MAX_WIDTH,
@@ -218,6 +220,26 @@ def open_images(
         return batches
     examples = fit_labels(batches.examples, run, field, own=source is None)
     return dataclasses.replace(batches, examples=examples)
+
+
+def told_of(
+    run: Run, options: SamplingOptions, batch: Mapping[str, np.ndarray]
+) -> SamplingOptions:
+    """Returns options with the conditioning and labels of a batch, if they have none.
+
+    Args:
+        run: whose network takes one of them, or both.
+        options: their own `cond` and `label` are kept.
+        batch: "label" int [k] in the run's numbers, and conditioning by name.
+    """
+    found: dict[str, Any] = {}
+    if told := {name: batch[name] for name in run.conditioning}:
+        found["cond"] = told
+    if traits(run.model).num_classes is not None:
+        labels, names = batch["label"].tolist(), run.class_names
+        found["label"] = [names[i] for i in labels] if names else labels
+    missing = {k: value for k, value in found.items() if getattr(options, k) is None}
+    return dataclasses.replace(options, **missing)
 
 
 def fit_labels(

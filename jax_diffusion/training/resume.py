@@ -98,7 +98,7 @@ class SavedRun(NamedTuple):
             others: how their shape differs; "" if it does not.
         """
         before, digest = self.record.get("data_digest"), batches.examples.digest
-        conditioning = data.record_of(batches.conditioning)
+        conditioning = data.record_of(batches.stored_conditioning)
         misled = self.record.get("conditioning", {}) != conditioning
         if before == digest and digest is not None and not others and not misled:
             return []

@@ -23,13 +23,14 @@ from jax_diffusion import config as configs
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.evaluation import published
-from jax_diffusion.models import Network, traits
+from jax_diffusion.models import Network
 from jax_diffusion.pipeline import (
     Run,
     SamplingOptions,
     TaskOptions,
     bind_sampler,
     match_classes,
+    told_of,
     with_effect,
 )
 from jax_diffusion.registry import choose, outside
@@ -255,9 +256,9 @@ def make_preview(
 ) -> Callable[[TrainState], np.ndarray]:
     """Builds preview(state) -> uint8 [n, h, w, c], drawn with the first average.
 
-    Labels 0, 1, 2, ... are drawn in turn, and conditioning is that of the first images
-    in the stored order. A network with low_res enlarges images of
-    the first batch.
+    Labels 0, 1, 2, ... are drawn in turn. A network with conditioning is told that of
+    the first images in the stored order, and their labels; one with low_res enlarges
+    images of the first batch, and is told theirs.
 
     Args:
         run: a run without parameters, whose config.sampling says how to draw.
@@ -271,19 +272,16 @@ def make_preview(
     config, task = run.config, TaskOptions()
     fields = dict(config.sampling)
     n = fields.pop("n")
+    options = configs.call(SamplingOptions, fields, "config.sampling")
     if config.low_res_size:
         first = batches.batch(0)
+        options = told_of(run, options, first)
         large = jnp.asarray(data.from_uint8(first["image"]))
         small = editing.shrink(large, size=large.shape[1] // config.low_res_size)
         task = TaskOptions(low_res=np.asarray(small))
-        if traits(run.model).num_classes is not None:
-            names = batches.class_names
-            labels = first["label"].tolist()
-            fields.setdefault("label", [names[i] for i in labels] if names else labels)
-    options = configs.call(SamplingOptions, fields, "config.sampling")
-    if batches.conditioning and options.cond is None:
-        told = {name: array[:n] for name, array in batches.conditioning.items()}
-        options = dataclasses.replace(options, cond=told)
+    elif batches.conditioning and options.cond is None:
+        rows = np.arange(min(n, batches.num_examples))
+        options = told_of(run, options, batches.beside(rows))
     with configs.named("config.sampling", vars(options)):
         bound = bind_sampler(run, options, task, one_program=False)
     ema = average_names(config.ema_decays, config.ema_widths)[0]

@@ -80,6 +80,8 @@ def test_what_stands_in_for_a_damaged_image_brings_its_own_conditioning(tmp_path
         rows = batch["image"][:, 0, 0, 0]
         assert sorted(rows) != [*range(N)]  # one image stands there twice
         np.testing.assert_array_equal(batch["cond"], COND[rows].astype(np.float32))
+        stored = found.stored_conditioning["cond"]  # a run is known by it, see `resume`
+        np.testing.assert_allclose(np.sort(stored, 0), np.sort(COND, 0), 1e-6)
 
 
 @pytest.mark.parametrize(

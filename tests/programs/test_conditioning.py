@@ -5,10 +5,19 @@ import json
 import numpy as np
 import pytest
 from support.programs import failure, run_main, sample
-from support.tiny_runs import SIZE, UNET, make_run, write_images
+from support.tiny_runs import (
+    KNOWN,
+    SIZE,
+    UNET,
+    make_run,
+    tiny_config,
+    write_images,
+)
 
 import jax_diffusion as jd
-from jax_diffusion import export, pipeline
+from jax_diffusion import data, export, pipeline
+from jax_diffusion.evaluation import during_training, image_sets
+from jax_diffusion.training import setup
 
 MODEL = UNET | dict(cond_dim=3, token_dim=5, attention_resolutions=(SIZE,))
 RNG = np.random.default_rng(0)
@@ -106,6 +115,50 @@ def test_evaluate_draws_and_scores_with_the_conditioning_of_the_data(run, folder
     assert {score.metric for score in found} >= {"pixel_distance", "bits_per_dim"}
     for part in (record["samples"], record["bpd"]):
         assert part["conditioning"]["tokens"]["shape"] == [2, 5]
+
+
+@pytest.mark.parametrize("who", ["evaluate", "training", "preview", "upsampling"])
+def test_labels_and_conditioning_are_of_the_same_images(who, tmp_path, monkeypatch):
+    """The vector of every image is its label; both are bound in one order."""
+    labels = np.random.default_rng(4).integers(0, KNOWN, 40)
+    images = (
+        np.zeros((40, SIZE, SIZE, 3), np.uint8)
+        + np.uint8(labels * 50)[:, None, None, None]
+    )
+    cond = np.float32(labels[:, None] + [0, 10, 20])
+    np.savez(path := tmp_path / "a.npz", images=images, labels=labels, cond=cond)
+    low = dict(low_res=True) if who == "upsampling" else {}
+    fields = dict(model=UNET | dict(num_classes=KNOWN, cond_dim=3) | low)
+    fields |= dict(sample_every=1, sampling=dict(n=6))
+    fields |= dict(low_res_size=4) if low else {}
+    config = tiny_config(path, **fields)
+    bound = []
+
+    def binding(*args, **options):
+        bound.append(pipeline.bind_sampler(*args, **options))
+        return bound[-1]
+
+    for module in (setup, during_training, image_sets):
+        monkeypatch.setattr(module, "bind_sampler", binding)
+    made = setup.make_setup(config)
+    if who == "evaluate":
+        of_run = (config, made.model, {}, made.objective, (SIZE, SIZE, 3))
+        of_data = dict(source=None, split="train", batch_size=8)
+        options = pipeline.SamplingOptions()
+        image_sets.open_samples(jd.Run(*of_run), 9, None, options, 0, **of_data)
+    if who == "training":
+        parts = made.model, made.objective, made.batches, made.mesh
+        some = dict(n=20, reference=10, bpd_images=0, steps=1)
+        config = tiny_config(path, **fields, eval_every=1, evaluation=some)
+        during_training.make_watch(config, tmp_path, {}, *parts)
+    rows = bound[-1].rows
+    assert len(rows["label"]) == dict(evaluate=9, training=20).get(
+        who, len(rows["cond"])
+    )
+    np.testing.assert_array_equal(rows["label"], rows["cond"][:, 0])
+    if low:
+        shown = data.to_uint8(rows["low_res"][:, 0, 0, 0])
+        np.testing.assert_allclose(shown, rows["label"] * 50, atol=1)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The program `sample`: what it draws, as the core by hand, and what it refuses."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.linen import Dense
+from ml_collections import ConfigDict
 from PIL import Image
 from support.jobs import Job
 from support.tiny_runs import (
@@ -41,6 +44,7 @@ from jax_diffusion.pipeline import (
     TaskOptions,
     bind_sampler,
     draw,
+    inputs,
     masks,
 )
 from jax_diffusion.pipeline.tasks import TASKS
@@ -540,6 +544,7 @@ def test_a_guide_must_fit_the_run(labelled, plain, weaker, classifier, folder, r
     schedule = COSINE | dict(num_steps=T + 1)
     longer = make_run(folder / "longer guide", schedule=schedule)
     of_five = make_run(folder / "five", model=model)
+    told = make_run(folder / "told guide", model=UNET | dict(cond_dim=5))
     options = ("--guidance", 2, "--guide-with")
     for workdir, words in (
         (small, "must be of images (8, 8, 3), as the run's, got (4, 4, 3)"),
@@ -548,6 +553,10 @@ def test_a_guide_must_fit_the_run(labelled, plain, weaker, classifier, folder, r
         (classifier, f"must be a denoiser's run, got {classifier}"),
         (folder / "none", "holds none"),
         (f"{weaker}@0.5", "must be a workdir that can be loaded, got: "),
+        (
+            told,
+            "must take what the run takes of cond and tokens, cond_dim = 0, or none",
+        ),
     ):
         error = refuses(labelled, *options, workdir)
         assert error.startswith("error: --guide-with ") and words in error
@@ -559,6 +568,29 @@ def test_a_guide_must_fit_the_run(labelled, plain, weaker, classifier, folder, r
     assert "--guidance-method must be one of ['classifier_free', 'apg', " in error
     no_labels = make_run(folder / "no labels")
     assert "got 4 classes" in refuses(no_labels, *options, weaker)
+
+
+EDM = dict(name="edm", num_steps=T)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (COSINE, COSINE | dict(rescale_timesteps=False), True),
+        (EDM, EDM | dict(sigma_min=0.002), True),
+        (EDM, EDM | dict(sigma_min=0.003), False),
+        (COSINE, COSINE | dict(rescale_timesteps=True), False),
+        (COSINE, EDM, False),
+    ],
+)
+def test_a_process_may_be_written_in_two_ways_to_guide_another(one, other, same):
+    runs = [
+        pipeline.Run(ConfigDict(dict(schedule=schedule)), Dense(3), {}, None, (8, 8, 3))
+        for schedule in (one, other)
+    ]
+    told = pytest.raises(ValueError, match="guide_with must have the run's schedule")
+    with contextlib.nullcontext() if same else told:
+        inputs.check_noised_alike("guide_with", *runs)
 
 
 @pytest.mark.slow
