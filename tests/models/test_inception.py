@@ -20,12 +20,12 @@ from jax_diffusion.interop.inception_weights import SHA256, URL, params_from_tor
 from jax_diffusion.models import inception
 from jax_diffusion.models.inception import Inception, prepare
 
-BATCH = 8
+BATCH = 4
 SET_SIZE = 2048  # images, as many as features
 # Distinct images in each set, a divisor of that. With 2048, both networks together need
 # six minutes on two cores, and SciPy's root of 2048 x 2048 numbers another one; so by
-# default each image counts 64 times, and every fourth feature.
-DISTINCT = int(os.environ.get("INCEPTION_TEST_IMAGES", "32"))
+# default each image counts 128 times, and every fourth feature.
+DISTINCT = int(os.environ.get("INCEPTION_TEST_IMAGES", "16"))
 EVERY = 1 if DISTINCT == SET_SIZE else 4
 OPTIMIZED = {"xla_backend_optimization_level": 3}  # this network computes for minutes
 

@@ -19,7 +19,8 @@ from jax_diffusion.runtime import checkpoint, locks, logs
 from jax_diffusion.runtime.resumable_npz import ResumableNpz
 from jax_diffusion.training.reporting import Reporter
 
-COMMAND = ["--config", tiny.CONFIG, "--config.sample_every=6"]
+MODEL = "--config.model.name=support.networks:Tiny"
+COMMAND = ["--config", tiny.CONFIG, "--config.sample_every=6", MODEL]
 
 
 @pytest.fixture(scope="module")

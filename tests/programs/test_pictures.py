@@ -125,7 +125,8 @@ def odd(request, tmp_path_factory):
     folder, shape = tmp_path_factory.mktemp("odd"), request.param
     images = np.random.default_rng(0).integers(0, 256, (200, *shape), np.uint8)
     np.savez(folder / "images.npz", images=images)
-    return tiny_runs.make_run(folder / "run", shape=shape), images
+    network = dict(name="support.networks:Tiny")
+    return tiny_runs.make_run(folder / "run", shape=shape, model=network), images
 
 
 @pytest.mark.slow

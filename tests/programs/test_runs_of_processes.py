@@ -1,5 +1,7 @@
 """Any process of LEVELS in a config: what it builds, and runs of it from end to end."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,35 +178,48 @@ RUNS = {
 NUMBERS = ["bits_per_dim", "prior", "kl", "decoder", "rmse", "nll_ode"]
 
 
+def train_run(name, folder, steps=4):
+    write_images(folder / "images.npz", size=4, channels=1)
+    config = tiny_config(folder / "images.npz", **RUNS[name], total_steps=steps)
+    jd.train(config, folder / "run")
+    return jd.load_run(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run of a process, made once."""
+    return functools.cache(lambda name: train_run(name, tmp_path_factory.mktemp(name)))
+
+
 @pytest.mark.slow
 @every_family
-def test_a_run_of_every_process_trains_resumes_draws_scores_and_is_exported(
-    name, tmp_path
-):
-    write_images(tmp_path / "images.npz", size=4, channels=1)
-    config = tiny_config(tmp_path / "images.npz", **RUNS[name], total_steps=4)
-    jd.train(config, tmp_path / "whole")
-    config.total_steps = 2
-    jd.train(config, tmp_path / "parts")
-    config.total_steps = 4
-    jd.train(config, tmp_path / "parts")
-    run, parts = (jd.load_run(tmp_path / name) for name in ("whole", "parts"))
-    jax.tree.map(np.testing.assert_array_equal, run.params, parts.params)
-    log = logs.read_metrics(tmp_path / "whole")
+def test_a_run_of_every_process_trains_draws_and_scores(name, trained):
+    run = trained(name)
+    log = logs.read_metrics(run.workdir)
     assert all(np.isfinite(line["loss"]) for line in log)
     assert any(f"loss_q{q}" in log[-1] for q in range(4))
-
     images = jd.sample_images(run, n=3, steps=6)
     assert images.shape == (3, 4, 4, 1) and images.std() > 0
+    found = jd.evaluate(run, metrics=["bpd", "nll_ode"], bpd_images=4, ode_probes=1)
+    values = {score.metric: score.value for score in found}
+    assert all(np.isfinite(values[name]) for name in NUMBERS)
+    assert values["bits_per_dim"] > 0 and values["prior"] >= 0
+
+
+# A timestep sampler with a state and a learned variance; a preconditioned network.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["logit_normal", "edm"])
+def test_a_run_of_a_process_resumes_and_is_exported(name, trained, tmp_path):
+    run = trained(name)
+    train_run(name, tmp_path, steps=2)
+    parts = train_run(name, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, run.params, parts.params)
+    images = jd.sample_images(run, n=3, steps=6)
     options = pipeline.SamplingOptions(steps=6)
     pipeline.export_sampler(tmp_path / "e.jaxexport", run, options)
     exported = export.read(tmp_path / "e.jaxexport")(0, np.arange(3))
     exported = data.to_uint8(np.asarray(exported), "floor")
     assert np.abs(np.int32(exported) - images).max() <= 1
-    found = jd.evaluate(run, metrics=["bpd", "nll_ode"], bpd_images=4, ode_probes=1)
-    values = {score.metric: score.value for score in found}
-    assert all(np.isfinite(values[name]) for name in NUMBERS)
-    assert values["bits_per_dim"] > 0 and values["prior"] >= 0
     exporting.export_run(run, "safetensors", tmp_path / "own.safetensors")
     back = jd.load_checkpoint(tmp_path / "own.safetensors", config=run.config)
     np.testing.assert_array_equal(jd.sample_images(back, n=3, steps=6), images)

@@ -204,9 +204,7 @@ def stored(out):
 
 
 @pytest.mark.slow
-def test_a_job_killed_three_times_ends_in_the_same_file(
-    plain, tmp_path, program, refuses
-):
+def test_a_job_killed_twice_ends_in_the_same_file(plain, tmp_path, program, refuses):
     arguments = ("--sampler", "ddpm", "--n", "300")
     whole, out = tmp_path / "whole.npz", tmp_path / "killed.npz"
 
@@ -215,11 +213,11 @@ def test_a_job_killed_three_times_ends_in_the_same_file(
         return Job(plain, *options, program="sample", devices=1)
 
     job(whole).finish()
-    for _ in range(3):
+    for _ in range(2):  # a job that begins, and one that goes on
         there, killed = stored(out), job(out)
         killed.wait_for(lambda there=there: stored(out) >= there + 2)
         killed.kill()
-    assert not out.exists() and 6 <= stored(out) < 19
+    assert not out.exists() and 4 <= stored(out) < 19
     other = tmp_path / "other.npz"
     shutil.copytree(out.with_suffix(".parts"), other.with_suffix(".parts"))
     job(out).finish()
@@ -468,10 +466,11 @@ def test_a_classifier_guides_as_in_the_core(
     np.testing.assert_array_equal(labels, [0, 1, 2, 0, 1])  # those that both know
     wrap = by_classifier(classifier, scale, reclip=reclip)
     assert_same(images, by_hand(labelled, wrap, step=step, num_labels=3))
-    free, _ = draws(labelled, *told, "--classifier-scale", 0)
-    assert_other(images, free)
-    if step is samplers.ddim_step:
-        assert_same(free, draws(labelled, "--label", "0,1,2")[0])
+    chain = [option for option in options if option != "--no-reclip"]
+    plain, _ = draws(labelled, "--label", "0,1,2", *chain)
+    assert_other(images, plain)
+    if not options:
+        assert_same(draws(labelled, *told, "--classifier-scale", 0)[0], plain)
 
 
 def test_a_classifier_must_fit_the_run(labelled, classifier, folder, refuses):

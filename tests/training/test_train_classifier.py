@@ -113,11 +113,6 @@ def test_its_gradient_leads_noisy_images_to_the_label_it_is_asked_for():
 # The program
 
 RUN = [  # digits_classifier.py, much smaller: what is tested is the loop
-    "--config.model.multipliers=(1,)",
-    "--config.model.attention_resolutions=()",
-    "--config.model.channels=8",
-    "--config.model.num_groups=4",
-    "--config.model.head_channels=8",
     "--config.schedule.num_steps=10",
     "--config.total_steps=6",
     "--config.log_every=3",
@@ -127,7 +122,9 @@ RUN = [  # digits_classifier.py, much smaller: what is tested is the loop
 
 
 def config_of(*overrides, path="configs/digits_classifier.py"):
-    return settings.load_config(path, [*RUN, *overrides])
+    config = settings.load_config(path, [*RUN, *overrides])
+    config.model = dict(name="support.networks:TinyClassifier", num_labels=10)
+    return config
 
 
 @pytest.fixture(scope="module")

@@ -43,10 +43,9 @@ def write(path, **told):
     return path
 
 
-def config_of(path, **changes):
+def config_of(path, model=MODEL, **changes):
     fields = dict(label_dropout=0.2, sample_every=0) | changes
-    fields["model"] = MODEL | changes.get("model", {})
-    return tiny_config(path, **fields)
+    return tiny_config(path, model=model, **fields)
 
 
 @pytest.mark.slow
@@ -136,7 +135,7 @@ def test_a_step_with_all_hidden_is_that_of_null_conditioning_and_label():
 
 def test_a_network_without_conditioning_leaves_that_of_the_data_alone(tmp_path):
     path = write(tmp_path / "images.npz")
-    config = config_of(path, model=dict(cond_dim=0, token_dim=0), label_dropout=0.0)
+    config = config_of(path, MODEL | dict(cond_dim=0, token_dim=0), label_dropout=0.0)
     assert setup.make_setup(config).batches.batch(0).keys() == {"image", "label"}
 
 
@@ -148,7 +147,11 @@ def test_a_network_without_conditioning_leaves_that_of_the_data_alone(tmp_path):
             {},
             r"cond of the training images must be \[n, 1\] .* got \[461, 2\]",
         ),
-        ({}, dict(model=dict(token_dim=2)), r"tokens of the .* must be \[n, k, 2\]"),
+        (
+            {},
+            dict(model=MODEL | dict(token_dim=2)),
+            r"tokens of the .* must be \[n, k, 2\]",
+        ),
     ],
 )
 def test_data_that_do_not_fit_the_network_are_refused(
@@ -162,9 +165,14 @@ def test_data_that_do_not_fit_the_network_are_refused(
 @pytest.mark.slow
 def test_a_run_with_conditioning_resumes_bit_for_bit_and_knows_its_data(tmp_path):
     path = write(tmp_path / "images.npz")
-    whole = train.train(config_of(path, total_steps=4), tmp_path / "whole")
-    train.train(config_of(path, total_steps=2), tmp_path / "run")
-    parts = train.train(config_of(path, total_steps=4), tmp_path / "run")
+
+    def run(steps, workdir):
+        network = dict(name="support.networks:TinyTold")
+        return train.train(config_of(path, network, total_steps=steps), workdir)
+
+    whole = run(4, tmp_path / "whole")
+    run(2, tmp_path / "run")
+    parts = run(4, tmp_path / "run")
     same = jax.tree.map(np.array_equal, *map(jax.device_get, (whole, parts)))
     assert all(jax.tree.leaves(same))
     record = checkpoint.load_record(tmp_path / "run")["conditioning"]
@@ -174,4 +182,4 @@ def test_a_run_with_conditioning_resumes_bit_for_bit_and_knows_its_data(tmp_path
     write(path, cond=-TOLD["cond"])
     told = "data.path: other conditioning than the run was trained with"
     with pytest.raises(ValueError, match=told):
-        train.train(config_of(path, total_steps=6), tmp_path / "run")
+        run(6, tmp_path / "run")
