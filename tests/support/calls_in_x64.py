@@ -7,6 +7,7 @@ writes the dtypes of results; of the calls in `RUN` also their values:
 
 import functools
 import json
+import re
 import sys
 
 import jax
@@ -109,25 +110,35 @@ def frames(x, name):
     return samplers.sample_frames(*args, num_frames=1, state=state).x[-1]
 
 
+# One of each kind of state that a step carries; what wraps a step sees no more of it.
+WRAPPED = ("ddpm", "ddim", "dpmpp_2m", "unipc")
+
+
 def by_sampler(name):
     """Calls that return data, for one sampler."""
     args = (KEYS, denoiser(PADDED), step_of(name), PADDED)
-    weights = jnp.linspace(0, 1, 3)
     return {
         "sample": lambda x: sampled(x, name),
         "sample, plain": lambda x: sampled(x, name, PLAIN),
         "sample, no signal": lambda x: sampled(x, name, NO_SIGNAL),
         "sample, guided": lambda x: sampled(x, name, denoise_fn=guided),
-        "sample_frames": lambda x: frames(x, name),
-        "inpaint": lambda x: sampled(x, name, wrap=inpainting),
-        "share_noise": lambda x: sampled(x, name, wrap=sharing),
         "step": lambda x: (
             step_of(name)(*args[:2], PADDED, samplers.start(x, args[2]), T).x
         ),
-        "interpolate": lambda x: samplers.interpolate(*args, x, -x, weights, t=6),
         "repaint": lambda x: editing.repaint(
             *args, x, -x, jnp.asarray(MASK), jump=3, resamples=2
         ),
+    } | (wrapping(name, args) if name in WRAPPED else {})
+
+
+def wrapping(name, args):
+    """Calls that wrap the step of a sampler, or only run it."""
+    weights = jnp.linspace(0, 1, 3)
+    return {
+        "sample_frames": lambda x: frames(x, name),
+        "inpaint": lambda x: sampled(x, name, wrap=inpainting),
+        "share_noise": lambda x: sampled(x, name, wrap=sharing),
+        "interpolate": lambda x: samplers.interpolate(*args, x, -x, weights, t=6),
         "edit": lambda x: editing.edit(*args, x, t=6),
         "descend": lambda x: editing.descend(*args, x, t=6),
         "between_noises": lambda x: editing.between_noises(*args, x, -x[::-1], weights),
@@ -237,7 +248,8 @@ RESULT_CALLS = {  # of float32 or better
 }
 CALLS = DATA_CALLS | RESULT_CALLS
 RUN = [  # what is new in a call is traced; these draw, or are long
-    *(f"{name}: sample, guided" for name in SAMPLERS),
+    *(f"{name}: sample" for name in SAMPLERS),
+    *(f"{name}: sample, guided" for name in ("ddpm", "ddim", "unipc")),
     *("ddim: inpaint", "ddpm: repaint", "ddpm: edit", "ddim: interpolate"),
     *("dpmpp_2m: between_noises", "reconstruct", "training_loss: eps, hybrid"),
     *("training_loss: v, l2", "bits_per_dim", "ode_bits_per_dim", "dequantize"),
@@ -252,16 +264,24 @@ RUN = [  # what is new in a call is traced; these draw, or are long
 ]
 
 
+AS_DATA = re.compile(r"f64\[(\d+,)?4,4,4,2\]")  # in a program: as large, of 64 bits
+
+
 def traced(dtype):
-    """The dtypes that every call returns for data of a dtype, or what it raises."""
-    x, found = jnp.asarray(DATA, dtype), {}
+    """The dtypes that every call returns for data of a dtype, or what it raises.
+
+    Also the names of calls that compute something of 64 bits as large as the data.
+    """
+    x, found, wide = jnp.asarray(DATA, dtype), {}, []
     for name, call in CALLS.items():
         try:
-            shapes = jax.tree.leaves(jax.eval_shape(call, x))
-            found[name] = [leaf.dtype.name for leaf in shapes]
+            program, shapes = jax.make_jaxpr(call, return_shape=True)(x)
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return found
+        else:
+            found[name] = [leaf.dtype.name for leaf in jax.tree.leaves(shapes)]
+            wide += [name] if AS_DATA.search(str(program)) else []
+    return found, wide
 
 
 def values(dtype, names):
@@ -271,16 +291,17 @@ def values(dtype, names):
 
 
 def main(path):
-    dtypes, arrays = {}, {}
+    dtypes, wide, arrays = {}, {}, {}
     for dtype in DTYPES:
         at = jnp.dtype(dtype).name
-        dtypes[at] = traced(dtype)
+        dtypes[at], wide[at] = traced(dtype)
         names = [n for n in RUN if n in DATA_CALLS or dtype is not jnp.bfloat16]
         names = [n for n in names if not isinstance(dtypes[at][n], str)]
         for name, leaves in values(dtype, names).items():
             for i, leaf in enumerate(leaves):
                 arrays[f"{at}|{name}|{i}"] = np.asarray(leaf, np.float64)
-    np.savez(path, dtypes=np.array(json.dumps(dtypes)), **arrays)
+    told = dict(dtypes=np.array(json.dumps(dtypes)), wide=np.array(json.dumps(wide)))
+    np.savez(path, **told, **arrays)
 
 
 if __name__ == "__main__":
