@@ -290,7 +290,7 @@ def test_our_file_and_a_loaded_run_are_as_good_as_the_workdir(images, source, tm
 
 def test_a_file_of_another_code_is_read_by_the_names_of_its_tensors(tmp_path):
     eps = dict(objective=dict(mean_type="eps", var_type="fixed_small", loss="l2"))
-    model = UNET | dict(channels=32, num_groups=32)
+    model = UNET | dict(channels=32, num_groups=32, num_res_blocks=1)  # their layout
     workdir = make_run(tmp_path / "run", shape=(8, 8, 1), model=model, **eps)
     export_run(jd.load_run(workdir), "openai", tmp_path / "mine.pt")
     write_images(tmp_path / "images.npz", channels=1)

@@ -19,9 +19,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """Two processes of two devices, parameters split over all four; with scores."""
+    """Two processes of two devices, split over all four; with scores and a grid."""
     options = ("--config.mesh.fsdp=4", "--config.eval_every=6")
     options += ("--config.evaluation.n=64", "--config.evaluation.steps=3")
+    options += ("--config.sample_every=100",)
     job = Job(folder / "two", *options, processes=2)
     job.finish()
     return job

@@ -14,11 +14,12 @@ from jax_diffusion.runtime import checkpoint, logs
 from support import programs, tiny
 
 LONG = "--config.total_steps=100000"
+NO_SAMPLES = "--config.sample_every=0"  # a sampler takes long to compile
 
 
 def train_here(workdir, *options, **how):
     """A run of the tiny network by this process, on all of its eight devices."""
-    config = settings.load_config(tiny.CONFIG, [*options])
+    config = settings.load_config(tiny.CONFIG, [NO_SAMPLES, *options])
     return programs.train.train(config, workdir, **how)
 
 
@@ -36,7 +37,7 @@ class Job:
         command = [sys.executable, "-m", f"jax_diffusion.{program}"]
         command += ["--workdir", str(workdir)]
         if program == "train":
-            command += ["--config", tiny.CONFIG]
+            command += ["--config", tiny.CONFIG, NO_SAMPLES]
         command += options
         self.workdir, self.processes = workdir, []
         self.logs = [

@@ -20,6 +20,7 @@ SHORT = {  # fields of a run that is over in a moment
 SMALL = [  # flags of a short run of smoke.py's U-Net, of one level
     *(f"--config.{field}={value}" for field, value in SHORT.items()),
     *("--config.model.multipliers=(1,)", "--config.model.attention_resolutions=()"),
+    "--config.model.num_res_blocks=0",
 ]
 
 

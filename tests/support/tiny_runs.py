@@ -1,5 +1,6 @@
 """Runs of tiny random networks, as conversion leaves them, and images of noise."""
 
+import functools
 import json
 
 import jax
@@ -17,13 +18,19 @@ UNET = dict(
     name="unet",
     channels=8,
     multipliers=(1,),
-    num_res_blocks=1,
+    num_res_blocks=0,
     attention_resolutions=(),
     num_groups=4,
 )
 ENCODER = UNET | dict(name="encoder", num_labels=3)
 KNOWN = 4  # labels of the network; one more, the last, means hidden
 LABELS = dict(model=UNET | dict(num_classes=KNOWN), label_dropout=0.1)
+
+
+@functools.cache
+def param_shapes(model, shape):
+    inputs = example_inputs(model, shape)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
 
 
 def random_params(model, shape, scale=0.2):
@@ -34,11 +41,10 @@ def random_params(model, shape, scale=0.2):
         shape: (h, w, c).
         scale: standard deviation of the parameters.
     """
-    inputs = example_inputs(model, shape)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda leaf: rng.normal(scale=scale, size=leaf.shape).astype(np.float32), shapes
+        lambda leaf: rng.normal(scale=scale, size=leaf.shape).astype(np.float32),
+        param_shapes(model, tuple(shape)),
     )
 
 
