@@ -1,13 +1,10 @@
 """Research code with a Flax NNX network, `nnx.jit` and dropout."""
 
 import jax
-import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
 from support import two_points
-
-from jax_diffusion import samplers
 
 
 class Net(nnx.Module):
@@ -34,7 +31,7 @@ def test_an_nnx_network_learns_and_is_not_sampled_while_its_dropout_is_on():
     net, sample = Net(nnx.Rngs(0)), nnx.jit(two_points.sample)
     optimizer = nnx.Optimizer(net, optax.adam(3e-3), wrt=nnx.Param)
     history = [update(net, optimizer, jax.random.key(i)) for i in range(600)]
-    keys = samplers.image_keys(jax.random.key(2), jnp.arange(1000))
+    keys = jax.random.split(jax.random.key(2), 1000)
     with pytest.raises(ValueError, match="model_fn must have its dropout off"):
         sample(net, keys)
     net.eval()

@@ -35,7 +35,5 @@ def apply(params, x, timesteps, *, train, rngs):
 
 
 @pytest.mark.slow
-def test_an_nnx_network_goes_through_the_trainer_checkpoints_samplers_and_export(
-    tmp_path,
-):
+def test_an_nnx_network_goes_through_trainer_checkpoints_samplers_export(tmp_path):
     round_trip(models.from_functions(init, apply), tmp_path)
