@@ -186,7 +186,10 @@ def load_sampler(
         for name, aval in told.items():
             sizes = [n if isinstance(n, int) else str(n) for n in aval.shape[1:]]
             kind = "bool" if aval.dtype == bool else "float"
-            cond[name] = np.asarray(cond[name], aval.dtype)
+            given = np.asarray(cond[name])
+            if kind == "float" and given.dtype.kind in "iuf":  # a mask is not rounded
+                given = given.astype(aval.dtype)
+            cond[name] = given
             checks.array(name, cond[name], kind, (len(ids), *sizes))
         numbers = np.uint32(seed % 2**32), ids, label
         return call(weights, *numbers, *[cond] * bool(cond))

@@ -36,11 +36,13 @@ from jax_diffusion.config.groups import GIVEN, GIVEN_OPTIMIZER, OF_SCHEDULES
 from jax_diffusion.config.reading import load_config
 from jax_diffusion.config.records import FORMAT, differences, of_record, upgrade
 from jax_diffusion.diffusion import Objective, check_signal
+from jax_diffusion.diffusion.preconditioning import check_end
 from jax_diffusion.models import MODELS, Network, traits
 from jax_diffusion.registry import (
     call,
     call_by_name,
     check_type,
+    is_outside,
     lookup,
     named,
     outside,
@@ -129,13 +131,8 @@ def build(config: Config, num_channels: int) -> Built:
     schedule = make_schedule(config["schedule"])
     objective = make_objective(config["objective"], schedule)
     if objective is not None and isinstance(make_process(config["schedule"]), Levels):
-        signal, noise = (np.asarray(a[-1]).item() for a in schedule.now[:2])
-        if not objective.sigma_data * signal < noise:
-            raise ValueError(
-                "config.schedule must end in more noise than data, noise / signal above"
-                f" config.objective.sigma_data = {objective.sigma_data}, got "
-                f"{noise / signal:.4g}."
-            )
+        with named("config", ["schedule"]):
+            check_end(schedule, objective.sigma_data)
     return Built(schedule, objective, make_network(config, objective, num_channels))
 
 
@@ -169,7 +166,7 @@ def make_schedule(
     process, keep = make_process(config), None
     is_chain = not isinstance(process, Levels)
     if steps is not None:
-        total = len(process if is_chain else process.signal)
+        total = _length(process)
         if not 1 <= steps <= total:
             raise ValueError(f"steps must be in [1, T = {total}], got {steps}.")
         function = lookup("spacing", spacing, SPACINGS)
@@ -186,7 +183,10 @@ def make_schedule(
 
 def num_steps(config: Config) -> int:
     """Returns T, the number of steps of the process of a group `schedule`."""
-    process = make_process(config)
+    return _length(make_process(config))
+
+
+def _length(process: np.ndarray | Levels) -> int:
     return len(process.signal if isinstance(process, Levels) else process)
 
 
@@ -211,28 +211,29 @@ def make_process(config: Config) -> np.ndarray | Levels:
             beside the name of levels.
     """
     group = dict(config)
-    told = {name: group.pop(name) for name in OF_SCHEDULES if name in group}
-    for name, value in told.items():
+    flags = {name: group.pop(name) for name in OF_SCHEDULES if name in group}
+    for name, value in flags.items():
         check_type(f"config.schedule.{name}", value, bool)
     rule = "a function (num_steps, ...) -> betas or Levels"
     known = schedules.BETAS | schedules.LEVELS
     with _describing_a_schedule():
         made = call_by_name(known, group, "config.schedule", rule, _check_process)
         if isinstance(made, Levels):
-            for name, value in told.items():
+            if flags:
+                name, value = next(iter(flags.items()))
                 raise ValueError(
                     f"config.schedule.{name} is for a schedule of variances, got "
                     f"{value} with {short(config['name'])}, which is one of levels."
                 )
             return made
-        zero_snr = told.get("zero_terminal_snr", False)
+        zero_snr = flags.get("zero_terminal_snr", False)
         return schedules.zero_terminal_snr(made) if zero_snr else made
 
 
 def _check_process(made: Any) -> np.ndarray | Levels:
     if not isinstance(made, Levels):
         return schedules.check_betas(made)
-    schedules.tabulate_levels(*made)
+    schedules.tabulate_levels(*made)  # which checks them
     return Levels(*(np.asarray(column, np.float64) for column in made))
 
 
@@ -319,7 +320,7 @@ def make_timestep_sampler(
     try:
         sampler = call_by_name(known, group, "config.timesteps", rule, check, **fixed)
     except ValueError as error:
-        if not str(error).startswith("schedule "):
+        if is_outside(name) or not str(error).startswith("schedule "):
             raise
         raise ValueError(
             f"{where} must fit config.schedule, got {name!r}, where {error}"

@@ -53,7 +53,7 @@ def precondition(
 
     Raises:
         ValueError: if two levels of the schedule have one timestep, if sigma_data is
-            not > 0, or not below the noise / signal that sampling starts from.
+            not > 0, or as `check_end` says.
 
     >>> from jax_diffusion.schedules import edm_levels, from_levels
     >>> schedule = from_levels(*edm_levels(10))
@@ -72,12 +72,7 @@ def precondition(
             raise ValueError(
                 "schedule must tell a network other timesteps at every level."
             )
-        _, signal, noise = rows[:, -1]
-        if not sigma_data * signal < noise:
-            raise ValueError(
-                "sigma_data must be below the noise / signal that sampling starts from,"
-                f" {noise / signal:.4g}, got {sigma_data}."
-            )
+        check_end(schedule, sigma_data)
 
     def preconditioned(x_t, timesteps, **conditioning):
         checks.data("x_t", x_t, ("b", ...))
@@ -96,3 +91,19 @@ def precondition(
         return jnp.concatenate([x_0, rest], axis=-1) if rest.shape[-1] else x_0
 
     return preconditioned
+
+
+def check_end(schedule: NoiseSchedule, sigma_data: float) -> None:
+    """Raises ValueError unless sampling starts from more noise than data.
+
+    Args:
+        schedule: of known numbers.
+        sigma_data: standard deviation of the data.
+    """
+    last = np.flatnonzero(np.asarray(schedule.mask) > 0)[-1]
+    signal, noise = (np.asarray(a)[last].item() for a in schedule.now[:2])
+    if not sigma_data * signal < noise:
+        raise ValueError(
+            "schedule must end in more noise than data, noise / signal above sigma_data"
+            f" = {sigma_data}, got {noise / signal:.4g}."
+        )

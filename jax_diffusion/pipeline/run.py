@@ -70,6 +70,11 @@ class Run:
         return traits(self.model).null if self.config.get("label_dropout") else None
 
     @property
+    def null_label(self) -> int | None:
+        """The label of `null`; None if there is none."""
+        return (self.null or {}).get("label")
+
+    @property
     def num_labels(self) -> int:
         """The number of labels that it knows; 1 for a network that takes none."""
         hidden, known = 1 if self.config.get("label_dropout") else 0, traits(self.model)

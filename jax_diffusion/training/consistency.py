@@ -115,3 +115,11 @@ def check_fit(
         raise ValueError(
             f"config.low_res_size must divide images {image_shape}, got {size}."
         )
+
+
+def tell_unused(batches: data.Batches) -> None:
+    """Logs conditioning of the data that the network does not take."""
+    for name, field in (("cond", "cond_dim"), ("tokens", "token_dim")):
+        if name in batches.examples.conditioning.keys() - batches.conditioning.keys():
+            line = f"{name} of the data is not used: config.model.{field} is 0"
+            data.LOGGER.info("%s", line)

@@ -1,14 +1,13 @@
-"""The gradient of a batch, as a whole or in microbatches, and the update by it."""
+"""The gradient of a batch, as a whole or in microbatches."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Key, PyTree
 
-from jax_diffusion.checks import placement, signatures
+from jax_diffusion.checks import placement
 
 
 def average_gradient(
@@ -60,32 +59,3 @@ def average_gradient(
     loss, grads = jax.tree.map(lambda a: a / microbatches, sums)
     terms = jax.tree.map(lambda a: a.T.reshape(b), terms)
     return loss, terms, grads
-
-
-def update(
-    tx: optax.GradientTransformation,
-    grads: PyTree,
-    opt_state: PyTree,
-    params: PyTree,
-    loss: Array,
-) -> tuple[PyTree, PyTree]:
-    """Calls an optimizer, with `loss` as `value` if it takes that.
-
-    Args:
-        tx: the optimizer.
-        grads, opt_state, params: arguments of its `update`.
-        loss: the batch's.
-
-    Returns:
-        The updates, and the new `opt_state`.
-
-    Raises:
-        ValueError: if the optimizer needs more than that.
-    """
-    told = grads, opt_state, params
-    takes_value = signatures.fit(tx.update, *told, value=loss)
-    try:
-        return tx.update(*told, **({"value": loss} if takes_value else {}))
-    except (AttributeError, TypeError) as error:  # of what is not there
-        rule = "tx must need no more than gradients, parameters and value="
-        raise ValueError(f"{rule}, got {type(error).__name__}: {error}.") from error

@@ -16,8 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jaxtyping import Array, PyTree
 
 from jax_diffusion import checks
+from jax_diffusion.checks import signatures
 from jax_diffusion.registry import (
     check_type,
     hint,
@@ -189,3 +191,34 @@ def check_arguments(function: Any, name: str, arguments: dict[str, Any]) -> None
         raise ValueError(
             f"name {name!r} must be given its arguments, got {error}."
         ) from error
+
+
+def update_by_loss(
+    tx: optax.GradientTransformation,
+    grads: PyTree,
+    opt_state: PyTree,
+    params: PyTree,
+    loss: Array,
+) -> tuple[PyTree, PyTree]:
+    """Calls an optimizer, with `loss` as `value` if it takes that.
+
+    Args:
+        tx: the optimizer.
+        grads, opt_state, params: arguments of its `update`.
+        loss: the batch's.
+
+    Returns:
+        The updates, and the new `opt_state`.
+
+    Raises:
+        ValueError: if the optimizer needs more than that.
+    """
+    told = grads, opt_state, params
+    takes_value = signatures.fit(tx.update, *told, value=loss)
+    try:
+        return tx.update(*told, **({"value": loss} if takes_value else {}))
+    except TypeError as error:  # one of a chain says it when it is called
+        if "required keyword-only argument" not in str(error):
+            raise
+        rule = "tx must need no more than gradients, parameters and value="
+        raise ValueError(f"{rule}, got {type(error).__name__}: {error}.") from error

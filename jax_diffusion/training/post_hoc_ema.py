@@ -15,8 +15,7 @@ distance below a tenth of the profile's size, 32 from 0.02 to 0.25, and 64 from 
 the snapshots by a factor of ten and more.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,9 @@ def fit_profile(
     return found, float(np.sqrt(np.maximum(square, 0) / size))
 
 
-def reconstruct(
-    averages: Mapping[tuple[int, float], PyTree],
+def average_of_width(
+    places: Iterable[tuple[int, float]],
+    read: Callable[[tuple[int, float]], PyTree],
     ema_width: float,
     at_step: int,
     *,
@@ -85,8 +85,9 @@ def reconstruct(
     """Reconstructs the average of another width, or at another step, from snapshots.
 
     Args:
-        averages: trees of NumPy arrays by (step, width); each is asked for once, in
-            order. Those after `at_step` are not used.
+        places: (step, width) of each average. Those after `at_step` are not used.
+        read: returns the average of a place, a tree of NumPy arrays; it is called once
+            for each, in order.
         ema_width: in (0, 0.28].
         at_step: the step at which the average is wanted.
         max_residual: how far the profile may be off, see `fit_profile`.
@@ -98,7 +99,7 @@ def reconstruct(
         ValueError: if the snapshots do not give this width.
     """
     checks.number("ema_width", ema_width, above=0, at_most=MAX_WIDTH)
-    used = sorted(place for place in averages if place[0] <= at_step)
+    used = sorted(place for place in places if place[0] <= at_step)
     if not used:
         rule = (
             "ema_width must be of a run with snapshots of averages by power functions"
@@ -115,27 +116,9 @@ def reconstruct(
         )
     total = None
     for place, coefficient in zip(used, coefficients, strict=True):
-        part = jax.tree.map(
-            lambda a, c=coefficient: a * a.dtype.type(c), averages[place]
-        )
+        part = jax.tree.map(lambda a, c=coefficient: a * a.dtype.type(c), read(place))
         total = part if total is None else jax.tree.map(np.add, total, part)
     return total
-
-
-class _OnDisk(Mapping[tuple[int, float], PyTree]):
-    """Averages that are read when they are asked for."""
-
-    def __init__(self, readers: Mapping[tuple[int, float], Callable[[], PyTree]]):
-        self._readers = readers
-
-    def __getitem__(self, place: tuple[int, float]) -> PyTree:
-        return self._readers[place]()
-
-    def __iter__(self) -> Iterator[tuple[int, float]]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
 
 
 def load_width(
@@ -173,9 +156,18 @@ def load_width(
     del params  # it is read again when its turn comes
     folders = {at: workdir / snapshots.FOLDER for at in snapshots.steps(workdir)}
     folders[step] = workdir
-    readers = {
-        (at, each): partial(checkpoint.load_params_at, folder, at, ema=name)
-        for at, folder in folders.items()
-        for each, name in zip(ema_widths, names, strict=True)
-    }
-    return step, reconstruct(_OnDisk(readers), ema_width, step)
+
+    def read(place):
+        at, each = place
+        try:
+            return checkpoint.load_params_at(folders[at], at, ema=width_name(each))
+        except ValueError as error:
+            if at == step:
+                raise
+            raise ValueError(
+                f"{str(error).rstrip('.')}; without that folder, the other snapshots "
+                "may give the width."
+            ) from error
+
+    places = [(at, each) for at in folders for each in ema_widths]
+    return step, average_of_width(places, read, ema_width, step)

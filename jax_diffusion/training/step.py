@@ -21,7 +21,8 @@ from jax_diffusion.models import Network, bind, init_params, num_classes, traits
 from jax_diffusion.schedules import NoiseSchedule, check_schedule
 from jax_diffusion.timesteps import TimestepSampler, rows_of, table_of
 from jax_diffusion.training import averages
-from jax_diffusion.training.gradients import average_gradient, update
+from jax_diffusion.training.gradients import average_gradient
+from jax_diffusion.training.optimizer import update_by_loss
 
 DATA = "image"  # the key of a batch under which the data stand
 TAKEN = ("x", "timesteps", "train", "rngs")  # what the trainer itself gives a network
@@ -197,7 +198,9 @@ def make_train_step(
         loss, terms, grads = average_gradient(
             loss_fn, microbatches, state.params, key_dropout, examples
         )
-        updates, opt_state = update(tx, grads, state.opt_state, state.params, loss)
+        updates, opt_state = update_by_loss(
+            tx, grads, state.opt_state, state.params, loss
+        )
         params = optax.apply_updates(state.params, updates)
         ema_params = averages.update(state.ema_params, params, state.step, *rates)
         t = rows_of(schedule, examples[2])

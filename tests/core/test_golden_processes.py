@@ -1021,7 +1021,9 @@ def test_averages_that_are_reconstructed_are_the_official_ones(account):
         fits = [post_hoc_ema.fit_profile(steps, std, w, last)[0] for w in wanted]
         table(account, f"{key}/coefficients", np.stack(fits, axis=1))
         found = [
-            post_hoc_ema.reconstruct(snapshots, w, last, max_residual=1.0)
+            post_hoc_ema.average_of_width(
+                snapshots, snapshots.get, w, last, max_residual=1.0
+            )
             for w in wanted
         ]
         account.compare(f"{key}/out", np.stack(found))

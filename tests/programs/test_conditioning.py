@@ -199,3 +199,5 @@ def test_an_exported_sampler_takes_conditioning_and_draws_the_same(run, folder):
         draw(0, range(4))
     with pytest.raises(ValueError, match=r"cond must be a float array \[4, 3\]"):
         draw(0, range(4), **told | dict(cond=COND[:2]))
+    with pytest.raises(ValueError, match=r"tokens_mask must be a bool array \[4, k\]"):
+        draw(0, range(4), **told | dict(tokens_mask=MASK * 0.3))

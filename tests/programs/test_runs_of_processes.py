@@ -97,7 +97,7 @@ EDM = dict(mean_type="x_0", precondition=True)
         (
             {"schedule": dict(name="edm", num_steps=50, sigma_max=0.4)},
             "config.schedule must end in more noise than data, noise / signal above "
-            "config.objective.sigma_data = 0.5, got 0.4",
+            "sigma_data = 0.5, got 0.4",
         ),
         (
             {"timesteps": dict(name="log_normal")},
@@ -136,6 +136,17 @@ def test_what_does_not_fit_a_process_is_refused_in_one_sentence(changes, words):
         built = configs.build(config, 1)
         configs.make_timestep_sampler(config.timesteps, *built[:2])
     assert str(error.value).startswith(words)
+
+
+def test_an_error_of_ones_own_timesteps_comes_as_it_is(monkeypatch):
+    def picky(schedule):
+        raise ValueError("schedule of mine must be another one.")
+
+    monkeypatch.setattr("support.networks.picky", picky, raising=False)
+    schedule = configs.make_schedule(dict(name="cosine", num_steps=5))
+    with pytest.raises(ValueError, match=r"schedule of mine must be") as error:
+        configs.make_timestep_sampler(dict(name="support.networks:picky"), schedule)
+    assert "must fit config.schedule" not in str(error.value)
 
 
 # From end to end

@@ -524,6 +524,7 @@ def test_a_weaker_run_guides_as_autoguidance_of_the_core(labelled, weaker, draws
     assert_same(images, by_hand(labelled, wrap))
     assert_same(draws(labelled, *told, 1)[0], draws(labelled)[0])
     again = pipeline.load_run(labelled)
+    assert again.null_label == KNOWN
     options = dict(guide_with=f"{weaker}@none", guidance=3, n=N)
     assert_same(images, jd.sample_images(again, **options).astype(int))
 

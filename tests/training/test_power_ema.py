@@ -84,10 +84,14 @@ def snapshots_of(kept, every, until=480):
     }
 
 
+def reconstruct(averages, *wanted):
+    return post_hoc_ema.average_of_width(averages, averages.get, *wanted)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_width_that_is_kept_is_reconstructed_as_it_is(walk, width):
     _, kept = walk
-    found = post_hoc_ema.reconstruct(snapshots_of(kept, 40), width, 480)["w"]
+    found = reconstruct(snapshots_of(kept, 40), width, 480)["w"]
     expected = kept[averages.width_name(width)][-1]
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     assert found.dtype == np.float32
@@ -99,7 +103,7 @@ def test_another_width_is_as_far_off_as_its_profile_allows(walk, width, at_step)
     """By the inequality of Cauchy and Schwarz, around any constant."""
     trajectory, kept = walk
     places = snapshots_of(kept, 20)
-    found = post_hoc_ema.reconstruct(places, width, at_step)["w"]
+    found = reconstruct(places, width, at_step)["w"]
     direct = kept[averages.width_name(width)][at_step - 1]
     used = sorted(place for place in places if place[0] <= at_step)
     residual = post_hoc_ema.fit_profile(*np.transpose(used), width, at_step)[1]
@@ -117,7 +121,7 @@ def test_another_width_is_as_far_off_as_its_profile_allows(walk, width, at_step)
 def test_the_average_of_an_earlier_step_needs_no_later_snapshot(walk):
     _, kept = walk
     early, all_of_them = snapshots_of(kept, 20, 240), snapshots_of(kept, 20)
-    found = [post_hoc_ema.reconstruct(s, 0.15, 240)["w"] for s in (early, all_of_them)]
+    found = [reconstruct(s, 0.15, 240)["w"] for s in (early, all_of_them)]
     np.testing.assert_array_equal(*found)
 
 
@@ -134,7 +138,7 @@ def test_the_average_of_an_earlier_step_needs_no_later_snapshot(walk):
 )
 def test_a_width_that_the_snapshots_do_not_give_is_refused(walk, width, every, words):
     with pytest.raises(ValueError, match=words):
-        post_hoc_ema.reconstruct(snapshots_of(walk[1], every), width, 480)
+        reconstruct(snapshots_of(walk[1], every), width, 480)
 
 
 def test_snapshots_that_stay_are_spread_over_the_run():
@@ -452,4 +456,8 @@ def test_a_damaged_snapshot_is_named(run, tmp_path):
     (folder / "record" / "metadata").write_text("{}")
     with pytest.raises(ValueError, match=r"checkpoints/20 must be a whole checkpoint"):
         jd.load_run(workdir, ema_width=0.07)
+    with pytest.raises(ValueError, match=r"without that folder, the other snapshots"):
+        jd.load_run(workdir, ema_width=0.07)
     assert jd.load_run(workdir, ema_width=0.05).step == 24
+    shutil.rmtree(folder)
+    assert jd.load_run(workdir, ema_width=0.07).ema == "width=0.07"

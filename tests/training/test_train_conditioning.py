@@ -133,10 +133,16 @@ def test_a_step_with_all_hidden_is_that_of_null_conditioning_and_label():
     assert loss(told, 0.0) != loss(told, 0.5) != loss(told, 1.0)
 
 
-def test_a_network_without_conditioning_leaves_that_of_the_data_alone(tmp_path):
+def test_a_network_without_conditioning_leaves_that_of_the_data_alone_and_says_so(
+    tmp_path, caplog
+):
     path = write(tmp_path / "images.npz")
     config = config_of(path, MODEL | dict(cond_dim=0, token_dim=0), label_dropout=0.0)
-    assert setup.make_setup(config).batches.batch(0).keys() == {"image", "label"}
+    with caplog.at_level("INFO", logger="jax_diffusion.data"):
+        assert setup.make_setup(config).batches.batch(0).keys() == {"image", "label"}
+    for name, field in (("cond", "cond_dim"), ("tokens", "token_dim")):
+        told = f"{name} of the data is not used: config.model.{field} is 0"
+        assert told in caplog.messages
 
 
 @pytest.mark.parametrize(

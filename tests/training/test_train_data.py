@@ -132,6 +132,16 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("kind", [TypeError, AttributeError])
+def test_an_error_inside_an_optimizer_comes_as_it_is(kind):
+    def update(updates, state, params=None):
+        raise kind("unsupported operand")
+
+    tx = optax.GradientTransformation(lambda params: (), update)
+    with pytest.raises(kind, match=r"^unsupported operand"):
+        trace(*build((2,), tx=tx), {"image": X})
+
+
 @pytest.mark.parametrize(("sentence", "call"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_trained_is_refused_in_a_sentence(sentence, call):
     with pytest.raises(ValueError, match=rf"^{re.escape(sentence)}(\n|$)"):
