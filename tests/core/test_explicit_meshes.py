@@ -5,6 +5,7 @@ computed, with and without a mesh, in the slow tests.
 """
 
 import contextlib
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -30,12 +31,17 @@ from jax_diffusion import (
 )
 from jax_diffusion.checks import placement
 from jax_diffusion.models.feature_cnn import FeatureCNN
-from jax_diffusion.timesteps import TIMESTEP_SAMPLERS
+from jax_diffusion.timesteps import LEVEL_SAMPLERS, TIMESTEP_SAMPLERS
 
 B = 16
 S = schedules.make_schedule(schedules.cosine_betas(6))
 PADDED = schedules.pad(S, 8)
 V = diffusion.Objective("v")
+EDM = schedules.from_levels(*schedules.edm_levels(6))
+FLOW = schedules.from_levels(*schedules.flow_levels(6))
+CHURNED = schedules.churned(schedules.edm_levels(4).noise, churn=1.0)
+X_0 = diffusion.Objective("x_0", "fixed_small", weighting="edm")
+PRECONDITIONED = dataclasses.replace(X_0, precondition=True)
 HYBRID = diffusion.Objective("eps", "learned_range", "hybrid")
 KEY = jax.random.key(3)
 MASK = jnp.asarray(np.arange(8) > 3, jnp.float32)[:, None, None]
@@ -88,6 +94,10 @@ def weighted(a):
 
 def first_value(x_0):
     return -x_0[:, 0, 0, 0]
+
+
+def denoiser_of(schedule, objective=X_0):
+    return diffusion.denoiser(model_fn, schedule, objective)
 
 
 DENOISE = diffusion.denoiser(model_fn, S, V)
@@ -143,14 +153,18 @@ def sampled(a, step, denoise_fn=DENOISE, schedule=S):
     return samplers.sample(a["keys"], denoise_fn, step, schedule, a["x"])
 
 
-def train(a, name="uniform", **options):
+def train(a, name="uniform", schedule=S, objective=V, **options):
     """One update of a network with dropout, labels and low resolution."""
-    sampler, tx = TIMESTEP_SAMPLERS[name](6), optax.adam(1e-3)
+    if name in LEVEL_SAMPLERS:
+        sampler = LEVEL_SAMPLERS[name](schedule)
+    else:
+        sampler = TIMESTEP_SAMPLERS[name](6)
+    tx = optax.adam(1e-3)
     step = training.make_train_step(
         network_of("lean"),
         tx,
-        S,
-        V,
+        schedule,
+        objective,
         sampler,
         ema_decays=(0.9,),
         label_dropout=0.2,
@@ -185,6 +199,10 @@ BATCHES = {
         KEY, logits_fn, S, a["x"], a["t"], a["label"]
     ),
     "denoiser": lambda a: DENOISE(a["x"], a["t"]),
+    "precondition": lambda a: denoiser_of(EDM, PRECONDITIONED)(a["x"], a["t"]),
+    "training_loss of precondition": lambda a: losses.training_loss(
+        KEY, model_fn, EDM, PRECONDITIONED, a["x"], a["t"]
+    ),
     "clip_x_0": lambda a: diffusion.clip_x_0(DENOISE)(a["x"], a["t"]),
     "threshold_x_0": lambda a: diffusion.threshold_x_0(DENOISE, 0.5)(a["x"], a["t"]),
     "classifier_free": lambda a: free(a, rescale=0.5)(a["x"], a["t"]),
@@ -195,12 +213,20 @@ BATCHES = {
         guidance.within(S, 3.0 + jnp.arange(B), low=0.3),
     )(a["x"], a["t"]),
     **{
-        name: lambda a, method=method: method(
+        f"{name} of two denoisers": lambda a, method=method: method(
             free(a), DENOISE, guidance.within(S, 3.0 + jnp.arange(B)), rescale=0.5
         )(a["x"], a["t"])
         for name, method in guidance.GUIDANCE_METHODS.items()
-        if name != "classifier_free"
     },
+    "apg with a norm of precondition": lambda a: guidance.adaptive_projected(
+        *(denoiser_of(EDM, PRECONDITIONED), denoiser_of(EDM), 2.0 + jnp.arange(B)),
+        eta=0.5,
+        norm=1.0,
+    )(a["x"], a["t"]),
+    "zero_star of a flow": lambda a: guidance.zero_star(
+        *(denoiser_of(FLOW), denoiser_of(FLOW, diffusion.Objective("flow")), 3.0),
+        zero_steps=2,
+    )(a["x"], a["t"]),
     "classifier": lambda a: (
         guidance.classifier(DENOISE, S, log_prob(a))(a["x"], a["t"]).grad
     ),
@@ -238,6 +264,9 @@ BATCHES = {
         )
         for name, row in samplers.SAMPLERS.items()
     },
+    "edm_heun sampler of churned levels": lambda a: sampled(
+        a, samplers.edm_heun_step, denoiser_of(CHURNED, PRECONDITIONED), CHURNED
+    ),
     "guided sampler": lambda a: sampled(a, samplers.ddim_step, free(a)),
     "inpaint": lambda a: sampled(a, samplers.inpaint(samplers.ddpm_step, a["x"], MASK)),
     "share_noise": lambda a: sampled(
@@ -264,6 +293,7 @@ BATCHES = {
     "a scan of one's own, t made in it": lambda a: own_scan(a).x,
     "a state of one's own": lambda a: weighted(a),
 }
+LEVELS_OF = {"low_discrepancy": FLOW, "logit_normal": FLOW, "log_normal": EDM}
 # Each returns what belongs to no image: gradients and metrics.
 WHOLES = {
     **{f"gradient of {c}": functools.partial(gradient, case=c) for c in CASES},
@@ -272,6 +302,18 @@ WHOLES = {
         for name in timesteps.TIMESTEP_SAMPLERS
     },
     "train step in two parts": functools.partial(train, microbatches=2),
+    "train step of preconditioned levels in two parts": functools.partial(
+        train, name="log_normal", schedule=EDM, objective=PRECONDITIONED, microbatches=2
+    ),
+    "train step, preconditioned low_discrepancy": functools.partial(
+        train, name="low_discrepancy", schedule=EDM, objective=PRECONDITIONED
+    ),
+    **{
+        f"train step, {name}": functools.partial(
+            train, name=name, schedule=schedule, objective=X_0
+        )
+        for name, schedule in LEVELS_OF.items()
+    },
 }
 within = pytest.mark.parametrize("within", [False, True], ids=["bare", "set_mesh"])
 
@@ -303,9 +345,9 @@ def context(within):
 
 
 def slow_if(name, within):
-    """Networks take seconds to trace: the fast tests do it once for two of them."""
-    quick = ("gradient of unet", "gradient of dit", "train step in two parts")
-    heavy = name in WHOLES and not (within and name in quick)
+    """Networks take seconds to trace: the fast tests do it once for some of them."""
+    quick = name in ("gradient of unet", "gradient of dit") or "in two parts" in name
+    heavy = name in WHOLES and not (within and quick)
     return pytest.mark.slow if heavy or name.endswith("network") else ()
 
 
@@ -352,10 +394,10 @@ def ways(name):
 
 
 SKIPPED = {
-    *(f"train step, {name}" for name in TIMESTEP_SAMPLERS if name != "uniform"),
+    *(name for name in WHOLES if name.startswith("train step, ")),
     "gradient of unet",  # unet-conditioned is it, and more
     *(f"gradient of noisy_classifier-{pool}" for pool in ("spatial", "spatial_v2")),
-}  # which are traced
+} - {"train step, uniform"}  # which are traced
 COMPUTED = [
     *((name, inside) for name in BATCHES for inside in ways(name)),
     *((name, True) for name in WHOLES if name not in SKIPPED),
