@@ -150,7 +150,20 @@ SAMPLER_FLAGS: Flags = {
     "--eta": dict(
         type=float,
         default=0.0,
-        help="Noise of ddim, from 0 (none) to 1 (as much as ddpm).",
+        help="Noise of ddim on any process, from 0 (none; on flows and EDM Euler's "
+        "method) to 1 (as much as ddpm and euler_ancestral).",
+    ),
+    "--churn": dict(
+        type=float,
+        default=0.0,
+        help="S_churn: how much noise edm_heun adds anew, by odd --steps, such as 40.",
+    ),
+    "--churn-interval": dict(
+        metavar="LOW,HIGH",
+        help="S_tmin and S_tmax: churn only while noise / signal is between these.",
+    ),
+    "--churn-noise": dict(
+        type=float, default=1.0, help="S_noise: standard deviation of that noise."
     ),
     "--no-clip": dict(action="store_true", help="Do not clip the predicted x_0."),
     "--threshold": dict(

@@ -181,6 +181,8 @@ def _plain(options: SamplingOptions, task: TaskOptions) -> dict[str, Any]:
     fields = dataclasses.asdict(options) | dataclasses.asdict(task)
     if task.split_of_images == dataclasses.replace(task, split=None).split_of_images:
         fields["split"] = None  # as where it is not said
+    if not options.churn:  # as in records of versions without it
+        fields |= dict(churn=None, churn_noise=None)
     return {k: os.fspath(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
 

@@ -50,6 +50,7 @@ from jax_diffusion.registry import (
     short,
 )
 from jax_diffusion.schedules import Levels, NoiseSchedule
+from jax_diffusion.schedules.churn import levels_by_ratio
 from jax_diffusion.spacing import SPACINGS
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "differences",
     "load_config",
     "make_betas",
+    "make_churned",
     "make_model",
     "make_network",
     "make_objective",
@@ -166,19 +168,58 @@ def make_schedule(
     process, keep = make_process(config), None
     is_chain = not isinstance(process, Levels)
     if steps is not None:
-        total = _length(process)
-        if not 1 <= steps <= total:
-            raise ValueError(f"steps must be in [1, T = {total}], got {steps}.")
-        function = lookup("spacing", spacing, SPACINGS)
-        betas = process if is_chain else schedules.betas_of_levels(process)
-        with outside("spacing", spacing, "a function (betas, n) -> steps"):
-            keep = schedules.steps_to_keep(function(betas, steps), total)
+        keep = _steps_to_keep(process, steps, spacing)
     with _describing_a_schedule():
         if not is_chain:
             rows = slice(None) if keep is None else keep
             return schedules.from_levels(*(column[rows] for column in process))
         rescale = config.get("rescale_timesteps", False)
         return schedules.make_schedule(process, keep=keep, rescale_timesteps=rescale)
+
+
+def _steps_to_keep(
+    process: np.ndarray | Levels, steps: int, spacing: str
+) -> np.ndarray:
+    total = _length(process)
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be in [1, T = {total}], got {steps}.")
+    function, betas = lookup("spacing", spacing, SPACINGS), process
+    if isinstance(process, Levels):
+        betas = schedules.betas_of_levels(process)
+    with outside("spacing", spacing, "a function (betas, n) -> steps"):
+        return schedules.steps_to_keep(function(betas, steps), total)
+
+
+def make_churned(
+    config: Config, steps: int, spacing: str, **churn: float
+) -> NoiseSchedule:
+    """Builds the schedule of EDM's stochastic sampler on levels of `config.schedule`.
+
+    Levels that noise raises to are those of the process at real times, where it has
+    them, and else the nearest ones of its T.
+
+    Args:
+        config: the group `schedule` of a config.
+        steps: number of calls of the network, odd: two for each level but the last one.
+        spacing: chooses these levels, as in `make_schedule`.
+        churn: `churn`, `s_min` and `s_max` of `schedules.churned`.
+
+    Raises:
+        ValueError: as `make_schedule` does.
+    """
+    process = make_process(config)
+    if isinstance(process, Levels):
+        table = schedules.tabulate_levels(*process)
+    else:
+        rescale = config.get("rescale_timesteps", False)
+        table = schedules.tabulate(process, rescale_timesteps=rescale)
+    most = 2 * table.num_steps - 1
+    if not 1 <= steps <= most:
+        rule = f"steps must be in [1, 2 T - 1 = {most}] with churn"
+        raise ValueError(f"{rule}, got {steps}.")
+    keep = _steps_to_keep(process, (steps + 1) // 2, spacing)
+    sigma, levels_fn = levels_by_ratio(table)
+    return schedules.churned(sigma[keep], levels_fn, **churn)
 
 
 def num_steps(config: Config) -> int:

@@ -28,7 +28,7 @@ from jax_diffusion import data, export, schedules
 from jax_diffusion.checks import shown
 from jax_diffusion.models import example_inputs, traits
 from jax_diffusion.pipeline.bound import BoundSampler
-from jax_diffusion.pipeline.draw import make_sampler, progress_bar
+from jax_diffusion.pipeline.draw import check_churn, make_sampler, progress_bar
 from jax_diffusion.pipeline.inputs import (
     Inputs,
     check_inputs,
@@ -200,6 +200,7 @@ def _bind(
     """`bind_sampler` once all files are read; `others` are runs that guide."""
     params = {name: r.params for name, r in ({"model": run} | {**others}).items()}
     classifier, guide = others.get("classifier"), others.get("guide")
+    check_churn(run.objective, options, task)
     schedule, spacing = options.make_schedule(run.config.schedule)
     num_steps = schedule.num_steps
     if is_outside(options.sampler):
@@ -211,7 +212,7 @@ def _bind(
     mask = read_mask(task.mask, run.image_shape) if task.row.takes_mask else None
     if task.num_frames == 1 and one_program:
         total = configs.num_steps(run.config.schedule)
-        schedule = schedules.pad(schedule, total)
+        schedule = schedules.pad(schedule, max(total, num_steps))
     on_step: Callable[[Any], None] | None = None
     if show_steps and num_steps > LONG and jax.process_index() == 0:
         on_step = progress_bar(num_steps)

@@ -26,7 +26,7 @@ class BoundSampler:
         schedule: its steps; padded ones share one compilation.
         rows: arrays of which image i has row i, in turn: "label", "image", "low_res",
             "cond", "tokens", "tokens_mask".
-        numbers: eta and the scales of guidance.
+        numbers: eta, the noise of churn and the scales of guidance.
         rounding: how floats become uint8.
         choices: what defaults and files have come to, for records: "steps", "spacing",
             "ema", "mask"; digests of "conditioning" if `cond` is given; "noise" if it

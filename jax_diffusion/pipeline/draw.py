@@ -100,8 +100,8 @@ def make_sampler(
             denoise_fn = guidance.classifier(denoise_fn, schedule, log_prob, scale)
             if options.reclip and not sampler.uses_mean:
                 denoise_fn = clip(guidance.shift_x_0(denoise_fn, schedule))
-        eta = {"eta": numbers["eta"]} if sampler.takes_eta else {}
-        step = functools.partial(sampler.step, **eta)
+        names = ["eta"] * sampler.takes_eta + ["s_noise"] * ("s_noise" in numbers)
+        step = functools.partial(sampler.step, **{k: numbers[k] for k in names})
         if on_step is not None:
             step = samplers.on_step(step, on_step)
         context = tasks.SamplingContext(
@@ -110,6 +110,22 @@ def make_sampler(
         return row.draw(context, task)
 
     return draw
+
+
+def check_churn(
+    objective: Objective | None, options: SamplingOptions, task: TaskOptions
+) -> None:
+    """Raises ValueError if churn is asked for, which task or network does not take."""
+    if not options.churn:
+        return
+    if task.row.from_images:
+        names = [name for name, row in tasks.TASKS.items() if not row.from_images]
+        raise ValueError(f"churn is for the tasks {names}, got task {task.task!r}.")
+    if objective and (objective.mean_type == "mu" or objective.learns_variance):
+        raise ValueError(
+            "churn needs a network that predicts neither mu nor a variance, got "
+            f"{objective.mean_type} and {objective.var_type}."
+        )
 
 
 def network_fn(model, params):

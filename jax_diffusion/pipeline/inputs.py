@@ -127,7 +127,8 @@ def check_inputs(
         ValueError: if one of them does not fit, with the reason.
     """
     row, channels = task.row, run.image_shape[-1]
-    if row.needs_noise and not (options.row.adds_noise or options.eta):
+    adds_noise = options.row.adds_noise or options.eta or options.churn
+    if row.needs_noise and not adds_noise:
         raise ValueError(
             f"task {task.task!r} needs noise in its steps, by `sampler` ddpm or by "
             f"`eta`, got {options.sampler!r}."

@@ -28,6 +28,8 @@ NEEDS = {  # the fields that have no effect without another one, and which
     "guidance_rescale": "guidance",
     "classifier_scale": "classifier",
     "reclip": "classifier",
+    "churn_interval": "churn",
+    "churn_noise": "churn",
 }
 ARRAYS = np.ndarray | jax.Array
 
@@ -40,7 +42,9 @@ class SamplingOptions:
         sampler: a key of `samplers.SAMPLERS`, or "package.module:function".
         steps: number of steps; by default the sampler's.
         spacing: which steps, a key of `spacing.SPACINGS`; by default the sampler's.
-        eta: noise of `ddim`, in [0, 1]: 0 is deterministic, 1 as noisy as `ddpm`.
+        eta: noise of `ddim` on any process, in [0, 1]: 0 is deterministic, and on flows
+            and EDM's levels Euler's method; 1 draws from the posterior, as `ddpm` and
+            `euler_ancestral` do.
         clip: whether the predicted x_0 is clipped to [-1, 1].
         threshold: instead, clip x_0 to this quantile of |x_0| and divide by it (dynamic
             thresholding), in (0, 1].
@@ -65,6 +69,12 @@ class SamplingOptions:
             told the same labels, or takes none.
         guidance_method: a key of `guidance.GUIDANCE_METHODS`: "classifier_free" (which
             is the default), "apg" or "zero_star".
+        churn: S_churn of EDM's stochastic sampler, `edm_heun` on the levels of
+            `schedules.churned` (Karras et al. 2022, alg. 2): how much noise all steps
+            together add anew. Steps are odd then, 2 N - 1 calls for N levels. 0 is
+            `edm_heun` as it is.
+        churn_interval: (S_tmin, S_tmax) of noise / signal, in which it is added.
+        churn_noise: S_noise, the standard deviation of what is added.
 
     Raises:
         ValueError: for a value that is out of range; it begins with the field's name.
@@ -90,6 +100,9 @@ class SamplingOptions:
     cond: Any = None
     guide_with: str | os.PathLike | None = None
     guidance_method: str | None = None
+    churn: float = 0.0
+    churn_interval: str | Sequence[float] | None = None
+    churn_noise: float = 1.0
 
     def __post_init__(self):
         self._check_types()
@@ -101,6 +114,7 @@ class SamplingOptions:
         if self.eta and not takes_eta:
             names = [name for name, row in SAMPLERS.items() if row.takes_eta]
             raise ValueError(f"eta is for the samplers {names}, got {self.sampler!r}.")
+        self.check_churn()
         checks.choice("rounding", self.rounding, data.ROUNDINGS)
         if self.guidance_method is not None:
             checks.choice("guidance_method", self.guidance_method, [*GUIDANCE_METHODS])
@@ -124,8 +138,35 @@ class SamplingOptions:
         """Raises ValueError for a field that has no effect without another one."""
         for name in names:
             other = NEEDS.get(name)
-            if other is not None and getattr(self, other) is None:
+            # Without it: as by default, which is 0 for churn.
+            if other is not None and getattr(self, other) == getattr(type(self), other):
                 raise ValueError(f"{name} needs {other}, got none.")
+
+    def check_churn(self) -> None:
+        """Raises ValueError unless the options of churn fit sampler and steps."""
+        for name in ("churn", "churn_noise"):
+            checks.number(name, getattr(self, name), at_least=0)
+        if self.churn and not self.row.takes_churn:
+            names = [name for name, row in SAMPLERS.items() if row.takes_churn]
+            raise ValueError(
+                f"churn is for the samplers {names}, got {self.sampler!r}."
+            )
+        if self.churn and self.steps is not None and self.steps % 2 == 0:
+            raise ValueError(
+                "steps must be odd with churn, 2 N - 1 calls for N levels, got "
+                f"{self.steps}."
+            )
+        self._interval("churn_interval")
+
+    def _interval(self, name: str) -> tuple[float, float]:
+        """The two numbers of a field LOW,HIGH; everything where it is None."""
+        value = getattr(self, name)
+        found = [0.0, math.inf] if value is None else _floats(value)
+        low, high = found if len(found) == 2 else (math.nan, math.nan)
+        if not 0 <= low <= high:
+            rule = f"{name} must be LOW,HIGH with 0 <= LOW <= HIGH"
+            raise ValueError(f"{rule}, got {value!r}.")
+        return low, high
 
     def _check_types(self) -> None:
         optional = ("threshold", "guidance")
@@ -215,12 +256,18 @@ class SamplingOptions:
         Raises:
             ValueError: for more steps than there are, or an unknown spacing.
         """
-        total, row = configs.num_steps(config), self.row
+        most, row = configs.num_steps(config), self.row
+        if self.churn:
+            most = 2 * most - 1
         steps = self.steps
         if steps is None:
-            steps = min(row.steps or total, total)
+            steps = min(row.steps or most, most)
         spacing = row.spacing if self.spacing is None else self.spacing
-        return configs.make_schedule(config, steps=steps, spacing=spacing), spacing
+        if not self.churn:
+            return configs.make_schedule(config, steps=steps, spacing=spacing), spacing
+        s_min, s_max = self._interval("churn_interval")
+        churn = dict(churn=float(self.churn), s_min=s_min, s_max=s_max)
+        return configs.make_churned(config, steps, spacing, **churn), spacing
 
     def numbers(self, null: Mapping[str, Any] | None) -> dict[str, float]:
         """Returns the numbers that can change without another compilation, by name.
@@ -242,19 +289,14 @@ class SamplingOptions:
         if self.classifier is not None:
             numbers["classifier_scale"] = self.classifier_scale
         if self.guidance_interval is not None:
-            found = _floats(self.guidance_interval)
-            low, high = found if len(found) == 2 else (math.nan, math.nan)
             if len(numbers) == 1:
                 got = f"{self.guidance_interval!r} with neither"
                 raise ValueError(
                     f"guidance_interval needs guidance or a classifier, got {got}."
                 )
-            if not 0 <= low <= high:
-                raise ValueError(
-                    "guidance_interval must be LOW,HIGH with 0 <= LOW <= HIGH, got "
-                    f"{self.guidance_interval!r}."
-                )
-            numbers |= {"low": low, "high": high}
+            numbers["low"], numbers["high"] = self._interval("guidance_interval")
+        if self.churn:
+            numbers["s_noise"] = self.churn_noise
         return {name: float(number) for name, number in numbers.items()}
 
     def conditioning(self) -> data.Conditioning:

@@ -468,6 +468,8 @@ class Sampler(NamedTuple):
         adds_noise: whether the step draws noise even when eta is 0.
         uses_mean: whether the step samples from p(x_{t-1} | x_t), whose mean guidance
             by a classifier has already shifted. Then x_0 is not shifted as well.
+        takes_churn: whether the step is one for `schedules.churned`, and takes
+            `s_noise` by keyword.
     """
 
     step: StepFn
@@ -476,6 +478,7 @@ class Sampler(NamedTuple):
     spacing: str = "sections"
     adds_noise: bool = False
     uses_mean: bool = False
+    takes_churn: bool = False
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -485,7 +488,7 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": Sampler(heun_step, steps=10, spacing="trailing"),
     "dpmpp_2s": Sampler(dpmpp_2s_step, steps=21, spacing="log_snr"),
     "unipc": Sampler(unipc_step, steps=20, spacing="log_snr"),
-    "edm_heun": Sampler(edm_heun_step, steps=35, spacing="log_snr"),
+    "edm_heun": Sampler(edm_heun_step, steps=35, spacing="log_snr", takes_churn=True),
     "euler_ancestral": Sampler(euler_ancestral_step, steps=50, adds_noise=True),
     "dpmpp_sde": Sampler(dpmpp_sde_step, steps=25, spacing="trailing", adds_noise=True),
     "dpmpp_2m_sde": Sampler(
@@ -507,8 +510,9 @@ def as_sampler(sampler: Sampler | StepFn) -> Sampler:
         sampler: a step function, or a row, which is returned as it is.
 
     Returns:
-        A row with all steps by default. It takes eta if the function has a parameter of
-        that name which is not bound yet, and counts as noisy, since that is unknown.
+        A row with all steps by default. It takes eta, or churn, if the function has a
+        parameter `eta`, or `s_noise`, which is not bound yet, and counts as noisy,
+        since that is unknown.
 
     Raises:
         ValueError: if the function does not take the arguments of a step.
@@ -520,5 +524,6 @@ def as_sampler(sampler: Sampler | StepFn) -> Sampler:
         return sampler
     check_step_fn("sampler", sampler)
     bound = getattr(sampler, "keywords", {})  # of functools.partial
-    takes_eta = "eta" not in bound and "eta" in inspect.signature(sampler).parameters
-    return Sampler(sampler, takes_eta=takes_eta, adds_noise=True)
+    free = inspect.signature(sampler).parameters.keys() - bound
+    takes_eta, takes_churn = "eta" in free, "s_noise" in free
+    return Sampler(sampler, takes_eta, adds_noise=True, takes_churn=takes_churn)

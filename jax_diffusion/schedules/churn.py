@@ -1,5 +1,6 @@
 """Noise levels of EDM's stochastic sampler, which rise between its steps."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -9,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_diffusion import checks
-from jax_diffusion.schedules.levels import Levels, sigma_levels, tabulate_levels
+from jax_diffusion.schedules.levels import (
+    Levels,
+    log_snr_levels,
+    real_levels,
+    sigma_levels,
+    tabulate_levels,
+    time_levels,
+)
 from jax_diffusion.schedules.noise_schedule import Level, NoiseSchedule
 
 
@@ -32,8 +40,9 @@ def churned(
 
     Args:
         sigma: noise / signal [N], > 0 and increasing, such as `edm_levels(N).noise`.
+            The last one alone may be infinite, pure noise, which Euler's step leaves.
         levels_fn: makes levels of these, which may round them to levels that a network
-            knows, as for a flow `lambda sigma: time_levels(sigma / (1 + sigma))`;
+            knows, as for a flow `lambda sigma: time_levels(1 / (1 + 1 / sigma))`;
             default `sigma_levels`.
         churn: S_churn, >= 0; 0 is the deterministic method.
         s_min, s_max: the sigma where noise is added, both included.
@@ -68,7 +77,11 @@ def tabulate_churned(
     Raises:
         ValueError: as there.
     """
-    sigma = checks.vector("sigma", sigma, above=0)
+    no_signal = False
+    with contextlib.suppress(IndexError, KeyError, TypeError, ValueError):
+        no_signal = bool(sigma[-1] == math.inf)
+    finite = checks.vector("sigma", sigma[:-1] if no_signal else sigma, above=0)
+    sigma = np.append(finite, [math.inf] * no_signal)
     checks.number("churn", churn, at_least=0)
     checks.number("s_min", s_min, at_least=0)
     if s_max != math.inf:
@@ -84,11 +97,14 @@ def tabulate_churned(
         return np.insert(high, np.arange(1, len(high)), low[:-1])
 
     signal, noise, timesteps = (mix(*pair) for pair in zip(raised, plain, strict=True))
-    now = signal, noise, 2 * (np.log(signal) - np.log(noise))
+    with np.errstate(divide="ignore"):  # where there is no signal
+        now = signal, noise, 2 * (np.log(signal) - np.log(noise))
+        ratio = (
+            np.append(1.0, signal[:-1]) / signal
+        )  # of prev, which rises from odd rows
     from_last = ends.next.noise[-1] == ends.now.noise[-1]
     start = noise[-1] if from_last else 1.0
     clean, pure = (a[0] for a in ends.prev), (0.0, start, -np.inf)
-    ratio = np.append(1.0, signal[:-1]) / signal  # of prev, which rises from odd rows
     below = np.append(0.0, noise[:-1])
     step = noise**2 - (below / ratio) ** 2, below**2 - (noise * ratio) ** 2
     odd, none = np.arange(len(noise)) % 2 == 1, np.full(len(noise), np.nan)
@@ -104,3 +120,31 @@ def tabulate_churned(
         timesteps=timesteps,
         mask=np.ones(len(noise)),
     )
+
+
+def levels_by_ratio(
+    table: NoiseSchedule,
+) -> tuple[np.ndarray, Callable[[np.ndarray], Levels]]:
+    """noise / signal of the rows of a table, float64 [T], and its levels by that.
+
+    They are the process's at real times, where it has them, or else the nearest rows.
+    """
+    columns = [np.asarray(a, np.float64) for a in (*table.now[:2], table.timesteps)]
+    with np.errstate(divide="ignore"):  # a last level may have no signal
+        sigma = columns[1] / columns[0]
+    try:
+        real: Any = real_levels(table)[0]
+    except ValueError:
+        real = None
+    if real is time_levels:
+        return sigma, lambda ratio: real(1 / (1 + 1 / ratio))
+    if real is log_snr_levels:
+        return sigma, lambda ratio: real(-2 * np.log(ratio))
+
+    def nearest(ratio):
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
+            away = np.where(sigma == ratio[:, None], 0, abs(sigma - ratio[:, None]))
+        rows = away.argmin(axis=1)
+        return Levels(*(column[rows] for column in columns))
+
+    return sigma, real or nearest
