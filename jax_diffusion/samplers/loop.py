@@ -127,8 +127,8 @@ def sample_frames(
         checks.array("ts", ts, "int", ("n",))
         checks.rows("ts", ts, schedule.num_steps, negative=True)
         way = check_order(ts)
-    wanted = traits_of(step_fn).get("way")
-    if wanted is not None and way == -wanted:
+    wanted = traits_of(step_fn)["way"]
+    if wanted and way == -wanted:
         words = ("up", "down") if wanted > 0 else ("down", "up")
         rule = "ts must go {} as step_fn does, got rows that go {}."
         raise ValueError(rule.format(*words))

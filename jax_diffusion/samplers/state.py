@@ -83,15 +83,16 @@ State = TypeVar("State", bound=StateLike)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def marked(**traits: int) -> Callable[[Function], Function]:
-    """Marks a step with `traits` that its caller has to know; keeps those that it has.
+def marked(*, num_earlier: int = 0, way: int = 0) -> Callable[[Function], Function]:
+    """Marks a step with what its callers have to know.
 
-    num_earlier is how many predictions before the last one it reads, which `start`
-    makes room for; way is -1 or 1, by how many rows it goes on.
+    Args:
+        num_earlier: how many predictions before the last one it reads, for `start`.
+        way: by how many rows it goes on, -1 or 1; 0, not known.
     """
 
     def mark(step_fn: Any) -> Any:
-        step_fn.step_traits = {**traits_of(step_fn), **traits}
+        step_fn.step_traits = {"num_earlier": num_earlier, "way": way}
         return step_fn
 
     return mark
@@ -105,7 +106,7 @@ def traits_of(step_fn: Any) -> dict[str, int]:
     while step_fn is not None and not hasattr(step_fn, "step_traits"):
         inner = getattr(step_fn, "func", None)
         step_fn = getattr(step_fn, "__wrapped__", inner)
-    return getattr(step_fn, "step_traits", {})
+    return getattr(step_fn, "step_traits", {"num_earlier": 0, "way": 0})
 
 
 @overload
@@ -134,7 +135,7 @@ def start(x_T: Float[Array, "b *d"], step_fn: Callable[..., Any] | None = None) 
     no_level = jnp.full_like(x_T, -jnp.inf, dtype, shape)  # varies in shard_map as x_T
     zeros = jnp.zeros_like(x_T)  # of an x_T closed over by jit, on no mesh
     none = Past(*(placement.beside(a, x_T) for a in (zeros, no_level)))
-    number = traits_of(step_fn).get("num_earlier", 0)
+    number = traits_of(step_fn)["num_earlier"]
     state = SampleState(x_T, *none)
     return MultistepState(*state, (none,) * number) if number else state
 

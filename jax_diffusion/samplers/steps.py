@@ -1,8 +1,8 @@
 """Every sampler's step, and the table of samplers.
 
-To add a sampler: write its step here, as `jax_diffusion.samplers` describes one, and
-give it a row in `SAMPLERS`. Programs, `SamplingOptions` and the protocol test read the
-table.
+To add a sampler: write its step here, as `jax_diffusion.samplers` describes one, from
+`_begin` to `advance`, and give it a row in `SAMPLERS`. Programs, `SamplingOptions` and
+the protocol test read the table.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from jax_diffusion import checks, diffusion
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.samplers.loop import StepFn, check_step_arguments, check_step_fn
 from jax_diffusion.samplers.noise import fold_in, normal
-from jax_diffusion.samplers.state import Past, State, advance, marked
+from jax_diffusion.samplers.state import Past, State, advance, marked, traits_of
 from jax_diffusion.schedules import NoiseSchedule, take
 
 Keys = Key[Array, "b"]
@@ -304,9 +304,9 @@ def edm_heun_step(
     """
     checks.number("s_noise", s_noise, at_least=0)
     t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t, may_rise=True)
-    corrects, first = _pair(state, c, t, x_0)
+    corrects, first, part = _pair(state, c, t, x_0)
     # sigma where the pair starts and where it ends, in units of that of this row.
-    start = jnp.exp(jnp.where(corrects, c.now.log_snr - state.log_snr, 1.0) / 2)
+    start = jnp.exp(part / 2)
     end = jnp.exp(jnp.minimum(c.now.log_snr - c.prev.log_snr, 0.0) / 2)
     weight = jnp.where(corrects, (start - end) ** 2 / (2 * (start - 1)), 0.0)
     rises = c.prev.log_snr <= c.now.log_snr  # after the step, by noise
@@ -345,14 +345,14 @@ def _ahead(state, c, x_0):
 
 
 def _pair(state, c, t, x_0):
-    """Whether a row is the second of a pair, and the x_0 that the first one predicted.
+    """Whether a row is the second of a pair; x_0 of the first; log-SNR between them.
 
-    Elsewhere it is the row's own x_0.
+    Elsewhere the latter two are the row's own x_0, and 1.
     """
     odd = (t % 2 == 1).reshape(c.now.log_snr.shape)
-    last = state.log_snr
-    second = odd & jnp.isfinite(last) & (last < c.now.log_snr)
-    return second, jnp.where(second, state.x_0, x_0)
+    last, now = state.log_snr, c.now.log_snr
+    second = odd & jnp.isfinite(last) & (last < now)
+    return second, jnp.where(second, state.x_0, x_0), jnp.where(second, now - last, 1.0)
 
 
 def _second_stage(state, c, t, x_0):
@@ -361,9 +361,8 @@ def _second_stage(state, c, t, x_0):
     In a pair, x at the odd row tells x at the start, and at the end x for the x_0 of
     the start: what is left to add is that the mean of x_0 over the pair is another.
     """
-    second, first = _pair(state, c, t, x_0)
+    second, first, part = _pair(state, c, t, x_0)
     whole = jnp.where(second, c.prev.log_snr - state.log_snr, 1.0)
-    part = jnp.where(second, c.now.log_snr - state.log_snr, 1.0)
     return first, whole, (x_0 - first) * whole / (2 * part)  # 1 / (2 r)
 
 
@@ -499,7 +498,7 @@ SAMPLERS: dict[str, Sampler] = {
     ),
 }
 for _row in SAMPLERS.values():
-    marked(way=-1)(_row.step)
+    marked(**traits_of(_row.step) | {"way": -1})(_row.step)
 del _row
 
 

@@ -216,8 +216,7 @@ WRAPS = {
 
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_a_wrapped_step_of_ones_own_keeps_its_marks(wrap):
-    @marked(way=-1)
-    @marked(num_earlier=3)
+    @marked(num_earlier=3, way=-1)
     def step(keys, denoise_fn, schedule, state, t):
         return samplers.unipc_step(keys, denoise_fn, schedule, state, t)
 
