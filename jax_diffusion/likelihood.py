@@ -55,29 +55,17 @@ class BitsPerDim(NamedTuple):
 
 
 class OdeBits(NamedTuple):
-    """Bits/dim of each example by the probability flow, and estimates of their error.
+    """The density of each example by the probability flow, and estimates of its error.
+
+    That is bits/dim of `ode_bits_per_dim`, nats of `ode_log_prob`.
 
     Attributes:
-        total: [b] bits/dim, the mean over probes.
-        prior: [b] bits/dim, -log2 p(x_T), a part of the total.
-        step_error: [b] bits/dim, how much the total changes with steps twice as long,
-            about three times its own error; NaN if there is one step only.
-        probe_error: [b] bits/dim, the standard error of the mean over probes; NaN if
-            there is one probe only.
-    """
-
-    total: Array
-    prior: Array
-    step_error: Array
-    probe_error: Array
-
-
-class LogProb(NamedTuple):
-    """Log densities of each example by the probability flow.
-
-    Attributes:
-        total, prior, step_error, probe_error: [b] nats, log p(x_0), the part of it that
-            is log p(x_T), and errors as in `OdeBits`.
+        total: [b] -log2 p(x), or log p(x): the mean over probes.
+        prior: [b] the part of the total that is of p(x_T).
+        step_error: [b] how much the total changes with steps twice as long, about three
+            times its own error; NaN if there is one step only.
+        probe_error: [b] the standard error of the mean over probes; NaN if there is one
+            probe only, 0 without probes.
     """
 
     total: Array
@@ -277,13 +265,14 @@ def ode_log_prob(
     *,
     probes: int | None = None,
     per_dim: bool = False,
-) -> LogProb:
+) -> OdeBits:
     """log p(x_0) of any continuous data by the probability flow, without dequantizing.
 
     The density p is that of samples, as in `ode_bits_per_dim`. Of an exact denoiser it
     is that of the data plus the Gaussian noise of the first row, of standard deviation
-    noise / signal, which must be small beside the finest detail of the data; less what
-    signal the last row has left, where p(x_T) is that of `samplers.pure_noise`.
+    noise / signal, which must be small beside the finest detail of the data. It treats
+    x_T as `samplers.pure_noise`: signal that the last row still has makes it
+    approximate.
 
     Args:
         key, denoise_fn, schedule: as for `ode_bits_per_dim`; the key is for the probes.
@@ -305,7 +294,7 @@ def ode_log_prob(
     nats = LOG_2 * (1 if per_dim else math.prod(x.shape[1:]))
     total, prior, steps, error = (nats * a for a in bits)
     none = placement.beside(jnp.zeros_like(error), error)
-    return LogProb(-total, -prior, steps, error if probes else none)
+    return OdeBits(-total, -prior, steps, error if probes else none)
 
 
 def _signs(keys, x, probes):
@@ -394,8 +383,8 @@ def _flow(denoise_fn, schedule, x, signs, stride):
         return jax.lax.cond(start < last, heun, lambda s, _: s, state, start), None
 
     first = signal[0] / scale[0]
-    beside = jnp.full(len(x), jnp.log(first), x.dtype)
-    volume = jax.vmap(lambda _: placement.beside(beside, x))(signs)
+    start = jnp.full(x.shape[0], jnp.log(first), x.dtype)
+    volume = jax.vmap(lambda _: placement.beside(start, x))(signs)
     state = (first * x).astype(x.dtype), volume
     (x, volume), _ = jax.lax.scan(one, state, jnp.arange(schedule.num_steps - 1))
     return scale[last] * x, volume + jnp.log(scale[last])

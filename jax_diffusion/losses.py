@@ -306,8 +306,10 @@ def training_loss(
         )
     x_t, eps, t = _noised(key, schedule, x_0, t, eps)
     signatures.takes("model_fn", model_fn, "x_t", "timesteps")
-    output_fn = diffusion.conditioned(model_fn, schedule, objective)
-    output = output_fn(x_t, placement.rows(schedule.timesteps, t))
+    if objective.precondition:
+        sigma_data = objective.sigma_data
+        model_fn = diffusion.precondition(model_fn, schedule, sigma_data)
+    output = model_fn(x_t, placement.rows(schedule.timesteps, t))
     diffusion.check_output(output, x_0)
     value, _ = diffusion.split_output(objective, output, x_0.shape[-1])
     error = value - diffusion.target(schedule, objective, x_0, x_t, t, eps)

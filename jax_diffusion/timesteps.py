@@ -9,11 +9,10 @@ Whatever the sampler, the mean of weight * loss(t) is an unbiased estimate of th
 loss over uniform t. The state is a pytree of arrays, a part of the train state.
 
 In continuous time, levels are drawn instead of rows: quantiles of a distribution at the
-even u of `low_discrepancy`. The samplers in `LEVEL_SAMPLERS` return such `Levels` as t,
+even u of `even_uniform`. The samplers in `LEVEL_SAMPLERS` return such `Levels` as t,
 and `table_of` makes the table of a batch of them.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,11 +26,11 @@ from jax_diffusion.checks import placement
 from jax_diffusion.schedules import (
     Levels,
     NoiseSchedule,
-    real_levels,
     schedule_at,
     sigma_levels,
     time_levels,
 )
+from jax_diffusion.schedules.levels import continuous_levels
 
 MAX_HISTORY = 10_000  # losses of each of T timesteps: they are copied by every update
 
@@ -63,15 +62,13 @@ class LossHistory(NamedTuple):
     counts: Array
 
 
-def _stateless(num_steps: int, draw: Callable[..., Array]) -> TimestepSampler:
-    """A sampler without memory; `draw` must give each t a uniform distribution."""
-    checks.integer("num_steps", num_steps, at_least=1)
+def _stateless(draw: Callable[..., Any]) -> TimestepSampler:
+    """A sampler without memory, whose `draw` has the distribution that is trained."""
 
     def sample(key, state, batch_size):
         del state
         _check_draw(key, batch_size)
-        t = draw(key, batch_size).astype(jnp.int32)
-        return t, jnp.ones(batch_size, jnp.float32)
+        return draw(key, batch_size), jnp.ones(batch_size, jnp.float32)
 
     return TimestepSampler(lambda: (), sample, lambda state, t, loss: state)
 
@@ -87,11 +84,12 @@ def uniform(num_steps: int) -> TimestepSampler:
     >>> t.shape, weight.tolist()
     ((4,), [1.0, 1.0, 1.0, 1.0])
     """
+    checks.integer("num_steps", num_steps, at_least=1)
 
     def draw(key, b):
         return jax.random.randint(key, (b,), 0, num_steps, jnp.int32)
 
-    return _stateless(num_steps, draw)
+    return _stateless(draw)
 
 
 def antithetic(num_steps: int) -> TimestepSampler:
@@ -100,12 +98,13 @@ def antithetic(num_steps: int) -> TimestepSampler:
     Raises:
         ValueError: unless num_steps is an integer >= 1.
     """
+    checks.integer("num_steps", num_steps, at_least=1)
 
     def draw(key, b):
         t = jax.random.randint(key, (b // 2 + 1,), 0, num_steps, jnp.int32)
         return jnp.concatenate([t, num_steps - 1 - t])[:b]
 
-    return _stateless(num_steps, draw)
+    return _stateless(draw)
 
 
 def stratified(num_steps: int) -> TimestepSampler:
@@ -117,12 +116,14 @@ def stratified(num_steps: int) -> TimestepSampler:
     Raises:
         ValueError: unless num_steps is an integer >= 1.
     """
+    checks.integer("num_steps", num_steps, at_least=1)
 
     def draw(key, b):
         shift = jax.random.randint(key, (), 0, num_steps, jnp.int32)
-        return (shift + np.arange(b) * num_steps // b) % num_steps
+        t = (shift + np.arange(b) * num_steps // b) % num_steps
+        return t.astype(jnp.int32)
 
-    return _stateless(num_steps, draw)
+    return _stateless(draw)
 
 
 def loss_second_moment(
@@ -189,7 +190,7 @@ def loss_second_moment(
     return TimestepSampler(init, sample, update)
 
 
-def low_discrepancy(key: Key[Array, ""], batch_size: int) -> Float[Array, "b"]:
+def even_uniform(key: Key[Array, ""], batch_size: int) -> Float[Array, "b"]:
     """Draws uniform u in (0, 1), one in each of b equal parts (Kingma et al. 2021).
 
     One random shift moves all of them. Each is uniform, and a batch covers all levels.
@@ -204,7 +205,7 @@ def low_discrepancy(key: Key[Array, ""], batch_size: int) -> Float[Array, "b"]:
     Raises:
         ValueError: unless key is a typed key, and batch_size an integer >= 1.
 
-    >>> u = low_discrepancy(jax.random.key(0), 4)
+    >>> u = even_uniform(jax.random.key(0), 4)
     >>> sorted((u * 4).astype(int).tolist())
     [0, 1, 2, 3]
     """
@@ -258,21 +259,16 @@ def _normal_quantile(u, mean, std):
     return mean + std * jax.scipy.special.ndtri(u)
 
 
-def real_rows(schedule: NoiseSchedule) -> TimestepSampler:
+def low_discrepancy_times(schedule: NoiseSchedule) -> TimestepSampler:
     """Draws levels between the rows of a `schedule`, evenly in rows.
 
     That is uniform s of a flow, and the log-SNR of VDM (Kingma et al. 2021).
 
     Raises:
-        ValueError: unless its process has real times, see `schedules.real_levels`.
+        ValueError: unless its process is in continuous time, as those of
+            `schedules.levels.CONTINUOUS` are.
     """
-    levels_fn, numbers = real_levels(schedule)
-    rows = np.arange(len(numbers), dtype=np.float32)
-
-    def between(u):
-        return jnp.interp(u * rows[-1], rows, jnp.asarray(numbers, jnp.float32))
-
-    return _of_levels(schedule, levels_fn, between)
+    return _of_levels(_between_rows(schedule))
 
 
 def logit_normal_times(
@@ -283,8 +279,8 @@ def logit_normal_times(
     Raises:
         ValueError: unless `schedule` is a flow's, or if a number is out of range.
     """
-    draw = functools.partial(logit_normal, mean=mean, std=std)
-    return _of_levels(schedule, time_levels, draw)
+    _check_process(schedule, time_levels)
+    return _of_levels(lambda u: time_levels(logit_normal(u, mean=mean, std=std)))
 
 
 def log_normal_sigmas(
@@ -295,29 +291,38 @@ def log_normal_sigmas(
     Raises:
         ValueError: unless `schedule` is EDM's, or if a number is out of range.
     """
-    draw = functools.partial(log_normal, mean=mean, std=std)
-    return _of_levels(schedule, sigma_levels, draw)
+    _check_process(schedule, sigma_levels)
+    return _of_levels(lambda u: sigma_levels(log_normal(u, mean=mean, std=std)))
 
 
-def _of_levels(schedule, levels_fn, draw):
-    """A sampler of levels_fn(draw(u)) at even u, if the schedule is of levels_fn."""
-    own, _ = real_levels(schedule)
+def _check_process(schedule, levels_fn):
+    """Raises ValueError unless the levels of a schedule are of levels_fn."""
+    own, _ = continuous_levels(schedule)
     if own is not levels_fn:
         rule = f"schedule must be of the levels of {levels_fn.__name__}"
         raise ValueError(f"{rule}, got those of {own.__name__}.")
-    draw(jnp.full(1, 0.5))  # which checks its arguments
 
-    def sample(key, state, batch_size):
-        del state
-        levels = levels_fn(draw(low_discrepancy(key, batch_size)))
-        return levels, jnp.ones(batch_size, jnp.float32)
 
-    return TimestepSampler(lambda: (), sample, lambda state, t, loss: state)
+def _between_rows(schedule):
+    """levels_at(u), whose rows lie at even u from 0 to 1."""
+    levels_fn, numbers = continuous_levels(schedule)
+    rows = np.arange(len(numbers), dtype=np.float32)
+
+    def levels_at(u):
+        return levels_fn(jnp.interp(u * rows[-1], rows, numbers.astype(np.float32)))
+
+    return levels_at
+
+
+def _of_levels(levels_at):
+    """A sampler of levels at even u."""
+    levels_at(jnp.full(1, 0.5))  # which checks its arguments
+    return _stateless(lambda key, b: levels_at(even_uniform(key, b)))
 
 
 def table_of(schedule: NoiseSchedule, t: Any) -> tuple[NoiseSchedule, Array]:
-    """Returns the table, and its rows, of what a sampler has drawn: of t int32 [b] the
-    `schedule` and t, of `Levels` [b] a table of their own.
+    """Returns (schedule, t) as they are; for `Levels` [b], a table of their own and its
+    rows 0 .. b - 1.
     """
     if not isinstance(t, Levels):
         return schedule, t
@@ -326,14 +331,19 @@ def table_of(schedule: NoiseSchedule, t: Any) -> tuple[NoiseSchedule, Array]:
 
 
 def rows_of(schedule: NoiseSchedule, t: Any) -> Array:
-    """Returns t int32 [b] as it is; of `Levels` [b], the rows of the `schedule` that
+    """Returns t int32 [b] as it is; for `Levels` [b], the rows of the `schedule` that
     are nearest in log-SNR.
     """
     if not isinstance(t, Levels):
         return t
     fall = -schedule.now.log_snr
-    log_ratio = 2 * (jnp.log(t.noise) - jnp.log(t.signal))
-    return jnp.searchsorted((fall[1:] + fall[:-1]) / 2, log_ratio).astype(jnp.int32)
+    rows = jnp.searchsorted((fall[1:] + fall[:-1]) / 2, _fall(t)).astype(jnp.int32)
+    return jnp.minimum(rows, jnp.sum(schedule.visited, dtype=jnp.int32) - 1)
+
+
+def _fall(levels):
+    """Minus the log-SNR."""
+    return 2 * (jnp.log(levels.noise) - jnp.log(levels.signal))
 
 
 def check_results(sampler: Any) -> TimestepSampler:
@@ -390,7 +400,7 @@ TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
 """Samplers by name: f(num_steps, **arguments) -> TimestepSampler."""
 
 LEVEL_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
-    "low_discrepancy": real_rows,
+    "low_discrepancy": low_discrepancy_times,
     "logit_normal": logit_normal_times,
     "log_normal": log_normal_sigmas,
 }

@@ -46,9 +46,8 @@ def evaluate(name: str, function: Any, *arguments: Any, **named: Any) -> Any:
 
 
 def _refused(name, layer):
-    rule = "have its dropout off"
-    if not hasattr(layer, "deterministic"):  # such as BatchNorm
-        rule = "be in evaluation mode"
+    drops = hasattr(layer, "deterministic")  # not so BatchNorm
+    rule = "have its dropout off" if drops else "be in evaluation mode"
     return ValueError(
         f"{name} must {rule}, as eval() of a network of Flax NNX does "
         f"it, got {type(layer).__name__} in training mode."

@@ -51,6 +51,7 @@ from jax_diffusion.registry import (
 )
 from jax_diffusion.schedules import Levels, NoiseSchedule
 from jax_diffusion.schedules.churn import levels_by_ratio
+from jax_diffusion.schedules.levels import betas_of_levels
 from jax_diffusion.spacing import SPACINGS
 
 __all__ = [
@@ -185,7 +186,7 @@ def _steps_to_keep(
         raise ValueError(f"steps must be in [1, T = {total}], got {steps}.")
     function, betas = lookup("spacing", spacing, SPACINGS), process
     if isinstance(process, Levels):
-        betas = schedules.betas_of_levels(process)
+        betas = betas_of_levels(process)
     with outside("spacing", spacing, "a function (betas, n) -> steps"):
         return schedules.steps_to_keep(function(betas, steps), total)
 
@@ -195,8 +196,8 @@ def make_churned(
 ) -> NoiseSchedule:
     """Builds the schedule of EDM's stochastic sampler on levels of `config.schedule`.
 
-    Levels that noise raises to are those of the process at real times, where it has
-    them, and else the nearest ones of its T.
+    Levels that noise raises to are those of the process in continuous time, where
+    it has one, and else the nearest ones of its T.
 
     Args:
         config: the group `schedule` of a config.
@@ -209,7 +210,7 @@ def make_churned(
     """
     process = make_process(config)
     if isinstance(process, Levels):
-        table = schedules.tabulate_levels(*process)
+        table = schedules.from_levels.__wrapped__(*process)
     else:
         rescale = config.get("rescale_timesteps", False)
         table = schedules.tabulate(process, rescale_timesteps=rescale)
@@ -274,7 +275,7 @@ def make_process(config: Config) -> np.ndarray | Levels:
 def _check_process(made: Any) -> np.ndarray | Levels:
     if not isinstance(made, Levels):
         return schedules.check_betas(made)
-    schedules.tabulate_levels(*made)  # which checks them
+    schedules.from_levels.__wrapped__(*made)  # which checks them
     return Levels(*(np.asarray(column, np.float64) for column in made))
 
 
@@ -336,7 +337,7 @@ def make_timestep_sampler(
     Args:
         config: the group `timesteps` of a config.
         schedule: of all T steps.
-        objective: what is trained, which must not need a chain at real times.
+        objective: what is trained, which must not need a chain in continuous time.
 
     Raises:
         ValueError: for a field that is wrong or does not fit schedule and objective.

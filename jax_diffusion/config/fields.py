@@ -63,8 +63,8 @@ FIELDS = {
     ),
     "objective": Field("arguments of Objective; None for a classifier"),
     "timesteps": Field(
-        "name in timesteps.TIMESTEP_SAMPLERS, or in LEVEL_SAMPLERS for real times, and "
-        "its arguments"
+        "name in timesteps.TIMESTEP_SAMPLERS, or in LEVEL_SAMPLERS for continuous "
+        "time, and its arguments"
     ),
     "model": Field("name in models.MODELS, and its arguments but out_channels"),
     "optimizer": Field("arguments of training.make_optimizer but total_steps"),

@@ -51,7 +51,7 @@ from jax_diffusion.diffusion.objective import (
     check_objective,
     check_signal,
 )
-from jax_diffusion.diffusion.preconditioning import conditioned, precondition
+from jax_diffusion.diffusion.preconditioning import precondition
 from jax_diffusion.diffusion.prediction import (
     AnyDenoiseFn,
     ConditionalDenoiseFn,
@@ -99,7 +99,6 @@ __all__ = [
     "check_schedule_of",
     "check_signal",
     "clip_x_0",
-    "conditioned",
     "denoiser",
     "eps_from_x_0",
     "flow_from_x_0",

@@ -16,7 +16,7 @@ from jax_diffusion.diffusion.objective import (
     check_objective,
     check_signal,
 )
-from jax_diffusion.diffusion.preconditioning import conditioned
+from jax_diffusion.diffusion.preconditioning import precondition
 from jax_diffusion.diffusion.prediction import (
     AnyDenoiseFn,
     ConditionalDenoiseFn,
@@ -273,8 +273,9 @@ def denoiser(
     """
     check_raw(model_fn)
     check_signal(schedule, objective)
-    evaluated = functools.partial(modes.evaluate, "model_fn", model_fn)
-    output_fn = conditioned(evaluated, schedule, objective)
+    output_fn: Any = functools.partial(modes.evaluate, "model_fn", model_fn)
+    if objective.precondition:
+        output_fn = precondition(output_fn, schedule, objective.sigma_data)
 
     def denoise(x_t, t, *unnamed, **conditioning):
         if unnamed:

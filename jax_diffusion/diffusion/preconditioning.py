@@ -7,26 +7,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jax_diffusion import checks
-from jax_diffusion.diffusion.objective import Objective
 from jax_diffusion.diffusion.same_schedule import check_raw
 from jax_diffusion.schedules import NoiseSchedule, check_schedule, take
-
-
-def conditioned(
-    model_fn: Callable[..., Array], schedule: NoiseSchedule, objective: Objective
-) -> Callable[..., Array]:
-    """The network that an objective reads: `precondition` of it, or as it is.
-
-    Args:
-        model_fn, schedule: as for `precondition`.
-        objective: says whether, and gives sigma_data.
-
-    Raises:
-        ValueError: as `precondition` does.
-    """
-    if not objective.precondition:
-        return model_fn
-    return precondition(model_fn, schedule, objective.sigma_data)
 
 
 def precondition(

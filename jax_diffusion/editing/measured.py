@@ -114,7 +114,8 @@ def twisted_smc(
         drawn = std * samplers.normal(keys, state.x.shape[1:])
         shift = std**2 * guided.grad
         x = mean + shift + drawn
-        towards = jnp.sum((guided.grad * (shift / 2 + drawn)).reshape(b, -1), axis=1)
+        axes = tuple(range(1, x.ndim))
+        towards = jnp.sum(guided.grad * (shift / 2 + drawn), axis=axes)
 
         below = jnp.maximum(t - 1, 0)
         x_0 = jnp.where(last, x, denoise_fn(x, below).x_0)

@@ -14,7 +14,7 @@ from jax_diffusion import checks, diffusion
 from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import ConditionalDenoiseFn, Prediction
 from jax_diffusion.guidance.scales import Scale, check_scale, column, rescaled
-from jax_diffusion.schedules import NoiseSchedule, check_rows, check_schedule, take
+from jax_diffusion.schedules import NoiseSchedule, check_schedule, take
 
 
 def autoguidance(
@@ -135,7 +135,6 @@ def zero_star(
     checks.integer("zero_steps", zero_steps, at_least=0)
 
     def combine(strong, weak, scale, x_t, t):
-        check_rows(table, t)
         level = take(table, t, x_t.ndim).now
         both = level.signal + level.noise
         flow, weak_flow = ((x_t - both * x_0) / level.noise for x_0 in (strong, weak))
@@ -150,7 +149,7 @@ def zero_star(
 
 
 GUIDANCE_METHODS: dict[str, Callable[..., ConditionalDenoiseFn]] = {
-    "classifier_free": autoguidance,
+    "classifier_free": autoguidance,  # if weak_fn is denoise_fn without its label
     "apg": adaptive_projected,
     "zero_star": zero_star,
 }
@@ -173,8 +172,8 @@ def _guided(
     """A denoiser whose x_0 is combine(x_0, x_0 of weak_fn, scale, x_t, t)."""
     checks.function("denoise_fn", denoise_fn, "(x_t, t)")
     checks.function("weak_fn", weak_fn, "(x_t, t)")
-    known = (schedule, *map(diffusion.schedule_of, (denoise_fn, weak_fn)))
-    schedule = next((found for found in known if found is not None), None)
+    of_both = map(diffusion.schedule_of, (denoise_fn, weak_fn))
+    schedule = schedule or next(filter(None, of_both), None)
     diffusion.check_schedule_of(weak_fn, schedule, "weak_fn")
     check_scale(scale, schedule=schedule)
     checks.number("rescale", rescale, at_least=0, at_most=1)

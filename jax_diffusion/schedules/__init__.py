@@ -33,11 +33,10 @@ from jax_diffusion.schedules.betas import (
     warmup_betas,
     zero_terminal_snr,
 )
-from jax_diffusion.schedules.churn import churned, tabulate_churned
+from jax_diffusion.schedules.churn import churned
 from jax_diffusion.schedules.levels import (
     LEVELS,
     Levels,
-    betas_of_levels,
     cosine_levels,
     edm_levels,
     flow_levels,
@@ -45,10 +44,8 @@ from jax_diffusion.schedules.levels import (
     laplace_levels,
     log_snr_levels,
     logit_normal_levels,
-    real_levels,
     schedule_at,
     sigma_levels,
-    tabulate_levels,
     time_levels,
     vdm_levels,
 )
@@ -87,7 +84,6 @@ __all__ = [
     "Table",
     "angle_steps",
     "betas_from_alpha_bar",
-    "betas_of_levels",
     "check_batch",
     "check_betas",
     "check_chain",
@@ -114,7 +110,6 @@ __all__ = [
     "pad",
     "quadratic_betas",
     "quadratic_steps",
-    "real_levels",
     "schedule_at",
     "sigma_levels",
     "sigmoid_alpha_bar_betas",
@@ -122,8 +117,6 @@ __all__ = [
     "spaced_steps",
     "steps_to_keep",
     "tabulate",
-    "tabulate_churned",
-    "tabulate_levels",
     "take",
     "time_levels",
     "trailing_steps",

@@ -1,26 +1,31 @@
 """Noise levels of EDM's stochastic sampler, which rise between its steps."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_diffusion import checks
 from jax_diffusion.schedules.levels import (
     Levels,
+    check_levels,
+    continuous_levels,
+    from_levels,
     log_snr_levels,
-    real_levels,
     sigma_levels,
-    tabulate_levels,
     time_levels,
 )
-from jax_diffusion.schedules.noise_schedule import Level, NoiseSchedule
+from jax_diffusion.schedules.noise_schedule import (
+    NoiseSchedule,
+    in_float32,
+    table_of_squares,
+)
 
 
+@in_float32
 def churned(
     sigma: Sequence[float] | np.ndarray,
     levels_fn: Callable[[np.ndarray], Levels] | None = None,
@@ -48,8 +53,8 @@ def churned(
         s_min, s_max: the sigma where noise is added, both included.
 
     Returns:
-        NoiseSchedule of float32 arrays [2 N - 1]. `samplers.pure_noise` begins at the
-        raised level.
+        NoiseSchedule of float32 arrays [2 N - 1]; `churned.__wrapped__` returns float64
+        of NumPy. `samplers.pure_noise` begins at the raised level.
 
     Raises:
         ValueError: if an argument is out of range, or levels are out of order.
@@ -57,25 +62,6 @@ def churned(
     >>> schedule = churned([1.0, 2.0], churn=0.5)
     >>> schedule.now.noise.tolist(), schedule.prev.noise.tolist()
     ([1.25, 1.0, 2.5], [0.0, 1.25, 1.0])
-    """
-    table = tabulate_churned(sigma, levels_fn, churn=churn, s_min=s_min, s_max=s_max)
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), table)
-
-
-def tabulate_churned(
-    sigma: Sequence[float] | np.ndarray,
-    levels_fn: Callable[[np.ndarray], Levels] | None = None,
-    *,
-    churn: float,
-    s_min: float = 0.0,
-    s_max: float = math.inf,
-) -> NoiseSchedule:
-    """`churned` without the cast: a NoiseSchedule of NumPy arrays, float64 [2 N - 1].
-
-    Takes `sigma`, `levels_fn`, `churn`, `s_min` and `s_max` as there.
-
-    Raises:
-        ValueError: as there.
     """
     no_signal = False
     with contextlib.suppress(IndexError, KeyError, TypeError, ValueError):
@@ -90,35 +76,29 @@ def tabulate_churned(
     checks.function("levels_fn", levels_fn, "(sigma,)")
     within = (sigma >= s_min) & (sigma <= s_max)
     gamma = np.where(within, min(churn / max(len(sigma), 1), math.sqrt(2) - 1), 0.0)
-    plain, raised = levels_fn(sigma), levels_fn(sigma * (1 + gamma))
-    ends = tabulate_levels(*plain)  # raises ValueError if they are out of order
+    plain, raised = (check_levels(*levels_fn(a)) for a in (sigma, sigma * (1 + gamma)))
+    for levels in (plain, raised):
+        if len(levels.noise) != len(sigma):
+            rule = f"levels_fn must return {len(sigma)} levels, one for each sigma"
+            raise ValueError(f"{rule}, got {len(levels.noise)}.")
+    from_levels.__wrapped__(*plain)  # raises ValueError if they are out of order
 
-    def mix(high, low):  # high_0, low_0, high_1, low_1, ..., high_{N-1}
-        return np.insert(high, np.arange(1, len(high)), low[:-1])
+    def mix(raised, plain):  # raised_0, plain_0, raised_1, plain_1, ..., raised_{N-1}
+        return np.insert(raised, np.arange(1, len(raised)), plain[:-1])
 
-    signal, noise, timesteps = (mix(*pair) for pair in zip(raised, plain, strict=True))
-    with np.errstate(divide="ignore"):  # where there is no signal
-        now = signal, noise, 2 * (np.log(signal) - np.log(noise))
-        ratio = (
-            np.append(1.0, signal[:-1]) / signal
-        )  # of prev, which rises from odd rows
-    from_last = ends.next.noise[-1] == ends.now.noise[-1]
-    start = noise[-1] if from_last else 1.0
-    clean, pure = (a[0] for a in ends.prev), (0.0, start, -np.inf)
+    signal, noise, told = map(mix, raised, plain)
     below = np.append(0.0, noise[:-1])
-    step = noise**2 - (below / ratio) ** 2, below**2 - (noise * ratio) ** 2
-    odd, none = np.arange(len(noise)) % 2 == 1, np.full(len(noise), np.nan)
-    level, unknown = cast(Any, Level), cast(Any, None)  # which `check_chain` looks for
-    return cast(Any, NoiseSchedule)(
-        betas=np.where(odd, np.maximum(step[1], 0.0), step[0]),
-        now=level(*now),
-        prev=level(*(np.append(c, a[:-1]) for a, c in zip(now, clean, strict=True))),
-        next=level(*(np.append(a[1:], c) for a, c in zip(now, pure, strict=True))),
-        posterior_x_0=unknown,
-        posterior_x_t=none,
-        posterior_log_var=none,
-        timesteps=timesteps,
-        mask=np.ones(len(noise)),
+    with np.errstate(divide="ignore"):  # where there is no signal
+        log_snr = 2 * (np.log(signal) - np.log(noise))
+        ratio = np.append(1.0, signal[:-1]) / signal  # of prev, which may be raised
+        down = noise**2 - (below / ratio) ** 2
+        up = np.maximum(below**2 - (noise * ratio) ** 2, 0.0)
+        steps = signal**2, noise**2, log_snr, 1 / ratio
+    betas = np.where(np.arange(len(noise)) % 2, up, down)
+    table = table_of_squares(*steps, betas, told)
+    none = np.full(len(noise), np.nan)
+    return dataclasses.replace(
+        table, posterior_x_0=None, posterior_x_t=none, posterior_log_var=none
     )
 
 
@@ -127,19 +107,19 @@ def levels_by_ratio(
 ) -> tuple[np.ndarray, Callable[[np.ndarray], Levels]]:
     """noise / signal of the rows of a table, float64 [T], and its levels by that.
 
-    They are the process's at real times, where it has them, or else the nearest rows.
+    They are the process's in continuous time, if it is, or else the nearest rows.
     """
     columns = [np.asarray(a, np.float64) for a in (*table.now[:2], table.timesteps)]
     with np.errstate(divide="ignore"):  # a last level may have no signal
         sigma = columns[1] / columns[0]
     try:
-        real: Any = real_levels(table)[0]
+        levels_fn: Any = continuous_levels(table)[0]
     except ValueError:
-        real = None
-    if real is time_levels:
-        return sigma, lambda ratio: real(1 / (1 + 1 / ratio))
-    if real is log_snr_levels:
-        return sigma, lambda ratio: real(-2 * np.log(ratio))
+        levels_fn = None
+    if levels_fn is time_levels:
+        return sigma, lambda ratio: time_levels(1 / (1 + 1 / ratio))
+    if levels_fn is log_snr_levels:
+        return sigma, lambda ratio: log_snr_levels(-2 * np.log(ratio))
 
     def nearest(ratio):
         with np.errstate(invalid="ignore"):  # infinity minus infinity
@@ -147,4 +127,4 @@ def levels_by_ratio(
         rows = away.argmin(axis=1)
         return Levels(*(column[rows] for column in columns))
 
-    return sigma, real or nearest
+    return sigma, levels_fn or nearest

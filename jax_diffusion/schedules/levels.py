@@ -4,9 +4,10 @@
     schedule = from_levels(*levels)         what the rest of the package reads
 
 Each function of a number of steps returns `Levels` whose rows go from the least noise
-to the most. To add a process: write such a function here, and give it a row in
-`LEVELS`. Three processes are functions of a real number: `sigma_levels`, `time_levels`
-and `log_snr_levels`. `schedule_at` makes a table of any of their levels, to train on.
+to the most, and raises ValueError if an argument is out of range. To add a process:
+write such a function here, and give it a row in `LEVELS`. Three processes are functions
+of a real number: `sigma_levels`, `time_levels` and `log_snr_levels`. `schedule_at`
+makes a table of any of their levels, to train on.
 """
 
 import functools
@@ -25,6 +26,7 @@ from jax_diffusion.schedules.noise_schedule import (
     NoiseSchedule,
     check_finite,
     check_schedule,
+    in_float32,
     table_of_squares,
 )
 
@@ -42,6 +44,7 @@ class Levels(NamedTuple):
     timesteps: Any
 
 
+@in_float32
 def from_levels(
     signal: Sequence[float] | np.ndarray,
     noise: Sequence[float] | np.ndarray,
@@ -58,7 +61,8 @@ def from_levels(
         timesteps: [T], what the network is told.
 
     Returns:
-        NoiseSchedule of float32 arrays [T].
+        NoiseSchedule of float32 arrays [T]; `from_levels.__wrapped__` returns float64
+        of NumPy.
 
     Raises:
         ValueError: if there are none, or not as many of each, if a level is out of
@@ -68,31 +72,7 @@ def from_levels(
     >>> schedule.prev.signal.round(2)
     Array([1. , 0.9, 0.5], dtype=float32)
     """
-    table = tabulate_levels(signal, noise, timesteps)
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), table)
-
-
-def tabulate_levels(
-    signal: Sequence[float] | np.ndarray,
-    noise: Sequence[float] | np.ndarray,
-    timesteps: Sequence[float] | np.ndarray,
-) -> NoiseSchedule:
-    """`from_levels` without the cast: a NoiseSchedule of NumPy arrays, float64 [T].
-
-    Takes `signal`, `noise` and `timesteps` as there.
-
-    Raises:
-        ValueError: as there, but for what float32 does not hold.
-    """
-    signal = checks.vector("signal", signal, at_least=0)
-    noise = checks.vector("noise", noise, above=0)
-    timesteps = checks.vector("timesteps", timesteps)
-    if not len(signal):
-        raise ValueError("signal must be at least 1 value, got 0.")
-    for name, column in (("noise", noise), ("timesteps", timesteps)):
-        if len(column) != len(signal):
-            rule = f"{name} must be as many values as signal, {len(signal)}"
-            raise ValueError(f"{rule}, got {len(column)}.")
+    signal, noise, timesteps = check_levels(signal, noise, timesteps)
     with np.errstate(divide="ignore"):
         log_ratio = np.log(noise) - np.log(signal)
     # Infinity minus infinity, of two levels without signal, is no growth either.
@@ -111,12 +91,30 @@ def tabulate_levels(
     betas = (noise - kept) * (noise + kept)
     squares = signal**2, noise**2
     table = table_of_squares(*squares, -2 * log_ratio, ratio, betas, timesteps)
-    check_finite(table, "noise levels")
+    check_finite(table, "signal and noise", signal, noise)
     return table
 
 
+def check_levels(signal: Any, noise: Any, timesteps: Any) -> Levels:
+    """Returns the columns of `Levels` as float64 [T].
+
+    Raises:
+        ValueError: unless these are as many of each, at least one, within their ranges.
+    """
+    signal = checks.vector("signal", signal, at_least=0)
+    noise = checks.vector("noise", noise, above=0)
+    timesteps = checks.vector("timesteps", timesteps)
+    if not len(signal):
+        raise ValueError("signal must be at least 1 value, got 0.")
+    for name, column in (("noise", noise), ("timesteps", timesteps)):
+        if len(column) != len(signal):
+            rule = f"{name} must be as many values as signal, {len(signal)}"
+            raise ValueError(f"{rule}, got {len(column)}.")
+    return Levels(signal, noise, timesteps)
+
+
 def schedule_at(levels: Levels) -> NoiseSchedule:
-    """The table of levels in any order, as they are drawn to train at real times.
+    """The table of levels in any order, as they are drawn to train in continuous time.
 
     One row for each image of a batch, t = jnp.arange(b), and all that reads the level
     of a row works on it: `diffusion.q_sample`, `losses.training_loss`, `denoiser`. No
@@ -189,12 +187,15 @@ def log_snr_levels(log_snr: Any) -> Levels:
     return Levels(1 / xp.hypot(one, ratio), 1 / xp.hypot(one, 1 / ratio), log_snr)
 
 
-REAL: tuple[Callable[[Any], Levels], ...] = sigma_levels, time_levels, log_snr_levels
+CONTINUOUS: tuple[Callable[[Any], Levels], ...]
+CONTINUOUS = sigma_levels, time_levels, log_snr_levels
 """The processes that are functions of a real number."""
 
 
-def real_levels(schedule: NoiseSchedule) -> tuple[Callable[[Any], Levels], np.ndarray]:
-    """Returns the function of `REAL` that a schedule's rows are values of, and where.
+def continuous_levels(
+    schedule: NoiseSchedule,
+) -> tuple[Callable[[Any], Levels], np.ndarray]:
+    """Returns which function of `CONTINUOUS` gives the rows of a schedule, and where.
 
     Args:
         schedule: any table without added rows.
@@ -205,21 +206,18 @@ def real_levels(schedule: NoiseSchedule) -> tuple[Callable[[Any], Levels], np.nd
     Raises:
         ValueError: if there is none, as for a chain of betas.
 
-    >>> real_levels(from_levels(*flow_levels(4)))[1].tolist()
+    >>> continuous_levels(from_levels(*flow_levels(4)))[1].tolist()
     [0.25, 0.5, 0.75, 1.0]
     """
     check_schedule(schedule)
     signal, noise, log_snr = (np.asarray(a, np.float64) for a in schedule.now)
     columns = signal, noise, np.asarray(schedule.timesteps, np.float64)
-    for levels_fn, number in zip(REAL, (noise, noise, log_snr), strict=True):
-        found = levels_fn(number)
-        if all(
-            map(functools.partial(np.allclose, rtol=1e-4, atol=1e-5), found, columns)
-        ):
+    close = functools.partial(np.allclose, rtol=1e-4, atol=1e-5)
+    for levels_fn, number in zip(CONTINUOUS, (noise, noise, log_snr), strict=True):
+        if all(map(close, levels_fn(number), columns)):
             return levels_fn, number
-    raise ValueError(
-        "schedule must have real times, as EDM, flows and log-SNRs, got one of rows."
-    )
+    rule = "schedule must be in continuous time, as EDM, flows and log-SNRs are"
+    raise ValueError(f"{rule}, got one of rows.")
 
 
 def edm_levels(
@@ -237,9 +235,6 @@ def edm_levels(
         num_steps: T, not counting the clean data that a last step leads to.
         sigma_min, sigma_max: the first and the last sigma, > 0.
         rho: > 0; a larger one takes more steps where there is little noise.
-
-    Raises:
-        ValueError: if an argument is out of range.
 
     >>> edm_levels(3).noise.round(3).tolist()
     [0.002, 2.515, 80.0]
@@ -266,9 +261,6 @@ def flow_levels(num_steps: int, *, shift: float = 1.0) -> Levels:
         shift: > 0; above 1 it takes more steps where there is much noise, as large
             images need, sqrt(m / n) for m pixels instead of n.
 
-    Raises:
-        ValueError: if an argument is out of range.
-
     >>> flow_levels(4, shift=3.0).noise.round(3).tolist()
     [0.5, 0.75, 0.9, 1.0]
     """
@@ -287,9 +279,6 @@ def logit_normal_levels(
         num_steps: T.
         mean, std: of log(s / (1 - s)), std > 0.
         shift: as in `flow_levels`.
-
-    Raises:
-        ValueError: if an argument is out of range.
     """
     _check(num_steps)
     checks.number("mean", mean)
@@ -316,9 +305,6 @@ def cosine_levels(
         shift: > 0; below 1 there is more noise, as large images need: 64 / d for images
             of side d, if 64 needs none.
         log_snr_min, log_snr_max: the last and the first log-SNR before the shift.
-
-    Raises:
-        ValueError: if an argument is out of range.
     """
     _check(num_steps)
     checks.number("shift", shift, above=0)
@@ -337,9 +323,6 @@ def laplace_levels(num_steps: int, *, mean: float = 0.0, scale: float = 0.5) -> 
     Args:
         num_steps: T.
         mean, scale: of the distribution, scale > 0.
-
-    Raises:
-        ValueError: if an argument is out of range.
     """
     _check(num_steps)
     checks.number("mean", mean)
@@ -358,9 +341,6 @@ def vdm_levels(
     Args:
         num_steps: T; the first level's x is what VDM decodes the data from.
         log_snr_min, log_snr_max: the last and the first log-SNR, -gamma_1 and -gamma_0.
-
-    Raises:
-        ValueError: if an argument is out of range.
     """
     _check(num_steps)
     checks.number("log_snr_min", log_snr_min)

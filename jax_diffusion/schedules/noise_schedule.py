@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
@@ -156,7 +157,7 @@ def tabulate(
         log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
     ratio, told = np.sqrt(1 - betas), timesteps * scale
     table = table_of_squares(alpha_bar, 1 - alpha_bar, log_snr, ratio, betas, told)
-    check_finite(table, "betas")
+    check_finite(table, "betas", betas)
     return table
 
 
@@ -180,11 +181,12 @@ def table_of_squares(
         betas: noise_sq of x_t, less ratio^2 times that of x_{t-1}.
         timesteps: what the network is told.
     """
-    make, level = cast(Any, NoiseSchedule), cast(Any, Level)  # of NumPy's arrays
+    # Made to hold arrays of JAX, by their types.
+    make, level = cast(Any, NoiseSchedule), cast(Any, Level)
     now = np.sqrt(signal_sq), np.sqrt(noise_sq), log_snr
     start = 1.0 if np.hypot(*now[:2])[-1] <= 1 + 1e-6 else now[1][-1]  # not so in EDM
     clean, pure = (1.0, 0.0, np.inf), (0.0, start, -np.inf)
-    prev_signal_sq = np.append(1.0, signal_sq[:-1])
+    prev = level(*(np.append(c, a[:-1]) for a, c in zip(now, clean, strict=True)))
     prev_noise_sq = np.append(0.0, noise_sq[:-1])
 
     # The infinities at both ends are meant; others are told by `check_finite`.
@@ -195,16 +197,28 @@ def table_of_squares(
         return make(
             betas=betas,
             now=level(*now),
-            prev=level(
-                *(np.append(c, a[:-1]) for a, c in zip(now, clean, strict=True))
-            ),
+            prev=prev,
             next=level(*(np.append(a[1:], c) for a, c in zip(now, pure, strict=True))),
-            posterior_x_0=betas * np.sqrt(prev_signal_sq) / noise_sq,
+            posterior_x_0=betas * prev.signal / noise_sq,
             posterior_x_t=prev_noise_sq * ratio / noise_sq,
             posterior_log_var=np.log(posterior_var),
             timesteps=timesteps,
             mask=np.ones(len(betas)),
         )
+
+
+def in_float32(tabulate: Callable[..., NoiseSchedule]):
+    """Makes a function that tabulates in float64, on the host, return float32 of JAX.
+
+    The attribute `__wrapped__` of the result is the exact one.
+    """
+
+    @functools.wraps(tabulate)
+    def make(*args, **options):
+        table = tabulate(*args, **options)
+        return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), table)
+
+    return make
 
 
 def steps_to_keep(keep: Any, num_steps: int) -> np.ndarray:
@@ -226,13 +240,12 @@ def steps_to_keep(keep: Any, num_steps: int) -> np.ndarray:
     return found.astype(int)
 
 
-def check_finite(table: NoiseSchedule, name: str) -> None:
+def check_finite(table: NoiseSchedule, name: str, *given: Any) -> None:
     """Raises ValueError unless float32 holds every coefficient of a `table`.
 
-    In the sentence that which it is made of is called `name`.
-
-    Meant are the infinite log-SNRs of clean data, before row 0, and of pure noise,
-    after the last row or in it.
+    `name` is what the error calls the source, whose columns are `given`. Infinite
+    log-SNRs are meant of clean data, before row 0, and of pure noise, after the last
+    row or in it.
     """
     meant = {"prev": ([0], np.inf), "now": ([-1], -np.inf), "next": ([-2, -1], -np.inf)}
     for field in dataclasses.fields(table):
@@ -246,10 +259,9 @@ def check_finite(table: NoiseSchedule, name: str) -> None:
                 finite[rows] |= column[rows] == infinity
             if not finite.all():
                 row = int(np.argmin(finite))
-                raise ValueError(
-                    f"{name} must give finite coefficients in every row, got "
-                    f"{table.betas[row]:.4g} in row {row}."
-                )
+                got = " and ".join(f"{column[row]:.4g}" for column in given)
+                rule = f"{name} must give finite coefficients in every row"
+                raise ValueError(f"{rule}, got {got} in row {row}.")
 
 
 def pad(schedule: NoiseSchedule, length: int) -> NoiseSchedule:
@@ -325,16 +337,13 @@ def check_chain(schedule: NoiseSchedule, *, may_rise: bool = False) -> None:
     unless levels `may_rise` on the way down, one of `churned`.
     """
     check_schedule(schedule)
+    rule = "schedule must be a chain, as make_schedule and from_levels make it"
     if schedule.prev.signal is None:
-        raise ValueError(
-            "schedule must be a chain, as make_schedule and from_levels make it, got "
-            "levels of schedule_at, between which there are no steps."
-        )
+        got = "levels of schedule_at, between which there are no steps"
+        raise ValueError(f"{rule}, got {got}.")
     if schedule.posterior_x_0 is None and not may_rise:
-        raise ValueError(
-            "schedule must be a chain, as make_schedule and from_levels make it, got "
-            "levels of churned, which rise between steps and are for edm_heun_step."
-        )
+        got = "levels of churned, which rise between steps and are for edm_heun_step"
+        raise ValueError(f"{rule}, got {got}.")
 
 
 def check_rows(schedule: NoiseSchedule, t: Any, name: str = "t") -> None:

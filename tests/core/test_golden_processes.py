@@ -35,6 +35,8 @@ LEVELS = {  # x = signal x_0 + noise eps, from their sigma
     "vp": lambda sigma: (1 / np.hypot(1, sigma), sigma / np.hypot(1, sigma)),
     "flow": lambda sigma: (1 - sigma, sigma),
 }
+TABULATE = {True: schedules.from_levels.__wrapped__, False: schedules.from_levels}
+"""Whether an account is in float64 -> what makes a table."""
 
 
 def exact(account, key):
@@ -52,7 +54,7 @@ def schedule_of(account, kind, sigma, told=None):
     order = np.argsort(sigma)
     told = sigma if told is None else told
     columns = (*LEVELS[kind](np.float64(sigma)[order]), np.float64(told)[order])
-    make = schedules.tabulate_levels if account.double else schedules.from_levels
+    make = TABULATE[account.double]
     rows = jnp.asarray(np.argsort(order), jnp.int32)
     return jax.tree.map(jnp.asarray, make(*columns)), rows
 
@@ -210,7 +212,7 @@ def test_paths_and_conversions_of_flow_matching_are_ours(account):
         key, condot = case["key"], case["key"] == "path/condot"
         signal, noise = (exact(account, f"{key}/{name}") for name in ("alpha", "sigma"))
         order = np.argsort(noise / signal)
-        make = schedules.tabulate_levels if account.double else schedules.from_levels
+        make = TABULATE[account.double]
         table = make(signal[order], noise[order], np.arange(len(order), dtype=float))
         table = jax.tree.map(jnp.asarray, table)
         rows = jnp.asarray(np.argsort(order), jnp.int32)
@@ -552,7 +554,7 @@ def compare_churned(
     up = np.float64(sigmas)[::-1]
     to_data = up[0] == 0
     up = up[1:] if to_data else up
-    exact = schedules.tabulate_churned(up, levels_fn, **{"churn": 0.0} | churn)
+    exact = schedules.churned.__wrapped__(up, levels_fn, **{"churn": 0.0} | churn)
     dtype = float if account.double else jnp.float32
     table = jax.tree.map(lambda a: jnp.asarray(a, dtype), exact)
     plain, raised = up[::-1], exact.now.noise[::-2]
@@ -871,7 +873,7 @@ def test_cfg_zero_star_of_diffusers_and_its_authors_is_ours(account):
 
 
 def vdm_schedule(account, gamma):
-    make = schedules.tabulate_levels if account.double else schedules.from_levels
+    make = TABULATE[account.double]
     levels = schedules.log_snr_levels(-np.sort(np.float64(gamma)))
     return jax.tree.map(jnp.asarray, make(*levels))
 

@@ -120,7 +120,7 @@ LAST = schedules.schedule_at(schedules.time_levels(jnp.array([0.5, 0.7])))
 REFUSED = {
     "NaN": (dict(x_0=jnp.full((2, 3), jnp.nan)), "x_0 must be finite, got NaN or "),
     "probes": (dict(probes=0), "probes must be an integer >= 1, got 0."),
-    "real times": (dict(schedule=LAST), "schedule must be a chain"),
+    "continuous time": (dict(schedule=LAST), "schedule must be a chain"),
     "keys": (dict(key=jax.random.split(KEY, 3)), "key must be an array of typed keys"),
 }
 

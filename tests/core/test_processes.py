@@ -60,7 +60,7 @@ def test_the_posterior_on_any_levels_is_that_of_two_gaussian_observations(kind):
 @pytest.mark.parametrize("betas_fn", [schedules.cosine_betas, schedules.jsd_betas])
 def test_the_levels_of_a_chain_make_the_table_of_its_betas(betas_fn):
     chain = schedules.tabulate(betas_fn(50))
-    table = schedules.tabulate_levels(*chain.now[:2], chain.timesteps)
+    table = schedules.from_levels.__wrapped__(*chain.now[:2], chain.timesteps)
     for a, b in zip(jax.tree.leaves(chain), jax.tree.leaves(table), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
@@ -138,7 +138,7 @@ def test_what_a_network_is_told_hides_no_row(kind):
         ([1.0, 1.0], [0.1, 0.1], [0.0, 1.0], "noise must grow against signal .* row 1"),
         ([1.0, 0.0, 0.0], [0.1, 1.0, 2.0], [0.0] * 3, "noise must grow .* row 2"),
         ([0.0, 0.0], [0.1, 1.0], [0.0] * 2, "noise must grow against signal .* row 0"),
-        ([1.0, 1.0], [0.1, 1e30], [0.0] * 2, "noise levels must give finite coeffic"),
+        ([1.0, 1.0], [0.1, 1e30], [0.0] * 2, "signal and .* got 1 and 1e.30 in row 1."),
     ],
 )
 def test_levels_that_make_no_process_are_refused(signal, noise, timesteps, message):
@@ -733,6 +733,14 @@ def test_what_needs_a_posterior_refuses_a_table_with_churn():
             call()
 
 
+def halved(sigma):
+    return schedules.sigma_levels(sigma[::2])
+
+
+def unknown_above(limit):
+    return lambda s: schedules.sigma_levels(np.where(s > limit, np.nan, s))
+
+
 @pytest.mark.parametrize(
     ("sigma", "options", "message"),
     [
@@ -742,6 +750,12 @@ def test_what_needs_a_posterior_refuses_a_table_with_churn():
         ([1.0, 2.0], dict(churn=-1.0), "churn must be a number >= 0, got -1"),
         ([1.0, 2.0], dict(s_min=-1.0), "s_min must be a number >= 0, got -1"),
         ([1.0, 2.0], dict(s_min=1.0, s_max=0.5), "s_max must be a number >= 1.0, got"),
+        (
+            [1.0, 2.0],
+            dict(levels_fn=halved),
+            "levels_fn must return 2 levels, .* got 1",
+        ),
+        ([1.0, 2.0], dict(levels_fn=unknown_above(2.5)), "noise must be a vector of"),
     ],
 )
 def test_churn_that_makes_no_levels_is_refused(sigma, options, message):
@@ -961,7 +975,7 @@ def test_the_prior_term_is_the_divergence_from_pure_noise(kind):
 
 def test_a_low_discrepancy_batch_covers_every_part_and_is_uniform():
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(500))
-    u = np.asarray(jax.vmap(lambda key: timesteps.low_discrepancy(key, 8))(keys))
+    u = np.asarray(jax.vmap(lambda key: timesteps.even_uniform(key, 8))(keys))
     np.testing.assert_array_equal(np.sort(np.floor(u * 8), axis=1), [range(8)] * 500)
     assert_moments(u[:, 3], 0.5, 1 / 12)
 
@@ -985,7 +999,9 @@ AT = {
 
 @pytest.mark.parametrize("mean_type", ["eps", "x_0", "flow"])
 @every_process
-def test_a_loss_at_real_times_is_that_of_a_table_of_the_same_levels(kind, mean_type):
+def test_a_loss_in_continuous_time_is_that_of_a_table_of_the_same_levels(
+    kind, mean_type
+):
     levels_of, number_of = AT[kind]
     mixed = np.random.default_rng(0).permutation(12)
     levels = levels_of(jnp.float32(number_of(RATIOS[mixed])))
@@ -1009,12 +1025,12 @@ def test_a_loss_at_real_times_is_that_of_a_table_of_the_same_levels(kind, mean_t
     np.testing.assert_allclose(found, loss(table, t), rtol=1e-4)
 
 
-def test_edm_trains_at_real_times_with_its_preconditioning():
+def test_edm_trains_in_continuous_time_with_its_preconditioning():
     """The whole of it, jitted: sigma drawn, the loss of F a plain squared error."""
 
     @jax.jit
     def step(key):
-        sigma = timesteps.log_normal(timesteps.low_discrepancy(key, 64))
+        sigma = timesteps.log_normal(timesteps.even_uniform(key, 64))
         schedule = schedules.schedule_at(schedules.sigma_levels(sigma))
         network = diffusion.precondition(lambda x, t: jnp.zeros_like(x), schedule)
         objective, t = Objective("x_0", weighting="edm"), jnp.arange(64)
@@ -1025,7 +1041,7 @@ def test_edm_trains_at_real_times_with_its_preconditioning():
     assert_mean(loss, 1.0)
 
 
-def test_what_needs_a_chain_is_refused_at_real_times():
+def test_what_needs_a_chain_is_refused_in_continuous_time():
     schedule = schedules.schedule_at(schedules.time_levels(jnp.array([0.2, 0.7])))
     x, t, keys = jnp.zeros((2, 3)), jnp.arange(2), KEYS[:2]
 

@@ -185,12 +185,12 @@ VDM = schedules.from_levels(*schedules.vdm_levels(50))
             NormalDist(-0.4, 1.0).cdf,
         ),
         (
-            timesteps.real_rows(FLOW),
+            timesteps.low_discrepancy_times(FLOW),
             lambda levels: np.asarray(levels.noise),
             lambda s: (s - 0.02) / 0.98,
         ),
         (
-            timesteps.real_rows(VDM),
+            timesteps.low_discrepancy_times(VDM),
             lambda levels: np.asarray(levels.timesteps),
             lambda log_snr: (13.3 - log_snr) / 18.3,
         ),
@@ -229,12 +229,13 @@ def test_rows_of_levels_between_rows_and_beyond_them():
         30,
         48,
     ]
-    sigma = jnp.array([1e-4, 1e4])
-    assert timesteps.rows_of(EDM, schedules.sigma_levels(sigma)).tolist() == [0, 49]
+    sigma = schedules.sigma_levels(jnp.array([1e-4, 1e4]))
+    for schedule in (EDM, schedules.pad(EDM, 60)):
+        assert timesteps.rows_of(schedule, sigma).tolist() == [0, 49]
 
 
 @pytest.mark.parametrize("make", timesteps.LEVEL_SAMPLERS.values())
-def test_chains_of_betas_have_no_real_times(make):
+def test_chains_of_betas_are_not_in_continuous_time(make):
     chain = schedules.make_schedule(schedules.cosine_betas(10))
-    with pytest.raises(ValueError, match=r"^schedule must have real times"):
+    with pytest.raises(ValueError, match=r"^schedule must be in continuous time"):
         make(chain)

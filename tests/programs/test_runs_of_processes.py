@@ -60,7 +60,7 @@ def test_every_spacing_takes_levels_of_every_process(name):
 @every_family
 def test_spacing_sees_the_chain_with_the_same_ratios_of_noise_to_signal(name):
     levels = LEVELS[name](30)
-    chain = schedules.tabulate(schedules.betas_of_levels(levels))
+    chain = schedules.tabulate(schedules.levels.betas_of_levels(levels))
     np.testing.assert_allclose(
         levels.noise * chain.now.signal, levels.signal * chain.now.noise, rtol=1e-6
     )
@@ -107,7 +107,7 @@ EDM = dict(mean_type="x_0", precondition=True)
         (
             {"schedule": dict(name="cosine", num_steps=50)},
             "config.timesteps.name must fit config.schedule, got 'logit_normal', where "
-            "schedule must have real times",
+            "schedule must be in continuous time",
         ),
         ({"timesteps.std": 0.0}, "config.timesteps.std must be a number > 0, got 0"),
         ({"timesteps.num_steps": 5}, "config.timesteps has no field 'num_steps'"),
