@@ -193,14 +193,8 @@ def loss_second_moment(
 def even_uniform(key: Key[Array, ""], batch_size: int) -> Float[Array, "b"]:
     """Draws uniform u in (0, 1), one in each of b equal parts (Kingma et al. 2021).
 
-    One random shift moves all of them. Each is uniform, and a batch covers all levels.
-
-    Args:
-        key: for the shift.
-        batch_size: b.
-
-    Returns:
-        float32 [b].
+    One random shift, by `key`, moves all `batch_size` of them. Each is uniform, and a
+    batch covers all levels.
 
     Raises:
         ValueError: unless key is a typed key, and batch_size an integer >= 1.
@@ -221,12 +215,7 @@ def logit_normal(
 ) -> Float[Array, "b"]:
     """Times s of a flow, whose log(s / (1 - s)) is normal (Esser et al. 2024).
 
-    Args:
-        u: [b], uniform in (0, 1).
-        mean, std: of the logit, std > 0.
-
-    Returns:
-        Quantiles [b], in (0, 1).
+    Takes uniform u [b] in (0, 1), and `mean` and `std`, > 0, of the logit.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -239,12 +228,8 @@ def log_normal(
 ) -> Float[Array, "b"]:
     """EDM's sigma, whose logarithm is normal (Karras et al. 2022, table 1).
 
-    Args:
-        u: [b], uniform in (0, 1).
-        mean, std: of log(sigma), std > 0; those of EDM2 are -0.4 and 1.
-
-    Returns:
-        Quantiles [b], > 0.
+    Takes uniform u [b] in (0, 1), and `mean` and `std`, > 0, of log(sigma); those of
+    EDM2 are -0.4 and 1.
 
     Raises:
         ValueError: if an argument is out of range.

@@ -77,10 +77,10 @@ def churned(
     within = (sigma >= s_min) & (sigma <= s_max)
     gamma = np.where(within, min(churn / max(len(sigma), 1), math.sqrt(2) - 1), 0.0)
     plain, raised = (check_levels(*levels_fn(a)) for a in (sigma, sigma * (1 + gamma)))
-    for levels in (plain, raised):
-        if len(levels.noise) != len(sigma):
+    for signal, *_ in (plain, raised):
+        if len(signal) != len(sigma):
             rule = f"levels_fn must return {len(sigma)} levels, one for each sigma"
-            raise ValueError(f"{rule}, got {len(levels.noise)}.")
+            raise ValueError(f"{rule}, got {len(signal)}.")
     from_levels.__wrapped__(*plain)  # raises ValueError if they are out of order
 
     def mix(raised, plain):  # raised_0, plain_0, raised_1, plain_1, ..., raised_{N-1}

@@ -72,7 +72,7 @@ def from_levels(
     >>> schedule.prev.signal.round(2)
     Array([1. , 0.9, 0.5], dtype=float32)
     """
-    signal, noise, timesteps = check_levels(signal, noise, timesteps)
+    signal, noise, told = check_levels(signal, noise, timesteps)
     with np.errstate(divide="ignore"):
         log_ratio = np.log(noise) - np.log(signal)
     # Infinity minus infinity, of two levels without signal, is no growth either.
@@ -89,17 +89,18 @@ def from_levels(
     ratio = signal / np.append(1.0, signal[:-1])
     kept = ratio * np.append(0.0, noise[:-1])  # of the noise of the level before
     betas = (noise - kept) * (noise + kept)
-    squares = signal**2, noise**2
-    table = table_of_squares(*squares, -2 * log_ratio, ratio, betas, timesteps)
+    table = table_of_squares(signal**2, noise**2, -2 * log_ratio, ratio, betas, told)
     check_finite(table, "signal and noise", signal, noise)
     return table
 
 
-def check_levels(signal: Any, noise: Any, timesteps: Any) -> Levels:
-    """Returns the columns of `Levels` as float64 [T].
+def check_levels(
+    signal: Any, noise: Any, timesteps: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns signal, noise and timesteps as float64 [T].
 
     Raises:
-        ValueError: unless these are as many of each, at least one, within their ranges.
+        ValueError: unless there are as many of each, at least one, within their ranges.
     """
     signal = checks.vector("signal", signal, at_least=0)
     noise = checks.vector("noise", noise, above=0)
@@ -110,7 +111,7 @@ def check_levels(signal: Any, noise: Any, timesteps: Any) -> Levels:
         if len(column) != len(signal):
             rule = f"{name} must be as many values as signal, {len(signal)}"
             raise ValueError(f"{rule}, got {len(column)}.")
-    return Levels(signal, noise, timesteps)
+    return signal, noise, timesteps
 
 
 def schedule_at(levels: Levels) -> NoiseSchedule:

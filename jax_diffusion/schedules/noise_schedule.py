@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, cast
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,24 @@ class NoiseSchedule:
         return jnp.where(self.visited, rows, -1)
 
 
+P = ParamSpec("P")
+
+
+def in_float32(tabulate: Callable[P, NoiseSchedule]):
+    """Casts the table that a function makes in float64, on the host, for JAX.
+
+    The attribute `__wrapped__` of the result, `tabulate`, is the exact function.
+    """
+
+    @functools.wraps(tabulate)
+    def make(*args: P.args, **options: P.kwargs) -> NoiseSchedule:
+        table = tabulate(*args, **options)
+        return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), table)
+
+    return make
+
+
+@in_float32
 def make_schedule(
     betas: np.ndarray,
     *,
@@ -123,23 +141,6 @@ def make_schedule(
     >>> schedule.num_steps, schedule.timesteps.tolist()
     (3, [0.0, 500.0, 999.0])
     """
-    table = tabulate(betas, keep=keep, rescale_timesteps=rescale_timesteps)
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), table)
-
-
-def tabulate(
-    betas: np.ndarray,
-    *,
-    keep: Sequence[int] | np.ndarray | None = None,
-    rescale_timesteps: bool = False,
-) -> NoiseSchedule:
-    """`make_schedule` without the cast: a NoiseSchedule of NumPy arrays, float64 [T].
-
-    Takes `betas`, `keep` and `rescale_timesteps` as there.
-
-    Raises:
-        ValueError: if a beta or an index is out of range.
-    """
     betas = check_betas(betas)
     if np.any(betas[:-1] == 1):
         first = np.argmax(betas)
@@ -159,6 +160,10 @@ def tabulate(
     table = table_of_squares(alpha_bar, 1 - alpha_bar, log_snr, ratio, betas, told)
     check_finite(table, "betas", betas)
     return table
+
+
+tabulate = make_schedule.__wrapped__
+"""`make_schedule` without the cast: a NoiseSchedule of NumPy arrays, float64 [T]."""
 
 
 def table_of_squares(
@@ -205,20 +210,6 @@ def table_of_squares(
             timesteps=timesteps,
             mask=np.ones(len(betas)),
         )
-
-
-def in_float32(tabulate: Callable[..., NoiseSchedule]):
-    """Makes a function that tabulates in float64, on the host, return float32 of JAX.
-
-    The attribute `__wrapped__` of the result is the exact one.
-    """
-
-    @functools.wraps(tabulate)
-    def make(*args, **options):
-        table = tabulate(*args, **options)
-        return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), table)
-
-    return make
 
 
 def steps_to_keep(keep: Any, num_steps: int) -> np.ndarray:
