@@ -307,8 +307,7 @@ def training_loss(
     x_t, eps, t = _noised(key, schedule, x_0, t, eps)
     signatures.takes("model_fn", model_fn, "x_t", "timesteps")
     if objective.precondition:
-        sigma_data = objective.sigma_data
-        model_fn = diffusion.precondition(model_fn, schedule, sigma_data)
+        model_fn = diffusion.precondition(model_fn, schedule, objective.sigma_data)
     output = model_fn(x_t, placement.rows(schedule.timesteps, t))
     diffusion.check_output(output, x_0)
     value, _ = diffusion.split_output(objective, output, x_0.shape[-1])

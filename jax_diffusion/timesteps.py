@@ -10,7 +10,10 @@ loss over uniform t. The state is a pytree of arrays, a part of the train state.
 
 In continuous time, levels are drawn instead of rows: quantiles of a distribution at the
 even u of `even_uniform`. The samplers in `LEVEL_SAMPLERS` return such `Levels` as t,
-and `table_of` makes the table of a batch of them.
+and `table_of` makes the table of a batch of them. They are for a schedule of one of
+`schedules.levels.CONTINUOUS`.
+
+All functions raise ValueError if an argument does not fit.
 """
 
 from collections.abc import Callable
@@ -76,9 +79,6 @@ def _stateless(draw: Callable[..., Any]) -> TimestepSampler:
 def uniform(num_steps: int) -> TimestepSampler:
     """Draws t independently and uniformly from [0, num_steps) (DDPM algorithm 1).
 
-    Raises:
-        ValueError: unless num_steps is an integer >= 1.
-
     >>> sampler = uniform(1000)
     >>> t, weight = sampler.sample(jax.random.key(0), sampler.init(), 4)
     >>> t.shape, weight.tolist()
@@ -93,11 +93,7 @@ def uniform(num_steps: int) -> TimestepSampler:
 
 
 def antithetic(num_steps: int) -> TimestepSampler:
-    """Draws pairs t and T - 1 - t, T being `num_steps` (the DDIM repository).
-
-    Raises:
-        ValueError: unless num_steps is an integer >= 1.
-    """
+    """Draws pairs t and T - 1 - t, T being `num_steps` (the DDIM repository)."""
     checks.integer("num_steps", num_steps, at_least=1)
 
     def draw(key, b):
@@ -112,9 +108,6 @@ def stratified(num_steps: int) -> TimestepSampler:
 
     One random shift moves all of them (Kingma et al. 2021). As every batch covers all
     noise levels, the mean loss of a batch has a lower variance.
-
-    Raises:
-        ValueError: unless num_steps is an integer >= 1.
     """
     checks.integer("num_steps", num_steps, at_least=1)
 
@@ -196,9 +189,6 @@ def even_uniform(key: Key[Array, ""], batch_size: int) -> Float[Array, "b"]:
     One random shift, by `key`, moves all `batch_size` of them. Each is uniform, and a
     batch covers all levels.
 
-    Raises:
-        ValueError: unless key is a typed key, and batch_size an integer >= 1.
-
     >>> u = even_uniform(jax.random.key(0), 4)
     >>> sorted((u * 4).astype(int).tolist())
     [0, 1, 2, 3]
@@ -216,9 +206,6 @@ def logit_normal(
     """Times s of a flow, whose log(s / (1 - s)) is normal (Esser et al. 2024).
 
     Takes uniform u [b] in (0, 1), and `mean` and `std`, > 0, of the logit.
-
-    Raises:
-        ValueError: if an argument is out of range.
     """
     return jax.nn.sigmoid(_normal_quantile(u, mean, std))
 
@@ -230,9 +217,6 @@ def log_normal(
 
     Takes uniform u [b] in (0, 1), and `mean` and `std`, > 0, of log(sigma); those of
     EDM2 are -0.4 and 1.
-
-    Raises:
-        ValueError: if an argument is out of range.
     """
     return jnp.exp(_normal_quantile(u, mean, std))
 
@@ -248,10 +232,6 @@ def low_discrepancy_times(schedule: NoiseSchedule) -> TimestepSampler:
     """Draws levels between the rows of a `schedule`, evenly in rows.
 
     That is uniform s of a flow, and the log-SNR of VDM (Kingma et al. 2021).
-
-    Raises:
-        ValueError: unless its process is in continuous time, as those of
-            `schedules.levels.CONTINUOUS` are.
     """
     return _of_levels(_between_rows(schedule))
 
@@ -259,11 +239,7 @@ def low_discrepancy_times(schedule: NoiseSchedule) -> TimestepSampler:
 def logit_normal_times(
     schedule: NoiseSchedule, *, mean: float = 0.0, std: float = 1.0
 ) -> TimestepSampler:
-    """Draws times of a flow, `logit_normal` of even u; takes `mean` and `std` as there.
-
-    Raises:
-        ValueError: unless `schedule` is a flow's, or if a number is out of range.
-    """
+    """Draws times of a flow's `schedule`: `logit_normal` of even u, `mean`, `std`."""
     _check_process(schedule, time_levels)
     return _of_levels(lambda u: time_levels(logit_normal(u, mean=mean, std=std)))
 
@@ -271,17 +247,52 @@ def logit_normal_times(
 def log_normal_sigmas(
     schedule: NoiseSchedule, *, mean: float = -1.2, std: float = 1.2
 ) -> TimestepSampler:
-    """Draws sigmas of EDM, `log_normal` of even u; takes `mean` and `std` as there.
-
-    Raises:
-        ValueError: unless `schedule` is EDM's, or if a number is out of range.
-    """
+    """Draws sigmas of EDM's `schedule`: `log_normal` of even u, `mean`, `std`."""
     _check_process(schedule, sigma_levels)
     return _of_levels(lambda u: sigma_levels(log_normal(u, mean=mean, std=std)))
 
 
+def importance_sampled(
+    schedule: NoiseSchedule,
+    *,
+    bins: int = 100,
+    history: int = 10,
+    uniform_prob: float = 1e-3,
+) -> TimestepSampler:
+    """Draws levels of `low_discrepancy_times` in proportion to sqrt(E[loss^2]).
+
+    That is `loss_second_moment` of equal parts of u in [0, 1], in which u is uniform;
+    weights make the mean that over uniform u.
+
+    Args:
+        schedule: whose rows lie at even u.
+        bins: number of parts, whose losses are remembered.
+        history, uniform_prob: as there, of parts.
+
+    Raises:
+        ValueError: if an argument does not fit.
+    """
+    checks.integer("bins", bins, at_least=1)
+    levels_at = _between_rows(schedule)
+    parts = loss_second_moment(bins, history=history, uniform_prob=uniform_prob)
+
+    def sample(key, state, batch_size):
+        part, weight = parts.sample(key, state, batch_size)
+        key = jax.random.fold_in(key, 1)  # of another draw than parts
+        u = part + jax.random.uniform(key, (batch_size,), jnp.float32)
+        return levels_at(jnp.minimum(u / bins, 1 - 2.0**-24)), weight
+
+    def update(state, t, loss):
+        if not isinstance(t, Levels):
+            raise ValueError(f"t must be the drawn Levels, got {checks.shown(t)}.")
+        ends = _fall(levels_at(jnp.arange(1, bins, dtype=jnp.float32) / bins))
+        part = jnp.searchsorted(ends, _fall(placement.everywhere(t)), side="right")
+        return parts.update(state, part.astype(jnp.int32), loss)
+
+    return TimestepSampler(parts.init, sample, update)
+
+
 def _check_process(schedule, levels_fn):
-    """Raises ValueError unless the levels of a schedule are of levels_fn."""
     own, _ = continuous_levels(schedule)
     if own is not levels_fn:
         rule = f"schedule must be of the levels of {levels_fn.__name__}"
@@ -289,18 +300,14 @@ def _check_process(schedule, levels_fn):
 
 
 def _between_rows(schedule):
-    """levels_at(u), whose rows lie at even u from 0 to 1."""
+    """levels_at(u), which are the rows at even u from 0 to 1."""
     levels_fn, numbers = continuous_levels(schedule)
     rows = np.arange(len(numbers), dtype=np.float32)
-
-    def levels_at(u):
-        return levels_fn(jnp.interp(u * rows[-1], rows, numbers.astype(np.float32)))
-
-    return levels_at
+    numbers = numbers.astype(np.float32)
+    return lambda u: levels_fn(jnp.interp(u * rows[-1], rows, numbers))
 
 
 def _of_levels(levels_at):
-    """A sampler of levels at even u."""
     levels_at(jnp.full(1, 0.5))  # which checks its arguments
     return _stateless(lambda key, b: levels_at(even_uniform(key, b)))
 
@@ -342,16 +349,14 @@ def check_results(sampler: Any) -> TimestepSampler:
     """
     names = TimestepSampler._fields
     if not all(callable(getattr(sampler, name, None)) for name in names):
-        raise ValueError(
-            f"it makes {checks.shown(sampler)}, without {', '.join(names)}."
-        )
+        got = checks.shown(sampler)
+        raise ValueError(f"it makes {got}, without {', '.join(names)}.")
 
     def sample(key, state, batch_size):
         t, weight = sampler.sample(key, state, batch_size)
-        for column in t if isinstance(t, Levels) else ():
-            checks.array("t", column, "float", (batch_size,))
-        if not isinstance(t, Levels):
-            checks.array("t", t, "int", (batch_size,))
+        kind = "float" if isinstance(t, Levels) else "int"
+        for column in t if isinstance(t, Levels) else [t]:
+            checks.array("t", column, kind, (batch_size,))
         checks.array("weight", weight, "float", (batch_size,))
         return t, weight
 
@@ -362,10 +367,8 @@ def check_results(sampler: Any) -> TimestepSampler:
             for tree in (state, new)
         ]
         if types[0] != types[1]:
-            raise ValueError(
-                f"update must return a state like the one that it is given, "
-                f"{types[0]}, got {types[1]}."
-            )
+            rule = "update must return a state like the one that it is given"
+            raise ValueError(f"{rule}, {types[0]}, got {types[1]}.")
         return new
 
     return TimestepSampler(sampler.init, sample, update)
@@ -388,6 +391,7 @@ LEVEL_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
     "low_discrepancy": low_discrepancy_times,
     "logit_normal": logit_normal_times,
     "log_normal": log_normal_sigmas,
+    "importance": importance_sampled,
 }
 """Those in continuous time: f(schedule, **arguments) -> TimestepSampler of `Levels`."""
 

@@ -76,7 +76,8 @@ def test_table_of_results_has_every_config():
 def test_table_of_methods_names_what_exists():
     section = README.split("## Methods")[1].split("\n## ")[0]
     tables = [samplers.SAMPLERS, schedules.BETAS, spacing.SPACINGS, models.MODELS]
-    tables += [timesteps.TIMESTEP_SAMPLERS, METRICS, NETWORK_METRICS, data.DATASETS]
+    tables += [timesteps.TIMESTEP_SAMPLERS, timesteps.LEVEL_SAMPLERS]
+    tables += [METRICS, NETWORK_METRICS, data.DATASETS]
     listed = set().union(*tables)
     rows = [line.split("|") for line in section.splitlines() if line[:2] == "| "][2:]
     assert rows

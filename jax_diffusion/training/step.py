@@ -183,7 +183,7 @@ def make_train_step(
     if label_dropout and not traits(model).null:
         rule = "label_dropout must be 0 for a network without labels, cond and tokens"
         raise ValueError(f"{rule}, got {label_dropout}.")
-    rates = ema_decays, ema_warmup, ema_widths
+    rates, T = (ema_decays, ema_warmup, ema_widths), schedule.num_steps
     loss_fn = make_loss_fn(model, schedule, objective, param_sharding, low_res_size)
 
     def train_step(key, state, batch):
@@ -203,7 +203,7 @@ def make_train_step(
         )
         params = optax.apply_updates(state.params, updates)
         ema_params = averages.update(state.ema_params, params, state.step, *rates)
-        t = rows_of(schedule, examples[2])
+        t = examples[2]
         timestep_state = timestep_sampler.update(state.timestep_state, t, terms.loss)
         step, none = state.step + 1, jnp.zeros_like(state.skipped)
         updated = TrainState(step, params, ema_params, opt_state, timestep_state, none)
@@ -219,7 +219,7 @@ def make_train_step(
             **norms,
             "skipped_in_a_row": state.skipped,
             **{name: jnp.mean(terms[name]) for name in terms if name != "loss"},
-            "quartiles": sums_by_quartile(terms, t, schedule.num_steps),
+            "quartiles": sums_by_quartile(terms, rows_of(schedule, t), T),
         }
         return state, metrics
 

@@ -239,3 +239,54 @@ def test_chains_of_betas_are_not_in_continuous_time(make):
     chain = schedules.make_schedule(schedules.cosine_betas(10))
     with pytest.raises(ValueError, match=r"^schedule must be in continuous time"):
         make(chain)
+
+
+# Importance
+
+
+def with_losses(sampler, schedule, loss_fn):
+    """A state that knows, at even u, the losses loss_fn(u)."""
+    rows = np.linspace(0, 1, schedule.num_steps)
+    u = np.tile((np.arange(400) + 0.5) / 400, 10).astype(np.float32)
+    number = jnp.interp(u, rows, schedule.now.noise)
+    process = schedules.time_levels if schedule is FLOW else schedules.sigma_levels
+    update = jax.jit(sampler.update)
+    return update(sampler.init(), process(number), jnp.float32(loss_fn(u)))
+
+
+def test_importance_draws_parts_by_root_mean_square_loss_and_is_uniform_within():
+    sampler = timesteps.importance_sampled(FLOW, bins=4, history=3, uniform_prob=0.0)
+    chances = np.array([0.1, 0.2, 0.3, 0.4])
+    state = with_losses(sampler, FLOW, lambda u: 1 + np.floor(4 * u))
+    np.testing.assert_array_equal(state.losses, np.tile([[1], [2], [3], [4]], 3))
+    levels, weight = draw(sampler, state)
+    places = (np.ravel(levels.noise) - 0.02) / 0.98 * 4
+    part = np.floor(places).astype(int)
+    assert_mean(part[:, None] == np.arange(4), chances)
+    assert_mean(places - part, 0.5)
+    np.testing.assert_allclose(np.ravel(weight), 1 / (4 * chances[part]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("knows", [False, True])
+def test_the_weighted_loss_of_importance_is_an_unbiased_mean_over_uniform_u(knows):
+    sampler = timesteps.importance_sampled(FLOW, bins=8)
+    state = with_losses(sampler, FLOW, lambda u: 0.1 + u**2)
+    levels, weight = draw(sampler, state if knows else sampler.init())
+    assert np.ptp(weight) > 1 if knows else np.all(np.abs(weight - 1) < 1e-5)
+    loss = np.asarray(levels.noise, np.float64) ** 2  # of uniform s in [0.02, 1]
+    assert_mean((weight * loss).mean(axis=1), (1 - 0.02**3) / 3 / 0.98)
+
+
+@pytest.mark.parametrize("schedule", [FLOW, EDM], ids=["flow", "edm"])
+def test_importance_remembers_a_loss_in_the_part_that_it_is_drawn_from(schedule):
+    sampler = timesteps.importance_sampled(schedule, bins=7, history=2)
+    state = with_losses(sampler, schedule, lambda u: np.floor(7 * u))
+    np.testing.assert_array_equal(state.losses, np.tile(np.arange(7)[:, None], 2))
+    levels, _ = sampler.sample(jax.random.key(0), state, 5)
+    with pytest.raises(ValueError, match=r"^t must be the drawn Levels, got "):
+        sampler.update(state, jnp.arange(5, dtype=jnp.int32), levels.noise)
+
+
+def test_importance_of_no_parts_is_refused():
+    with pytest.raises(ValueError, match=r"^bins must be an integer >= 1, got 0"):
+        timesteps.importance_sampled(FLOW, bins=0)

@@ -5,17 +5,18 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from support.oracles import F32
 from support.tiny_runs import random_params, tiny_config, write_images
 
 import jax_diffusion as jd
 from jax_diffusion import config as configs
-from jax_diffusion import data, export, pipeline, samplers, schedules
+from jax_diffusion import data, export, pipeline, samplers, schedules, training
 from jax_diffusion.diffusion import Objective
 from jax_diffusion.interop import exporting
 from jax_diffusion.runtime import logs
-from jax_diffusion.schedules import LEVELS
+from jax_diffusion.schedules import LEVELS, take
 from jax_diffusion.spacing import SPACINGS
 
 every_family = pytest.mark.parametrize("name", LEVELS)
@@ -77,6 +78,36 @@ def test_a_function_from_outside_may_return_levels():
             configs.make_schedule(group | dict(scale=scale))
 
 
+class Still:
+    """A network whose output is 0, whatever it learns."""
+
+    def init(self, key, *_, **options):
+        return {"w": jnp.zeros(())}
+
+    def apply(self, params, x, timesteps, **options):
+        return 0 * x * params["params"]["w"]
+
+
+def test_importance_from_a_config_learns_the_losses_of_a_train_step():
+    schedule = configs.make_schedule(dict(name="flow", num_steps=10))
+    objective = Objective("flow", weighting=lambda c, t: take(c, t, 1).now.noise ** 2)
+    times = dict(name="importance", bins=3, history=4)
+    sampler = configs.make_timestep_sampler(times, schedule, objective)
+    tx = optax.sgd(0.1)
+    args = Still(), tx, schedule, objective, sampler
+    step = jax.jit(training.make_train_step(*args, ema_decays=()))
+    state = training.step.start_state(Still().init(None), tx, sampler, ())
+    images = {"image": jnp.zeros((8, 32, 32, 1))}  # so that loss is s^2 of eps 1
+    for _ in range(8):
+        state, metrics = step(jax.random.key(0), state, images)
+    assert np.all(np.asarray(state.timestep_state.counts) == 4)
+    found, ends = np.asarray(state.timestep_state.losses), np.linspace(0.1, 1, 4)
+    assert np.all(found > 0.8 * ends[:-1, None] ** 2)
+    assert np.all(found < 1.2 * ends[1:, None] ** 2)
+    _, weight = sampler.sample(jax.random.key(0), state.timestep_state, 64)
+    assert np.isfinite(metrics["loss"]) and np.min(weight) < 0.8
+
+
 # Refusals
 
 LEARNED = dict(mean_type="flow", var_type="learned_range", loss="hybrid")
@@ -110,6 +141,10 @@ EDM = dict(mean_type="x_0", precondition=True)
             "schedule must be in continuous time",
         ),
         ({"timesteps.std": 0.0}, "config.timesteps.std must be a number > 0, got 0"),
+        (
+            {"timesteps": dict(name="importance", bins=0)},
+            "config.timesteps.bins must be an integer >= 1, got 0",
+        ),
         ({"timesteps.num_steps": 5}, "config.timesteps has no field 'num_steps'"),
         ({"timesteps.schedule": 5}, "config.timesteps.schedule must be left out"),
         ({"objective": LEARNED}, "config.timesteps.name must be one of"),
