@@ -411,7 +411,7 @@ def test_preconditioning_that_has_no_meaning_is_refused():
         ValueError, match="schedule must tell a network other timesteps"
     ):
         diffusion.precondition(lambda x, t: x, same_told)
-    with pytest.raises(ValueError, match=r"sigma_data must be below .* 50, got 60.0"):
+    with pytest.raises(ValueError, match=r"above sigma_data = 60.0, got 50\."):
         diffusion.precondition(lambda x, t: x, processes.schedule_of(*edm), 60.0)
 
 
