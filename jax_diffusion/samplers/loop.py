@@ -127,11 +127,10 @@ def sample_frames(
         checks.array("ts", ts, "int", ("n",))
         checks.rows("ts", ts, schedule.num_steps, negative=True)
         way = check_order(ts)
-    wanted = traits_of(step_fn)["way"]
-    if wanted and way == -wanted:
-        words = ("up", "down") if wanted > 0 else ("down", "up")
-        rule = "ts must go {} as step_fn does, got rows that go {}."
-        raise ValueError(rule.format(*words))
+    if way * traits_of(step_fn)["way"] < 0:
+        wanted, got = ("down", "up") if way > 0 else ("up", "down")
+        rule = f"ts must go {wanted} as step_fn does"
+        raise ValueError(f"{rule}, got rows that go {got}.")
     num_steps = ts.shape[0]
     checks.integer("num_frames", num_frames)
     if num_frames < 1 or num_steps % num_frames:
@@ -228,8 +227,8 @@ def sample(
     return frames.x[-1] if state is None else jax.tree.map(lambda a: a[-1], frames)
 
 
-def check_order(ts: Any) -> int | None:
-    """Returns whether rows go up or down: 1, -1, or None if that is not known.
+def check_order(ts: Any) -> int:
+    """Returns whether rows go up or down: 1, -1, or 0 if that is not known.
 
     A step goes to the next row, whatever comes after it. Negative ones are skipped.
 
@@ -241,7 +240,7 @@ def check_order(ts: Any) -> int | None:
     ValueError: ts must be different rows, got 3 twice.
     """
     if not checks.known(ts):
-        return None
+        return 0
     rows = np.asarray(jax.device_get(ts)).astype(np.int64)
     rows = rows[rows >= 0]
     found, counts = np.unique(rows, return_counts=True)
@@ -256,7 +255,7 @@ def check_order(ts: Any) -> int | None:
             f"ts must be consecutive rows, got {after} after {before}; for fewer steps "
             "there is make_schedule(keep=)."
         )
-    return int(way[0]) if way.size else None
+    return int(way[0]) if way.size else 0
 
 
 def check_step_arguments(

@@ -10,12 +10,7 @@ from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.samplers.loop import StepFn, sample
 from jax_diffusion.samplers.noise import fold_in, image_keys, normal
 from jax_diffusion.samplers.steps import ddim_inversion_step
-from jax_diffusion.schedules import (
-    NoiseSchedule,
-    check_chain,
-    check_schedule,
-    check_step,
-)
+from jax_diffusion.schedules import NoiseSchedule, check_chain, check_step
 
 
 def pure_noise(
@@ -72,7 +67,7 @@ def invert(
         ValueError: if t is no step of the schedule, where it is known, or arguments do
             not fit each other.
     """
-    check_schedule(schedule)
+    check_chain(schedule)
     checks.data("x_0", x_0, ("b", ...))
     if t is not None:
         check_step(schedule, t)
