@@ -31,9 +31,7 @@ COLORS = RNG.uniform(-0.8, 0.8, (N, 2)).astype(np.float32)  # of the two channel
 MASK = np.eye(2, dtype=bool)[np.arange(N) % 2]  # one of two tokens counts
 TOKENS = np.where(MASK, COLORS[:, 1:], RNG.uniform(-0.8, 0.8, (N, 2)))[:, :, None]
 TOLD = dict(cond=COLORS[:, :1], tokens=TOKENS, tokens_mask=MASK)
-MODEL = UNET | dict(
-    name="unet", cond_dim=1, token_dim=1, attention_resolutions=(4,), channels=16
-)
+MODEL = UNET | dict(name="unet", cond_dim=1, token_dim=1, attention_resolutions=(4,))
 
 
 def write(path, **told):
@@ -50,7 +48,7 @@ def config_of(path, model=MODEL, **changes):
 
 @pytest.mark.slow
 def test_a_small_network_learns_what_a_vector_and_a_token_say(tmp_path):
-    batches = data.load("npz", path=write(tmp_path / "a.npz"), batch_size=64)
+    batches = data.load("npz", path=write(tmp_path / "a.npz"), batch_size=32)
     fields = {name: value for name, value in MODEL.items() if name != "name"}
     model, sampler, tx = (
         UNet(**fields, out_channels=2),
