@@ -5,6 +5,7 @@ What holds on a chain of betas, in the other tests of this folder, holds on any 
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -653,6 +654,32 @@ def test_churn_keeps_the_distribution_of_the_data(kind):
     assert np.abs(found - run_churned(plain, x_T, 1.0)).mean() > 0.1
 
 
+def test_euler_leaves_pure_noise_and_churn_goes_on_from_there():
+    """x = signal x_0 + noise eps at the level below, for the x_0 that eps predicts."""
+    sigma = [0.1, 0.5, 2.0, 8.0]
+
+    def flow(sigma):
+        return schedules.time_levels(1 / (1 + 1 / sigma))
+
+    whole = schedules.churned([*sigma, math.inf], flow, churn=0.0)
+    assert whole.now.signal[-1] == 0 and whole.now.noise[-1] == 1
+    x_T, T = normal(0, 6, 4), whole.num_steps
+    rest = schedules.churned(sigma, flow, churn=0.0)
+    signal, noise = np.float64(rest.now.signal[-1]), np.float64(rest.now.noise[-1])
+    rows = jnp.stack(
+        [whole.now.signal, whole.now.signal**2 * MODE_STD**2 + whole.now.noise**2]
+    )
+    denoise_fn = oracles.mixture_of_levels(rows, MODES, WEIGHTS, MODE_STD)
+    x_0 = denoise_fn(x_T, jnp.full(6, T - 1, jnp.int32)).x_0
+    found = run_churned(whole, x_T, 1.0)
+    wanted = run_churned(rest, jnp.float32(signal * x_0 + noise * x_T), 1.0)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    churns = run_churned(
+        schedules.churned([*sigma, math.inf], flow, churn=2.0), x_T, 1.0
+    )
+    assert np.isfinite(churns).all() and np.abs(churns - found).mean() > 0.05
+
+
 @pytest.mark.parametrize("churn", [0.0, 20.0])
 def test_a_preconditioned_network_is_sampled_with_churn(churn):
     """One of output 0 is exact for data N(0, sigma_data^2); churn 0 repeats levels."""
@@ -745,6 +772,7 @@ def unknown_above(limit):
     ("sigma", "options", "message"),
     [
         ([1.0, -2.0], {}, "sigma must be a vector of values > 0"),
+        ([math.inf, 2.0], {}, "sigma must be a vector of values > 0"),
         ([], {}, "signal must be at least 1 value"),
         ([2.0, 1.0], {}, "noise must grow against signal from level to level"),
         ([1.0, 2.0], dict(churn=-1.0), "churn must be a number >= 0, got -1"),
