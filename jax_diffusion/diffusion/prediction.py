@@ -63,19 +63,21 @@ def check_denoise_fn(denoise_fn: Any) -> None:
     signatures.takes("denoise_fn", denoise_fn, "x_t", "t")
 
 
-def check_prediction(prediction: Any, x_t: Array | None = None) -> None:
+def check_prediction(
+    prediction: Any, x_t: Array | None = None, name: str = "denoise_fn"
+) -> None:
     """Raises ValueError unless `prediction` is one, of the shape of `x_t` if given.
 
     What a denoise_fn returns is checked by this wherever one is called: a raw network,
-    passed in the place of one, returns an array.
+    passed in the place of one, returns an array. The sentence calls it `name`.
     """
-    if not all(hasattr(prediction, name) for name in Prediction._fields):
+    if not all(hasattr(prediction, field) for field in Prediction._fields):
         raise ValueError(
-            "denoise_fn must return a Prediction, as diffusion.denoiser makes it of a "
+            f"{name} must return a Prediction, as diffusion.denoiser makes it of a "
             f"network's output, got {checks.shown(prediction)}."
         )
     shape = (...,) if x_t is None else x_t.shape
-    checks.array("denoise_fn's x_0", prediction.x_0, "float", shape)
-    checks.broadcasts("denoise_fn's log_var", prediction.log_var, prediction.x_0.shape)
+    checks.array(f"{name}'s x_0", prediction.x_0, "float", shape)
+    checks.broadcasts(f"{name}'s log_var", prediction.log_var, prediction.x_0.shape)
     if prediction.grad is not None:
-        checks.array("denoise_fn's grad", prediction.grad, "float", shape)
+        checks.array(f"{name}'s grad", prediction.grad, "float", shape)

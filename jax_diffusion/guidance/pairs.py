@@ -183,8 +183,8 @@ def _guided(
         checks.array("t", t, "int", x_t.shape[:1])
         t = placement.beside(t, x_t)
         strong, weak = (f(x_t, t, **conditioning) for f in (denoise_fn, weak_fn))
-        for prediction in (strong, weak):
-            diffusion.check_prediction(prediction, x_t)
+        diffusion.check_prediction(strong, x_t)
+        diffusion.check_prediction(weak, x_t, "weak_fn")
         by = column(scale, t, x_t.ndim)
         return strong._replace(x_0=combine(strong.x_0, weak.x_0, by, x_t, t))
 

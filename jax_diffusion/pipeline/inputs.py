@@ -67,8 +67,8 @@ def load_guide(workdir: str | os.PathLike, run: Run) -> Run:
     """
     path, _, ema = os.fspath(workdir).rpartition("@")
     if not path or os.path.isdir(workdir):
-        path, ema = os.fspath(workdir), ""
-    other = load_other("guide_with", path, ema or None)
+        path, ema = os.fspath(workdir), None
+    other = load_other("guide_with", path, ema)
     if other.objective is None:
         raise ValueError(f"guide_with must be a denoiser's run, got {workdir}.")
     check_noised_alike("guide_with", other, run)

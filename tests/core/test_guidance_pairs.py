@@ -226,3 +226,11 @@ def test_numbers_may_change_without_another_compilation():
 
     a, b = guide(3.0, 0.0, 1.0, 0.0), guide(5.0, 0.5, 2.0, 0.7)
     assert guide._cache_size() == 1 and np.abs(a - b).max() > 0.1
+
+
+@every_method
+@pytest.mark.parametrize("weak", [saying(WEAK[:, :2]), lambda x_t, t: WEAK])
+def test_a_guide_of_another_shape_is_named(name, weak):
+    said = r"^weak_fn('s x_0 must be a float array \[3, 4, 5\]| must return a Pred)"
+    with pytest.raises(ValueError, match=said):
+        method(name)(saying(STRONG), weak, 2.0)(X, T)

@@ -553,6 +553,7 @@ def test_a_guide_must_fit_the_run(labelled, plain, weaker, classifier, folder, r
         (classifier, f"must be a denoiser's run, got {classifier}"),
         (folder / "none", "holds none"),
         (f"{weaker}@0.5", "must be a workdir that can be loaded, got: "),
+        (f"{weaker}@", "must be a workdir that can be loaded, got: ema must be one of"),
         (
             told,
             "must take what the run takes of cond and tokens, cond_dim = 0, or none",
