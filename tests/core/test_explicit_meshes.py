@@ -293,7 +293,6 @@ BATCHES = {
     "a scan of one's own, t made in it": lambda a: own_scan(a).x,
     "a state of one's own": lambda a: weighted(a),
 }
-LEVELS_OF = {"low_discrepancy": FLOW, "logit_normal": FLOW, "log_normal": EDM}
 # Each returns what belongs to no image: gradients and metrics.
 WHOLES = {
     **{f"gradient of {c}": functools.partial(gradient, case=c) for c in CASES},
@@ -310,10 +309,16 @@ WHOLES = {
     ),
     **{
         f"train step, {name}": functools.partial(
-            train, name=name, schedule=schedule, objective=X_0
+            train,
+            name=name,
+            schedule=EDM if name == "log_normal" else FLOW,
+            objective=X_0,
         )
-        for name, schedule in LEVELS_OF.items()
+        for name in LEVEL_SAMPLERS
     },
+    "train step, importance in two parts": functools.partial(
+        train, name="importance", schedule=EDM, objective=PRECONDITIONED, microbatches=2
+    ),
 }
 within = pytest.mark.parametrize("within", [False, True], ids=["bare", "set_mesh"])
 
