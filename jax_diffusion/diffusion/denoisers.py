@@ -11,11 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_diffusion import checks
 from jax_diffusion.checks import modes, placement, signatures
-from jax_diffusion.diffusion.objective import (
-    Objective,
-    check_objective,
-    check_signal,
-)
+from jax_diffusion.diffusion.objective import Objective, check_objective, check_signal
 from jax_diffusion.diffusion.preconditioning import precondition
 from jax_diffusion.diffusion.prediction import (
     AnyDenoiseFn,
@@ -31,11 +27,7 @@ from jax_diffusion.diffusion.process import (
     x_0_from_v,
 )
 from jax_diffusion.diffusion.same_schedule import check_raw, with_schedule
-from jax_diffusion.schedules import (
-    NoiseSchedule,
-    check_batch,
-    take,
-)
+from jax_diffusion.schedules import NoiseSchedule, check_batch, take
 
 
 def guided_x_0(
