@@ -132,7 +132,8 @@ class SamplingOptions:
             if scale is not None and not math.isfinite(scale):
                 raise ValueError(f"{name} must be finite, got {scale}.")
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        self.check_useful(k for k in NEEDS if getattr(self, k) != defaults[k])
+        changed = (k for k in NEEDS if np.any(getattr(self, k) != defaults[k]))
+        self.check_useful(changed)
 
     def check_useful(self, names: Iterable[str]) -> None:
         """Raises ValueError for a field that has no effect without another one."""

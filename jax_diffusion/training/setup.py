@@ -103,7 +103,7 @@ def make_setup(
     # What takes no time is built first: data may have to be decoded for minutes.
     mesh = configs.call(sharding.make_mesh, config.mesh, "config.mesh")
     schedule, objective, _ = configs.build(config, num_channels=1)
-    check_choices(config, fresh=saved is None)
+    check_choices(config, objective, fresh=saved is None)
     timestep_sampler = configs.make_timestep_sampler(
         config.timesteps, schedule, objective
     )
@@ -300,11 +300,12 @@ def make_preview(
     return preview
 
 
-def check_choices(config: Config, *, fresh: bool) -> None:
+def check_choices(config: Config, objective: Objective | None, *, fresh: bool) -> None:
     """Checks fields that are needed only later, such as how to draw.
 
     Args:
         config: a whole config.
+        objective: which it describes.
         fresh: whether the run begins now; see `consistency.check_dtype`.
 
     Raises:
@@ -312,6 +313,13 @@ def check_choices(config: Config, *, fresh: bool) -> None:
     """
     if fresh:
         consistency.check_dtype(config)
+    if objective and objective.learns_variance:
+        losses = ("hybrid", "vlb")  # others tell the variance nothing
+        if objective.loss not in losses:
+            raise ValueError(
+                f"config.objective.loss must be one of {losses} for a learned "
+                f"variance, got {objective.loss!r}."
+            )
     with configs.named("config", ["log_to"]):
         logs.check_writers(config.log_to)
     if config.reproduces:

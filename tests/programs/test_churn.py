@@ -107,8 +107,9 @@ def test_sample_draws_what_the_core_draws_on_churned_levels(kind, runs, draws):
 
 def test_an_exported_sampler_churns(runs, draws, tmp_path):
     run, file = jd.load_run(runs / "flow"), tmp_path / "e.jaxexport"
+    interval: Any = np.array([0.1, 15.0])
     options = SamplingOptions(
-        "edm_heun", 9, churn=40, churn_interval=(0.1, 15), churn_noise=1.25
+        "edm_heun", 9, churn=40, churn_interval=interval, churn_noise=1.25
     )
     pipeline.export_sampler(file, run, options)
     images = data.to_uint8(np.asarray(export.read(file)(0, np.arange(4))), "floor")

@@ -184,6 +184,15 @@ def test_an_error_of_ones_own_timesteps_comes_as_it_is(monkeypatch):
     assert "must fit config.schedule" not in str(error.value)
 
 
+def test_a_learned_variance_is_refused_where_the_loss_does_not_train_it(tmp_path):
+    learned = dict(mean_type="flow", var_type="learned_range", loss="l2")
+    flow = dict(name="flow", num_steps=20)
+    config = tiny_config(tmp_path / "none.npz", schedule=flow, objective=learned)
+    with pytest.raises(ValueError, match=r"^config\.objective\.loss must be one of"):
+        jd.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # From end to end
 
 FIXED = dict(var_type="fixed_small", loss="l2")
