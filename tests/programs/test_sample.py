@@ -312,6 +312,7 @@ OF_0_1 = dict(  # the record of parts that version 0.1 has written
 def test_parts_of_version_0_1_are_resumed_by_the_same_options(tmp_path):
     options = SamplingOptions(eta=0.5, rounding="round", classifier="c", reclip=False)
     fields = dataclasses.asdict(options) | dataclasses.asdict(TaskOptions())
+    fields |= dict(churn=None, churn_noise=None)  # as sample records no churn
     decided = ("steps", "spacing", "ema", "mask", "workdir", "seed", "upsampled")
     today = fields | {k: OF_0_1[k] for k in (*decided, "jax", "network", "rows")}
     resumable_npz.ResumableNpz(tmp_path / "a.npz", OF_0_1).add({"arr_0": np.zeros(3)})
