@@ -156,7 +156,7 @@ SAMPLER_FLAGS: Flags = {
     "--churn": dict(
         type=float,
         default=0.0,
-        help="S_churn: how much noise edm_heun adds anew, by odd --steps, such as 40.",
+        help="S_churn, such as 40: noise that edm_heun adds anew. --steps is odd then.",
     ),
     "--churn-interval": dict(
         metavar="LOW,HIGH",
