@@ -5,8 +5,8 @@ Command:
 
 Hardware: not run. The paper's took two days on 8 V100.
 Time: not run.
-Result: not run. The paper has FID 1.97 with 35 network calls, after 200 million images,
-with augmentation, which this package does not have, and with the network of DDPM++.
+Result: not run. The paper has FID 1.97 with 35 network calls, after 200 million images.
+It augments the images and has the network of DDPM++; this config has neither.
 
 Data: the extra `tfds`, and cifar10 prepared as array_record: see
 jax_diffusion/data/tfds.py.

@@ -106,18 +106,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def widths(text: str) -> list[float]:
-    """The type of flags that are widths of averages, with commas between them."""
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        rule = "must be numbers with commas between, such as 0.05,0.1"
-        raise argparse.ArgumentTypeError(f"{rule}, got {text[:99]!r}") from None
-    if len({*found}) < len(found):
-        raise argparse.ArgumentTypeError(f"must be different widths, got {text[:99]}")
-    return found
-
-
 def refuse_useless(given: Iterable[str], useless: Iterable[str], why: str) -> None:
     """Raises ValueError for a flag that has no effect in this call.
 
@@ -185,10 +173,10 @@ GUIDANCE_FLAGS: Flags = {
     ),
     "--cond": dict(
         metavar="FILE.npz",
-        help="What a network with cond_dim or token_dim is told: arrays cond [k, d], "
-        "tokens [k, n, d] and tokens_mask [k, n]. Image i gets row i, in turn where "
-        "there are more images than rows. By default that of the images that a task "
-        "starts from.",
+        help="A .npz with cond [k, d], or tokens [k, n, d] and tokens_mask [k, n], for "
+        "a network with cond_dim or token_dim. Row i is for image i; rows repeat if "
+        "there are fewer. Needed unless --task starts from images that have their own. "
+        "With labels, give --label as well: they are paired in order.",
     ),
     "--guidance": dict(
         type=float,
@@ -196,15 +184,14 @@ GUIDANCE_FLAGS: Flags = {
         "trained with config.label_dropout, or --guide-with be given.",
     ),
     "--guide-with": dict(
-        metavar="WORKDIR[@EMA]",
+        metavar="WORKDIR[:EMA]",
         help="Autoguidance: guide away from this weaker run, such as a smaller or less "
-        "trained one, instead of from the run without labels. @EMA is one of its "
-        "averages, or none.",
+        "trained one, instead of away from its own prediction without labels.",
     ),
     "--guidance-method": dict(
         metavar="NAME",
         help="How --guidance combines the two predictions: "
-        f"{', '.join(GUIDANCE_METHODS)}. By default the first.",
+        f"{', '.join(GUIDANCE_METHODS)}. By default classifier_free.",
     ),
     "--guidance-rescale": dict(
         type=float,
@@ -226,6 +213,19 @@ GUIDANCE_FLAGS: Flags = {
         action="store_true",
         help="Do not clip x_0 again after a classifier has shifted it; OpenAI's DDIM "
         "does not.",
+    ),
+}
+EMA_FLAGS: Flags = {
+    "--ema": dict(
+        help="Which average of the parameters, such as 0.999, or none for the "
+        "parameters themselves. By default the first of the config.",
+    ),
+    "--ema-width": dict(
+        type=float,
+        metavar="WIDTH",
+        help="Relative width of an average by a power function, such as 0.1, in place "
+        "of --ema. Needs a run with config.ema_widths; other widths are reconstructed "
+        "from its snapshots.",
     ),
 }
 HOST_FLAGS: Flags = {

@@ -73,18 +73,7 @@ READING: cli.Flags = {
 WRITING: cli.Flags = {
     "--to": dict(metavar="FORMAT", help=f"The format: {', '.join(WRITERS)}."),
     "--out": dict(metavar="PATH", help="The file or folder to write; it must be new."),
-    "--ema": dict(
-        metavar="DECAY",
-        help="Which EMA of the parameters is written, such as 0.999, or none for the "
-        "parameters themselves. By default the first of the config.",
-    ),
-    "--ema-width": dict(
-        type=float,
-        metavar="WIDTH",
-        help="Relative width of an average by a power function, such as 0.1, for a run "
-        "with config.ema_widths, in place of --ema. It is read or reconstructed from "
-        "the run's snapshots.",
-    ),
+    **cli.EMA_FLAGS,
     "--drop-variance": dict(
         action="store_true",
         help="Leave out a learned variance: samplers such as diffusers' DDIMPipeline "

@@ -38,8 +38,23 @@ from jax_diffusion.interop import inception_weights
 from jax_diffusion.pipeline import Run, load_run
 from jax_diffusion.runtime import files, locks, sharding
 
+
 SPLITS = ["train", "test", "all"]
 ALL_METRICS = ", ".join((*METRICS, *NETWORK_METRICS))
+
+
+def widths(text: str) -> list[float]:
+    """The type of flags that are widths of averages, with commas between them."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        rule = "must be numbers with commas between, such as 0.05,0.1"
+        raise argparse.ArgumentTypeError(f"{rule}, got {text[:99]!r}") from None
+    if len({*found}) < len(found):
+        raise argparse.ArgumentTypeError(f"must be different widths, got {text[:99]}")
+    return found
+
+
 FLAGS: cli.Flags = {
     "--workdir": dict(help="Workdir of a run to evaluate."),
     "--metrics": dict(
@@ -59,12 +74,9 @@ FLAGS: cli.Flags = {
         default=256,
         help="Number of images that all devices together compute at once.",
     ),
-    "--ema": dict(
-        help="Which average of the parameters, such as 0.999, or none for the "
-        "parameters themselves. By default the first of the config.",
-    ),
+    **cli.EMA_FLAGS,
     "--ema-width": dict(
-        type=cli.widths,
+        type=widths,
         metavar="WIDTH,...",
         help="Scores the average of each width, such as 0.05,0.1,0.15. Needs a run "
         "with config.ema_widths; other widths are reconstructed from its snapshots. "

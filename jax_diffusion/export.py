@@ -57,11 +57,15 @@ DIGEST = hashlib.sha256().digest_size
 
 DrawFn = Callable[..., Array]  # (params, seed, ids [b], label [b]) -> images [b, ...]
 Sampler = Callable[..., Array]  # (seed, ids [b], label [b] = None) -> images [b, ...]
-Told = Mapping[str, tuple[str, Any]]  # name -> its axes after b, as "k, 5", and dtype
+Conditioning = Mapping[str, tuple[str, Any]]  # name -> axes after b, as "k, 5"; dtype
 
 
 def export_sampler(
-    draw: DrawFn, params: PyTree, *, beside: bool = False, told: Told | None = None
+    draw: DrawFn,
+    params: PyTree,
+    *,
+    beside: bool = False,
+    conditioning: Conditioning | None = None,
 ) -> bytes:
     """Serializes a sampler, for batches of any size.
 
@@ -75,7 +79,7 @@ def export_sampler(
             is traced for a single image.
         params: the parameters; every array is whole in this process.
         beside: whether the weights are left out, to be passed by the caller.
-        told: conditioning that draw takes by name, arrays [b, ...]; f takes it as a
+        conditioning: what draw takes by name, arrays [b, ...]; f takes it as a
             dict after label.
 
     Returns:
@@ -112,7 +116,7 @@ def export_sampler(
         return jax.ShapeDtypeStruct(shape, dtype)
 
     numbers = of_batch("", np.int32)
-    cond = {name: of_batch(*kind) for name, kind in (told or {}).items()}
+    cond = {name: of_batch(*kind) for name, kind in (conditioning or {}).items()}
     exported = jax.export.export(jax.jit(sampler), platforms=PLATFORMS)(
         inside if beside else {}, np.uint32(0), numbers, numbers, *[cond] * bool(cond)
     )
@@ -204,7 +208,7 @@ def write(
     *,
     beside: bool = False,
     num_labels: int | None = None,
-    told: Told | None = None,
+    conditioning: Conditioning | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes a sampler: FILE, its description FILE.json, and perhaps FILE.npz.
@@ -217,7 +221,7 @@ def write(
         params: the parameters, see `export_sampler`.
         beside: whether the weights go to FILE.npz.
         num_labels: labels are in [0, num_labels); None if draw ignores labels.
-        told: conditioning that draw takes, see `export_sampler`.
+        conditioning: what draw takes, see `export_sampler`.
         about: further content of FILE.json, under "about": plain JSON values.
 
     Returns:
@@ -229,7 +233,7 @@ def write(
     for suffix in ("", ".json", *([".npz"] if beside else [])):
         files.check_output("path", f"{os.fspath(path)}{suffix}")
     path = Path(path)
-    data = export_sampler(draw, params, beside=beside, told=told)
+    data = export_sampler(draw, params, beside=beside, conditioning=conditioning)
     record = {"file": path.name, "sha256": _sha256(data), "weights": None}
     content: dict[Path, files.Content] = {path: data}
     if beside:

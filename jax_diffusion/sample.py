@@ -302,17 +302,7 @@ FLAGS: cli.Flags = {
     "--batch-size": dict(
         type=cli.positive, default=256, help="Number of images drawn together."
     ),
-    "--ema": dict(
-        help="Which average of the parameters, such as 0.999, or none for the "
-        "parameters themselves. By default the first of the config."
-    ),
-    "--ema-width": dict(
-        type=float,
-        metavar="WIDTH",
-        help="Relative width of an average by a power function, such as 0.1, for a run "
-        "with config.ema_widths, in place of --ema. It is read or reconstructed from "
-        "the run's snapshots.",
-    ),
+    **cli.EMA_FLAGS,
 }
 TASK_FLAGS: cli.Flags = {
     "--task": dict(

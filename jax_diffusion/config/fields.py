@@ -88,8 +88,8 @@ FIELDS = {
         hint=Sequence[float],
     ),
     "ema_snapshots": Field(
-        "number of snapshots of these averages that stay, of those taken at multiples "
-        "of save_every; each takes as much disk as the parameters, for each width",
+        "number of snapshots of the averages of ema_widths that stay, of those taken "
+        "at multiples of save_every; each has the parameters once for each width",
         32,
         least=1,
         free=True,

@@ -65,7 +65,7 @@ from jax_diffusion.data.classes import (
 from jax_diffusion.data.conditioning import (
     CONDITIONING,
     Conditioning,
-    check_conditioning,
+    as_conditioning,
     read_conditioning,
     record_of,
 )
@@ -111,9 +111,9 @@ __all__ = [
     "InMemory",
     "Source",
     "StoredImages",
+    "as_conditioning",
     "check",
     "check_arrays",
-    "check_conditioning",
     "describe",
     "fit_labels",
     "from_arrays",

@@ -21,7 +21,7 @@ from jax_diffusion.data import philox
 from jax_diffusion.data.classes import class_order, label_table
 from jax_diffusion.data.conditioning import (
     CONDITIONING,
-    check_conditioning,
+    as_conditioning,
     read_arrays,
 )
 from jax_diffusion.data.decode import Decoder, height_and_width, reading
@@ -159,7 +159,7 @@ def load_npz(
         file, given = Path(path or "").expanduser(), {}
         if zipfile.is_zipfile(file):
             given = read_arrays("path", file)
-        more = check_conditioning(given, len(found))
+        more = as_conditioning(given, len(found))
     rows = rows_of_split(split, every_tenth(len(found)))
     return dataclasses.replace(
         found,

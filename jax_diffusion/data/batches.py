@@ -16,7 +16,7 @@ import numpy as np
 
 from jax_diffusion import checks
 from jax_diffusion.data import philox
-from jax_diffusion.data.conditioning import CONDITIONING, check_conditioning
+from jax_diffusion.data.conditioning import CONDITIONING, as_conditioning
 from jax_diffusion.data.examples import Batch, Examples, InMemory
 from jax_diffusion.registry import hint
 
@@ -47,7 +47,7 @@ class Batches:
         train: endless and shuffled, instead of one pass in the stored order.
         flip: mirror each image with probability 1/2, in training only.
         start_step: the step of the first batch of an iteration.
-        told: names of the conditioning that batches have; None for all there is.
+        conditioning_names: the conditioning that batches have; None for all there is.
     """
 
     examples: Examples
@@ -56,7 +56,7 @@ class Batches:
     train: bool
     flip: bool
     start_step: int
-    told: tuple[str, ...] | None = None
+    conditioning_names: tuple[str, ...] | None = None
 
     @classmethod
     def checked(
@@ -124,7 +124,8 @@ class Batches:
         return self._wanted(self.examples.stored_conditioning)
 
     def _wanted(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {k: a for k, a in found.items() if self.told is None or k in self.told}
+        names = self.conditioning_names
+        return {k: a for k, a in found.items() if names is None or k in names}
 
     @property
     def in_memory(self) -> bool:
@@ -298,7 +299,7 @@ def from_arrays(
         if name not in CONDITIONING:
             raise ValueError(f"there is no option {name!r}{hint(name, CONDITIONING)}")
     found = InMemory.of((images, labels))
-    more = check_conditioning(conditioning, len(found))
+    more = as_conditioning(conditioning, len(found))
     return Batches.checked(
         dataclasses.replace(found, conditioning=more),
         batch_size=batch_size,

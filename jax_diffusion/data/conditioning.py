@@ -6,7 +6,7 @@
 
 They stand in a .npz beside `images` and `labels`; or in a file cond.npz of a folder of
 images, with `names`, the paths of the images below the folder, as text [n]. Rows are
-matched by name, never by position.
+matched by name, never by position. Data sets of TFDS have none.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ SIDECAR = "cond.npz"  # in a folder of images
 Conditioning = dict[str, np.ndarray]
 
 
-def check_conditioning(given: Mapping[str, Any], n: int | None = None) -> Conditioning:
+def as_conditioning(given: Mapping[str, Any], n: int | None = None) -> Conditioning:
     """Checks conditioning and brings it to one form.
 
     Args:
@@ -39,7 +39,7 @@ def check_conditioning(given: Mapping[str, Any], n: int | None = None) -> Condit
     Raises:
         ValueError: if they are not as described; it begins with the array's name.
 
-    >>> found = check_conditioning({"tokens": np.ones((5, 2, 3))}, 5)
+    >>> found = as_conditioning({"tokens": np.ones((5, 2, 3))}, 5)
     >>> {name: a.shape for name, a in found.items()}
     {'tokens': (5, 2, 3), 'tokens_mask': (5, 2)}
     """
@@ -134,7 +134,7 @@ def read_sidecar(root: Path, paths: Sequence[str]) -> Conditioning:
         paths: of all images in it, which begin with the folder's.
 
     Returns:
-        As `check_conditioning`, in the order of the paths; empty without such a file.
+        As `as_conditioning`, in the order of the paths; empty without such a file.
 
     Raises:
         ValueError: if names are missing or repeated, if an image has no row or a row no
@@ -189,9 +189,9 @@ def read_arrays(
 
 
 def _named(file: Path, given: Mapping[str, Any], n: int | None) -> Conditioning:
-    """`check_conditioning` of arrays of a file, which is named in errors."""
+    """`as_conditioning` of arrays of a file, which is named in errors."""
     try:
-        return check_conditioning(given, n)
+        return as_conditioning(given, n)
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise ValueError(f"{name} of {file} {rest}") from error

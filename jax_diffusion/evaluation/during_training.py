@@ -35,7 +35,7 @@ from jax_diffusion.evaluation.image_sets import Arrays, ImageSet
 from jax_diffusion.evaluation.per_image import collect, each_image, mean_and_error
 from jax_diffusion.evaluation.results import OLD_METRICS
 from jax_diffusion.evaluation.sample_quality import METRICS, Metric, Reference
-from jax_diffusion.models import Network, check_conditioning, traits
+from jax_diffusion.models import Network, check_takes, traits
 from jax_diffusion.pipeline import (
     Run,
     SamplingOptions,
@@ -43,7 +43,7 @@ from jax_diffusion.pipeline import (
     fit_labels,
     make_options,
     open_split,
-    told_of,
+    with_conditioning,
 )
 from jax_diffusion.runtime import checkpoint, locks, sharding
 from jax_diffusion.training import TrainState
@@ -133,8 +133,8 @@ class PeriodicEvaluation:
             if run.takes_labels:
                 some = fit_labels(test.examples, run, field, own=True)
                 test = dataclasses.replace(test, examples=some)
-            test = dataclasses.replace(test, told=run.conditioning)
-            check_conditioning(run.model, test.conditioning, f" of {field}")
+            test = dataclasses.replace(test, conditioning_names=run.conditioning)
+            check_takes(run.model, test.conditioning, f" of {field}")
             self._test = test
         self._metric = metric
         self._run, self._train, self._mesh, self._workdir = run, train, mesh, workdir
@@ -142,7 +142,7 @@ class PeriodicEvaluation:
         config, model, objective = run.config, run.model, run.objective
         if train.conditioning and options.cond is None:
             rows = np.linspace(0, train.num_examples - 1, n).astype(int)
-            options = told_of(run, options, train.beside(rows))
+            options = with_conditioning(run, options, train.beside(rows))
         self._sampler = bind_sampler(run, options, one_program=False)
         full = settings.make_schedule(config.schedule)
         self._bound = bound_fn(model, objective, full, config.seed)

@@ -24,7 +24,7 @@ from jax_diffusion.pipeline import (
     SamplingOptions,
     bind_sampler,
     open_images,
-    told_of,
+    with_conditioning,
 )
 from jax_diffusion.runtime import checkpoint
 
@@ -228,7 +228,7 @@ def from_run(
     options: SamplingOptions,
     seed: int,
     batch_size: int,
-    told: SamplingOptions | None = None,
+    paired: SamplingOptions | None = None,
 ) -> ImageSet:
     """Returns the set of n samples of a run, with the record of how they are drawn.
 
@@ -238,12 +238,12 @@ def from_run(
         options: how they are drawn.
         seed: of all samples.
         batch_size: number of images that are drawn together, at most.
-        told: the same options with conditioning and labels of images.
+        paired: the same options with conditioning and labels of images.
 
     Raises:
         ValueError: if an option does not fit the run.
     """
-    sampler = bind_sampler(run, told or options, one_program=False)
+    sampler = bind_sampler(run, paired or options, one_program=False)
     about = {
         "sampler": options.sampler,
         "clip": options.clip,
@@ -262,7 +262,7 @@ def from_run(
     for name, value in changed_options(options).items():
         if name not in {*about, "rounding"}:
             about[name] = value
-    if told is not None and told.label is not options.label:
+    if paired is not None and paired.label is not options.label:
         (about["labels"],) = data.record_of({"": sampler.rows["label"]}).values()
     if options.classifier is not None:
         about["classifier_crc32"] = _crc32(sampler.params["classifier"])
@@ -321,7 +321,7 @@ def open_samples(
             raise ValueError(
                 f"n must be given where the reference has no images, got None: {error}"
             ) from error
-    told = None
+    paired = None
     if run_or_images.conditioning and options.cond is None:
         batches = open_images(
             run_or_images,
@@ -331,9 +331,9 @@ def open_samples(
             field="data",
         )
         rows = np.arange(min(n, batches.num_examples))
-        told = told_of(run_or_images, options, batches.beside(rows))
-    how: dict[str, Any] = dict(options=options, seed=seed, batch_size=size, told=told)
-    return from_run(run_or_images, n, **how)
+        paired = with_conditioning(run_or_images, options, batches.beside(rows))
+    how: dict[str, Any] = dict(options=options, seed=seed, batch_size=size)
+    return from_run(run_or_images, n, paired=paired, **how)
 
 
 def _crc32(params: PyTree) -> int:

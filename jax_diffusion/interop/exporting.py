@@ -265,7 +265,7 @@ def gaussian_diffusion_arguments(run: Run) -> dict[str, Any]:
     """
     objective: Any = run.objective
     schedule = run.config.schedule
-    check_unconditioned(objective)
+    check_not_preconditioned(objective)
     return dict(
         betas=configs.make_betas(schedule).tolist(),
         model_mean_type=choose(
@@ -276,7 +276,7 @@ def gaussian_diffusion_arguments(run: Run) -> dict[str, Any]:
     )
 
 
-def check_unconditioned(objective: Any) -> None:
+def check_not_preconditioned(objective: Any) -> None:
     """Raises ValueError for a preconditioned network: no code has one on a chain."""
     if objective.precondition:
         raise ValueError(
@@ -314,7 +314,7 @@ def to_diffusers(run: Run, out: Path) -> None:
             dict(schedule), cast(Any, run.objective)
         )
     else:
-        check_unconditioned(run.objective)
+        check_not_preconditioned(run.objective)
         scheduler = diffusers_config.scheduler_from_process(
             betas, run.objective, schedule.get("rescale_timesteps", False)
         )

@@ -67,7 +67,7 @@ __all__ = [
     "Traits",
     "UNet",
     "bind",
-    "check_conditioning",
+    "check_takes",
     "example_inputs",
     "from_functions",
     "init_params",
@@ -223,7 +223,7 @@ def init_params(
     return variables.get("params", {})
 
 
-def check_conditioning(model: Any, arrays: Mapping[str, Any], of: str = "") -> None:
+def check_takes(model: Any, arrays: Mapping[str, Any], of: str = "") -> None:
     """Checks that arrays have what a network takes, of the length that it takes.
 
     Args:

@@ -1,13 +1,10 @@
 """Attention of pixels to each other, and to tokens that say what is wanted."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jax_diffusion import checks
 from jax_diffusion.checks import placement
 from jax_diffusion.models.layers import Layers
 
@@ -78,34 +75,3 @@ class CrossAttention(Layers):
         h = attend(q, k, v, mask=tokens_mask[:, None, None, :])
         h = placement.reshape(h, x.shape)
         return x + self.dense(h, c, name="out", dtype=self.dtype, zero=True)
-
-
-def check_conditioning(
-    network: Any, x: Any, cond: Any, tokens: Any, tokens_mask: Any
-) -> None:
-    """Checks vectors and tokens against the `cond_dim` and `token_dim` of a network.
-
-    Raises:
-        ValueError: if one is missing, not wanted or of another shape; it begins with
-            the name of the argument.
-    """
-    for name, value, field in (
-        ("cond", cond, "cond_dim"),
-        ("tokens", tokens, "token_dim"),
-    ):
-        size = getattr(network, field, 0)
-        if (value is not None) != bool(size):
-            rule = f"{name} must {'' if size else 'not '}be given to a network with"
-            got = "None" if value is None else checks.shown(value)
-            raise ValueError(f"{rule} {field} = {size}, got {got}.")
-        if value is not None:
-            middle = ("n",) if name == "tokens" else ()
-            checks.array(name, value, "float", (x.shape[0], *middle, size))
-    if tokens_mask is not None:
-        if tokens is None:
-            raise ValueError(
-                f"tokens_mask needs tokens, got {checks.shown(tokens_mask)} alone."
-            )
-        # The number of tokens is a symbol where a sampler is exported.
-        sizes = [n if isinstance(n, int) else str(n) for n in tokens.shape[:2]]
-        checks.array("tokens_mask", tokens_mask, "bool", sizes)

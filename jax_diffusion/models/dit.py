@@ -25,8 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from jax_diffusion import checks
 from jax_diffusion.checks import placement
-from jax_diffusion.models.attention import check_conditioning
 from jax_diffusion.models.folding import unfold
+from jax_diffusion.models.inputs import check_conditioning
 from jax_diffusion.models.layers import check_inputs, check_sizes, timestep_embedding
 from jax_diffusion.models.unet import POLICIES
 
@@ -190,13 +190,7 @@ class DiT(nn.Module):
                 "patch_size must divide height and width of the images, got "
                 f"{self.patch_size} for {x.shape[1]} x {x.shape[2]}."
             )
-        if (label is None) != (self.num_classes is None):
-            wanted = "needs" if self.num_classes else "takes no"
-            raise ValueError(
-                f"a DiT with num_classes = {self.num_classes} {wanted} labels, got "
-                f"{'none' if label is None else 'some'}."
-            )
-        check_conditioning(self, x, cond, tokens=None, tokens_mask=None)
+        check_conditioning(self, x, label, cond)
 
 
 def norm(

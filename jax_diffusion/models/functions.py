@@ -78,6 +78,8 @@ def from_functions(
 ) -> FunctionNetwork:
     """Makes a network of any library from two pure functions.
 
+    tests/research/test_train_nnx.py and test_train_equinox.py are whole examples.
+
     Parameters may be any pytree. Train state, checkpoints and exports hold them as
     dicts by name, {"block": {"kernel": ...}}; `apply` gets them back as they were.
 
@@ -102,8 +104,15 @@ def from_functions(
     """
     checks.function("init", init, "(key, x, timesteps, **cond)")
     checks.function("apply", apply, "(params, x, timesteps, *, train, rngs, **cond)")
-    sizes = cond_dim, token_dim
-    return FunctionNetwork(init, apply, num_classes, num_labels, low_res, *sizes)
+    return FunctionNetwork(
+        init,
+        apply,
+        num_classes=num_classes,
+        num_labels=num_labels,
+        low_res=low_res,
+        cond_dim=cond_dim,
+        token_dim=token_dim,
+    )
 
 
 def _by_name(tree: PyTree) -> dict[tuple[str, ...], Any]:

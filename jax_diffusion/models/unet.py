@@ -21,13 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_diffusion import checks
 from jax_diffusion.checks import placement
-from jax_diffusion.models.attention import (
-    Attention,
-    CrossAttention,
-    check_conditioning,
-)
+from jax_diffusion.models.attention import Attention, CrossAttention
 from jax_diffusion.models.dropout import Dropout
 from jax_diffusion.models.folding import fold, unfold
+from jax_diffusion.models.inputs import check_conditioning
 from jax_diffusion.models.layers import (
     Layers,
     check_inputs,
@@ -330,8 +327,8 @@ class UNet(Trunk):
         tokens_mask: Bool[Array, "..."] | None = None,
         train: bool = False,
     ) -> Float[Array, "b *d c_out"]:
-        self._check_inputs(label, low_res)
-        check_conditioning(self, x, cond, tokens, tokens_mask)
+        self._check_low_res(low_res)
+        check_conditioning(self, x, label, cond, tokens, tokens_mask)
         if low_res is not None:
             shape = x.shape[:-1] + low_res.shape[-1:]
             small = jax.image.resize(low_res, shape, "bilinear")
@@ -361,13 +358,7 @@ class UNet(Trunk):
         h = self.conv(h, features, name="conv_out", zero=True, dtype=jnp.float32)
         return unfold(h, self.block_size)
 
-    def _check_inputs(self, label, low_res):
-        if (label is None) != (self.num_classes is None):
-            wanted = "needs" if self.num_classes else "takes no"
-            raise ValueError(
-                f"a U-Net with num_classes = {self.num_classes} {wanted} labels, "
-                f"got {'none' if label is None else 'some'}."
-            )
+    def _check_low_res(self, low_res):
         if (low_res is None) == self.low_res:
             wanted = "needs" if self.low_res else "takes no"
             raise ValueError(

@@ -45,7 +45,7 @@ from jax_diffusion.pipeline.run import (
     match_classes,
     open_images,
     open_split,
-    told_of,
+    with_conditioning,
     with_effect,
 )
 from jax_diffusion.pipeline.tasks import TaskOptions
@@ -69,7 +69,7 @@ __all__ = [
     "open_split",
     "read_inputs",
     "sample_images",
-    "told_of",
+    "with_conditioning",
     "with_effect",
 ]
 
@@ -273,13 +273,15 @@ def export_sampler(
     Raises:
         ValueError: if an option does not fit the run, or as `export.write` does.
     """
-    options, told = options or SamplingOptions(), run.conditioning
-    if told:  # any will do
+    options = options or SamplingOptions()
+    if run.conditioning:  # any will do
         if options.cond is not None:
             rule = "cond must be left out, as it is an input of the file"
             raise ValueError(f"{rule}, got {shown(options.cond)}.")
         known = example_inputs(run.model, run.image_shape)
-        options = dataclasses.replace(options, cond={k: known[k] for k in told})
+        options = dataclasses.replace(
+            options, cond={k: known[k] for k in run.conditioning}
+        )
     bound = bind_sampler(run, options, one_program=False)
 
     def draw_images(params, seed, ids, label, **cond):
@@ -299,7 +301,7 @@ def export_sampler(
             bound.params,
             beside=weights_beside,
             num_labels=int(bound.rows["label"].max()) + 1 if labeled else None,
-            told={name: axes[name] for name in run.conditioning},
+            conditioning={name: axes[name] for name in run.conditioning},
             about={**(about or {}), **choices},
         )
     return bound

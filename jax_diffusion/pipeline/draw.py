@@ -40,9 +40,9 @@ def make_sampler(
         params    {"model": parameters}; those of "classifier" and "guide", if given
         schedule  padded or not
         seed      uint32 []
-        rows      of each image: "ids" and "label", int32 [b]; "low_res" or "image",
-                  float32 [b, h, w, c], and "cond", "tokens" and "tokens_mask", if the
-                  network or the task wants them
+        rows      of each image: "ids" and "label", int32 [b]; if the network or the
+                  task wants them, "low_res" or "image", float32 [b, h, w, c], and
+                  "cond", "tokens" and "tokens_mask" as in `jax_diffusion.models`
         numbers   those of `SamplingOptions.numbers`
 
     Args:
@@ -79,16 +79,17 @@ def make_sampler(
     @jax.jit
     def draw(params, schedule, seed, rows, numbers):
         denoise_fn = denoiser(model, objective, params["model"], schedule)
-        told = ("low_res", "label", *traits(model).null)
-        known = {name: rows[name] for name in told if name in rows}
+        takes = ("low_res", "label", *traits(model).null)
+        known = {name: rows[name] for name in takes if name in rows}
         if "scale" in numbers and (guide or null is not None):
             weak_fn = guide and denoiser(*guide, params["guide"], schedule)
             scale = _in_interval(schedule, numbers, "scale", outside=1.0)
             names = known.keys() - {"low_res"} if null is None else null
             wanted = {name: known.pop(name) for name in sorted(names)}
-            given = (wanted, null, scale, numbers["rescale"])
+            told = dict(wanted=wanted, null=null)
+            scales = dict(scale=scale, rescale=numbers["rescale"])
             name = options.guidance_method or "classifier_free"
-            denoise_fn = guided(name, denoise_fn, weak_fn, *given)
+            denoise_fn = guided(name, denoise_fn, weak_fn, **told, **scales)
         denoise_fn = clip(functools.partial(denoise_fn, **known))
         if classifier is not None:
             label = rows["label"]
@@ -129,7 +130,7 @@ def check_churn(
 
 
 def network_fn(model, params):
-    """Returns model_fn(x_t, timesteps, label, **told), which ignores what it takes not.
+    """Returns model_fn(x_t, timesteps, label, **told), which drops what it cannot take.
 
     A weaker network that guides need not be told what the other one is.
     """
@@ -142,13 +143,13 @@ def network_fn(model, params):
     return model_fn
 
 
-def guided(name, denoise_fn, weak_fn, wanted, null, scale, rescale):
+def guided(name, denoise_fn, weak_fn, *, wanted, null, scale, rescale):
     """A denoiser that is told what is wanted, by a method of `GUIDANCE_METHODS`.
 
     Away from `weak_fn`, or where that is None from what it predicts when told `null`.
     """
     method = guidance.GUIDANCE_METHODS[name]
-    if weak_fn is None and method is guidance.autoguidance:  # both in one call
+    if weak_fn is None and name == "classifier_free":  # both in one call
         args = (wanted, null, scale)
         return guidance.classifier_free(denoise_fn, *args, rescale=rescale)
     weaker = wanted

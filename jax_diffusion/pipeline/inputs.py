@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_diffusion import checks, data
 from jax_diffusion import config as configs
-from jax_diffusion.models import check_conditioning, traits
+from jax_diffusion.models import check_takes, traits
 from jax_diffusion.pipeline.options import SamplingOptions
 from jax_diffusion.pipeline.run import (
     Run,
@@ -21,6 +21,7 @@ from jax_diffusion.pipeline.run import (
     load_run,
     old_names,
     open_images,
+    workdir_and_ema,
 )
 from jax_diffusion.pipeline.tasks import TaskOptions
 
@@ -59,16 +60,13 @@ def load_guides(run: Run, options: SamplingOptions) -> dict[str, Run]:
 
 
 def load_guide(workdir: str | os.PathLike, run: Run) -> Run:
-    """Loads a weaker run that guides another one, of WORKDIR or WORKDIR@EMA.
+    """Loads a weaker run that guides another one, of WORKDIR or WORKDIR:EMA.
 
     Raises:
         ValueError: unless it is of a denoiser, of such images, noised by such a
             schedule, and takes the same labels or none.
     """
-    path, _, ema = os.fspath(workdir).rpartition("@")
-    if not path or os.path.isdir(workdir):
-        path, ema = os.fspath(workdir), None
-    other = load_other("guide_with", path, ema)
+    other = load_other("guide_with", *workdir_and_ema(workdir))
     if other.objective is None:
         raise ValueError(f"guide_with must be a denoiser's run, got {workdir}.")
     check_noised_alike("guide_with", other, run)
@@ -265,7 +263,7 @@ def check_told(
             f"{' and '.join(sorted(wanted - {'tokens_mask'}))}, got None."
         )
     for one in runs:
-        check_conditioning(one.model, told)
+        check_takes(one.model, told)
     return {name: told[name] for name in told if name in wanted}
 
 
@@ -364,9 +362,9 @@ def read_images(
             examples = open_images(run, given, split, **of_split).examples
     labels, told = None, {}
     if examples is not None:
-        told = examples.read_batch(np.arange(len(examples)))
-        rows["low_res" if field == "low_res" else "image"] = told.pop("image")
-        del told["label"]
+        batch = examples.read_batch(np.arange(len(examples)))
+        rows["low_res" if field == "low_res" else "image"] = batch.pop("image")
+        told = {name: a for name, a in batch.items() if name != "label"}
         if owner is not None:
             own = given is None and low_res is None and owner is run
             remedy = "; give `label` instead"

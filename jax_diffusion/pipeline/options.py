@@ -65,7 +65,7 @@ class SamplingOptions:
             [k, d] alone, or a .npz file of such arrays; image i gets row i, in turn. By
             default that of the images that a task starts from.
         guide_with: workdir of a weaker run that predicts in place of the network
-            without a label (autoguidance), or WORKDIR@EMA for one average of it. It is
+            without a label (autoguidance), or WORKDIR:EMA for one average of it. It is
             told the same labels, or takes none.
         guidance_method: a key of `guidance.GUIDANCE_METHODS`: "classifier_free" (which
             is the default), "apg" or "zero_star".
@@ -304,7 +304,7 @@ class SamplingOptions:
         """Returns the arrays that `cond` gives or names, checked; empty if none.
 
         Raises:
-            ValueError: if they are not as `data.check_conditioning` says.
+            ValueError: if they are not as `data.as_conditioning` says.
         """
         given = self.cond
         if given is None:
@@ -316,7 +316,7 @@ class SamplingOptions:
             checks.choice("cond's names", name, data.CONDITIONING)
         if not given:
             raise ValueError("cond must hold cond or tokens, got no array.")
-        return data.check_conditioning(given)
+        return data.as_conditioning(given)
 
     def labels(
         self, known: int | None, class_names: Sequence[str] | None = None

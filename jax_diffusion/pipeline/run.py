@@ -13,7 +13,7 @@ from jax_diffusion import checks, data
 from jax_diffusion import config as configs
 from jax_diffusion.config import Config
 from jax_diffusion.diffusion import Objective
-from jax_diffusion.models import Network, check_conditioning, traits
+from jax_diffusion.models import Network, check_takes, traits
 from jax_diffusion.pipeline.options import SamplingOptions
 from jax_diffusion.runtime import checkpoint
 from jax_diffusion.training.averages import (
@@ -147,6 +147,19 @@ def load_run(
     return run
 
 
+def workdir_and_ema(source: str | os.PathLike) -> tuple[Path, str | None]:
+    """Returns the parts of WORKDIR:EMA, or of WORKDIR@EMA; without EMA it is None.
+
+    A path that is there as it is has no EMA.
+    """
+    text = os.fspath(source)
+    for mark in "" if Path(text).expanduser().exists() else ":@":
+        head, found, ema = text.rpartition(mark)
+        if found and (place := Path(head).expanduser()).exists():
+            return place, ema
+    return Path(text).expanduser(), None
+
+
 def names_of_record(record: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Returns the names of classes in the record of a checkpoint, if it has any."""
     names = record.get("class_names")
@@ -217,17 +230,17 @@ def open_images(
             f"{field} must be {run.image_shape}, as the run's, got "
             f"{batches.image_shape}."
         )
-    told = run.conditioning if labels else ()
-    batches = dataclasses.replace(batches, told=told)
+    names = run.conditioning if labels else ()
+    batches = dataclasses.replace(batches, conditioning_names=names)
     if labels:
-        check_conditioning(run.model, batches.conditioning, f" of {field}")
+        check_takes(run.model, batches.conditioning, f" of {field}")
     if not labels or not run.takes_labels:
         return batches
     examples = fit_labels(batches.examples, run, field, own=source is None)
     return dataclasses.replace(batches, examples=examples)
 
 
-def told_of(
+def with_conditioning(
     run: Run, options: SamplingOptions, batch: Mapping[str, np.ndarray]
 ) -> SamplingOptions:
     """Returns options with the conditioning and labels of a batch, if they have none.

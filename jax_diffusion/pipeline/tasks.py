@@ -323,7 +323,11 @@ def edit(context: SamplingContext, options: TaskOptions) -> Array:
 
 
 def reconstruct(context: SamplingContext, options: TaskOptions) -> Array:
-    """Inverts DDIM to a level and back. Frames: image, its noise, darker, result."""
+    """Inverts DDIM to a level and back.
+
+    Frames: the image, the noise it is inverted to (divided by twice its scale), the
+    result.
+    """
     image, t = context.rows["image"], context.step_at(options.level)
     keys, denoise_fn, _, schedule = context.arguments
     x_t, x = editing.reconstruct(keys, denoise_fn, schedule, image, t=t)

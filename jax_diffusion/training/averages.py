@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 from jax_diffusion import checks
 
 MAX_WIDTH = 0.28  # that of equal weights is 1 / sqrt(12)
-WIDTH = "width="  # how names of power-function averages begin
+WIDTH_PREFIX = "width="  # how names of power-function averages begin
 
 
 def ema_name(decay: float) -> str:
@@ -40,7 +40,7 @@ def width_name(width: float) -> str:
     >>> width_name(0.1)
     'width=0.1'
     """
-    return f"{WIDTH}{width:g}"
+    return f"{WIDTH_PREFIX}{width:g}"
 
 
 def average_names(
@@ -68,10 +68,10 @@ def width_of(name: str) -> float | None:
     Raises:
         ValueError: if the name begins as `width_name` does and no number follows.
     """
-    if not name.startswith(WIDTH):
+    if not name.startswith(WIDTH_PREFIX):
         return None
     try:
-        return float(name.removeprefix(WIDTH))
+        return float(name.removeprefix(WIDTH_PREFIX))
     except ValueError:
         rule = "ema must name a width as width=0.1 does"
         raise ValueError(f"{rule}, got {name!r}.") from None

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jax_diffusion import data
-from jax_diffusion.models import Network, check_conditioning, traits
+from jax_diffusion.models import Network, check_takes, traits
 from jax_diffusion.models.unet import Trunk
 
 
@@ -98,7 +98,7 @@ def check_fit(
             )
         if most > count:
             raise ValueError(f"labels must be below {field} = {count}, got {most - 1}.")
-    check_conditioning(model, batches.conditioning, " of the training images")
+    check_takes(model, batches.conditioning, " of the training images")
     if batches.batch_size % config.microbatches:
         raise ValueError(
             f"config.microbatches must divide the batch of {batches.batch_size} images,"

@@ -17,7 +17,6 @@ The source is read once, when the run begins, and need not exist when it is cont
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +29,7 @@ from jax_diffusion import data
 from jax_diffusion.config import Config
 from jax_diffusion.models import init_params, traits
 from jax_diffusion.pipeline import Run, load_run
-from jax_diffusion.pipeline.run import old_names
+from jax_diffusion.pipeline.run import old_names, workdir_and_ema
 from jax_diffusion.runtime import checkpoint, sharding
 from jax_diffusion.runtime.files import leaves_by_name
 from jax_diffusion.training import TrainState
@@ -147,10 +146,7 @@ def load_source(source: str, config: Config) -> Run:
     from jax_diffusion.interop.released import RELEASED
 
     rule = "init_from must be WORKDIR, WORKDIR:EMA or a checkpoint that can be read"
-    place, ema = Path(source).expanduser(), None
-    if not place.exists() and ":" in source:
-        head, _, ema = source.rpartition(":")
-        place = Path(head).expanduser()
+    place, ema = workdir_and_ema(source)
     if not place.exists():
         raise ValueError(f"{rule}, got {source!r}, which is not there.")
     try:

@@ -99,8 +99,13 @@ class SavedRun(NamedTuple):
         """
         before, digest = self.record.get("data_digest"), batches.examples.digest
         conditioning = data.record_of(batches.stored_conditioning)
-        misled = self.record.get("conditioning", {}) != conditioning
-        if before == digest and digest is not None and not others and not misled:
+        other_conditioning = self.record.get("conditioning", {}) != conditioning
+        if (
+            before == digest
+            and digest is not None
+            and not others
+            and not other_conditioning
+        ):
             return []
         names = [_name(line) for line in self.changes if line.startswith("data.")]
         names = [n for n in names if n.removeprefix("data.") not in SAME_IMAGES]
@@ -113,7 +118,7 @@ class SavedRun(NamedTuple):
         moved = [line for line in self.changes if _name(line) == "data.path"]
         if moved:
             return [f"{moved[0]}, which holds other {what}"]
-        if misled or others or (before is not None and digest is not None):
+        if other_conditioning or others or (before is not None and digest is not None):
             return [f"data.path: other {what} than the run was trained with"]
         return []
 

@@ -34,7 +34,7 @@ class Saver:
     def save_at_error(
         self, step: int, state: TrainState, record: dict[str, Any]
     ) -> str:
-        """Saves the updates made before something went wrong, as a damaged picture.
+        """Saves the updates made before something went wrong, such as a damaged image.
 
         Of several hosts, one alone cannot save; and after an error of the devices there
         is no state any more.

@@ -30,7 +30,7 @@ from jax_diffusion.pipeline import (
     TaskOptions,
     bind_sampler,
     match_classes,
-    told_of,
+    with_conditioning,
     with_effect,
 )
 from jax_diffusion.registry import choose, outside
@@ -119,7 +119,7 @@ def make_setup(
     image_shape = batches.image_shape
     model = configs.make_network(config, objective, image_shape[-1])
     run = Run(config, model, None, objective, image_shape)
-    batches = dataclasses.replace(batches, told=run.conditioning)
+    batches = dataclasses.replace(batches, conditioning_names=run.conditioning)
     consistency.tell_unused(batches)
     if saved is None:
         consistency.check_fit(config, model, batches)
@@ -276,13 +276,13 @@ def make_preview(
     options = configs.call(SamplingOptions, fields, "config.sampling")
     if config.low_res_size:
         first = batches.batch(0)
-        options = told_of(run, options, first)
+        options = with_conditioning(run, options, first)
         large = jnp.asarray(data.from_uint8(first["image"]))
         small = editing.shrink(large, size=large.shape[1] // config.low_res_size)
         task = TaskOptions(low_res=np.asarray(small))
     elif batches.conditioning and options.cond is None:
         rows = np.arange(min(n, batches.num_examples))
-        options = told_of(run, options, batches.beside(rows))
+        options = with_conditioning(run, options, batches.beside(rows))
     with configs.named("config.sampling", vars(options)):
         bound = bind_sampler(run, options, task, one_program=False)
     ema = average_names(config.ema_decays, config.ema_widths)[0]

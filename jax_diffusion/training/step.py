@@ -24,8 +24,13 @@ from jax_diffusion.training import averages
 from jax_diffusion.training.gradients import average_gradient
 from jax_diffusion.training.optimizer import update_by_loss
 
-DATA = "image"  # the key of a batch under which the data stand
-TAKEN = ("x", "timesteps", "train", "rngs")  # what the trainer itself gives a network
+DATA_KEY = "image"  # the key of a batch under which the data stand
+RESERVED = (
+    "x",
+    "timesteps",
+    "train",
+    "rngs",
+)  # what the trainer itself gives a network
 
 
 @jax.tree_util.register_dataclass
@@ -270,21 +275,24 @@ def draw_examples(
     Raises:
         ValueError: unless the batch has such arrays.
     """
-    if not isinstance(batch, Mapping) or DATA not in batch:
+    if not isinstance(batch, Mapping) or DATA_KEY not in batch:
         got = sorted(batch) if isinstance(batch, Mapping) else checks.shown(batch)
-        raise ValueError(f"batch must have {DATA!r}, got {got}.")
+        raise ValueError(f"batch must have {DATA_KEY!r}, got {got}.")
     checks.key("key", key)
     checks.number("label_dropout", label_dropout, at_least=0, at_most=1)
-    x_0, cond = batch[DATA], {name: batch[name] for name in batch if name != DATA}
+    x_0, cond = (
+        batch[DATA_KEY],
+        {name: batch[name] for name in batch if name != DATA_KEY},
+    )
     kind = getattr(x_0, "dtype", np.dtype(object))
     if not any(jnp.issubdtype(kind, one) for one in (np.uint8, np.floating)):
-        rule = f"batch's {DATA} must be a uint8 or float array [b, ...]"
+        rule = f"batch's {DATA_KEY} must be a uint8 or float array [b, ...]"
         raise ValueError(f"{rule}, got {checks.shown(x_0)}.")
-    checks.array(f"batch's {DATA}", x_0, "any", ("b", ...))
+    checks.array(f"batch's {DATA_KEY}", x_0, "any", ("b", ...))
     for name, value in cond.items():
-        if name in TAKEN:
+        if name in RESERVED:
             rule = "batch's keys must be other arguments of the network than"
-            raise ValueError(f"{rule} {', '.join(TAKEN)}, got {name!r}.")
+            raise ValueError(f"{rule} {', '.join(RESERVED)}, got {name!r}.")
         axes = () if name == "label" else (...,)
         what = "int" if name == "label" else "any"
         checks.array(f"batch's {name}", value, what, (*x_0.shape[:1], *axes))
@@ -328,11 +336,11 @@ def make_loss_fn(
         takes_label = objective is None or num_classes(model) is not None
         if takes_label and label is None:
             rule = "batch must have 'label', which the network takes or learns"
-            raise ValueError(f"{rule}, got {sorted([DATA, *cond])}.")
+            raise ValueError(f"{rule}, got {sorted([DATA_KEY, *cond])}.")
         if options and callable(model):
             labels = () if num_classes(model) is None else ("label",)
             call = model.__call__
-            signatures.takes("model", call, *TAKEN[:2], *labels, **options)
+            signatures.takes("model", call, *RESERVED[:2], *labels, **options)
         params = placement.on_mesh(params, x_0)
         if param_sharding is not None:
             params = jax.lax.with_sharding_constraint(params, param_sharding)

@@ -307,8 +307,18 @@ def test_wrong_fields_of_dit_are_named(options, message):
 @pytest.mark.parametrize(
     ("options", "shape", "label", "message"),
     [
-        ({}, (8, 8, 3), [1, 2], "num_classes = None takes no labels, got some"),
-        (dict(num_classes=7), (8, 8, 3), None, "num_classes = 7 needs labels, got"),
+        (
+            {},
+            (8, 8, 3),
+            [1, 2],
+            "label must not be given to a network with num_classes = None",
+        ),
+        (
+            dict(num_classes=7),
+            (8, 8, 3),
+            None,
+            "label must be given to a network with num_classes = 7, got None",
+        ),
         ({}, (8, 3), None, r"x must be images \[b, h, w, c\], got shape \(2, 8, 3\)"),
         ({}, (2, 8, 8, 3), None, r"x must be images \[b, h, w, c\], got shape"),
     ],

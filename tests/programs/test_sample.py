@@ -526,8 +526,9 @@ def test_a_weaker_run_guides_as_autoguidance_of_the_core(labelled, weaker, draws
     assert_same(draws(labelled, *told, 1)[0], draws(labelled)[0])
     again = pipeline.load_run(labelled)
     assert again.null_label == KNOWN
-    options = dict(guide_with=f"{weaker}@none", guidance=3, n=N)
-    assert_same(images, jd.sample_images(again, **options).astype(int))
+    for mark in ":@":
+        options = dict(guide_with=f"{weaker}{mark}none", guidance=3, n=N)
+        assert_same(images, jd.sample_images(again, **options).astype(int))
 
 
 @pytest.mark.slow
@@ -554,6 +555,7 @@ def test_a_guide_must_fit_the_run(labelled, plain, weaker, classifier, folder, r
         (classifier, f"must be a denoiser's run, got {classifier}"),
         (folder / "none", "holds none"),
         (f"{weaker}@0.5", "must be a workdir that can be loaded, got: "),
+        (f"{weaker}:0.5", "must be a workdir that can be loaded, got: ema must be one"),
         (f"{weaker}@", "must be a workdir that can be loaded, got: ema must be one of"),
         (
             told,
