@@ -38,7 +38,6 @@ from jax_diffusion.interop import inception_weights
 from jax_diffusion.pipeline import Run, load_run
 from jax_diffusion.runtime import files, locks, sharding
 
-
 SPLITS = ["train", "test", "all"]
 ALL_METRICS = ", ".join((*METRICS, *NETWORK_METRICS))
 

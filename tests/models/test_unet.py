@@ -554,8 +554,16 @@ def test_unknown_choices_are_named(name):
     [
         (dict(channels=10), None, "divisible by num_groups = 4 .* got 10"),
         (dict(num_heads=3), None, "by num_heads = 3, got 8"),
-        (dict(num_classes=7), None, "num_classes = 7 needs labels, got none"),
-        (dict(), [1, 2], "num_classes = None takes no labels, got some"),
+        (
+            dict(num_classes=7),
+            None,
+            "label must be given to a network with num_classes = 7, got None",
+        ),
+        (
+            dict(),
+            [1, 2],
+            "label must not be given to a network with num_classes = None",
+        ),
     ],
 )
 def test_wrong_channels_and_labels_are_named_in_one_sentence(options, label, message):
