@@ -221,13 +221,13 @@ def drop(
     """
     checks.key("key", key)
     checks.number("share", share, at_least=0, at_most=1)
+    b: Any = "b"
     for name in null:
-        checks.array(f"cond's {name}", cond.get(name), "any", ("b", ...))
-    b = next((cond[name].shape[0] for name in null), 0)
-    hidden = jax.random.bernoulli(key, jnp.float32(share), (b,))
+        checks.array(f"cond's {name}", cond.get(name), "any", (b, ...))
+        b = cond[name].shape[0]
+    hidden = jax.random.bernoulli(key, jnp.float32(share), (b if null else 0,))
 
     def replaced(name, value):
-        checks.array(f"cond's {name}", value, "any", (b, ...))
         axes = tuple(range(1, np.ndim(value)))
         mask = jnp.expand_dims(hidden, axes)
         return jnp.where(mask, null[name], value).astype(value.dtype)

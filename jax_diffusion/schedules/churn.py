@@ -4,19 +4,17 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from jax_diffusion import checks
 from jax_diffusion.schedules.levels import (
+    CONTINUOUS,
     Levels,
     check_levels,
     continuous_levels,
     from_levels,
-    log_snr_levels,
     sigma_levels,
-    time_levels,
 )
 from jax_diffusion.schedules.noise_schedule import (
     NoiseSchedule,
@@ -112,14 +110,9 @@ def levels_by_ratio(
     columns = [np.asarray(a, np.float64) for a in (*table.now[:2], table.timesteps)]
     with np.errstate(divide="ignore"):  # a last level may have no signal
         sigma = columns[1] / columns[0]
-    try:
-        levels_fn: Any = continuous_levels(table)[0]
-    except ValueError:
-        levels_fn = None
-    if levels_fn is time_levels:
-        return sigma, lambda ratio: time_levels(1 / (1 + 1 / ratio))
-    if levels_fn is log_snr_levels:
-        return sigma, lambda ratio: log_snr_levels(-2 * np.log(ratio))
+    with contextlib.suppress(ValueError):
+        levels_fn, _ = continuous_levels(table)
+        return sigma, lambda ratio: levels_fn(CONTINUOUS[levels_fn](ratio))
 
     def nearest(ratio):
         with np.errstate(invalid="ignore"):  # infinity minus infinity
@@ -127,4 +120,4 @@ def levels_by_ratio(
         rows = away.argmin(axis=1)
         return Levels(*(column[rows] for column in columns))
 
-    return sigma, levels_fn or nearest
+    return sigma, nearest

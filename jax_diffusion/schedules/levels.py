@@ -188,9 +188,12 @@ def log_snr_levels(log_snr: Any) -> Levels:
     return Levels(1 / xp.hypot(one, ratio), 1 / xp.hypot(one, 1 / ratio), log_snr)
 
 
-CONTINUOUS: tuple[Callable[[Any], Levels], ...]
-CONTINUOUS = sigma_levels, time_levels, log_snr_levels
-"""The processes that are functions of a real number."""
+CONTINUOUS: dict[Callable[[Any], Levels], Callable[[np.ndarray], np.ndarray]] = {
+    sigma_levels: lambda ratio: ratio,
+    time_levels: lambda ratio: 1 / (1 + 1 / ratio),
+    log_snr_levels: lambda ratio: -2 * np.log(ratio),
+}
+"""The processes that are functions of a real number, and that of noise / signal."""
 
 
 def continuous_levels(
