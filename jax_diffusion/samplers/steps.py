@@ -16,7 +16,14 @@ from jax_diffusion import checks, diffusion
 from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.samplers.loop import StepFn, check_step_arguments, check_step_fn
 from jax_diffusion.samplers.noise import fold_in, normal
-from jax_diffusion.samplers.state import Past, State, advance, marked, traits_of
+from jax_diffusion.samplers.state import (
+    Past,
+    State,
+    advance,
+    check_fields,
+    marked,
+    traits_of,
+)
 from jax_diffusion.schedules import NoiseSchedule, take
 
 Keys = Key[Array, "b"]
@@ -368,6 +375,7 @@ def _second_stage(state, c, t, x_0):
 
 def _earlier(state):
     """The last predictions of a state, two at least, the newest first."""
+    check_fields(state)
     earlier = getattr(state, "earlier", ())
     if not earlier:
         rule = "state must hold earlier predictions, as samplers.start(x_T, step_fn)"
