@@ -19,11 +19,7 @@ import numpy as np
 from jax_diffusion import checks
 from jax_diffusion.data import philox
 from jax_diffusion.data.classes import class_order, label_table
-from jax_diffusion.data.conditioning import (
-    CONDITIONING,
-    as_conditioning,
-    read_arrays,
-)
+from jax_diffusion.data.conditioning import as_conditioning, of_file, read_arrays
 from jax_diffusion.data.decode import Decoder, height_and_width, reading
 from jax_diffusion.data.examples import (
     Arrays,
@@ -168,18 +164,6 @@ def load_npz(
         class_names=names,
         conditioning={name: array[rows] for name, array in more.items()},
     )
-
-
-@contextlib.contextmanager
-def of_file(path: Source) -> Iterator[None]:
-    """Names the file in errors about its arrays: "labels of a.npz must be ..."."""
-    try:
-        yield
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        if name in ("images", "labels", *CONDITIONING):
-            raise ValueError(f"{name} of {path} {rest}") from error
-        raise
 
 
 def read_image_file(

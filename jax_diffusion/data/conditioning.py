@@ -9,8 +9,9 @@ images, with `names`, the paths of the images below the folder, as text [n]. Row
 matched by name, never by position. Data sets of TFDS have none.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def read_conditioning(path: Any, field: str = "cond") -> Conditioning:
     given = read_arrays(field, file)
     if not {"cond", "tokens"} & given.keys():
         raise ValueError(f"{field} must be {rule}, got neither in {str(path)!r}.")
-    return _named(file, given, None)
+    with of_file(file):
+        return as_conditioning(given)
 
 
 def read_sidecar(root: Path, paths: Sequence[str]) -> Conditioning:
@@ -166,7 +168,8 @@ def read_sidecar(root: Path, paths: Sequence[str]) -> Conditioning:
             f"image{first}."
         )
     rows = np.array([places[name] for name in own])
-    found = _named(file, given, len(names))
+    with of_file(file):
+        found = as_conditioning(given, len(names))
     return {name: array[rows] for name, array in found.items()}
 
 
@@ -188,13 +191,16 @@ def read_arrays(
         raise ValueError(f"{rule}, got {str(file)!r}: {told}.") from error
 
 
-def _named(file: Path, given: Mapping[str, Any], n: int | None) -> Conditioning:
-    """`as_conditioning` of arrays of a file, which is named in errors."""
+@contextlib.contextmanager
+def of_file(path: Any) -> Iterator[None]:
+    """Names the file in errors about its arrays: "labels of a.npz must be ..."."""
     try:
-        return as_conditioning(given, n)
+        yield
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        raise ValueError(f"{name} of {file} {rest}") from error
+        if name in ("images", "labels", *CONDITIONING):
+            raise ValueError(f"{name} of {path} {rest}") from error
+        raise
 
 
 def record_of(conditioning: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -36,15 +36,24 @@ class Row(NamedTuple):
 FLOW = dict(mean_type="flow", precondition=False)
 EDM = dict(mean_type="x_0", precondition=True)
 EDM_FIELDS = ("sigma_min", "sigma_max", "rho")
-SIGMAS = {"prediction_type": "epsilon", "sigma_schedule": "karras"}
-SIGMAS["final_sigmas_type"] = "zero"
+SIGMAS = {
+    "prediction_type": "epsilon",
+    "sigma_schedule": "karras",
+    "final_sigmas_type": "zero",
+}
 ROWS = {  # the first one of a process is written
     "FlowMatchEulerDiscreteScheduler": Row(
         *("flow", ("shift",), FLOW),
-        {"num_train_timesteps": NUM_STEPS, "shift_terminal": None}
-        | dict.fromkeys(("use_dynamic_shifting", "invert_sigmas"), False)
-        | dict.fromkeys(("stochastic_sampling", "use_karras_sigmas"), False)
-        | dict.fromkeys(("use_exponential_sigmas", "use_beta_sigmas"), False),
+        {
+            "num_train_timesteps": NUM_STEPS,
+            "shift_terminal": None,
+            "use_dynamic_shifting": False,
+            "invert_sigmas": False,
+            "stochastic_sampling": False,
+            "use_karras_sigmas": False,
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+        },
         "DDPMPipeline",
     ),
     "EDMEulerScheduler": Row("edm", EDM_FIELDS, EDM, SIGMAS),

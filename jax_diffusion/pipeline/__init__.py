@@ -121,7 +121,7 @@ def sample_images(
             raise ValueError(
                 f"{name} must be an integer in [{least}, 2^32), got {shown(value)}."
             )
-    numbers = np.arange(n or 1) if ids is None else np.asarray(ids)
+    numbers = np.arange(1) if ids is None else np.asarray(ids)
     if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
         raise ValueError(f"ids must be integers [n], got {shown(ids)}.")
     if numbers.min() < 0 or numbers.max() >= 2**31:
@@ -134,8 +134,8 @@ def sample_images(
     if upsample is not None and not isinstance(upsample, Run):
         upsample = load_other("upsample", upsample)
     bound = bind_sampler(run, options, task, upsample=upsample)
-    if n is None and ids is None:
-        numbers = np.arange(bound.default_n)
+    if ids is None:
+        numbers = np.arange(n or bound.default_n)
     size = min(batch_size, len(numbers))
     batches = bound.batches(ids=numbers, seed=seed, batch_size=size)
     keep = slice(None) if task.row.is_strip else -1
