@@ -1131,7 +1131,10 @@ OTHERS = [
     (RAW, lambda: guidance.classifier(model, S, lambda x, t: x[:, 0, 0, 0])(X, T)),
     (RAW, lambda: guidance.classifier_free(lambda x, t, label: x, LABEL, 0, 2.0)(X, T)),
     (RAW, lambda: guidance.autoguidance(model, DENOISE, 2.0)(X, T)),
-    (RAW, lambda: guidance.adaptive_projected(DENOISE, model, 2.0)(X, T)),
+    (
+        RAW.replace("denoise_fn", "weak_fn"),
+        lambda: guidance.adaptive_projected(DENOISE, model, 2.0)(X, T),
+    ),
     (
         "weak_fn must be a function of (x_t, t), got None",
         lambda: guidance.autoguidance(DENOISE, None, 2.0),
