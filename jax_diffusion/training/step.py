@@ -188,8 +188,8 @@ def make_train_step(
     if label_dropout and not traits(model).null:
         rule = "label_dropout must be 0 for a network without labels, cond and tokens"
         raise ValueError(f"{rule}, got {label_dropout}.")
-    rates, T = (ema_decays, ema_warmup, ema_widths), schedule.num_steps
     loss_fn = make_loss_fn(model, schedule, objective, param_sharding, low_res_size)
+    rates, T = (ema_decays, ema_warmup, ema_widths), schedule.num_steps
 
     def train_step(key, state, batch):
         key_dropout, examples = draw_examples(
