@@ -175,8 +175,8 @@ GUIDANCE_FLAGS: Flags = {
         metavar="FILE.npz",
         help="A .npz with cond [k, d], or tokens [k, n, d] and tokens_mask [k, n], for "
         "a network with cond_dim or token_dim. Row i is for image i; rows repeat if "
-        "there are fewer. Needed unless --task starts from images that have their own. "
-        "With labels, give --label as well: they are paired in order.",
+        "there are fewer. Not needed where images have their own: of --task, and the "
+        "data of evaluate. With labels, give --label, too: they are paired in order.",
     ),
     "--guidance": dict(
         type=float,
