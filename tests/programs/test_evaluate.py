@@ -314,7 +314,7 @@ def classifier(run, tmp_path_factory):
         data.load("digits", split, batch_size=128, train=split == "train")
         for split in ("train", "test")
     )
-    train_feature_classifier(path, train_split, test_split, seed=0)
+    train_feature_classifier(path, train_split, test_split, seed=0, steps=60)
     return path
 
 

@@ -134,15 +134,19 @@ def muon_config(steps):
     """Muon, whose state is a tree of its own, on a mesh that splits it."""
     overrides = ["--config.mesh.fsdp=4", f"--config.total_steps={steps}"]
     config = settings.load_config(tiny.CONFIG, overrides)
+    config.model = dict(name="support.networks:Tiny", channels=8)
     config.optimizer = MUON
     return config
 
 
 @pytest.mark.slow
-def test_an_optimizer_of_optax_trains_and_resumes_bit_for_bit(tmp_path):
+def test_an_optimizer_of_optax_trains_and_resumes_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax_diffusion.runtime.sharding.MIN_SPLIT", 1)
     whole = train.train(muon_config(4), tmp_path / "whole")
     half = train.train(muon_config(2), tmp_path / "run")
     assert not same_state(whole.params, half.params)
+    params = jax.tree.leaves(whole.params)
+    assert any(not a.sharding.is_fully_replicated for a in params)
     assert same_state(train.train(muon_config(4), tmp_path / "run"), whole)
     # The same as an object of optax, given to `train`.
     tx, _ = training.make_optimizer(**MUON, total_steps=2)

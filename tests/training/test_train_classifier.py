@@ -27,12 +27,12 @@ SMALL = dict(
     channels=8,
     num_groups=4,
     multipliers=(1, 2),
-    num_res_blocks=1,
+    num_res_blocks=0,
     attention_resolutions=(4,),
 )
 # Training
 
-STEPS = 240
+STEPS = 300
 
 
 @functools.cache
