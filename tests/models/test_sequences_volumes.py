@@ -21,7 +21,7 @@ MODEL = UNet(
     channels=8,
     num_groups=4,
     multipliers=(1, 2),
-    num_res_blocks=1,
+    num_res_blocks=0,
     attention_resolutions=(),
     out_channels=2,
 )
@@ -59,7 +59,7 @@ def test_sequences_and_volumes_are_learned_and_drawn(shape):
         terms = losses.training_loss(key_eps, model_fn, S, X_0, x_0, t)
         return jnp.mean(terms.loss)
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 2})
+    @jit
     def update(params, state, key):
         value, grads = jax.value_and_grad(loss)(params, key)
         updates, state = tx.update(grads, state)
