@@ -388,24 +388,17 @@ def test_what_is_not_split_fits_a_batch_that_is(name):
                 jax.jit(function).trace(given)
 
 
-def ways(name):
-    """With a mesh set, without, or both. All are traced above."""
-    if name.endswith("network"):
-        return ()  # long to compile, and the gradient holds all of it
-    if name.endswith("sampler of a padded schedule"):
-        return (False,)
-    is_sampler = name.removesuffix(" sampler") in samplers.SAMPLERS
-    return (True,) if is_sampler else (False, True)
-
-
-SKIPPED = {
+SKIPPED = {  # which are traced
+    *(name for name in BATCHES if name.endswith("network")),  # gradients hold them
     *(name for name in WHOLES if name.startswith("train step, ")),
-    "gradient of unet",  # unet-conditioned is it, and more
+    "train step in two parts",  # that of preconditioned levels is
+    *("gradient of unet", "gradient of annotated-resnet"),  # in other cases
     *(f"gradient of noisy_classifier-{pool}" for pool in ("spatial", "spatial_v2")),
-} - {"train step, uniform"}  # which are traced
+} - {"train step, uniform"}
 COMPUTED = [
-    *((name, inside) for name in BATCHES for inside in ways(name)),
-    *((name, True) for name in WHOLES if name not in SKIPPED),
+    (name, not name.endswith("sampler of a padded schedule"))
+    for name in BATCHES | WHOLES
+    if name not in SKIPPED
 ]
 
 
