@@ -351,7 +351,7 @@ def context(within):
 
 def slow_if(name, within):
     """Networks take seconds to trace: the fast tests do it once for some of them."""
-    quick = name in ("gradient of unet", "gradient of dit") or "in two parts" in name
+    quick = name == "gradient of dit" or "in two parts" in name
     heavy = name in WHOLES and not (within and quick)
     return pytest.mark.slow if heavy or name.endswith("network") else ()
 

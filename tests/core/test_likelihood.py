@@ -46,6 +46,7 @@ def test_every_kl_term_is_the_information_lost_in_its_step():
     assert_mean(vlb.sum(axis=1), known[0] - known[-1])
 
 
+@pytest.mark.slow
 def test_the_bound_of_the_exact_model_is_the_entropy_of_its_pixels():
     probs = oracles.pixel_probs(MEAN, STD)
     pixels = np.random.default_rng(0).choice(256, size=(256, 32), p=probs)

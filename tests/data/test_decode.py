@@ -31,6 +31,7 @@ def with_texts(path, *lengths, color_profile=b""):
     return pixels
 
 
+@pytest.mark.slow
 def test_a_png_with_long_texts_is_whole_in_many_threads(tmp_path):
     before = PngImagePlugin.MAX_TEXT_CHUNK
     files = [str(tmp_path / f"{i}.png") for i in range(6)]

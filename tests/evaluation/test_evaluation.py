@@ -35,6 +35,7 @@ def write_pngs(folder, images):
     return folder
 
 
+@pytest.mark.slow
 def test_arrays_folders_and_npz_files_have_the_same_pixel_distance(tmp_path):
     np.savez(tmp_path / "few.npz", FEW)
     np.save(tmp_path / "many.npy", MANY)

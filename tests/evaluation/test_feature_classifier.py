@@ -50,6 +50,7 @@ def test_features_do_not_depend_on_the_batch(size, trained):
         np.testing.assert_allclose(parts[name], array, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3])
 def test_features_do_not_depend_on_the_devices(count, trained, monkeypatch):
     extractor = load_feature_classifier(trained["path"], SHAPE)
@@ -101,6 +102,7 @@ def test_pooled_features_of_a_class_lie_together(trained):
     assert np.mean(distances.argmin(axis=1) == labels) > 0.9
 
 
+@pytest.mark.slow
 def test_the_seed_and_the_examples_decide_every_parameter(tmp_path):
     arrays = SMALL.images, SMALL.labels
     same = data.from_arrays(*arrays, batch_size=7, train=False, seed=5)

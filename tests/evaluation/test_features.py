@@ -164,6 +164,7 @@ def test_a_download_of_another_hash_is_refused(server, weights, tmp_path):
     assert f"expected {'0' * 64} but got {weights[1]}" in " ".join(sentence.split())
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_is_refused(server, weights, tmp_path):
     server.content = server.content[:-100]
     url = f"{server.url}/weights.pth"
@@ -175,6 +176,7 @@ def test_a_missing_page_is_refused(server, weights, tmp_path):
     assert "404" in refused(tmp_path / "cache", url=url, sha256=weights[1])
 
 
+@pytest.mark.slow
 def test_an_unreachable_server_is_refused(weights, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -182,6 +184,7 @@ def test_an_unreachable_server_is_refused(weights, tmp_path):
     refused(tmp_path / "cache", url=url, sha256=weights[1])
 
 
+@pytest.mark.slow
 def test_a_silent_server_is_given_up(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(extractors, "TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -189,6 +192,7 @@ def test_a_silent_server_is_given_up(weights, tmp_path, monkeypatch):
         assert "timed out" in refused(tmp_path / "cache", url=url, sha256=weights[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", ["weights.pth", "file:///no/such/file", "http://[::1"])
 def test_an_address_of_nothing_is_refused(url, weights, tmp_path):
     refused(tmp_path / "cache", url=url, sha256=weights[1])

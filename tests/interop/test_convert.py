@@ -523,6 +523,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["openai", "openai_new", "ddpm", "diffusers"])
 def test_a_network_of_ones_own_is_described_by_a_config(layout, tmp_path, program):
     changes = dict(model=dict(scale_shift=False, num_heads=2))
@@ -583,6 +584,7 @@ def test_safetensors_and_back_is_bit_exact(ema, tmp_path, program):
     assert run.config.schedule == back.config.schedule
 
 
+@pytest.mark.slow
 def test_annotated_networks_come_back_from_safetensors_too(tmp_path, program):
     config = config_of(objective=dict(mean_type="eps", loss="huber"))
     config["model"] = dict(name="annotated", channels=16, multipliers=(1, 2))

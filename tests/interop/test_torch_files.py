@@ -210,6 +210,7 @@ def test_a_flipped_byte_of_the_tensors_is_noticed(tmp_path):
             np.asarray(damaged)
 
 
+@pytest.mark.slow
 @writers
 def test_no_flipped_byte_brings_another_kind_of_error(write, tmp_path):
     path = write(tmp_path / "a.pt", pickled({"a": tensor()}))

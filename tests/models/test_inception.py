@@ -313,6 +313,7 @@ def test_all_that_is_wrong_with_a_state_dict_is_said_at_once(tensors):
     )
 
 
+@pytest.mark.slow
 def test_how_many_batches_a_norm_has_seen_does_not_matter(tensors):
     without = params_from_torch(tensors)
     tensors |= {

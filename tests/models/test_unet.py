@@ -410,6 +410,7 @@ def test_dropout_drops_its_share_scales_up_the_rest_and_rests_when_not_training(
     np.testing.assert_allclose(dropped, is_kept * kept / 0.75, **F32_SUM)
 
 
+@pytest.mark.slow
 def test_doubling_folded_into_the_kernel_is_doubling_and_then_convolving():
     x, kernel = X[:, :4, :6], jnp.asarray(normal(3, 3, 3, 8, 5))
     grad = normal(4, 2, 8, 12, 5)
@@ -537,6 +538,7 @@ def test_super_resolution_sees_the_small_image_enlarged():
         plain.init(jax.random.key(0), IMAGES, T, low_res=small)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_within_two_per_cent_of_the_norm():
     ours = apply_small(random_params(), IMAGES, T, dtype=jnp.bfloat16)
     exact = apply_small(random_params(), IMAGES, T)

@@ -58,6 +58,7 @@ def test_all_tokens_masked_is_the_null_whatever_they_are():
     np.testing.assert_array_equal(model_fn(X, T, COND, 1e30 * TOKENS, none), null)
 
 
+@pytest.mark.slow
 def test_tokens_are_a_set_and_padding_them_changes_nothing():
     y = model_fn(X, T, COND, TOKENS, MASK)
     order = jnp.array([2, 0, 3, 1])

@@ -58,6 +58,7 @@ def test_an_image_depends_on_seed_and_number_only(labeled):
     assert np.mean(other != whole) > 0.5
 
 
+@pytest.mark.slow
 def test_tasks_labels_guidance_and_arrays_go_by_keyword(labeled):
     start = np.full((3, SIZE, SIZE, 3), 200, np.uint8)
     known = np.zeros((SIZE, SIZE), bool)

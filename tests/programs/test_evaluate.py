@@ -125,6 +125,7 @@ def test_scores_add_up_and_say_how_they_were_made(run, tmp_path, score, capsys):
     }
 
 
+@pytest.mark.slow
 def test_a_distance_is_that_of_the_samples_which_are_kept(run, tmp_path, score):
     score("--workdir", run, "--out", tmp_path, "--metrics", "pixel_distance", *DRAWN)
     with np.load(tmp_path / "samples.npz") as kept:
@@ -157,6 +158,7 @@ def evaluations_of(out):
     return json.loads((out / "scores.json").read_text())["evaluations"]
 
 
+@pytest.mark.slow
 def test_terms_are_written_as_image_nll_writes_them(run, tmp_path, score):
     few = ("--metrics", "bpd", "--bpd-images", "30", "--batch-size", "32")
     score("--workdir", run, "--out", tmp_path, *few)
@@ -249,6 +251,7 @@ def test_scores_stand_beside_those_of_the_paper(run, tmp_path, score, capsys):
 # from Python, and as `sample` draws
 
 
+@pytest.mark.slow
 def test_python_finds_what_the_program_finds_and_writes_nothing(run, tmp_path, score):
     names = "pixel_distance,bpd"
     few = ("--bpd-images", 30, "--n", 70, "--steps", 3, "--batch-size", 32)

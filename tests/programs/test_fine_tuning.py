@@ -300,6 +300,7 @@ def test_a_file_of_another_code_is_read_by_the_names_of_its_tensors(tmp_path):
     assert same(run.params, checkpoint.load_params(workdir, ema=None))
 
 
+@pytest.mark.slow
 def test_the_command_line_begins_goes_on_and_changes_in_words_of_its_flags(
     images, source, tmp_path, monkeypatch, capsys
 ):

@@ -293,6 +293,7 @@ def test_small_images_are_a_folder_or_one_picture(runs, tmp_path):
     assert labels_of(runs["plain"], task="edit", images=tmp_path / "images")[0] == [0]
 
 
+@pytest.mark.slow
 def test_evaluate_draws_as_many_as_a_given_reference_has_without_the_runs_data(
     runs, tmp_path
 ):
@@ -429,6 +430,7 @@ def test_renumbered_classes_are_counted_alike_in_memory_or_not(tmp_path):
 # The programs
 
 
+@pytest.mark.slow
 def test_the_first_lines_of_programs_say_what_was_read(
     runs, tmp_path, capsys, monkeypatch
 ):

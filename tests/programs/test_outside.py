@@ -104,6 +104,7 @@ def workdir(tmp_path_factory):
         yield folder / "run"
 
 
+@pytest.mark.slow
 def test_train_makes_steps_of_an_optimizer_from_outside(workdir):
     assert checkpoint.latest_step(workdir) == 2
     params = checkpoint.load_params(workdir, ema=None)

@@ -150,6 +150,7 @@ def rate_distortion(tmp_path, rate, distortion):
     return curve(tmp_path / "new" / "rd.png", save, rate, distortion, width=1440)
 
 
+@pytest.mark.slow
 def test_rate_and_distortion_are_drawn_against_each_other_and_the_steps(tmp_path):
     rate, distortion = np.array([1.8, 0.9, 0.3, 0.0]), np.array([1.0, 8.0, 30.0, 70.0])
     original = rate_distortion(tmp_path, rate, distortion)

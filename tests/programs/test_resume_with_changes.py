@@ -68,6 +68,7 @@ def test_a_named_field_changes_and_the_record_and_run_json_say_when(begun, run, 
     assert "optimizer.lr: 0.5 -> 0.01" in refuses(train.train, config_of(begun), run)
 
 
+@pytest.mark.slow
 def test_a_change_that_is_taken_back_is_in_the_record_twice(begun, run):
     for total, lr in ((3, 0.5), (4, 0.01)):
         config = config_of(begun, total_steps=total, optimizer=dict(lr=lr))
@@ -166,6 +167,7 @@ def test_images_of_another_shape_are_named(begun, run, tmp_path, allowed, name):
     assert files_of(run) == before
 
 
+@pytest.mark.slow
 def test_larger_images_may_go_on_if_that_is_allowed(begun, run, tmp_path):
     write_images(tmp_path / "large.npz", channels=1, size=16)
     config = tiny_config(tmp_path / "large.npz", total_steps=3)
@@ -266,6 +268,7 @@ def digest(root, **changes):
     return data.load("folder", **options).examples.digest
 
 
+@pytest.mark.slow
 def test_a_mended_picture_is_a_change_of_the_data(tmp_path):
     write_folder(tmp_path / "photos", sizes=range(8, 18))
     group = dict(name="folder", path=str(tmp_path / "photos"), image_size=8)

@@ -352,6 +352,7 @@ def test_another_rule_of_rounding_is_refused(plain, refuses):
 # Labels and guidance
 
 
+@pytest.mark.slow
 def test_labels_go_round(labelled, draws):
     images, labels = draws(labelled)
     np.testing.assert_array_equal(labels, [0, 1, 2, 3, 0])
@@ -445,17 +446,13 @@ def by_classifier(workdir, scale, *, reclip):
     return wrap
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "reclip", "step", "scale"),
     [
         ((), True, samplers.ddim_step, 8.0),
-        pytest.param(
-            *(("--no-reclip",), False, samplers.ddim_step, 8.0), marks=pytest.mark.slow
-        ),
-        pytest.param(
-            *(("--sampler", "ddpm"), False, samplers.ddpm_step, 200.0),
-            marks=pytest.mark.slow,
-        ),
+        (("--no-reclip",), False, samplers.ddim_step, 8.0),
+        (("--sampler", "ddpm"), False, samplers.ddpm_step, 200.0),
     ],
     ids=["ddim", "no-reclip", "ddpm"],
 )
@@ -512,6 +509,7 @@ def unlabeled(denoise_fn, schedule, label):
     return functools.partial(denoise_fn, label=jnp.full_like(label, KNOWN))
 
 
+@pytest.mark.slow
 def test_a_weaker_run_guides_as_autoguidance_of_the_core(labelled, weaker, draws):
     other = pipeline.load_run(weaker)
 
@@ -854,6 +852,7 @@ def test_images_do_not_depend_on_batches_or_devices(labelled):
         assert_same(drawn(devices, batch_size), whole)
 
 
+@pytest.mark.slow
 def test_every_step_is_told_to_the_host(labelled):
     run, seen = pipeline.load_run(labelled), []
     options = SamplingOptions(steps=6)

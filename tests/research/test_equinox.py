@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from support import two_points
 
 from jax_diffusion import samplers
@@ -25,6 +26,7 @@ def update(net, opt_state, key):
     return eqx.apply_updates(net, updates), opt_state, loss
 
 
+@pytest.mark.slow
 def test_an_equinox_network_learns_the_two_points_of_its_data():
     net = Net(eqx.nn.MLP(2, 1, 64, 2, key=jax.random.key(0)))
     opt_state, history = TX.init(eqx.filter(net, eqx.is_array)), []

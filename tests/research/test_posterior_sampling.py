@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from support import oracles
 
 from jax_diffusion import editing, samplers, schedules, spacing
@@ -15,6 +16,7 @@ A = np.array([[1.0, 0.5, 0.0], [0.0, 1.0, -1.0]])  # y = A x_0 + 0.3 eps
 Y, NOISE = np.array([0.8, -0.5]), 0.3
 
 
+@pytest.mark.slow
 def test_posterior_sampling_gives_mean_and_covariance_of_a_gaussian_posterior():
     # What x_t leaves open of x_0 counts as noise of the measurement.
     snr = oracles.alpha_bars(SCHEDULE) / oracles.noise_vars(SCHEDULE)

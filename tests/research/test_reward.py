@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from jax.test_util import check_grads
 from support.oracles import gaussian_rows
 
@@ -23,6 +24,7 @@ def draw(params, keys):
     return samplers.sample(keys, denoise_fn, samplers.ddpm_step, SCHEDULE, x_T)
 
 
+@pytest.mark.slow
 def test_a_reward_moves_the_samples_and_its_gradient_is_that_of_finite_differences():
     loss_fn = jax.jit(lambda params, keys: jnp.mean((draw(params, keys) - 0.6) ** 2))
     params = {"bias": jnp.zeros(()), "scale": jnp.ones(())}

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from support.oracles import assert_mean, mixture_denoiser
 
 from jax_diffusion import editing, samplers, schedules
@@ -12,6 +13,7 @@ MODES, WEIGHTS, STD = np.array([-0.8, 0.1, 0.7]), np.array([0.5, 0.2, 0.3]), 0.1
 Y, NOISE = 0.35, 0.3  # y = x_0 + 0.3 eps
 
 
+@pytest.mark.slow
 def test_twisted_smc_gives_the_posterior_of_a_mixture():
     denoise_fn = mixture_denoiser(SCHEDULE, MODES, WEIGHTS, STD)
 

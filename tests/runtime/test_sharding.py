@@ -173,8 +173,14 @@ def train_on(model, count, fsdp=1):
 @pytest.mark.parametrize(
     ("model", "count", "fsdp"),
     [
-        *((TwoConvs(), *sizes) for sizes in [(4, 2), (2, 2), (8, 1), (8, 8)]),
-        pytest.param(UNET, 8, 4, marks=pytest.mark.slow),
+        (TwoConvs(), 4, 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                *((TwoConvs(), *sizes) for sizes in [(2, 2), (8, 1), (8, 8)]),
+                (UNET, 8, 4),
+            )
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else type(value).__name__,
 )

@@ -109,6 +109,7 @@ class Told(nn.Module):
         return nn.Dense(3)(x) + told[:, None, None]
 
 
+@pytest.mark.slow
 def test_a_step_with_all_hidden_is_that_of_null_conditioning_and_label():
     sampler, tx = timesteps.uniform(9), optax.sgd(0.1)
     told = dict(label=jnp.arange(4) % 4, cond=normal(1, 4, 3))
