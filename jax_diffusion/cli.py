@@ -185,8 +185,8 @@ GUIDANCE_FLAGS: Flags = {
     ),
     "--guide-with": dict(
         metavar="WORKDIR[:EMA]",
-        help="Autoguidance: guide away from this weaker run, such as a smaller or less "
-        "trained one, instead of away from its own prediction without labels.",
+        help="Autoguidance: guide away from this weaker run (EMA is such as 0.999 or "
+        "width=0.1) instead of away from its own prediction without labels.",
     ),
     "--guidance-method": dict(
         metavar="NAME",

@@ -49,7 +49,7 @@ def widths(text: str) -> list[float]:
     except ValueError:
         rule = "must be numbers with commas between, such as 0.05,0.1"
         raise argparse.ArgumentTypeError(f"{rule}, got {text[:99]!r}") from None
-    if len({*found}) < len(found):
+    if len({f"{width:g}" for width in found}) < len(found):
         raise argparse.ArgumentTypeError(f"must be different widths, got {text[:99]}")
     return found
 
@@ -156,7 +156,9 @@ NETWORK_FLAGS: cli.Flags = {
         **_COUNT,
     ),
     "--bpd-steps": dict(
-        help="Number of terms of the bound. By default all T of them.", **_COUNT
+        help="Number of terms of the bound. By default all T of them; with fewer the "
+        "bound is looser, of EDM and flows by far.",
+        **_COUNT,
     ),
     # The old names.
     "--bits-images": dict(help=argparse.SUPPRESS, dest="bpd_images", **_COUNT),

@@ -8,12 +8,14 @@
 Whatever the sampler, the mean of weight * loss(t) is an unbiased estimate of the mean
 loss over uniform t. The state is a pytree of arrays, a part of the train state.
 
-In continuous time, levels are drawn instead of rows: quantiles of a distribution at the
-even u of `even_uniform`. The samplers in `LEVEL_SAMPLERS` return such `Levels` as t,
-and `table_of` makes the table of a batch of them. They are for a schedule of one of
-`schedules.levels.CONTINUOUS`.
+In continuous time, `LEVEL_SAMPLERS` draw `Levels` instead of rows, quantiles at even u
+of `even_uniform`. `table_of` makes a table of them, on which losses are computed:
 
-All functions raise ValueError if an argument does not fit.
+    levels, weight = logit_normal_times(schedule).sample(key, (), batch_size)
+    table, t = table_of(schedule, levels)
+
+They are for a schedule of `sigma_levels`, `time_levels` or `log_snr_levels`. All
+functions raise ValueError if an argument does not fit.
 """
 
 from collections.abc import Callable

@@ -121,11 +121,16 @@ def twisted_smc(
         x_0 = jnp.where(last, x, denoise_fn(x, below).x_0)
         log_twist = with_rows(log_likelihood_fn, 1, below)(x_0)
         checks.array("log_likelihood_fn's output", log_twist, "float", (b,))
-        log_weight = log_twist - state.log_twist - towards
+        # The past of an impossible particle, which was kept as all were, is forgotten.
+        past = jnp.where(state.log_twist == -jnp.inf, 0.0, state.log_twist)
+        log_weight = log_twist - past - towards
         log_weight, whole = placement.everywhere((log_weight, keys))
         # Systematic resampling: one random number spaces those that are kept evenly.
         places = jax.random.uniform(jax.random.fold_in(whole[0], 1)) + jnp.arange(b)
-        ends = jnp.cumsum(jax.nn.softmax(log_weight))
+        # Where none is possible all are kept alike, and the evidence is -inf.
+        possible = jnp.max(log_weight) > -jnp.inf
+        share = jax.nn.softmax(jnp.where(possible, log_weight, 0.0))
+        ends = jnp.cumsum(share)
         kept = jnp.minimum(jnp.searchsorted(ends, places / b), b - 1)
         rows = dict(x=x, x_0=guided.x_0, log_snr=level.log_snr, log_twist=log_twist)
         rows = {

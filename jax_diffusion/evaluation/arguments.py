@@ -297,7 +297,9 @@ def check_used(
             continue
         users = NETWORK_ARGUMENTS.get(name)
         if users is None and not rows:
-            raise ValueError(f"{name} is for metrics of images, got metrics {chosen}.")
+            others = "; bpd_images is for the others" if name == "n" else ""
+            rule = f"{name} is for metrics of images"
+            raise ValueError(f"{rule}, got metrics {chosen}{others}.")
         if users is not None and not {*users} & {*names}:
             raise ValueError(f"{name} is for the metrics {users}, got {chosen}.")
     if "n" in given and not names:

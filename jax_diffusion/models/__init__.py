@@ -9,7 +9,9 @@ The call is `(x, timesteps, [label], *, [low_res=], [cond=], [...], train=False)
 first three are given by position:
 
     x          float32 [b, h, w, c], noisy images, or data of any other rank
-    timesteps  float32 [b], one number for each image: how noisy it is
+    timesteps  float32 [b], one number for each image: how noisy it is. In a chain of
+               betas the step, 0 to T - 1 (or to 1000); in a flow 1000 s, s in [0, 1];
+               in EDM log(sigma) / 4; elsewhere the log-SNR
     label      int32 [b] in [0, num_classes), if the network has `num_classes`
     low_res    float32 [b, h_low, w_low, c], the same images at a lower resolution, if
                the network has `low_res`
@@ -30,7 +32,8 @@ These fields of the module say what it takes and returns:
     out_channels  given to every denoiser by the config: c, or 2 c if the objective
                   learns the variance as well
     num_classes   number of labels that the network takes, including the null label of
-                  classifier-free guidance; None or no such field: it takes no label
+                  classifier-free guidance (`config.model.num_classes` is without it);
+                  None or no such field: it takes no label
     low_res       whether the network takes `low_res`; no such field: it does not
     cond_dim      length of `cond`; 0 or no such field: it takes none
     token_dim     length of each of the `tokens`; 0 or no such field: it takes none
@@ -246,7 +249,9 @@ def check_takes(model: Any, arrays: Mapping[str, Any], of: str = "") -> None:
             raise ValueError(f"{rule} {field} = {size}, got {got}.")
 
 
-def bind(model: Any, params: PyTree, label: Any, **options: Any) -> Callable[..., Any]:
+def bind(
+    model: Any, params: PyTree, label: Any = None, **options: Any
+) -> Callable[..., Any]:
     """Returns model_fn(x_t, timesteps): the network, all its other arguments bound.
 
     Args:

@@ -45,7 +45,7 @@ class Run:
 
     config: Config
     model: Network
-    params: PyTree
+    params: PyTree = dataclasses.field(repr=False)
     objective: Objective | None
     image_shape: tuple[int, ...]
     ema: str = "none"

@@ -18,8 +18,8 @@ def pure_noise(
 ) -> Float[Array, "b *d"]:
     """Draws x_T, which sampling starts from: `normal` at the noise of the last level.
 
-    Its standard deviation is 1 for chains of betas and for flows, and sigma_max in EDM:
-    the noise of `next` in the last row.
+    Its standard deviation is the noise of `next` in the last row: 1 where the last
+    level preserves variance, as in chains of betas, and elsewhere that level's noise.
 
     Args:
         keys: one for each image.

@@ -220,8 +220,8 @@ def continuous_levels(
     for levels_fn, number in zip(CONTINUOUS, (noise, noise, log_snr), strict=True):
         if all(map(close, levels_fn(number), columns)):
             return levels_fn, number
-    rule = "schedule must be in continuous time, as EDM, flows and log-SNRs are"
-    raise ValueError(f"{rule}, got one of rows.")
+    rule = "schedule must be in continuous time, of sigma_levels, time_levels or "
+    raise ValueError(f"{rule}log_snr_levels, got rows that none of them gives.")
 
 
 def edm_levels(

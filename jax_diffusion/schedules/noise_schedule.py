@@ -189,7 +189,7 @@ def table_of_squares(
     # Made to hold arrays of JAX, by their types.
     make, level = cast(Any, NoiseSchedule), cast(Any, Level)
     now = np.sqrt(signal_sq), np.sqrt(noise_sq), log_snr
-    start = 1.0 if np.hypot(*now[:2])[-1] <= 1 + 1e-6 else now[1][-1]  # not so in EDM
+    start = 1.0 if np.isclose(np.hypot(*now[:2])[-1], 1, 0, 1e-6) else now[1][-1]
     clean, pure = (1.0, 0.0, np.inf), (0.0, start, -np.inf)
     prev = level(*(np.append(c, a[:-1]) for a, c in zip(now, clean, strict=True)))
     prev_noise_sq = np.append(0.0, noise_sq[:-1])

@@ -117,8 +117,13 @@ def check_fit(
         )
 
 
-def tell_unused(batches: data.Batches) -> None:
-    """Logs conditioning of the data that the network does not take."""
+def tell_unused(batches: data.Batches, num_classes: int | None) -> None:
+    """Logs conditioning of the data that the network does not take, and labels of the
+    network, `num_classes` of them, that the data do not have.
+    """
+    if batches.labeled and (num_classes or 0) > batches.num_classes:
+        line = f"config.model.num_classes is {num_classes}: labels from "
+        data.LOGGER.info("%s%s are never trained", line, batches.num_classes)
     for name, field in (("cond", "cond_dim"), ("tokens", "token_dim")):
         if name in batches.examples.conditioning.keys() - batches.conditioning.keys():
             line = f"{name} of the data is not used: config.model.{field} is 0"

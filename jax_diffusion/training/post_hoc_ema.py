@@ -112,7 +112,8 @@ def average_of_width(
         raise ValueError(
             "ema_width must be one that the snapshots give to within "
             f"{max_residual:.0%}, got {ema_width:g}, which is {residual:.0%} off "
-            f"(snapshots {len({*steps})}, widths {known}, step {at_step})."
+            f"(snapshots {len({*steps})}, widths {known}, step {at_step}; they are "
+            "taken where the run is saved, every config.save_every steps)."
         )
     total = None
     for place, coefficient in zip(used, coefficients, strict=True):

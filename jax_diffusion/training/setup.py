@@ -120,7 +120,7 @@ def make_setup(
     model = configs.make_network(config, objective, image_shape[-1])
     run = Run(config, model, None, objective, image_shape)
     batches = dataclasses.replace(batches, conditioning_names=run.conditioning)
-    consistency.tell_unused(batches)
+    consistency.tell_unused(batches, config.model.get("num_classes"))
     if saved is None:
         consistency.check_fit(config, model, batches)
         consistency.check_attention(config, model, image_shape)

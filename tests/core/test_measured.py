@@ -9,7 +9,7 @@ import pytest
 from support import oracles, processes
 from support.oracles import F32_SUM, assert_mean
 
-from jax_diffusion import editing, samplers
+from jax_diffusion import editing, samplers, schedules
 from jax_diffusion.diffusion import Prediction
 
 RATIOS = np.geomspace(0.005, 50.0, 24)
@@ -116,3 +116,14 @@ def test_an_evidence_without_steps_towards_y_is_the_mean_likelihood():
     np.testing.assert_allclose(log_evidence, -3.0, **F32_SUM)
     plain = samplers.sample(*chain[:2], samplers.ddpm_step, *chain[2:])
     np.testing.assert_allclose(x, plain, **F32_SUM)
+
+
+def test_a_likelihood_of_zero_everywhere_is_an_evidence_of_minus_infinity():
+    schedule = schedules.make_schedule(schedules.cosine_betas(5))
+    keys = samplers.image_keys(jax.random.key(0), jnp.arange(8))
+    denoise_fn = oracles.gaussian_denoiser(schedule, 0.0, 1.0)
+    x, evidence = editing.twisted_smc(
+        *(keys, denoise_fn, schedule, samplers.normal(keys, (1,))),
+        lambda x_0: jnp.where(x_0[:, 0] > 1e9, 0.0, -jnp.inf),
+    )
+    assert evidence == -jnp.inf and np.isfinite(x).all()

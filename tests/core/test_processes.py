@@ -100,11 +100,13 @@ def test_the_large_variance_of_a_chain_is_beta_bit_for_bit(betas_fn):
 
 @every_process
 def test_pure_noise_has_the_spread_that_sampling_starts_from(kind):
-    schedule = processes.schedule_of(*processes.levels(kind, RATIOS), length=20)
-    assert [a[-1] for a in schedule.next] == [0, 50 if kind == "edm" else 1, -np.inf]
+    """1 where variance is preserved, else the noise of the last level."""
+    signal, noise = processes.levels(kind, RATIOS)
+    schedule = processes.schedule_of(signal, noise, length=20)
+    start = 1.0 if kind == "vp" else noise[-1]
+    assert [a[-1] for a in schedule.next] == [0, np.float32(start), -np.inf]
     x_T = samplers.pure_noise(KEYS, schedule, (6,))
-    unit = samplers.normal(KEYS, (6,))
-    np.testing.assert_allclose(x_T, unit * (50 if kind == "edm" else 1), rtol=1e-6)
+    np.testing.assert_allclose(x_T, samplers.normal(KEYS, (6,)) * start, rtol=1e-6)
 
 
 @every_process
@@ -913,6 +915,30 @@ def gaussian(kind, num_levels, **options):
     return schedule, oracles.affine_denoiser(rows)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "edm_heun" else pytest.mark.slow)
+        for name in SAMPLERS
+    ],
+)
+def test_gradients_by_the_levels_of_a_flow_are_finite(name):
+    """Its last level has no signal, and one over it is infinite."""
+
+    @jax.jit
+    @jax.grad
+    def slope(schedule):
+        objective = Objective("x_0", "fixed_small")
+        f = diffusion.denoiser(lambda x, _: jnp.tanh(x), schedule, objective)
+        x_T = samplers.normal(KEYS[:2], (1,))
+        x = samplers.sample(KEYS[:2], f, SAMPLERS[name].step, schedule, x_T)
+        return jnp.sum(x)
+
+    found = slope(schedules.from_levels(*schedules.flow_levels(4)))
+    for level in (found.now, found.prev):
+        assert np.isfinite(level.signal).all() and np.isfinite(level.noise).all()
+
+
 @every_process
 def test_inversion_finds_the_noise_that_the_flow_maps_to_an_image(kind):
     schedule, denoise_fn = gaussian(kind, 200)
@@ -992,7 +1018,7 @@ def test_the_prior_term_is_the_divergence_from_pure_noise(kind):
     signal, noise = processes.levels(kind, RATIOS)
     schedule = processes.schedule_of(signal, noise, length=20)
     found = likelihood.prior_bpd(schedule, jnp.full((1, 3), 0.8))
-    start = 50.0 if kind == "edm" else 1.0
+    start = 1.0 if kind == "vp" else noise[-1]
     var = (noise[-1] / start) ** 2
     kl = 0.5 * (var + (signal[-1] * 0.8 / start) ** 2 - 1 - np.log(var))
     np.testing.assert_allclose(found, kl / np.log(2), rtol=1e-4, atol=1e-7)

@@ -273,7 +273,7 @@ def test_arguments_that_do_not_fit_images_are_refused_before_these_are_read(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(n=8, **BPD), "n is for metrics of images, got metrics ['bpd']."),
+        (dict(n=8, **BPD), "n is for metrics of images, got metrics ['bpd'];"),
         (dict(images=ABSENT, **BPD), "images is for metrics of images"),
         (dict(reference=ABSENT, **BPD), "reference is for metrics of images"),
         (dict(reference_split="test", **BPD), "reference_split is for metrics of im"),
