@@ -22,9 +22,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-from support import xla_options  # noqa: E402
+from support import lowering, xla_options  # noqa: E402
 
 os.environ.setdefault("XLA_FLAGS", xla_options.FLAGS)
+lowering.share_contexts()
 
 from jax_diffusion import diffusion, pipeline  # noqa: E402
 
