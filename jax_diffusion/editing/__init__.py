@@ -20,6 +20,7 @@ from jax_diffusion.diffusion import DenoiseFn
 from jax_diffusion.editing.measured import dps as dps
 from jax_diffusion.editing.measured import twisted_smc as twisted_smc
 from jax_diffusion.samplers import StepFn
+from jax_diffusion.samplers.loop import like_batch
 from jax_diffusion.schedules import (
     NoiseSchedule,
     check_batch,
@@ -191,7 +192,7 @@ def repaint(
 
     def stretch(state, ts):
         # Skipped steps, -1, come first in a stretch: it begins at the largest t.
-        first, last = (jnp.full(x_T.shape[:1], t) for t in (jnp.max(ts), ts[-1]))
+        first, last = (like_batch(t, x_T) for t in (jnp.max(ts), ts[-1]))
 
         def once(state, visit):
             # Negative, so that the number of a visit is none of a row.
@@ -242,7 +243,7 @@ def edit(
     check_step(schedule, t)
     checks.data("x", x, ("b", ...))
     checks.keys("keys", keys, x.shape[0])
-    level = jnp.full(x.shape[:1], t, jnp.int32)
+    level = like_batch(t, x)
     eps = samplers.normal(samplers.fold_in(keys, 0), x.shape[1:])
     x_t = diffusion.q_sample(schedule, x, level, eps).astype(jnp.result_type(x))
     return descend(samplers.fold_in(keys, 1), denoise_fn, step_fn, schedule, x_t, t=t)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, Key
 from jax_diffusion import checks, diffusion
 from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn
-from jax_diffusion.samplers.loop import StepFn, sample
+from jax_diffusion.samplers.loop import StepFn, like_batch, sample
 from jax_diffusion.samplers.noise import fold_in, image_keys, normal
 from jax_diffusion.samplers.steps import ddim_inversion_step
 from jax_diffusion.schedules import NoiseSchedule, check_chain, check_step
@@ -163,7 +163,7 @@ def interpolate(
     checks.array("weights", weights, "float", ("n",))
     keys_a, keys_b, keys_steps = (fold_in(keys, i) for i in range(3))
     weights = weights.astype(jnp.result_type(x_a, jnp.float32))
-    level = jnp.full(x_a.shape[:1], t, jnp.int32)
+    level = like_batch(t, x_a)
     noised_a, noised_b = (
         diffusion.q_sample(schedule, x_0, level, normal(k, x_0.shape[1:]))
         for x_0, k in ((x_a, keys_a), (x_b, keys_b))

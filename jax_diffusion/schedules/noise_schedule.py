@@ -54,8 +54,8 @@ class NoiseSchedule:
         now: the noise level of x_t.
         prev: the noise level of x_{t-1}; in row 0 that of clean data, signal 1 and
             noise 0.
-        next: the noise level of x_{t+1}; in row T - 1 that of pure noise, which
-            sampling starts from: signal 0, and noise 1, or in EDM the last row's.
+        next: the noise level of x_{t+1}; in row T - 1 pure noise, from which sampling
+            starts: signal 0, and noise 1 if that row preserves variance, else its own.
         posterior_x_0: factor of x_0 in the mean of q(x_{t-1} | x_t, x_0), which is
             posterior_x_0 * x_0 + posterior_x_t * x_t (DDPM eq. 7).
         posterior_x_t: factor of x_t in that mean.

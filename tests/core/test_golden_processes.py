@@ -1070,13 +1070,13 @@ REST = {  # why an array is not compared, by the file's name and what its key ma
         "flow_diffusers": "training/",
         "conversions": "(vp_t|v_t|cosine_t|fm_vp_t|vp_sigma_back|v_sigma_back)",
     },
-    "not begun: a loss with learned uncertainty; learning rates of EDM2": {
+    "not built: a loss with learned uncertainty; learning rates of EDM2": {
         "edm2": "loss/|lr/",
     },
     "other: a norm of each channel; a sum over steps, which the test keeps": {
         "guidance": "apg/(channel_norm|.*/running_average)",
     },
-    "not begun: the density of data that are not images": {
+    "not compared yet: likelihoods, which ode_log_prob computes": {
         "kdiffusion_wrappers": "likelihood/|denoiser/",
         "flow": "likelihood/",
     },
