@@ -6,6 +6,7 @@ other array why not. See test_golden.py for the chains of betas.
 """
 
 import functools
+import math
 import re
 
 import jax
@@ -13,12 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import official
-from golden.account import PROCESSES, load, names_in, parity, total
+from golden.account import (
+    PROCESSES,
+    RELATIVE_OF_PROCESSES,
+    load,
+    names_in,
+    parity,
+    total,
+)
 from support import oracles
 
 from jax_diffusion import (
     diffusion,
     guidance,
+    likelihood,
     losses,
     samplers,
     schedules,
@@ -753,6 +762,156 @@ def test_eulers_method_of_flow_matching_is_ddim_without_noise(account):
             compare_samples(account, case, "flow", sigmas, "ddim", x_T)
 
 
+# Likelihoods
+
+NATS = 1e-7
+"""How far our log-densities may be off in float64.
+
+The error of Heun's method is of second order in its steps. Of results with 150 and 300
+steps for each factor e of noise / signal, `in_the_limit` cancels that, and what is left
+is of fourth order, 1 / 150^4 being 2e-9. The official ones of tolerance 1e-10 are
+1.2e-8 off their closed form, as the json says.
+"""
+FAR = 1e9  # noise in which nothing is left of a mean of 1, to 1e-8 nats
+
+
+def of_vectors(schedule, name, m, s, turn):
+    """Denoises data N(m, turn s^2 turn^T), or is `tanh_full` with the matrix `turn`."""
+
+    def denoise_fn(x_t, t):
+        level = schedules.take(schedule, t, x_t.ndim).now
+        a, b = level.signal, level.noise
+        if name == "tanh_full":
+            bent = 0.1 * jnp.tanh(x_t @ turn.T / (a + b))
+            return Prediction(a * x_t / (a**2 + b**2) + bent, 0 * a)
+        m_b, s_b = (jnp.broadcast_to(c, x_t.shape) for c in (m @ turn, s))
+        x_0 = denoised("gauss", m_b, s_b, level, x_t @ turn) @ turn.T
+        return Prediction(x_0, 0 * a)
+
+    return denoise_fn
+
+
+@functools.partial(jax.jit, static_argnames=("name", "probes"))
+def log_prob(keys, schedule, x, *, probes, **network):
+    args = keys, of_vectors(schedule, **network), schedule, x
+    return likelihood.ode_log_prob(*args, probes=probes).total
+
+
+def in_the_limit(account, kind, ends, x, network, probe=None):
+    """log p(x) by the probability flow between two ratios of noise to signal.
+
+    It is extrapolated to infinitely many steps (Richardson). Levels of "flow" go on to
+    pure noise. The divergence is exact, or estimated by the probe.
+    """
+    keys = jax.random.key(0) if probe is None else keys_of_signs(probe)
+    probes, totals = None if probe is None else 1, []
+    num_steps = 150 * math.ceil(math.log(ends[1] / ends[0]))
+    for count in (num_steps, 2 * num_steps):
+        sigma = np.geomspace(*ends, count + 1)
+        if kind == "flow":
+            sigma = np.append(sigma / (1 + sigma), 1.0)
+        schedule = schedules.pad(schedule_of(account, kind, sigma)[0], 10_000)
+        found = log_prob(keys, schedule, x, **network, probes=probes)
+        totals.append(np.float64(found))
+    coarse, fine = totals
+    return fine + (fine - coarse) / 3
+
+
+def keys_of_signs(probe):
+    """Keys from which `ode_log_prob` draws these vectors of signs, [b, d]."""
+    keys = samplers.image_keys(jax.random.key(0), jnp.arange(512))
+    half, shape = jnp.float32(0.5), probe.shape[1:]
+    draw = jax.vmap(lambda key: jax.random.bernoulli(key, half, shape))
+    signs = 2 * np.asarray(draw(samplers.fold_in(keys, 1))) - 1
+    same = (signs == np.sign(probe)[:, None]).all(axis=-1)
+    assert same.any(axis=1).all()
+    return keys[same.argmax(axis=1)]
+
+
+def correlated(account):
+    """What `of_vectors` takes for data N(m, A A^T + 0.1 I)."""
+    m, matrix = account.read("likelihood", "m", "A")
+    var, turn = np.linalg.eigh(matrix @ matrix.T + 0.1 * np.eye(len(m)))
+    s, turn = (jnp.asarray(a, m.dtype) for a in (np.sqrt(var), turn))
+    return dict(name="gauss", m=m, s=s, turn=turn)
+
+
+def compare_nats(account, key, ours, *, theirs=0.0):
+    """To our own error, in float32 that of all arrays here, and `theirs`."""
+    rounding = RELATIVE_OF_PROCESSES * np.abs(account.arrays[key]).max()
+    own = NATS if account.double else rounding
+    account.compare(key, ours, tolerance=own + theirs)
+
+
+@parity("processes/kdiffusion_wrappers")
+def test_log_likelihoods_of_k_diffusion_are_ours(account):
+    """From noise sigma_min, that x has already, to the prior N(0, sigma_max^2).
+
+    Their solver with its default tolerance is up to 0.0021 nats off, as the json says.
+    """
+    x, probe, matrix, m, s = account.read("likelihood", "x", "probe", "A", "m", "s")
+    networks = {
+        "gauss": dict(name="gauss", m=m, s=s, turn=jnp.eye(len(m), dtype=m.dtype)),
+        "gauss_full": correlated(account),
+        "tanh_full": dict(name="tanh_full", m=m, s=s, turn=matrix),
+    }
+    cases = account.json["likelihood"]
+    theirs = max(case["max_error_of_tol1e_4"] for case in cases)
+    for case in cases:
+        key, low, high = case["key"], case["sigma_min"], case["sigma_max"]
+        args = x, networks[case["denoiser"]]
+        ours = in_the_limit(account, "edm", (low, high), *args, probe)
+        compare_nats(account, f"{key}/ll_tol1e-4", ours, theirs=theirs)
+        if not account.double:
+            continue
+        account.compare(f"{key}/ll_tol1e-10", ours, tolerance=NATS)
+        if case["denoiser"] == "gauss":
+            ours = in_the_limit(account, "edm", (low, high), *args)
+            account.compare(f"{key}/ode_closed_form", ours, tolerance=NATS)
+        if case["denoiser"] != "tanh_full":
+            ours = in_the_limit(account, "edm", (low, FAR), *args)
+            account.compare(f"{key}/density_closed_form", ours, tolerance=NATS)
+
+
+@parity("processes/flow")
+def test_log_likelihoods_of_flow_matching_are_ours(account):
+    """To the error of their midpoint rule with steps h of 0.05.
+
+    The json says it for the exact divergence. By the Euler-Maclaurin formula a part of
+    it is h^2 / 24 tr(C^-1 - C): the time derivative of the velocity's Jacobian is C - 1
+    at t = 0 and C^-1 - 1 at t = 1. A probe v has v^T (C^-1 - C) v in place of the
+    trace, another number by at most v^T v times the largest distance of an eigenvalue
+    from their mean.
+    """
+    x, probe = account.read("likelihood", "x_1", "probe")
+    network, ends = correlated(account), (1e-5, FAR)
+    cases = {case["key"]: case for case in account.json["likelihood"]}
+    exact = cases["likelihood/midpoint_exact"]
+    theirs = 1.01 * np.abs(exact["error_vs_density"])  # which has three digits
+    ours = in_the_limit(account, "flow", ends, x, network)
+    compare_nats(account, "likelihood/midpoint_exact/ll", ours, theirs=theirs)
+    if account.double:
+        account.compare("likelihood/density_closed_form", ours, tolerance=NATS)
+    var = np.float64(network["s"]) ** 2
+    change = 1 / var - var
+    most = len(var) * np.max(np.abs(change - change.mean()))
+    theirs = theirs + exact["step_size"] ** 2 / 24 * most
+    ours = in_the_limit(account, "flow", ends, x, network, probe)
+    compare_nats(account, "likelihood/midpoint_probe/ll", ours, theirs=theirs)
+
+
+@parity("processes/flow")
+def test_eulers_method_of_flow_matching_from_data_to_noise_is_ddim_inversion(account):
+    """On its float32 times, after a step to 1 - 0.05, in which noise is predicted 0."""
+    (x,) = account.read("likelihood", "x_1")
+    network = correlated(account)
+    t = np.float32(1) - np.arange(1, 21, dtype=np.float32) * np.float32(0.05)
+    table, _ = schedule_of(account, "flow", 1 - np.float64(np.append(t[:-1], 0)))
+    denoise_fn = of_vectors(table, **network)
+    x_T = samplers.invert(denoise_fn, table, table.now.signal[0] * x)
+    account.compare("likelihood/euler_exact/x_0", x_T)
+
+
 # Guidance
 
 
@@ -1076,9 +1235,12 @@ REST = {  # why an array is not compared, by the file's name and what its key ma
     "other: a norm of each channel; a sum over steps, which the test keeps": {
         "guidance": "apg/(channel_norm|.*/running_average)",
     },
-    "not compared yet: likelihoods, which ode_log_prob computes": {
-        "kdiffusion_wrappers": "likelihood/|denoiser/",
-        "flow": "likelihood/",
+    "other: log-densities by 20 steps of Euler's method, a tenth of a nat off; where "
+    "the midpoint rule leads to, which ode_log_prob does not return": {
+        "flow": "likelihood/(euler_exact/ll|midpoint_(exact|probe)/x_0)",
+    },
+    "other: parameters of a denoiser that no case of the file calls": {
+        "kdiffusion_wrappers": "denoiser/",
     },
     "other: eta above 1": {
         "kdiffusion": "(ancestral|euler_ancestral/tanh/karras)/eta3"
