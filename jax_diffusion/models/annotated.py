@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_diffusion.checks import placement
-from jax_diffusion.models.cpu_convs import depthwise_conv
+from jax_diffusion.models import cpu_convs
 from jax_diffusion.models.layers import (
     TorchLayers,
     check_inputs,
@@ -50,7 +50,28 @@ class DepthwiseConv(nn.Module):
         kernel = self.param("kernel", init["kernel_init"], (7, 7, 1, c))
         bias = self.param("bias", init["bias_init"], (c,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return depthwise_conv(x, kernel) + bias.reshape(1, 1, 1, c)
+        return cpu_convs.depthwise_conv(x, kernel) + bias.reshape(1, 1, 1, c)
+
+
+class Double(nn.Module):
+    """Doubles images as PyTorch's ConvTranspose2d(c, c, 4, 2, padding=1) does.
+
+    Args of the call: h [b, h, w, c]. Returns [b, 2 h, 2 w, c] of dtype `dtype`.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        c = h.shape[-1]
+        init = layer_init("torch", 4 * 4 * c)
+        kernel = self.param("kernel", init["kernel_init"], (4, 4, c, c))
+        bias = self.param("bias", init["bias_init"], (c,))
+        h, kernel, bias = (a.astype(self.dtype) for a in (h, kernel, bias))
+        # As the gradient of a convolution by its input: of the dilated image, padded by
+        # size - 1 - 1, with the kernel turned around.
+        turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+        return cpu_convs.conv(h, turned, (1, 1), [(2, 2)] * 2, (2, 2)) + bias
 
 
 class ConvNextBlock(TorchLayers):
@@ -133,13 +154,9 @@ class Attention(TorchLayers):
         h = self.norm(x, name="norm")
         inner = self.num_heads * self.head_dim
         qkv = self.conv(h, 3 * inner, name="qkv", size=1, bias=False)
-        # [b, pixels, head, channels of a head] each
-        q, k, v = jnp.moveaxis(
-            placement.reshape(
-                qkv, (b, height * width, 3, self.num_heads, self.head_dim)
-            ),
-            2,
-            0,
+        q, k, v = (  # [b, pixels, head, channels of a head] each
+            placement.reshape(part, (b, height * width, self.num_heads, self.head_dim))
+            for part in jnp.split(qkv, 3, axis=-1)
         )
         attend = linear_attention if self.linear else jax.nn.dot_product_attention
         h = placement.reshape(attend(q, k, v), (b, height, width, inner))
@@ -220,7 +237,7 @@ class AnnotatedUNet(TorchLayers):
         for level in reversed(range(1, len(widths))):
             h = jnp.concatenate([h, skips.pop()], axis=-1)
             h = stage(h, emb, widths[level - 1], f"up_{level}")
-            h = self.double(h, f"up_{level}_double")
+            h = Double(self.dtype, name=f"up_{level}_double")(h)
 
         if self.full_skip:
             h = jnp.concatenate([h, skips.pop()], axis=-1)
@@ -248,27 +265,3 @@ class AnnotatedUNet(TorchLayers):
             return attention(linear=True, name=f"{name}_attention")(h)
 
         return stage, block, attention
-
-    def double(
-        self, h: Float[Array, "b h w c"], name: str
-    ) -> Float[Array, "b h2 w2 c"]:
-        """Doubles height and width: PyTorch's ConvTranspose2d(c, c, 4, 2, padding=1).
-
-        Args:
-            h: features [b, h, w, c].
-            name: name of the convolution, whose kernel is [4, 4, c, c].
-
-        Returns:
-            Features [b, 2 h, 2 w, c] of dtype `self.dtype`.
-        """
-        c = h.shape[-1]
-        return nn.ConvTranspose(
-            c,
-            (4, 4),
-            strides=(2, 2),
-            padding=[(2, 2), (2, 2)],  # of the dilated image: size - 1 - 1
-            transpose_kernel=True,
-            dtype=self.dtype,
-            name=name,
-            **layer_init("torch", 4 * 4 * c),
-        )(h)

@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jax_diffusion import checks
-from jax_diffusion.checks import placement
-from jax_diffusion.models.cpu_convs import conv_of_doubled
+from jax_diffusion.models import cpu_convs
+from jax_diffusion.models.resampling import repeat, scales
 
 
 def layer_init(
@@ -120,9 +120,10 @@ class Layers(nn.Module):
             dtype: dtype of the computation; by default the block's.
             double: whether the image is doubled (`repeat`) before.
         """
-        n, convolve = x.ndim - 2, None
-        if double and n == 2 and jax.default_backend() == "cpu":
-            convolve = conv_of_doubled
+        n = x.ndim - 2
+        convolve = cpu_convs.conv if n == 2 else None
+        if double and n == 2:
+            convolve = cpu_convs.conv_of_doubled
         elif double:
             x = repeat(x)
         init = layer_init(self.init_style, 3**n * x.shape[-1], zero=zero)
@@ -277,26 +278,6 @@ def check_halvings(x: Float[Array, "b *d c"], halvings: int) -> None:
         )
 
 
-def scales(num_axes: int) -> tuple[int, ...]:
-    """Returns the factors by which one, two or three spatial axes are resampled."""
-    return (1, 2, 2) if num_axes == 3 else (2,) * num_axes
-
-
-def pool(x: Float[Array, "b *d c"]) -> Float[Array, "b *d_out c"]:
-    """Halves images by averaging blocks of pixels: [b, 2 h, 2 w, c] -> [b, h, w, c]."""
-    factors = scales(x.ndim - 2)
-    return nn.avg_pool(x, factors, factors)
-
-
-def repeat(x: Float[Array, "b *d c"]) -> Float[Array, "b *d_out c"]:
-    """Doubles images by nearest-neighbor interpolation: every pixel is repeated."""
-    for axis, factor in enumerate(scales(x.ndim - 2), start=1):
-        if factor > 1:
-            layout = placement.of_batch(x, x.ndim)
-            x = jnp.repeat(x, factor, axis=axis, out_sharding=layout)
-    return x
-
-
 def timestep_embedding(
     t: Float[Array, "b"],
     dim: int,
@@ -351,6 +332,7 @@ class TorchLayers(nn.Module):
             padding=(padding, padding),
             use_bias=bias,
             dtype=self.dtype,
+            conv_general_dilated=cpu_convs.conv,
             name=name,
             **init,
         )(x)
@@ -361,13 +343,7 @@ class TorchLayers(nn.Module):
 
     def norm(self, x, *, name, num_groups=1):
         """Applies group norm in float32, with the variance of centered values."""
-        return nn.GroupNorm(
-            num_groups,
-            epsilon=1e-5,
-            use_fast_variance=False,
-            dtype=jnp.float32,
-            name=name,
-        )(x)
+        return GroupNorm(num_groups, 1e-5, name=name)(x)
 
     def embed(self, timesteps, channels):
         """Embeds timesteps [b] as float32 [b, 4 channels]: sinusoids and an MLP."""

@@ -29,10 +29,9 @@ from jax_diffusion.models.layers import (
     Layers,
     check_inputs,
     check_sizes,
-    pool,
-    repeat,
     timestep_embedding,
 )
+from jax_diffusion.models.resampling import pool, repeat
 
 # The fields of `Trunk` with a choice, and their values.
 CHOICES = {

@@ -17,6 +17,7 @@ from jax_diffusion import (  # noqa: E402
     timesteps,
     training,
 )
+from jax_diffusion.models.annotated import AnnotatedUNet  # noqa: E402
 from jax_diffusion.models.unet import UNet  # noqa: E402
 from tests.benchmarks import worker  # noqa: E402
 
@@ -40,15 +41,13 @@ DIGITS = UNet(
     attention_resolutions=(4,),
     num_groups=8,
 )
-
-
-def shape_of(model):
-    return (32, 32, 3) if model is CIFAR10 else (8, 8, 1)
+ANNOTATED = AnnotatedUNet()
+SHAPES = {CIFAR10: (32, 32, 3), DIGITS: (8, 8, 1), ANNOTATED: (28, 28, 1)}
 
 
 def train_step(model, batch_size, dtype=jnp.float32):
     """Forward, backward, Adam and one average, as `train` runs it."""
-    model, shape = model.clone(dtype=dtype), shape_of(model)
+    model, shape = model.clone(dtype=dtype), SHAPES[model]
     schedule = schedules.make_schedule(BETAS)
     tx, _ = training.make_optimizer(lr=2e-4, total_steps=1000)
     sampler = timesteps.uniform(1000)
@@ -82,7 +81,7 @@ def train_step(model, batch_size, dtype=jnp.float32):
 
 def network(model, batch_size):
     """Parameters, the network, and a batch of noise."""
-    shape = shape_of(model)
+    shape = SHAPES[model]
     quick = {"xla_backend_optimization_level": "0"}
     init = functools.partial(jax.jit, compiler_options=quick)(model.init)
     inputs = training.example_inputs(model, shape)
@@ -126,6 +125,8 @@ CASES = {
     "digits_step": lambda: train_step(DIGITS, 64),
     "sample": lambda: sample(CIFAR10, 8),
     "digits_sample": lambda: sample(DIGITS, 64),
+    "annotated_step": lambda: train_step(ANNOTATED, 128),
+    "annotated_sample": lambda: sample(ANNOTATED, 64),
     "bare_calls": lambda: bare_calls(CIFAR10, 8),
 }
 

@@ -1,7 +1,11 @@
-"""PyTorch's side of `tests.benchmarks.unet`: diffusers' UNet2DModel of that size."""
+"""PyTorch's side of `tests.benchmarks.unet`: diffusers' UNet2DModel of that size, and
+the annotated DDPM's own network."""
+
+from types import SimpleNamespace
 
 import torch
 import worker
+from annotated_pytorch import Unet
 from diffusers import DDIMScheduler, UNet2DModel
 
 MODES = ("eager", "channels_last", "compile")  # how PyTorch may run a network
@@ -34,13 +38,22 @@ DIGITS = dict(
     attn_norm_num_groups=8,
     resnet_time_scale_shift="scale_shift",
 )
-COUNTS = {32: 35_746_307, 8: 755_009}
+ANNOTATED = dict(sample_size=28, in_channels=1)
+COUNTS = {32: 35_746_307, 28: 2_996_315, 8: 755_009}
+
+
+class Tutorial(Unet):
+    """Takes what a network of diffusers takes, and returns such an object."""
+
+    def forward(self, x, t):
+        t = torch.as_tensor(t).expand(len(x))
+        return SimpleNamespace(sample=super().forward(x, t))
 
 
 def network(config, mode):
     """The network, and as this mode runs it."""
     torch.manual_seed(0)
-    model = UNet2DModel(**config)
+    model = Tutorial() if config is ANNOTATED else UNet2DModel(**config)
     count = sum(p.numel() for p in model.parameters())
     assert count == COUNTS[config["sample_size"]], count
     if mode != "eager":
@@ -111,6 +124,8 @@ CASES = {
     **in_all_modes("digits_step", train_step, DIGITS, 64),
     **in_all_modes("sample", sample, CIFAR10, 8),
     **in_all_modes("digits_sample", sample, DIGITS, 64),
+    **in_all_modes("annotated_step", train_step, ANNOTATED, 128),
+    **in_all_modes("annotated_sample", sample, ANNOTATED, 64),
 }
 
 if __name__ == "__main__":

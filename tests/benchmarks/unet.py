@@ -17,7 +17,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 MODES = ("eager", "channels_last", "compile")
-TIMED = ("train_step", "sample", "digits_step", "digits_sample", "bf16_step")
+TIMED = (
+    *("train_step", "sample", "digits_step", "digits_sample", "bf16_step"),
+    *("annotated_step", "annotated_sample"),
+)
 PAUSE = 0.1  # seconds: OpenMP's threads wait in a loop before they sleep
 
 
