@@ -30,6 +30,7 @@ from jaxtyping import Array, Float
 from jax_diffusion.checks import placement
 from jax_diffusion.models import cpu_convs
 from jax_diffusion.models.layers import (
+    Projections,
     TorchLayers,
     check_inputs,
     check_sizes,
@@ -68,10 +69,7 @@ class Double(nn.Module):
         kernel = self.param("kernel", init["kernel_init"], (4, 4, c, c))
         bias = self.param("bias", init["bias_init"], (c,))
         h, kernel, bias = (a.astype(self.dtype) for a in (h, kernel, bias))
-        # As the gradient of a convolution by its input: of the dilated image, padded by
-        # size - 1 - 1, with the kernel turned around.
-        turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-        return cpu_convs.conv(h, turned, (1, 1), [(2, 2)] * 2, (2, 2)) + bias
+        return cpu_convs.conv_transpose(h, kernel) + bias.reshape(1, 1, 1, c)
 
 
 class ConvNextBlock(TorchLayers):
@@ -153,11 +151,8 @@ class Attention(TorchLayers):
         b, height, width, c = x.shape
         h = self.norm(x, name="norm")
         inner = self.num_heads * self.head_dim
-        qkv = self.conv(h, 3 * inner, name="qkv", size=1, bias=False)
-        q, k, v = (  # [b, pixels, head, channels of a head] each
-            placement.reshape(part, (b, height * width, self.num_heads, self.head_dim))
-            for part in jnp.split(qkv, 3, axis=-1)
-        )
+        heads = Projections(self.num_heads, self.head_dim, self.dtype, name="qkv")
+        q, k, v = heads(h)
         attend = linear_attention if self.linear else jax.nn.dot_product_attention
         h = placement.reshape(attend(q, k, v), (b, height, width, inner))
         h = self.conv(h, c, name="out", size=1)

@@ -1,4 +1,4 @@
-"""Layers that the networks share: initialization, norms, resampling, time embedding.
+"""Layers that the networks share: initialization, norms, attention, time embedding.
 
 Images are [b, *spatial, c] with one, two or three spatial axes. The first of three axes
 is time and is never resampled, as in guided-diffusion's 3-D networks.
@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jax_diffusion import checks
+from jax_diffusion.checks import placement
 from jax_diffusion.models import cpu_convs
 from jax_diffusion.models.resampling import repeat, scales
 
@@ -120,8 +121,7 @@ class Layers(nn.Module):
             dtype: dtype of the computation; by default the block's.
             double: whether the image is doubled (`repeat`) before.
         """
-        n = x.ndim - 2
-        convolve = cpu_convs.conv if n == 2 else None
+        n, convolve = x.ndim - 2, None
         if double and n == 2:
             convolve = cpu_convs.conv_of_doubled
         elif double:
@@ -332,7 +332,7 @@ class TorchLayers(nn.Module):
             padding=(padding, padding),
             use_bias=bias,
             dtype=self.dtype,
-            conv_general_dilated=cpu_convs.conv,
+            conv_general_dilated=cpu_convs.pointwise_conv if size == 1 else None,
             name=name,
             **init,
         )(x)
@@ -350,6 +350,38 @@ class TorchLayers(nn.Module):
         emb = timestep_embedding(timesteps, channels, order="sin_cos", endpoint=True)
         emb = gelu(self.dense(emb, 4 * channels, name="time_0"))
         return self.dense(emb, 4 * channels, name="time_1")
+
+
+class Projections(nn.Module):
+    """Queries, keys and values of every pixel, for each head.
+
+    The kernel is that of one 1x1 convolution without bias. Its parts are multiplied one
+    by one: so the backward pass need not put their gradients together.
+
+    Args of the call: x [b, h, w, c]. Returns three of [b, h * w, num_heads, head_dim].
+
+    Attributes:
+        num_heads: number of attention heads.
+        head_dim: channels of each head.
+        dtype: dtype of the computation.
+    """
+
+    num_heads: int
+    head_dim: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> list[Array]:
+        b, height, width, c = x.shape
+        init = layer_init("torch", c)["kernel_init"]
+        shape = (1, 1, c, 3 * self.num_heads * self.head_dim)
+        kernel = self.param("kernel", init, shape).astype(self.dtype)
+        x = x.astype(self.dtype)
+        out = (b, height * width, self.num_heads, self.head_dim)
+        return [
+            placement.reshape(cpu_convs.pointwise_conv(x, part), out)
+            for part in jnp.split(kernel, 3, axis=-1)
+        ]
 
 
 def linear_attention(
@@ -370,7 +402,9 @@ def linear_attention(
         [b, n, head, e].
     """
     dtype, scale = q.dtype, q.shape[-1] ** -0.5
+    # With heads before pixels, products of matrices need no further transposition.
+    q, k, v = (jnp.moveaxis(a, 1, 2) for a in (q, k, v))
     q = scale * jax.nn.softmax(q.astype(jnp.float32), axis=-1)
-    k = jax.nn.softmax(k.astype(jnp.float32), axis=1)
-    context = jnp.einsum("bmhd,bmhe->bhde", k.astype(dtype), v)
-    return jnp.einsum("bnhd,bhde->bnhe", q.astype(dtype), context)
+    k = jax.nn.softmax(k.astype(jnp.float32), axis=2)
+    context = jnp.einsum("bhmd,bhme->bhde", k.astype(dtype), v)
+    return jnp.moveaxis(jnp.einsum("bhnd,bhde->bhne", q.astype(dtype), context), 1, 2)

@@ -30,12 +30,13 @@ from jaxtyping import Array, Float
 from jax_diffusion.checks import placement
 from jax_diffusion.models.dropout import Dropout
 from jax_diffusion.models.layers import (
+    Projections,
     TorchLayers,
     check_inputs,
     check_sizes,
     linear_attention,
-    repeat,
 )
+from jax_diffusion.models.resampling import repeat
 
 
 def pixel_unshuffle(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c4"]:
@@ -119,15 +120,8 @@ class MemoryAttention(TorchLayers):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, height, width, c = x.shape
         h, inner = RMSNorm(name="norm")(x), self.num_heads * self.head_dim
-        qkv = self.conv(h, 3 * inner, name="qkv", size=1, bias=False)
-        # [b, pixels, head, channels of a head] each
-        q, k, v = jnp.moveaxis(
-            placement.reshape(
-                qkv, (b, height * width, 3, self.num_heads, self.head_dim)
-            ),
-            2,
-            0,
-        )
+        heads = Projections(self.num_heads, self.head_dim, self.dtype, name="qkv")
+        q, k, v = heads(h)
         memory = self.param(
             "memory",
             nn.initializers.normal(1.0),

@@ -5,6 +5,7 @@ text (Rogge & Rasul 2022, first edition) writes as modules like these. Blocks ar
 ConvNeXt-like ones. tests/models/test_annotated.py shows that both networks are equal.
 """
 
+import itertools
 import math
 
 import torch
@@ -106,7 +107,7 @@ class Unet(nn.Module):
             Embedding(dim), nn.Linear(dim, emb), nn.GELU(), nn.Linear(emb, emb)
         )
         self.down = nn.ModuleList()
-        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
             halve = nn.Conv2d(after, after, 4, 2, 1) if i < levels - 1 else None
             self.down.append(Stage(before, after, emb, halve))
         last = widths[-1]
@@ -114,7 +115,7 @@ class Unet(nn.Module):
         self.mid_attention = Attention(last, linear=False)
         self.mid_1 = Block(last, last, emb)
         self.up = nn.ModuleList()
-        for before, after in reversed(list(zip(widths[1:], widths[2:], strict=False))):
+        for before, after in reversed(list(itertools.pairwise(widths[1:]))):
             double = nn.ConvTranspose2d(before, before, 4, 2, 1)
             self.up.append(Stage(2 * after, before, emb, double))
         self.out = nn.Sequential(Block(dim, dim), nn.Conv2d(dim, channels, 1))

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from support.oracles import F32, F32_SUM, assert_moments, normal, normal_cdf
 
 from jax_diffusion.models import cpu_convs, layers
-from jax_diffusion.models.annotated import AnnotatedUNet, Attention
+from jax_diffusion.models.annotated import AnnotatedUNet, Attention, Double
 from jax_diffusion.models.layers import TorchLayers
 
 # LLVM's optimization is most of the time that a network takes here, and gains nothing.
@@ -101,12 +101,6 @@ class Conv(TorchLayers):
         return self.conv(x, 7, name="conv", size=self.size, **dict(self.options))
 
 
-class Double(AnnotatedUNet):
-    @nn.compact
-    def __call__(self, x):
-        return self.double(x, "double")
-
-
 class Norm(TorchLayers):
     @nn.compact
     def __call__(self, x):
@@ -139,17 +133,49 @@ def test_convolutions_are_those_of_pytorch(torch, size, options, torch_options):
 
 
 @pytest.mark.slow
-def test_doubling_is_the_transposed_convolution_of_pytorch(torch):
-    ours, params = init_and_apply(Double(), X)
-    theirs = torch.nn.functional.conv_transpose2d(
-        to_torch(torch, X),
-        kernel_to_torch(torch, params["double"]["kernel"]),
-        torch.tensor(params["double"]["bias"]),
-        stride=2,
-        padding=1,
+@pytest.mark.parametrize("way", ["cpu", "default"])
+def test_doubling_is_the_transposed_convolution_of_pytorch(torch, monkeypatch, way):
+    monkeypatch.setattr(
+        cpu_convs.lax, "platform_dependent", lambda *args, **ways: ways[way](*args)
     )
+    ours, params = init_and_apply(Double(), X)
+    dy = normal(5, *ours.shape)
+    back = jit(lambda x, p: jax.vjp(Double().apply, {"params": p}, x)[1](dy))
+    of_params, of_x = back(X, params)
+    their_x = to_torch(torch, X).requires_grad_()
+    kernel = kernel_to_torch(torch, params["kernel"]).requires_grad_()
+    bias = torch.tensor(params["bias"])
+    options = dict(stride=2, padding=1)
+    theirs = torch.nn.functional.conv_transpose2d(their_x, kernel, bias, **options)
+    theirs.backward(to_torch(torch, dy))
     assert ours.shape == (2, 12, 16, 5)
-    np.testing.assert_allclose(ours, from_torch(theirs), **F32_SUM)
+    np.testing.assert_allclose(ours, from_torch(theirs.detach()), **F32_SUM)
+    np.testing.assert_allclose(of_x, from_torch(their_x.grad), **F32_SUM)
+    of_kernel = kernel.grad.numpy().transpose(2, 3, 1, 0)
+    np.testing.assert_allclose(of_params["params"]["kernel"], of_kernel, **F32_SUM)
+
+
+def convolutions(function, platform, *shapes):
+    """How many a program for that platform has, forward and backward."""
+    gradient = jax.grad(lambda args: jnp.sum(function(*args) ** 2))
+    traced = jax.jit(gradient).trace([jnp.zeros(shape) for shape in shapes])
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return text.count("stablehlo.convolution")
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_only_the_cpu_doubles_images_by_four_convolutions(size):
+    doubles = {3: cpu_convs.conv_of_doubled, 4: cpu_convs.conv_transpose}[size]
+    shapes = (1, 4, 4, 2), (size, size, 2, 2)
+    assert convolutions(doubles, "cpu", *shapes) == 3 * 4
+    for platform in ("cuda", "tpu"):
+        assert convolutions(doubles, platform, *shapes) == 3
+
+
+def test_a_convolution_of_one_pixel_is_a_matrix_product_everywhere():
+    for platform in ("cpu", "cuda", "tpu"):
+        shapes = (1, 4, 4, 2), (1, 1, 2, 3)
+        assert convolutions(cpu_convs.pointwise_conv, platform, *shapes) == 0
 
 
 WAYS = [cpu_convs._banded_conv, cpu_convs._grouped_conv, cpu_convs.depthwise_conv]
