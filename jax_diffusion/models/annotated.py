@@ -23,12 +23,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_diffusion.checks import placement
 from jax_diffusion.models import cpu_convs
+from jax_diffusion.models.attention import full_attention
 from jax_diffusion.models.layers import (
     Projections,
     TorchLayers,
@@ -140,11 +140,13 @@ class Attention(TorchLayers):
             full.
         num_heads: number of attention heads.
         head_dim: channels of each head.
+        implementation: of full attention, see `full_attention`.
     """
 
     linear: bool = False
     num_heads: int = 4
     head_dim: int = 32
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -153,7 +155,11 @@ class Attention(TorchLayers):
         inner = self.num_heads * self.head_dim
         heads = Projections(self.num_heads, self.head_dim, self.dtype, name="qkv")
         q, k, v = heads(h)
-        attend = linear_attention if self.linear else jax.nn.dot_product_attention
+        attend = linear_attention
+        if not self.linear:
+            attend = functools.partial(
+                full_attention, implementation=self.implementation
+            )
         h = placement.reshape(attend(q, k, v), (b, height, width, inner))
         h = self.conv(h, c, name="out", size=1)
         return x + (self.norm(h, name="norm_out") if self.linear else h)
@@ -175,6 +181,8 @@ class AnnotatedUNet(TorchLayers):
         num_heads: number of attention heads.
         head_dim: channels of each attention head.
         full_skip: whether the last block reads the skip of the first level.
+        attention_implementation: of full attention, None, "xla" or "cudnn", as of
+            `UNet`.
         dtype: dtype of convolutions and attention.
 
     Raises:
@@ -191,6 +199,7 @@ class AnnotatedUNet(TorchLayers):
     num_heads: int = 4
     head_dim: int = 32
     full_skip: bool = False
+    attention_implementation: str | None = None
 
     def __post_init__(self):
         """Raises ValueError for a field that is out of range or does not fit others."""
@@ -251,6 +260,7 @@ class AnnotatedUNet(TorchLayers):
             Attention,
             num_heads=self.num_heads,
             head_dim=self.head_dim,
+            implementation=self.attention_implementation,
             dtype=self.dtype,
         )
 

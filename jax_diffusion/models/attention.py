@@ -1,5 +1,7 @@
 """Attention of pixels to each other, and to tokens that say what is wanted."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,50 @@ from jaxtyping import Array, Bool, Float
 
 from jax_diffusion.checks import placement
 from jax_diffusion.models.layers import Layers
+
+
+def full_attention(
+    q: Float[Array, "b n head d"],
+    k: Float[Array, "b m head d"],
+    v: Float[Array, "b m head d"],
+    mask: Bool[Array, "b 1 1 m"] | None = None,
+    *,
+    implementation: str | None = None,
+    recompute: bool = False,
+) -> Float[Array, "b n head d"]:
+    """Computes softmax(q k^T / sqrt(d)) v by `jax.nn.dot_product_attention`.
+
+    Args:
+        q: queries [b, n, head, d].
+        k: keys [b, m, head, d].
+        v: values [b, m, head, d].
+        mask: which keys are attended to, bool [b, 1, 1, m]; None for all.
+        implementation: the argument of that function: None, "xla" or "cudnn".
+        recompute: whether the backward pass computes the n x m weights again instead of
+            keeping them. Flash attention, as cuDNN's, never keeps them.
+
+    Returns:
+        [b, n, head, d].
+
+    Raises:
+        ValueError: for "cudnn", if JAX finds no cuDNN, or cuDNN does not take these
+            dtypes or sizes.
+    """
+    attend = functools.partial(
+        jax.nn.dot_product_attention, implementation=implementation
+    )
+    if implementation != "cudnn":
+        attend = jax.checkpoint(attend) if recompute else attend
+        return attend(q, k, v, mask=mask)
+    if mask is not None:  # cuDNN takes one of every query, not one that broadcasts
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
+    try:
+        return attend(q, k, v, mask=mask)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            "attention_implementation must be None or 'xla' where cuDNN cannot compute "
+            f"the attention, got 'cudnn' ({str(error).rstrip('.')})."
+        ) from error
 
 
 class Attention(Layers):
@@ -17,10 +63,12 @@ class Attention(Layers):
     Attributes:
         num_heads: number of attention heads.
         head_channels: channels of each head; if given, it determines num_heads.
+        implementation: see `full_attention`.
     """
 
     num_heads: int = 1
     head_channels: int | None = None
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *d c"]) -> Float[Array, "b *d c"]:
@@ -30,8 +78,8 @@ class Attention(Layers):
         qkv = self.dense(h, 3 * c, name="qkv", dtype=self.dtype, fused=3)
         # [b, pixels, head, channels of a head] each; softmax is float32 inside.
         q, k, v = jnp.moveaxis(qkv.reshape(b, -1, 3, c // size, size), 2, 0)
-        # The pixels x pixels attention weights are computed again, not kept.
-        h = jax.checkpoint(jax.nn.dot_product_attention)(q, k, v)
+        implementation = self.implementation
+        h = full_attention(q, k, v, implementation=implementation, recompute=True)
         h = placement.reshape(h, x.shape)
         return x + self.dense(h, c, name="out", dtype=self.dtype, zero=True)
 
@@ -48,10 +96,12 @@ class CrossAttention(Layers):
     Attributes:
         num_heads: number of attention heads.
         head_channels: channels of each head; if given, it determines num_heads.
+        implementation: see `full_attention`.
     """
 
     num_heads: int = 1
     head_channels: int | None = None
+    implementation: str | None = None
 
     @nn.compact
     def __call__(
@@ -70,8 +120,11 @@ class CrossAttention(Layers):
         kv = self.dense(tokens, 2 * c, name="kv", dtype=self.dtype, fused=2)
         k, v = jnp.moveaxis(kv.reshape(b, n, 2, c // size, size), 2, 0)
         v = jnp.where(tokens_mask[:, :, None, None], v, 0)
-        attend = jax.checkpoint(jax.nn.dot_product_attention)
-        q = q.reshape(b, -1, c // size, size)
-        h = attend(q, k, v, mask=tokens_mask[:, None, None, :])
+        h = full_attention(
+            q.reshape(b, -1, c // size, size),
+            *(k, v, tokens_mask[:, None, None, :]),
+            implementation=self.implementation,
+            recompute=True,
+        )
         h = placement.reshape(h, x.shape)
         return x + self.dense(h, c, name="out", dtype=self.dtype, zero=True)

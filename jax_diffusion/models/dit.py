@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_diffusion import checks
 from jax_diffusion.checks import placement
+from jax_diffusion.models.attention import full_attention
 from jax_diffusion.models.folding import unfold
 from jax_diffusion.models.inputs import check_conditioning
 from jax_diffusion.models.layers import check_inputs, check_sizes, timestep_embedding
@@ -51,11 +52,13 @@ class Block(nn.Module):
     Attributes:
         num_heads: number of attention heads.
         mlp_channels: width of the hidden layer of the MLP.
+        implementation: see `full_attention`.
         dtype: dtype of attention, MLP and result.
     """
 
     num_heads: int
     mlp_channels: int
+    implementation: str | None = None
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -70,8 +73,8 @@ class Block(nn.Module):
         qkv = Dense(3 * c, dtype=self.dtype, name="qkv")(h)
         qkv = qkv.reshape(b, n, 3, self.num_heads, c // self.num_heads)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
-        # The n x n attention weights are computed again, not kept.
-        h = jax.checkpoint(jax.nn.dot_product_attention)(q, k, v)
+        implementation = self.implementation
+        h = full_attention(q, k, v, implementation=implementation, recompute=True)
         h = placement.reshape(h, x.shape)
         h = Dense(c, dtype=self.dtype, name="out")(h)
         x = (x + gate * h).astype(self.dtype)
@@ -101,6 +104,7 @@ class DiT(nn.Module):
         cond_dim: length of the vectors `cond`, which a linear layer adds to emb; 0 for
             a network that takes none. The official network has no such layer.
         remat: name of a policy of `jax.checkpoint_policies`, as of `UNet`.
+        attention_implementation: None, "xla" or "cudnn", as of `UNet`.
         dtype: dtype of linear layers and attention.
 
     Raises:
@@ -117,6 +121,7 @@ class DiT(nn.Module):
     num_classes: int | None = None
     cond_dim: int = 0
     remat: str | None = None
+    attention_implementation: str | None = None
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
@@ -172,6 +177,7 @@ class DiT(nn.Module):
             block = nn.remat(Block, policy=policy)
         for i in range(self.depth):
             sizes = self.num_heads, round(self.mlp_ratio * c)
+            sizes = *sizes, self.attention_implementation
             tokens = block(*sizes, dtype=self.dtype, name=f"block_{i}")(tokens, emb)
 
         rows = ZeroDense(2 * c, name="out_modulation")(nn.silu(emb))

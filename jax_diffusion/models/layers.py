@@ -56,6 +56,7 @@ def layer_init(
     return {"kernel_init": kernel, "bias_init": bias}
 
 
+IMPLEMENTATIONS = ("xla", "cudnn")  # of jax.nn.dot_product_attention
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_CHANNELS = 65_536  # of any layer: larger numbers are mistakes, not networks
 MAX_LEVELS = 16
@@ -246,6 +247,15 @@ def check_sizes(network: Any) -> None:
         known = False
     if not known:
         raise ValueError(f"dtype must be one of {DTYPES}, got {network.dtype!r}.")
+    implementation = getattr(network, "attention_implementation", None)
+    if implementation is not None:
+        checks.choice("attention_implementation", implementation, IMPLEMENTATIONS)
+    halves = (jnp.bfloat16, jnp.float16)
+    if implementation == "cudnn" and jnp.dtype(network.dtype) not in halves:
+        raise ValueError(
+            "attention_implementation may be 'cudnn' with dtype bfloat16 or float16 "
+            f"only, got dtype {jnp.dtype(network.dtype).name}."
+        )
 
 
 def check_inputs(x: Any, timesteps: Any, halvings: int) -> None:

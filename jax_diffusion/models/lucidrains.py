@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_diffusion.checks import placement
+from jax_diffusion.models.attention import full_attention
 from jax_diffusion.models.dropout import Dropout
 from jax_diffusion.models.layers import (
     Projections,
@@ -109,12 +110,14 @@ class MemoryAttention(TorchLayers):
         num_heads: number of attention heads.
         head_dim: channels of each head.
         num_memory: number of learned keys, and of values, of each head.
+        implementation: of full attention, see `full_attention`.
     """
 
     linear: bool = False
     num_heads: int = 4
     head_dim: int = 32
     num_memory: int = 4
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -133,7 +136,11 @@ class MemoryAttention(TorchLayers):
         )
         k = jnp.concatenate([k_memory, k], axis=1)
         v = jnp.concatenate([v_memory, v], axis=1)
-        attend = linear_attention if self.linear else jax.nn.dot_product_attention
+        attend = linear_attention
+        if not self.linear:
+            attend = functools.partial(
+                full_attention, implementation=self.implementation
+            )
         h = placement.reshape(attend(q, k, v), (b, height, width, inner))
         h = self.conv(h, c, name="out", size=1)
         return x + (RMSNorm(name="norm_out")(h) if self.linear else h)
@@ -153,6 +160,8 @@ class LucidrainsUNet(TorchLayers):
         head_dim: channels of each attention head.
         num_memory: number of learned keys, and of values, of each attention head.
         dropout: rate of dropout in residual blocks.
+        attention_implementation: of full attention, None, "xla" or "cudnn", as of
+            `UNet`.
         dtype: dtype of convolutions and attention.
 
     Raises:
@@ -166,6 +175,7 @@ class LucidrainsUNet(TorchLayers):
     head_dim: int = 32
     num_memory: int = 4
     dropout: float = 0.0
+    attention_implementation: str | None = None
 
     def __post_init__(self):
         """Raises ValueError for a field that is out of range."""
@@ -225,6 +235,7 @@ class LucidrainsUNet(TorchLayers):
             num_heads=self.num_heads,
             head_dim=self.head_dim,
             num_memory=self.num_memory,
+            implementation=self.attention_implementation,
             dtype=self.dtype,
         )
 

@@ -8,7 +8,8 @@
 Classifier guidance follows the gradient with respect to x_t of log p(label | x_t), so
 the network classifies noisy images and is given their timesteps. Norms, softmax, time
 embedding and head are always float32; `dtype` is the dtype of convolutions and
-attention.
+attention. `attention_implementation` leaves the head as it is, since cuDNN takes no
+float32.
 """
 
 import flax.linen as nn

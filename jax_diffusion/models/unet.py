@@ -123,6 +123,10 @@ class Trunk(Layers):
         remat: name of a policy of `jax.checkpoint_policies`, such as
             "nothing_saveable": the backward pass computes all that it does not save
             again, block by block. None: the backward pass computes nothing again.
+        attention_implementation: how softmax attention is computed, the argument
+            `implementation` of `jax.nn.dot_product_attention`: None, JAX chooses;
+            "xla"; "cudnn", the flash attention of NVIDIA GPUs, in bfloat16 or float16,
+            with gradients but without derivatives in forward mode (`jax.jvp`).
     """
 
     channels: int = 128
@@ -138,6 +142,7 @@ class Trunk(Layers):
     embedding_endpoint: bool = False
     down_padding: str = "symmetric"
     remat: str | None = None
+    attention_implementation: str | None = None
 
     def __post_init__(self):
         """Raises ValueError for a field that is out of range or does not fit others."""
@@ -212,6 +217,7 @@ class Trunk(Layers):
             if not always and height not in self.attention_resolutions:
                 return h
             options = self.shared() | self.heads()
+            options["implementation"] = self.attention_implementation
             h = attention(name=f"{name}_attention", **options)(h)
             if tokens is None:
                 return h

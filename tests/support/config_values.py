@@ -163,6 +163,7 @@ OUT_OF_RANGE = {
         "embedding_order": ["sin"],
         "down_padding": ["same"],
         "remat": ["everything", "save_only_these_names", "__doc__"],
+        "attention_implementation": ["flash", "", "cudnn"],  # float32
         "block_size": COUNTS,
         "low_res": [True],
     },
