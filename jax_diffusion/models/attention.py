@@ -1,6 +1,7 @@
 """Attention of pixels to each other, and to tokens that say what is wanted."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,9 +39,8 @@ def full_attention(
         ValueError: for "cudnn", if JAX finds no cuDNN, or cuDNN does not take these
             dtypes or sizes.
     """
-    attend = functools.partial(
-        jax.nn.dot_product_attention, implementation=implementation
-    )
+    chosen: Any = implementation
+    attend = functools.partial(jax.nn.dot_product_attention, implementation=chosen)
     if implementation != "cudnn":
         attend = jax.checkpoint(attend) if recompute else attend
         return attend(q, k, v, mask=mask)

@@ -1,15 +1,9 @@
 """The U-Net: parity with the official code, its sizes, and what must hold of any.
 
-golden/unet/ holds small networks with random weights and what they compute, made by
-improved_diffusion/unet.py of openai/improved-diffusion at 1bc7bbb, guided_diffusion/
-unet.py of openai/guided-diffusion at 22e0df8, models/diffusion.py of ermongroup/ddim at
-e8df66c and UNet2DModel of diffusers 0.42.1, in float32; noise_floor.json their rounding
-error.
+`support.golden_unets` says where the official numbers come from.
 """
 
 import functools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +11,15 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from support.golden_unets import (
+    NETWORKS,
+    floors,
+    golden,
+    golden_below,
+    leaves_of,
+    our_params,
+    param_shapes,
+)
 from support.oracles import F32, F32_SUM, assert_mean, assert_moments, normal
 
 from jax_diffusion.interop import layouts as weights
@@ -24,79 +27,17 @@ from jax_diffusion.models import cpu_convs, unet
 from jax_diffusion.models.layers import timestep_embedding
 from jax_diffusion.models.unet import Attention, ResBlock, UNet
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "unet"
-NOISE_FLOOR = json.loads((GOLDEN / "noise_floor.json").read_text())
 FLOORS = 4  # their rounding error and ours, and twice that for another order of sums
 
 # LLVM's optimization is most of the time that a network takes here, and gains nothing.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-# What each official network is in our words.
-ALL = dict(
-    channels=32, multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(8,)
-)
-HO = UNet(
-    **ALL,
-    scale_shift=False,
-    embedding_order="sin_cos",
-    embedding_endpoint=True,
-    norm_epsilon=1e-6,
-    down_padding="bottom_right",
-)
-GUIDED = UNet(**ALL, head_channels=16, out_channels=6, resample="resblock")
-NETWORKS = {  # file / prefix of its results -> layout, network
-    "improved_a": ("openai", UNet(**ALL, scale_shift=False)),
-    "improved_b": (
-        "openai",
-        UNet(**ALL, num_heads=2, num_classes=7, out_channels=6),
-    ),
-    "ermongroup_e": ("ddpm", HO),
-    "diffusers_d": ("diffusers", HO),
-    "guided_c/legacy_order": ("openai", GUIDED),
-    "guided_c/new_order": ("openai_new", GUIDED),
-}
 # Nothing of improved_a is in no other network: it need not be computed each time.
 COMPUTED = [
     pytest.param(name, marks=pytest.mark.slow) if name == "improved_a" else name
     for name in NETWORKS
 ]
 networks = pytest.mark.parametrize("network", COMPUTED)
-
-
-@functools.cache
-def golden(network):
-    """All arrays of a network; of guided_c the results of one order of qkv only."""
-    file, _, order = network.partition("/")
-    with np.load(GOLDEN / f"{file}.npz") as arrays:
-        part = f"{order}/" if order else "//"
-        return {name.replace(part, ""): a for name, a in arrays.items()}
-
-
-def floors(network):
-    file, _, order = network.partition("/")
-    found = NOISE_FLOOR[f"{file}.npz"].items()
-    return {name.replace(f"{order}/" if order else "//", ""): f for name, f in found}
-
-
-def heads_of(model):
-    size = model.head_channels
-    return lambda channels: channels // size if size else model.num_heads
-
-
-@functools.cache
-def leaves_of(network):
-    layout, model = NETWORKS[network]
-    shapes = param_shapes(model, (16, 16, 3))
-    return weights.leaves(shapes, layout, heads_of(model))
-
-
-def golden_below(network, prefix):
-    arrays = golden(network).items()
-    return {k.removeprefix(prefix): v for k, v in arrays if k.startswith(prefix)}
-
-
-def our_params(network):
-    return weights.from_torch(golden_below(network, "params/"), leaves_of(network))
 
 
 @functools.cache
@@ -227,12 +168,6 @@ def test_timestep_embedding_is_the_official_one(name, options, dim):
 
 
 # Sizes
-
-
-def param_shapes(model, image_shape):
-    label = None if model.num_classes is None else jnp.zeros(1, jnp.int32)
-    x, t = jnp.zeros((1, *image_shape)), jnp.zeros(1)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), x, t, label))["params"]
 
 
 def test_attention_follows_each_block_of_the_heights_asked_for_and_the_middle():
