@@ -85,7 +85,7 @@ def _banded_conv(x, kernel):
         lines.reshape(c, b, len(starts), seen * width),
         band.reshape(c, seen * width, rows * width),
     )
-    return jnp.moveaxis(y.reshape(c, b, height, width), 0, -1)
+    return placement.reshape(jnp.moveaxis(y, 0, -1), x.shape)
 
 
 def pointwise_conv(

@@ -35,14 +35,20 @@ def libc(monkeypatch):
     jax.config.update("jax_cpu_enable_async_dispatch", dispatch)
 
 
-@pytest.mark.parametrize("mine", [None, "--xla_dump_to=x"])
-def test_malloc_and_the_thread_are_tuned_and_flags_of_xla_left_alone(
-    libc, monkeypatch, mine
-):
+@pytest.mark.parametrize(
+    ("mine", "then"),
+    [
+        (None, cpu.XLA_FLAG),
+        ("--xla_dump_to=x", f"--xla_dump_to=x {cpu.XLA_FLAG}"),
+        ("--xla_cpu_experimental_ynn_fusion_type=dot", None),
+    ],
+)
+def test_a_flag_of_xla_malloc_and_the_thread_are_tuned(libc, monkeypatch, mine, then):
     if mine:
         monkeypatch.setenv("XLA_FLAGS", mine)
     cpu.tune()
-    assert os.environ.get("XLA_FLAGS") == mine
+    cpu.tune()
+    assert os.environ.get("XLA_FLAGS") == (then or mine)
     # The main thread's heap is the one that can keep a step's memory.
     assert {option for option, _ in libc.calls} == {-1, -3}
     assert not jax.config.read("jax_cpu_enable_async_dispatch")
@@ -57,7 +63,7 @@ def test_with_an_accelerator_nothing_is_set(libc, monkeypatch):
 
 @pytest.mark.slow
 def test_a_tuned_process_computes_the_gradient_of_another_one(tmp_path):
-    """Flags of XLA that call oneDNN made it wrong by a fifth, with jaxlib 0.12."""
+    """With other flags, that call oneDNN, jaxlib 0.12 makes it wrong by a fifth."""
     code = """
 import sys
 if sys.argv[1] == "tuned":
