@@ -1,4 +1,4 @@
-"""Makes XLA's CPU backend fast: a flag, malloc, the main thread, compiled programs.
+"""Makes XLA's CPU backend fast: flags, malloc, the main thread, compiled programs.
 
 Only programs call this, as a library must not change the process of its user. Nothing
 is changed where there is an accelerator. The benefits were measured with
@@ -16,10 +16,14 @@ from typing import Any
 
 import jax
 
-# With this, XLA hands convolutions to Eigen, not to YNNPACK, which takes three to eight
-# times as long for those with few channels and for gradients by a kernel. oneDNN must
-# not get them (onednn_custom_call): with jaxlib 0.12 some gradients were far off.
-XLA_FLAG = "--xla_cpu_experimental_ynn_fusion_type=dot,reduce"
+XLA_FLAGS = (
+    # Convolutions are Eigen's, not YNNPACK's, which takes three to eight times as long
+    # for those with few channels and for gradients by a kernel. oneDNN must not get
+    # them (onednn_custom_call): with jaxlib 0.12 some gradients were wrong by a fifth.
+    "--xla_cpu_experimental_ynn_fusion_type=dot,reduce",
+    # Programs of level 3 are no faster, and take a sixth longer to compile.
+    "--xla_backend_optimization_level=1",
+)
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 ACCELERATORS = ("jax_plugins", "libtpu")  # packages that bring JAX another backend
 
@@ -27,7 +31,7 @@ ACCELERATORS = ("jax_plugins", "libtpu")  # packages that bring JAX another back
 def tune() -> None:
     """Sets options of XLA, JAX and malloc; call it before JAX looks for its devices.
 
-    `XLA_FLAG` is added to the environment's XLA_FLAGS, unless they say otherwise.
+    `XLA_FLAGS` are added to the environment's, as far as these say nothing else.
 
     glibc is told to keep the memory that XLA frees. A step allocates its temporary
     memory in one piece and frees it at the end; the system would take it back and hand
@@ -37,9 +41,9 @@ def tune() -> None:
     """
     if any(importlib.util.find_spec(name) for name in ACCELERATORS):
         return
-    flags = os.environ.get("XLA_FLAGS", "")
-    if XLA_FLAG.partition("=")[0] not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {XLA_FLAG}".strip()
+    mine = os.environ.get("XLA_FLAGS", "")
+    new = [flag for flag in XLA_FLAGS if flag.partition("=")[0] not in mine]
+    os.environ["XLA_FLAGS"] = " ".join([*mine.split(), *new])
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     libc = _glibc()
     if libc is not None:
