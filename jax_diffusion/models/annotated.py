@@ -29,13 +29,11 @@ from jaxtyping import Array, Float
 from jax_diffusion.checks import placement
 from jax_diffusion.models import cpu_convs
 from jax_diffusion.models.attention import full_attention
-from jax_diffusion.models.layers import (
+from jax_diffusion.models.layers import check_inputs, check_sizes, layer_init
+from jax_diffusion.models.torch_layers import (
     Projections,
     TorchLayers,
-    check_inputs,
-    check_sizes,
     gelu,
-    layer_init,
     linear_attention,
 )
 

@@ -30,14 +30,13 @@ from jaxtyping import Array, Float
 from jax_diffusion.checks import placement
 from jax_diffusion.models.attention import full_attention
 from jax_diffusion.models.dropout import Dropout
-from jax_diffusion.models.layers import (
+from jax_diffusion.models.layers import check_inputs, check_sizes
+from jax_diffusion.models.resampling import repeat
+from jax_diffusion.models.torch_layers import (
     Projections,
     TorchLayers,
-    check_inputs,
-    check_sizes,
     linear_attention,
 )
-from jax_diffusion.models.resampling import repeat
 
 
 def pixel_unshuffle(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c4"]:

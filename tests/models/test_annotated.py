@@ -12,9 +12,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from support.oracles import F32, F32_SUM, assert_moments, normal, normal_cdf
 
-from jax_diffusion.models import cpu_convs, layers
+from jax_diffusion.models import cpu_convs, torch_layers
 from jax_diffusion.models.annotated import AnnotatedUNet, Attention, Double
-from jax_diffusion.models.layers import TorchLayers
+from jax_diffusion.models.torch_layers import TorchLayers
 
 # LLVM's optimization is most of the time that a network takes here, and gains nothing.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -238,7 +238,7 @@ def test_norm_is_over_the_whole_image_with_the_true_variance():
 
 def test_gelu_is_x_times_the_normal_distribution_function():
     x = np.linspace(-4, 4, 41)
-    ours = layers.gelu(jnp.asarray(x, jnp.float32))
+    ours = torch_layers.gelu(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(ours, x * normal_cdf(x), **F32)
 
 
@@ -265,7 +265,9 @@ def test_linear_attention_weighs_values_by_products_of_two_softmaxes():
     weights = np.einsum("bnhd,bmhd->bhnm", q_soft, k_soft)  # of each pixel by pixel
     np.testing.assert_allclose(weights.sum(axis=-1), 1)
     expected = np.einsum("bhnm,bmhe->bnhe", weights, v) / 4**0.5
-    np.testing.assert_allclose(jit(layers.linear_attention)(q, k, v), expected, **F32)
+    np.testing.assert_allclose(
+        jit(torch_layers.linear_attention)(q, k, v), expected, **F32
+    )
 
 
 @pytest.mark.slow
