@@ -166,8 +166,11 @@ def ode_fn(
 ) -> ScoreFn:
     """Builds score(params, ids, image, label, ...) -> `likelihood.OdeBits`, jitted.
 
-    Nothing is clipped: the flow must be differentiable.
+    Nothing is clipped: the flow must be differentiable. In forward mode, too, which
+    cuDNN's attention is not: attention is XLA's here.
     """
+    if getattr(model, "attention_implementation", None) == "cudnn":
+        model = model.clone(attention_implementation=None)
     bits = functools.partial(likelihood.ode_bits_per_dim, probes=probes)
     return _bits_fn(bits, model, objective, schedule, seed)
 

@@ -28,7 +28,7 @@ def full_attention(
         k: keys [b, m, head, d].
         v: values [b, m, head, d].
         mask: which keys are attended to, bool [b, 1, 1, m]; None for all.
-        implementation: the argument of that function: None, "xla" or "cudnn".
+        implementation: that of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
         recompute: whether the backward pass computes the n x m weights again instead of
             keeping them. Flash attention, as cuDNN's, never keeps them.
 
@@ -37,7 +37,8 @@ def full_attention(
 
     Raises:
         ValueError: for "cudnn", if JAX finds no cuDNN, or cuDNN does not take these
-            dtypes or sizes.
+            dtypes or sizes. Some limits of its backward pass are raised by JAX itself,
+            as NotImplementedError.
     """
     chosen: Any = implementation
     attend = functools.partial(jax.nn.dot_product_attention, implementation=chosen)

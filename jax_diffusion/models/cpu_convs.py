@@ -1,8 +1,9 @@
 """Convolutions that have a fast form for the CPU, which XLA does not find itself.
 
-All equal the plain convolution up to rounding, and on accelerators they are the plain
-convolution. The platform is chosen when a program is lowered, not when it is traced, so
-an export for several platforms holds the right form for each.
+All equal the plain convolution up to rounding. On accelerators they are that
+convolution, except 1 x 1 ones, which are products of matrices everywhere. The platform
+is chosen when a program is lowered, not when it is traced, so an export for several
+platforms holds the right form for each.
 """
 
 import functools
@@ -17,12 +18,14 @@ from jaxtyping import Array, Float
 from jax_diffusion.checks import placement
 from jax_diffusion.models import resampling
 
-# The matrix product does width / size times the work of the convolution, and more for
-# every row that is computed with others. Forward and backward on two cores, it takes
-# 20 ms and XLA's convolution 109 ms for images [64, 28, 28, 18]; 140 and 218 for
-# [4, 128, 128, 32]; 284 and 220 for [1, 256, 256, 32].
+# The matrix product does width / size times the work of the convolution, about twice
+# that for blocks of several rows, which are copied less often. Backward on two cores,
+# milliseconds by blocks of one row, by blocks and by XLA's convolution: images
+# [128, 28, 28, 28]: 92, 72, 490; [128, 14, 14, 56]: 31, 22, 350.
 MAX_BANDED_WIDTH = 128
-MAX_BANDED_ROWS = 8  # with one row at a time, rows are copied seven times
+MAX_BLOCK = (
+    256  # pixels of a block of rows: the matrix has about their square for each channel
+)
 
 
 def depthwise_conv(
@@ -63,7 +66,8 @@ def _banded_conv(x, kernel):
     a matrix that holds the kernel in bands."""
     b, height, width, c = x.shape
     size, half = kernel.shape[0], kernel.shape[0] // 2
-    rows = max(n for n in range(1, MAX_BANDED_ROWS + 1) if height % n == 0)
+    most = max(1, MAX_BLOCK // width)
+    rows = max(n for n in range(1, 1 + min(height, most)) if height % n == 0)
     seen = rows + size - 1
 
     def taps(num_in, num_out, before):  # [size, num_in, num_out]: 1 where they meet

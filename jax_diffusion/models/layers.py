@@ -1,4 +1,4 @@
-"""Layers that the networks share: initialization, norms, attention, time embedding.
+"""Layers that the networks share: initialization, norms, convolutions, time embedding.
 
 Images are [b, *spatial, c] with one, two or three spatial axes. The first of three axes
 is time and is never resampled, as in guided-diffusion's 3-D networks.

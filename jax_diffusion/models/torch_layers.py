@@ -28,6 +28,7 @@ class TorchLayers(nn.Module):
         """Convolves with a `size` x `size` kernel, by default padded symmetrically."""
         init = layer_init("torch", size * size * x.shape[-1])
         padding = size // 2 if padding is None else padding
+        pointwise = size == stride == 1 and padding == 0
         return nn.Conv(
             features,
             (size, size),
@@ -35,7 +36,7 @@ class TorchLayers(nn.Module):
             padding=(padding, padding),
             use_bias=bias,
             dtype=self.dtype,
-            conv_general_dilated=cpu_convs.pointwise_conv if size == 1 else None,
+            conv_general_dilated=cpu_convs.pointwise_conv if pointwise else None,
             name=name,
             **init,
         )(x)

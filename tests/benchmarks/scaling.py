@@ -84,11 +84,6 @@ def devices_of(compiler, count):
     return topology.devices
 
 
-def plain(*args, default, **ways):
-    """In place of `lax.platform_dependent`: as on no platform that has its own way."""
-    return default(*args)
-
-
 def compile_step(name, compiler, count, fsdp):
     """The step as `count` devices would run it."""
     make_step, state = program(name)
@@ -102,7 +97,7 @@ def compile_step(name, compiler, count, fsdp):
     key = jax.eval_shape(lambda: jax.random.key(0))
     step, _ = sharding.jit_step(mesh, make_step(mesh), state)
     # The network as accelerators run it: cpu_convs.py saves operations on the CPU.
-    with mock.patch("jax.lax.platform_dependent", plain):
+    with mock.patch("jax.lax.platform_dependent", roofline.elsewhere):
         lowered = step.lower(key, state, batch)
     return lowered.compile(compiler_options=QUICK if compiler == "cpu" else None)
 

@@ -2,6 +2,7 @@
 size, and what its missing skip means."""
 
 import functools
+import importlib
 import re
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from support.oracles import F32, F32_SUM, assert_moments, normal, normal_cdf
 
 from jax_diffusion.models import cpu_convs, torch_layers
@@ -381,3 +382,60 @@ def test_channels_that_cannot_be_grouped_are_named_in_one_sentence():
     message = r"^[^.]*divisible by num_groups = 8, got 28\.(\n|$)"
     with pytest.raises(ValueError, match=message):
         param_shapes(AnnotatedUNet(**SMALL | options), (8, 8, 1))
+
+
+BLOCK = {  # of the benchmark's network -> of ours
+    **{"depthwise": "depthwise", "emb.1": "emb", "skip": "skip"},
+    **{
+        "net.0": "norm_in",
+        "net.1": "conv_in",
+        "net.3": "norm_out",
+        "net.4": "conv_out",
+    },
+}
+WHOLE = {
+    "stem": "conv_in",
+    "embed.1": "time_0",
+    "embed.3": "time_1",
+    "out.1": "conv_out",
+}
+
+
+def our_name(name, levels):
+    """The path in our parameters of a module of annotated_pytorch.py."""
+    if name in WHOLE:
+        return (WHOLE[name],)
+    part, _, rest = name.partition(".")
+    if part == "out":
+        return "block_out", BLOCK[rest.removeprefix("0.")]
+    if part.startswith("mid"):
+        return part, BLOCK.get(rest, rest)
+    index, kind, *inner = (part, *rest.split("."))[1:]
+    level = int(index) if part == "down" else levels - 1 - int(index)
+    if kind == "resample":
+        return (f"{part}_{level}_{'halve' if part == 'down' else 'double'}",)
+    stage = {"first": "0", "second": "1"}.get(kind, kind)
+    return f"{part}_{level}_{stage}", BLOCK.get(".".join(inner), ".".join(inner))
+
+
+@pytest.mark.slow
+def test_the_network_that_benchmarks_run_in_pytorch_is_ours(torch, monkeypatch):
+    monkeypatch.syspath_prepend("tests/benchmarks")
+    theirs = importlib.import_module("annotated_pytorch").Unet(8, (1, 2))
+    params = {}
+    for name, value in theirs.named_parameters():
+        module, _, kind = name.rpartition(".")
+        value = value.detach().numpy()
+        norm = value.ndim == 1 and kind == "weight"
+        if not norm and kind == "weight":
+            kind = "kernel"
+            value = value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
+        params[(*our_name(module, 2), "scale" if norm else kind)] = value
+    params = unflatten_dict(params)
+    model = AnnotatedUNet(channels=8, multipliers=(1, 2))
+    shapes = param_shapes(model, (8, 8, 1))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    ours = jit(model.apply)({"params": params}, IMAGES, T)
+    with torch.no_grad():
+        expected = theirs(to_torch(torch, IMAGES), torch.tensor(np.asarray(T)))
+    np.testing.assert_allclose(ours, from_torch(expected), rtol=0, atol=2e-5)

@@ -310,11 +310,6 @@ IMAGES = 64  # of 8 x 8
 SCALARS = 4096
 
 
-def elsewhere(*args, default, **ways):
-    """In place of `lax.platform_dependent`: as on no platform that has its own way."""
-    return default(*args)
-
-
 def compile_step(**sizes):
     """The train step on eight devices, as `train` compiles it, and its parameters."""
     schedule = schedules.make_schedule(schedules.cosine_betas(20))
@@ -344,7 +339,7 @@ def compile_step(**sizes):
     step, _ = sharding.jit_step(mesh, train_step, state)
     # The network as accelerators run it: on the CPU, a doubling convolution makes four
     # kernels of size 2 of its own, and their gradients are the ones summed.
-    with mock.patch("jax.lax.platform_dependent", elsewhere):
+    with mock.patch("jax.lax.platform_dependent", roofline.elsewhere):
         lowered = step.lower(key, state, batch)
     quick = {"xla_backend_optimization_level": "0"}
     cost = roofline.cost(lowered.compile(compiler_options=quick))
