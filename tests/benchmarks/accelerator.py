@@ -1,20 +1,22 @@
-"""How fast and how right one GPU or TPU is, in five minutes and one table.
+"""How fast and how right one GPU or TPU is, in one table.
 
     python -m tests.benchmarks.accelerator [--minutes 5] [--torch-python PYTHON]
 
-Prints a line a row on standard error as it is ready, and in the end all of them as one
-table on standard output, with the device's name. A row that fails says why, and the
-others go on; rows that may not end in time are skipped. The exit status is 1 if a
-check failed: golden U-Nets, one train step and one sampler beside the CPU, attention of
-cuDNN beside XLA's, and a training that resumes. It is 2 if there is no accelerator.
+Takes about five minutes (`--minutes`): no row begins that may not end in time. Prints a
+line a row on standard error as it is ready, and in the end all of them as one table on
+standard output, with the device's name. A row that fails says why, and the others go
+on. The exit status is 1 if a check failed: golden U-Nets, one train step and one
+sampler beside the CPU, attention of cuDNN beside XLA's, and a training that resumes. It
+is 2 if there is no accelerator.
 
 The train step is that of the config, data apart: with dropout, clipping, AdamW and an
 average. "TF32" and "float32" are precisions of products of float32; JAX's default is
 the first one on GPUs. On TPUs, which have neither, they are products of three and of
 six passes in bfloat16. The share is of the roofline: of the least time that operations
 or memory take by the data sheet, at JAX's default precision for float32. "program" is
-the memory that XLA plans for it; "peak" what the device has held at most until then, a
-row's own only where it rose.
+the memory that XLA plans for it; "peak" what this process has held at most on the
+device until then, a row's own only where it rose. Rows that did not run, or in another
+process, have none.
 
 PyTorch, with the same U-Net by diffusers, runs in processes of its own, perhaps by
 another interpreter. `--toy` runs everything on any device, at sizes of no meaning.
@@ -34,7 +36,17 @@ import jax
 from tests.support import golden_unets
 
 from . import accelerator_checks, accelerator_speed
-from .accelerator_speed import FULL, GIB, TOY, Found, Row, Sizes, Unsupported
+from .accelerator_speed import (
+    FULL,
+    GIB,
+    TOY,
+    Found,
+    NoTimeLeft,
+    Row,
+    Sizes,
+    Unsupported,
+    seconds_left,
+)
 
 HEADS = ("what", "result", "share", "compile s", "program GiB", "peak GiB", "published")
 PYTORCH = Path(__file__).with_name("accelerator_pytorch.py")
@@ -63,7 +75,7 @@ def pytorch(python: str, mode: str, sizes: Sizes, deadline: float) -> Found:
     if why := why_no_pytorch(python):
         raise Unsupported(why)
     command = [python, str(PYTORCH), mode, str(sizes.batches[0]), str(sizes.seconds)]
-    left = max(1.0, deadline - time.monotonic())
+    left = seconds_left(deadline)
     ended = subprocess.run(command, capture_output=True, text=True, timeout=left)
     if ended.returncode:
         raise RuntimeError((ended.stderr.strip().splitlines() or ["no answer"])[-1])
@@ -75,29 +87,32 @@ def all_rows(sizes: Sizes, python: str, deadline: float) -> list[Row]:
     networks = list(golden_unets.NETWORKS)
     if sizes is TOY:  # the tests compare all of them
         networks = networks[3:4]
-    checks = accelerator_checks.rows(networks)
-    speed = accelerator_speed.rows(sizes, PUBLISHED)
+    checks = accelerator_checks.rows(networks, deadline)
+    speed = accelerator_speed.rows(sizes, PUBLISHED, deadline)
     theirs = [
         Row(
             f"PyTorch: CIFAR-10 step, {mode}, batch {sizes.batches[0]}",
             "PyTorch",
             functools.partial(pytorch, python, mode, sizes, deadline),
+            is_elsewhere=True,
         )
         for mode in MODES
     ]
     return [*checks[:-1], *speed[:3], *theirs, *checks[-1:], *speed[3:]]
 
 
-def run_row(row: Row) -> tuple[Found, bool]:
-    """What a row tells, and whether it is a check that failed."""
+def run_row(row: Row) -> tuple[Found, bool, bool]:
+    """What a row tells, whether it ran to its end, and whether a check failed."""
     try:
-        return row.run(), False
+        return row.run(), True, False
     except Unsupported as error:
-        return Found(f"not run: {error}"), False
+        return Found(f"not run: {error}"), False, False
+    except (NoTimeLeft, subprocess.TimeoutExpired):
+        return Found("no time left"), False, False
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         text = f"failed: {type(error).__name__}: {lines[0]:.120}"
-        return Found(text.replace("|", "/")), row.is_check
+        return Found(text.replace("|", "/")), False, row.is_check
 
 
 def peak_gib(before: float | None) -> tuple[str, float | None]:
@@ -116,15 +131,16 @@ def run_all(rows: Sequence[Row], deadline: float) -> tuple[list[list[str]], bool
     for row in rows:
         begun = time.monotonic()
         needed = longest.get(row.group, max(longest.values(), default=0.0))
-        if deadline - begun < max(needed, SHORTEST):
-            found = Found("no time left")
-        else:
-            found, failed = run_row(row)
-            wrong |= failed
+        found, ran, failed = Found("no time left"), False, False
+        if deadline - begun >= max(needed, SHORTEST):
+            found, ran, failed = run_row(row)
+        wrong |= failed
         cell, peak = peak_gib(peak)
+        cell = cell if ran and not row.is_elsewhere else ""
         table.append([row.name, *found, cell, row.published])
         took = time.monotonic() - begun
-        longest[row.group] = max(longest.get(row.group, 0.0), took)
+        if ran:  # a row that was skipped or failed says nothing of the next one's time
+            longest[row.group] = max(longest.get(row.group, 0.0), took)
         print(f"{row.name}: {found.result} ({took:.0f} s)", file=sys.stderr, flush=True)
     return table, wrong
 

@@ -1,6 +1,5 @@
 """The rows of `tests.benchmarks.accelerator` that have a time."""
 
-import contextlib
 import functools
 import math
 import time
@@ -41,6 +40,7 @@ class Row(NamedTuple):
         run: returns what was found; anything that it raises is printed instead.
         published: numbers of others.
         is_check: whether the exit status depends on it.
+        is_elsewhere: whether it runs in a process of its own.
     """
 
     name: str
@@ -48,10 +48,34 @@ class Row(NamedTuple):
     run: Callable[[], Found]
     published: str = ""
     is_check: bool = False
+    is_elsewhere: bool = False
 
 
 class Unsupported(Exception):
     """What a device or an installation cannot do; no failure of ours."""
+
+
+class NoTimeLeft(Exception):
+    """A row would not end before the deadline."""
+
+
+def seconds_left(deadline: float) -> float:
+    """Seconds until a deadline of `time.monotonic`; raises NoTimeLeft if none are."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise NoTimeLeft
+    return left
+
+
+def need_cudnn() -> None:
+    """Raises Unsupported if the device is not one of CUDA."""
+    if "cuda" not in jax.devices()[0].client.platform_version.lower():
+        raise Unsupported("cuDNN is for CUDA")
+
+
+def quick(platform: str) -> dict[str, int] | None:
+    """Options of the compiler: a CPU is not measured, so its programs may be slow."""
+    return {"xla_backend_optimization_level": 0} if platform == "cpu" else None
 
 
 class Sizes(NamedTuple):
@@ -155,16 +179,17 @@ def parts(name: str, side: int, overrides: tuple[str, ...]) -> Parts:
 
 
 def compile_program(function, *args, precision=None, **options):
-    """Lowers and compiles; returns both, and the seconds that it took."""
+    """Compiles; returns the program, and the seconds that it took."""
+    options.setdefault("compiler_options", quick(jax.default_backend()))
     begun = time.perf_counter()
     with jax.default_matmul_precision(precision):
-        lowered = jax.jit(function, **options).lower(*args)
-        compiled = lowered.compile()
-    return lowered, compiled, time.perf_counter() - begun
+        compiled = jax.jit(function, **options).lower(*args).compile()
+    return compiled, time.perf_counter() - begun
 
 
 def mean_seconds(run: Callable[[], Any], seconds: float) -> float:
-    """Seconds of one call, of as many as fill the time, none waiting for the last."""
+    """Mean seconds of a call; calls are repeated for `seconds` and none waits for the
+    one before."""
     for _ in range(2):
         begun = time.perf_counter()
         jax.block_until_ready(run())
@@ -177,20 +202,40 @@ def mean_seconds(run: Callable[[], Any], seconds: float) -> float:
     return (time.perf_counter() - begun) / count
 
 
-def share(lowered, compiled, dtype: str, elapsed: float) -> str:
+def operations(function, *args, platform: str) -> float:
+    """Operations of a program, lowered for a platform of JAX and not compiled.
+
+    JAX's clients of CUDA and TPU count only what they have compiled, and there miss
+    what XLA hands to cuDNN and cuBLAS. So the client of the CPU counts, for any
+    platform; nan if JAX_PLATFORMS leaves it out, or it cannot.
+    """
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    try:
+        with jax.default_device(jax.devices("cpu")[0]):
+            traced = jax.jit(function).trace(*shapes)
+            found = traced.lower(lowering_platforms=(platform,)).cost_analysis()
+    except RuntimeError:
+        return math.nan
+    return (found or {}).get("flops", math.nan)
+
+
+def share(function, args, compiled, dtype: str, elapsed: float) -> str:
     """The least time by the roofline over the time that was needed.
 
-    Operations are those of the program before XLA hands parts of it to libraries, where
-    it counts them no more; bytes those that it counts afterwards, if any.
+    Operations are those of `operations`. Bytes are those that XLA counts in the
+    compiled program, which lack what cuDNN and cuBLAS move: a program that is bound by
+    that traffic may have a share that is too small.
     """
-    peak = device_peaks.PEAKS.get(jax.devices()[0].device_kind)
-    cost = roofline.cost(compiled)
-    with contextlib.suppress(NotImplementedError, jax.errors.JaxRuntimeError):
-        told = lowered.cost_analysis() or {}  # not of every backend
-        cost = cost._replace(flops=told.get("flops", cost.flops))
-    if peak is None or math.isnan(cost.flops):
+    device = jax.devices()[0]
+    peak = device_peaks.PEAKS.get(device.device_kind)
+    if peak is None:
         return "unknown"
-    cost = cost._replace(bytes=float(np.nan_to_num(cost.bytes)))
+    platform = {"gpu": "cuda"}.get(device.platform, device.platform)
+    flops = operations(function, *args, platform=platform)
+    if math.isnan(flops):
+        return "unknown"
+    cost = roofline.cost(compiled)
+    cost = cost._replace(flops=flops, bytes=float(np.nan_to_num(cost.bytes)))
     least = roofline.seconds(cost, peak, dtype, overlap=True)
     return f"{least / elapsed:.0%}"
 
@@ -202,7 +247,7 @@ def program_gib(compiled) -> str:
         return "unknown"
     size = plan.argument_size_in_bytes + plan.output_size_in_bytes
     size += plan.temp_size_in_bytes - plan.alias_size_in_bytes
-    return f"{size / GIB:.2f}"
+    return f"{size / GIB:.3g}"
 
 
 def train_step(found: Parts, batch_size: int, kind: str, remat, seconds) -> Found:
@@ -221,7 +266,8 @@ def train_step(found: Parts, batch_size: int, kind: str, remat, seconds) -> Foun
     shape = (batch_size, *found.shape)
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     batch = jax.device_put({"image": image, "label": np.zeros(batch_size, np.int32)})
-    lowered, compiled, compiling = compile_program(
+    shapes = jax.eval_shape(lambda *args: args, key, state, batch)
+    compiled, compiling = compile_program(
         step, key, state, batch, precision=precision, donate_argnums=1
     )
 
@@ -233,8 +279,8 @@ def train_step(found: Parts, batch_size: int, kind: str, remat, seconds) -> Foun
     elapsed = mean_seconds(run, seconds)
     return Found(
         f"{batch_size / elapsed:,.0f} images/s",
-        share(lowered, compiled, dtype, elapsed),
-        f"{compiling:.0f}",
+        share(step, shapes, compiled, dtype, elapsed),
+        f"{compiling:.1f}",
         program_gib(compiled),
     )
 
@@ -245,16 +291,20 @@ def cifar10_step(sizes: Sizes, batch_size: int, kind: str, remat=None) -> Found:
     return train_step(found, batch_size, kind, remat, sizes.seconds)
 
 
-def imagenet64_step(sizes: Sizes) -> Found:
+def imagenet64_step(sizes: Sizes, deadline: float) -> Found:
     """`train_step` of configs/imagenet64.py in bfloat16, of a batch that fits."""
-    found = parts("imagenet64", *sizes.imagenet64)
+    found, longest = parts("imagenet64", *sizes.imagenet64), 0.0
     for size in sizes.imagenet64_batches:
+        if seconds_left(deadline) < longest:
+            raise NoTimeLeft
+        begun = time.monotonic()
         try:
             row = train_step(found, size, "bfloat16", None, sizes.seconds)
             return row._replace(result=f"{row.result}, batch {size}")
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
+        longest = max(longest, time.monotonic() - begun)
     raise MemoryError(f"{sizes.imagenet64_batches[-1]} images do not fit")
 
 
@@ -275,39 +325,48 @@ def sampling(sizes: Sizes, kind: str) -> Found:
         return samplers.sample(keys, denoise_fn, samplers.ddim_step, schedule, x_T)
 
     args = (params, schedule, keys, x_T)
-    _, compiled, compiling = compile_program(draw, *args, precision=precision)
+    compiled, compiling = compile_program(draw, *args, precision=precision)
     elapsed = mean_seconds(lambda: compiled(*args), sizes.seconds)
     rate = f"{batch_size * sizes.steps / elapsed:,.0f} image-steps/s"
     # XLA counts the body of the loop over steps once: no share of the roofline.
-    return Found(rate, "", f"{compiling:.0f}", program_gib(compiled))
+    return Found(rate, "", f"{compiling:.1f}", program_gib(compiled))
 
 
-def backward_ms(function, sizes: Sizes, *arrays) -> Found:
-    """Milliseconds of a function and its gradient in bfloat16."""
+def backward_ms(function, sizes: Sizes, *arrays, counted=None) -> Found:
+    """Milliseconds of a function and its gradient in bfloat16.
+
+    `counted` has the same operations, in a form in which XLA counts them.
+    """
     args = [jnp.asarray(a, jnp.bfloat16) for a in arrays]
 
-    def loss(*args):
-        return jnp.sum(function(*args).astype(jnp.float32) ** 2)
+    def with_gradient(function):
+        def loss(*args):
+            return jnp.sum(function(*args).astype(jnp.float32) ** 2)
 
-    gradient = jax.value_and_grad(loss, argnums=tuple(range(len(args))))
-    lowered, compiled, compiling = compile_program(gradient, *args)
+        return jax.value_and_grad(loss, argnums=tuple(range(len(args))))
+
+    compiled, compiling = compile_program(with_gradient(function), *args)
     elapsed = mean_seconds(lambda: compiled(*args), sizes.seconds)
     return Found(
         f"{1000 * elapsed:.3f} ms",
-        share(lowered, compiled, "bfloat16", elapsed),
-        f"{compiling:.0f}",
+        share(with_gradient(counted or function), args, compiled, "bfloat16", elapsed),
+        f"{compiling:.1f}",
         program_gib(compiled),
     )
 
 
 def attention(sizes: Sizes, side: int, implementation: str) -> Found:
     """`jax.nn.dot_product_attention` of all pixels."""
+    if implementation == "cudnn":
+        need_cudnn()
     images, heads, channels = sizes.attention
     shape = (3, images, side**2, heads, channels)
-    attend = functools.partial(
-        jax.nn.dot_product_attention, implementation=implementation
+    attend, plain = (
+        functools.partial(jax.nn.dot_product_attention, implementation=name)
+        for name in (implementation, "xla")
     )
-    return backward_ms(attend, sizes, *np.random.default_rng(0).normal(size=shape))
+    arrays = np.random.default_rng(0).normal(size=shape)
+    return backward_ms(attend, sizes, *arrays, counted=plain)
 
 
 def convolution(sizes: Sizes, layout: str) -> Found:
@@ -329,7 +388,7 @@ def convolution(sizes: Sizes, layout: str) -> Found:
     return backward_ms(convolve, sizes, x, weight)
 
 
-def rows(sizes: Sizes, published: dict[str, str]) -> list[Row]:
+def rows(sizes: Sizes, published: dict[str, str], deadline: float) -> list[Row]:
     """All rows with a time, the most telling first."""
     first, *more = sizes.batches
 
@@ -362,11 +421,12 @@ def rows(sizes: Sizes, published: dict[str, str]) -> list[Row]:
         )
         for layout in ("NHWC", "NCHW")
     ]
+    imagenet64 = functools.partial(imagenet64_step, sizes, deadline)
     return [
         *(step("bfloat16", first), draw("bfloat16"), step("TF32", first)),
         *(*attend, *convolve),
         step("bfloat16", first, "nothing_saveable"),
-        Row("ImageNet-64 step, bfloat16", "large", lambda: imagenet64_step(sizes)),
+        Row("ImageNet-64 step, bfloat16", "large", imagenet64),
         step("float32", first),
         *(step(kind, size) for size in more for kind in PRECISIONS),
         draw("float32"),
