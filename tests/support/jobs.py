@@ -8,10 +8,10 @@ import sys
 import time
 
 import numpy as np
+from support import programs, tiny
 
 from jax_diffusion import config as settings
 from jax_diffusion.runtime import checkpoint, logs
-from support import programs, tiny
 
 LONG = "--config.total_steps=100000"
 NO_SAMPLES = "--config.sample_every=0"  # a sampler takes long to compile

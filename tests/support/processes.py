@@ -5,9 +5,9 @@ Every function takes `signal` and `noise`, float64 [T], that a test has also giv
 """
 
 import numpy as np
+from support import oracles
 
 from jax_diffusion import schedules
-from support import oracles
 
 # From noise / signal, [T], to signal and noise: processes that differ in scale only.
 KINDS = {

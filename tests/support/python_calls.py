@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from support.tiny_runs import LABELS, SIZE, make_run, tiny_config, write_images
 
 import jax_diffusion as jd
 from jax_diffusion.interop.exporting import export_run
-from support.tiny_runs import LABELS, SIZE, make_run, tiny_config, write_images
 
 X = np.zeros((2, SIZE, SIZE, 3), np.uint8)
 HALF = np.zeros((SIZE, SIZE))

@@ -7,14 +7,14 @@ import pickle
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from support.peers import peer
+from support.strange_files import pickled_zip, storage, tensor
+from support.tiny_runs import random_params
 
 from jax_diffusion import config as configs
 from jax_diffusion.interop import foreign
 from jax_diffusion.interop.tensors import STORAGES
 from jax_diffusion.pipeline import Run
-from support.peers import peer
-from support.strange_files import pickled_zip, storage, tensor
-from support.tiny_runs import random_params
 
 MODEL = dict(
     name="unet",
