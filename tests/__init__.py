@@ -1,1 +1,1 @@
-"""So that `tests.benchmarks` is found where a package has installed its own `tests`."""
+"""Lets Python find `tests.benchmarks` where a package has installed its own `tests`."""

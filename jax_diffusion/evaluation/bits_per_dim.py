@@ -166,11 +166,12 @@ def ode_fn(
 ) -> ScoreFn:
     """Builds score(params, ids, image, label, ...) -> `likelihood.OdeBits`, jitted.
 
-    Nothing is clipped: the flow must be differentiable. In forward mode, too, which
-    cuDNN's attention is not: attention is XLA's here.
+    Nothing is clipped: the flow must be differentiable. Attention is XLA's, since
+    cuDNN's has no derivative in forward mode.
     """
-    if getattr(model, "attention_implementation", None) == "cudnn":
-        model = model.clone(attention_implementation=None)
+    network: Any = model
+    if getattr(network, "attention_implementation", None) == "cudnn":
+        model = network.clone(attention_implementation=None)
     bits = functools.partial(likelihood.ode_bits_per_dim, probes=probes)
     return _bits_fn(bits, model, objective, schedule, seed)
 

@@ -28,13 +28,12 @@ from jaxtyping import Array, Float
 
 from jax_diffusion.checks import placement
 from jax_diffusion.models import cpu_convs
-from jax_diffusion.models.attention import full_attention
 from jax_diffusion.models.layers import check_inputs, check_sizes, layer_init
 from jax_diffusion.models.torch_layers import (
     Projections,
     TorchLayers,
+    attend,
     gelu,
-    linear_attention,
 )
 
 
@@ -153,12 +152,8 @@ class Attention(TorchLayers):
         inner = self.num_heads * self.head_dim
         heads = Projections(self.num_heads, self.head_dim, self.dtype, name="qkv")
         q, k, v = heads(h)
-        attend = linear_attention
-        if not self.linear:
-            attend = functools.partial(
-                full_attention, implementation=self.implementation
-            )
-        h = placement.reshape(attend(q, k, v), (b, height, width, inner))
+        h = attend(q, k, v, linear=self.linear, implementation=self.implementation)
+        h = placement.reshape(h, (b, height, width, inner))
         h = self.conv(h, c, name="out", size=1)
         return x + (self.norm(h, name="norm_out") if self.linear else h)
 

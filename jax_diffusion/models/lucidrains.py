@@ -28,14 +28,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_diffusion.checks import placement
-from jax_diffusion.models.attention import full_attention
 from jax_diffusion.models.dropout import Dropout
 from jax_diffusion.models.layers import check_inputs, check_sizes
 from jax_diffusion.models.resampling import repeat
 from jax_diffusion.models.torch_layers import (
     Projections,
     TorchLayers,
-    linear_attention,
+    attend,
 )
 
 
@@ -135,12 +134,8 @@ class MemoryAttention(TorchLayers):
         )
         k = jnp.concatenate([k_memory, k], axis=1)
         v = jnp.concatenate([v_memory, v], axis=1)
-        attend = linear_attention
-        if not self.linear:
-            attend = functools.partial(
-                full_attention, implementation=self.implementation
-            )
-        h = placement.reshape(attend(q, k, v), (b, height, width, inner))
+        h = attend(q, k, v, linear=self.linear, implementation=self.implementation)
+        h = placement.reshape(h, (b, height, width, inner))
         h = self.conv(h, c, name="out", size=1)
         return x + (RMSNorm(name="norm_out")(h) if self.linear else h)
 

@@ -1,4 +1,4 @@
-"""Layers of networks whose originals are short PyTorch codes, and start as those do."""
+"""Layers that start as PyTorch's do, for networks from short PyTorch codes."""
 
 import functools
 
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jax_diffusion.checks import placement
 from jax_diffusion.models import cpu_convs
+from jax_diffusion.models.attention import full_attention
 from jax_diffusion.models.layers import GroupNorm, layer_init, timestep_embedding
 
 gelu = functools.partial(nn.gelu, approximate=False)
@@ -86,6 +87,13 @@ class Projections(nn.Module):
             placement.reshape(cpu_convs.pointwise_conv(x, part), out)
             for part in jnp.split(kernel, 3, axis=-1)
         ]
+
+
+def attend(q, k, v, *, linear, implementation):
+    """Applies `linear_attention`, or `full_attention` by that implementation."""
+    if linear:
+        return linear_attention(q, k, v)
+    return full_attention(q, k, v, implementation=implementation)
 
 
 def linear_attention(

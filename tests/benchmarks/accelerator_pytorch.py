@@ -9,6 +9,7 @@ import contextlib
 import sys
 import time
 
+import pytorch
 import torch
 from diffusers import UNet2DModel
 
@@ -19,22 +20,8 @@ MODES = {  # channels last, torch.compile, autocast to bfloat16
     "autocast": (True, False, True),
     "compile, autocast": (True, True, True),
 }
-CIFAR10 = dict(  # the network of configs/cifar10.py
-    sample_size=32,
-    in_channels=3,
-    out_channels=3,
-    freq_shift=1,
-    flip_sin_to_cos=False,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(128, 256, 256, 256),
-    layers_per_block=2,
-    downsample_padding=0,
-    attention_head_dim=None,
-    norm_eps=1e-6,
-    dropout=0.1,
-)
-COUNT = 35_746_307  # of its parameters
+CIFAR10 = dict(pytorch.CIFAR10, dropout=0.1)  # the network of configs/cifar10.py
+COUNT = pytorch.COUNTS[32]  # of its parameters
 
 
 def train_step(config, mode, batch_size, device):

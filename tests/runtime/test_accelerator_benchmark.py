@@ -309,12 +309,13 @@ def test_a_peak_is_a_rows_own_where_it_rose(stats, before, cell, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of PyTorch's own
-def test_pytorchs_side_trains_the_network_of_the_config():
+def test_pytorchs_side_trains_the_network_of_the_config(monkeypatch):
     torch = pytest.importorskip("torch")
     diffusers = peer("diffusers")
+    monkeypatch.syspath_prepend(accelerator.PYTORCH.parent)  # as for a script
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = importlib.import_module("tests.benchmarks.accelerator_pytorch")
+        theirs = importlib.import_module("accelerator_pytorch")
     assert tuple(theirs.MODES) == accelerator.MODES
     with torch.device("meta"):
         network = diffusers.UNet2DModel(**theirs.CIFAR10)
