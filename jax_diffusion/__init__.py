@@ -19,7 +19,7 @@ The mathematics needs jax, numpy and jaxtyping, and takes a network from any lib
     editing       RePaint, SDEdit, reconstruction; posterior sampling
     likelihood    bits/dim by the variational bound and by the ODE
 
-Parts that know nothing of each other:
+Parts, which know nothing of each other:
 
     models        Flax networks: U-Nets, classifiers, Inception
     data          data sets -> uint8 batches that depend on (seed, step) only
@@ -30,7 +30,7 @@ Parts that know nothing of each other:
     export        a sampler as one file, without this package
     registry      looks names up, or imports "package.module:function"
 
-Using them together:
+What uses them, lowest first:
 
     training      train step, optimizer; from a config to a compiled step
     config        loads and checks configs; builds what they describe

@@ -77,7 +77,7 @@ class OdeBits(NamedTuple):
 def prior_bpd(schedule: NoiseSchedule, x_0: Float[Array, "b *d"]) -> Float[Array, "b"]:
     """KL(q(x_T | x_0) || p(x_T)), bits/dim [b]: the information on x_0 left in x_T.
 
-    p(x_T) is what sampling starts from, see `samplers.pure_noise`.
+    L_T of DDPM eq. 5. p(x_T) is what sampling starts from, see `samplers.pure_noise`.
 
     Args:
         schedule: its last row is x_T; rows added by `schedules.pad` do not count.
@@ -109,13 +109,13 @@ def bits_per_dim(
 ) -> BitsPerDim:
     """The variational bound on -log2 p(x_0) per dimension, with all of its T terms.
 
-    Calls the denoiser T times in one scan, with new noise at each t, as the official
-    code does.
+    DDPM eq. 5. Calls the denoiser T times in one scan, with new noise at each t, as
+    `calc_bpd_loop` of improved-diffusion does.
 
     Args:
-        key: one for the batch, or one for each image (`samplers.image_keys`), which
-            makes an image's result independent of its batch.
-        denoise_fn: the network as a denoiser; the official code clips it
+        key: one for the batch, or typed keys [b], one for each image
+            (`samplers.image_keys`), which make a result independent of its batch.
+        denoise_fn: the network as a denoiser; improved-diffusion clips it
             (`diffusion.clip_x_0`).
         schedule: the noise levels; terms of rows added by `schedules.pad` are zero.
         x_0: data [b, ...], uint8 / 127.5 - 1.
@@ -196,7 +196,7 @@ def dequantize(
     upper bound of -log2 of the bin's probability (Theis et al. 2016, sec. 3.1).
 
     Args:
-        keys: one for each image.
+        keys: typed keys [b], one for each image.
         x_0: data [b, ...], uint8 / 127.5 - 1.
 
     Returns:
@@ -240,7 +240,7 @@ def ode_bits_per_dim(
     not have a `custom_vjp`.
 
     Args:
-        key: one for the batch, or one for each image, see `bits_per_dim`.
+        key: one for the batch, or keys [b], see `bits_per_dim`.
         denoise_fn: not clipped: clipping is not smooth, and Heun's method would lose
             its second order.
         schedule: the noise levels; rows added by `schedules.pad` are skipped.
@@ -268,14 +268,15 @@ def ode_log_prob(
 ) -> OdeBits:
     """log p(x_0) of any continuous data by the probability flow, without dequantizing.
 
-    The density p is that of samples, as in `ode_bits_per_dim`. Of an exact denoiser it
-    is that of the data plus the Gaussian noise of the first row, of standard deviation
-    noise / signal, which must be small beside the finest detail of the data. It treats
-    x_T as `samplers.pure_noise`: signal that the last row still has makes it
-    approximate.
+    The density p (Song et al. 2021, score SDE, eq. 39) is that of samples, as in
+    `ode_bits_per_dim`. Of an exact denoiser it is that of the data plus the Gaussian
+    noise of the first row, of standard deviation noise / signal, which must be small
+    beside the finest detail of the data. It treats x_T as `samplers.pure_noise`: signal
+    that the last row still has makes it approximate.
 
     Args:
-        key, denoise_fn, schedule: as for `ode_bits_per_dim`; the key is for the probes.
+        key: one, or keys [b], as for `ode_bits_per_dim`; for the probes.
+        denoise_fn, schedule: as there.
         x_0: float data [b, ...], of any scale.
         probes: how many vectors of signs to estimate the divergence with, >= 1; None
             for the exact one, at the cost of a forward pass for each dimension.

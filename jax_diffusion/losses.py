@@ -60,7 +60,7 @@ class ClassifierTerms(NamedTuple):
 
 
 def mean_flat(x: Float[Array, "b *d"]) -> Float[Array, "b"]:
-    """Averages x [b, ...] over all axes but the first: [b].
+    """Averages x [b, ...] over all axes but the first: [b], as in improved-diffusion.
 
     Raises:
         ValueError: unless x is a float array with an axis [b].
@@ -77,8 +77,8 @@ def normal_kl(
 ) -> Array:
     """KL(N(mean_1, var_1) || N(mean_2, var_2)) in nats, element by element.
 
-    Takes the logarithms of the variances, log_var_1 and log_var_2. The four arrays
-    broadcast against each other to the shape of the result.
+    Of mean_1, log_var_1, mean_2, log_var_2, all [...], which broadcast against each
+    other to the shape of the result (`normal_kl` of Ho et al. 2020).
 
     Raises:
         ValueError: if they do not.
@@ -110,12 +110,12 @@ def discretized_gaussian_log_likelihood(
     tanh approximates the normal CDF, and probabilities below 1e-12 count as 1e-12.
 
     Args:
-        x: data, uint8 / 127.5 - 1.
-        mean: mean of the Gaussian, of the shape of x.
-        log_scale: log of its standard deviation, broadcasts against x.
+        x: data [...], uint8 / 127.5 - 1.
+        mean: mean of the Gaussian [...], of the shape of x.
+        log_scale: log of its standard deviation [...], broadcasts against x.
 
     Returns:
-        Nats, of the shape of x.
+        Nats [...], of the shape of x.
 
     Raises:
         ValueError: if x or mean is no float array, or shapes do not fit.
@@ -267,7 +267,7 @@ def training_loss(
     *,
     eps: Float[Array, "b *d"] | None = None,
 ) -> LossTerms:
-    """Noises x_0 to level t, calls the network once, and computes its loss.
+    """Noises x_0 to level t and computes the network's loss (DDPM algorithm 1).
 
     Args:
         key: for eps.

@@ -9,7 +9,7 @@ are shown, unless --allow-change names them. --init-from begins a new run with t
 weights of another one. The command is the same on one device, on several, and on every
 host of a pod (see `jax_diffusion.runtime.sharding`).
 
-A run is its workdir:
+A run is its workdir, a folder:
 
     checkpoints/     state and config, every config.save_every updates
     metrics.jsonl    a line every config.log_every updates (see `runtime.logs`)

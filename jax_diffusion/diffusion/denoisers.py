@@ -101,6 +101,9 @@ def target(
 ) -> Float[Array, "b *d"]:
     """What the network should output: eps, x_0, v, ..., by `objective.mean_type`.
 
+    eps, x_0 and mu are those of Ho et al. 2020, v that of Salimans & Ho 2022, and flow
+    that of Liu et al. 2023.
+
     Args:
         schedule: where the coefficients of row t stand.
         objective: says what the network predicts.
@@ -134,6 +137,8 @@ def split_output(
     objective: Objective, output: Float[Array, "b *d"], num_channels: int
 ) -> tuple[Float[Array, "b *_"], Any]:
     """Splits a network's output into the channels of the mean and of the variance.
+
+    The mean's come first, as in improved-diffusion.
 
     Args:
         objective: says whether the variance is learned.
@@ -237,6 +242,8 @@ def denoiser(
 ) -> ConditionalDenoiseFn:
     """Reads a raw network as a `DenoiseFn` on the rows of `schedule`.
 
+    It does what `p_mean_variance` of improved-diffusion does before it clips x_0.
+
     Args:
         model_fn: model_fn(x_t, timesteps, **conditioning) -> output, from any library,
             in evaluation mode. timesteps, float32 [b], are `schedule.timesteps` of rows
@@ -298,7 +305,7 @@ def check_conditioning(conditioning: dict[str, Any], t: Array) -> None:
 def check_output(output: Any, x_t: Array) -> None:
     """Raises ValueError unless a network's `output` fits its input `x_t`.
 
-    It must be a float array of the same shape, but for the number of channels.
+    It must be a float array [b, ..., channels] where x_t is [b, ..., c].
     """
     shape = (*x_t.shape[:-1], "channels") if x_t.ndim else ()
     checks.array("model_fn's output", output, "float", shape)
@@ -312,9 +319,12 @@ def clip_x_0(
 ) -> AnyDenoiseFn:
     """Wraps a denoiser: clips the predicted x_0, as original samplers do by default.
 
+    That is `clip_denoised` of Ho et al. 2020 and improved-diffusion.
+
     Args:
         denoise_fn: the denoiser to wrap.
-        low, high: bounds of x_0, those of the data; low < high.
+        low, high: bounds of x_0, those of the data; low < high; numbers, or arrays that
+            broadcast against [b, ..., c], such as [c].
 
     Returns:
         A denoiser.

@@ -66,7 +66,7 @@ def check_denoise_fn(denoise_fn: Any) -> None:
 def check_prediction(
     prediction: Any, x_t: Array | None = None, name: str = "denoise_fn"
 ) -> None:
-    """Raises ValueError unless `prediction` is one, of the shape of `x_t` if given.
+    """Raises ValueError unless `prediction` is one, as `x_t` [b, ...] if that is given.
 
     What a denoise_fn returns is checked by this wherever one is called: a raw network,
     passed in the place of one, returns an array. The sentence calls it `name`.

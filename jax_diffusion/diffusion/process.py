@@ -39,10 +39,15 @@ def q_sample(
 def q_mean_log_var(
     schedule: NoiseSchedule, x_0: Float[Array, "b *d"], t: Int[Array, "b"]
 ) -> tuple[Float[Array, "b *d"], Float[Array, "b *_"]]:
-    """Mean and log variance of q(x_t | x_0), for data x_0 [b, ...] (DDPM eq. 4).
+    """Mean and log variance of q(x_t | x_0) (DDPM eq. 4).
+
+    Args:
+        schedule: where signal and noise of row t stand.
+        x_0: data [b, ...].
+        t: int32 [b].
 
     Returns:
-        The mean [b, ...] and the log variance [b, 1, ...] at rows t of the schedule.
+        The mean [b, ...] and the log variance [b, 1, ...].
 
     Raises:
         ValueError: unless schedule, data and t fit each other.
@@ -86,9 +91,17 @@ def x_0_from_eps(
     t: Int[Array, "b"],
     eps: Float[Array, "b *d"],
 ) -> Float[Array, "b *d"]:
-    """x_0 = (x_t - noise eps) / signal, [b, ...], at rows t of the schedule.
+    """x_0 = (x_t - noise eps) / signal (DDPM eq. 15).
 
     Not finite where the signal is zero.
+
+    Args:
+        schedule: where signal and noise of row t stand.
+        x_t, eps: noisy data and its noise [b, ...].
+        t: int32 [b].
+
+    Returns:
+        x_0 [b, ...].
 
     Raises:
         ValueError: unless schedule, data and t fit each other.
@@ -104,9 +117,17 @@ def x_0_from_v(
     t: Int[Array, "b"],
     v: Float[Array, "b *d"],
 ) -> Float[Array, "b *d"]:
-    """x_0 = signal x_t - noise v, [b, ...], at rows t of the schedule.
+    """x_0 = signal x_t - noise v, where signal^2 + noise^2 = 1.
 
-    v is that of Salimans & Ho 2022, app. D, where signal^2 + noise^2 = 1.
+    v is that of Salimans & Ho 2022, app. D.
+
+    Args:
+        schedule: where signal and noise of row t stand.
+        x_t, v: noisy data and its v [b, ...].
+        t: int32 [b].
+
+    Returns:
+        x_0 [b, ...].
 
     Raises:
         ValueError: unless schedule, data and t fit each other.
@@ -122,9 +143,17 @@ def x_0_from_flow(
     t: Int[Array, "b"],
     flow: Float[Array, "b *d"],
 ) -> Float[Array, "b *d"]:
-    """x_0 = (x_t - noise flow) / (signal + noise), [b, ...], at rows t of a schedule.
+    """x_0 = (x_t - noise flow) / (signal + noise).
 
     flow is eps - x_0, the velocity of a rectified flow (Liu et al. 2023).
+
+    Args:
+        schedule: where signal and noise of row t stand.
+        x_t, flow: noisy data and its flow [b, ...].
+        t: int32 [b].
+
+    Returns:
+        x_0 [b, ...].
 
     Raises:
         ValueError: unless schedule, data and t fit each other.
@@ -140,9 +169,15 @@ def x_0_from_mu(
     t: Int[Array, "b"],
     mu: Float[Array, "b *d"],
 ) -> Float[Array, "b *d"]:
-    """The x_0 [b, ...] for which q(x_{t-1} | x_t, x_0) has mean mu (DDPM eq. 7).
+    """The x_0 for which q(x_{t-1} | x_t, x_0) has mean mu (DDPM eq. 7).
 
-    The coefficients are those of rows t of the schedule.
+    Args:
+        schedule: where the coefficients of row t stand.
+        x_t, mu: noisy data and the mean [b, ...].
+        t: int32 [b].
+
+    Returns:
+        x_0 [b, ...].
 
     Raises:
         ValueError: unless schedule, data and t fit each other.
@@ -158,7 +193,15 @@ def eps_from_x_0(
     t: Int[Array, "b"],
     x_0: Float[Array, "b *d"],
 ) -> Float[Array, "b *d"]:
-    """eps = (x_t - signal x_0) / noise, [b, ...], at rows t of the schedule.
+    """eps = (x_t - signal x_0) / noise: DDPM eq. 4, solved for eps.
+
+    Args:
+        schedule: where signal and noise of row t stand.
+        x_t, x_0: noisy and clean data [b, ...].
+        t: int32 [b].
+
+    Returns:
+        eps [b, ...].
 
     Raises:
         ValueError: unless schedule, data and t fit each other.
@@ -174,10 +217,17 @@ def v_from_x_0(
     t: Int[Array, "b"],
     x_0: Float[Array, "b *d"],
 ) -> Float[Array, "b *d"]:
-    """v = signal eps - noise x_0, [b, ...], at rows t of the schedule.
+    """v = signal eps - noise x_0, where signal^2 + noise^2 = 1.
 
-    eps is the one that x_t and x_0 imply (Salimans & Ho 2022, app. D), and
-    signal^2 + noise^2 = 1.
+    eps is the one that x_t and x_0 imply (Salimans & Ho 2022, app. D).
+
+    Args:
+        schedule: where signal and noise of row t stand.
+        x_t, x_0: noisy and clean data [b, ...].
+        t: int32 [b].
+
+    Returns:
+        v [b, ...].
 
     Raises:
         ValueError: unless schedule, data and t fit each other.
@@ -193,9 +243,17 @@ def flow_from_x_0(
     t: Int[Array, "b"],
     x_0: Float[Array, "b *d"],
 ) -> Float[Array, "b *d"]:
-    """flow = eps - x_0, [b, ...], at rows t of the schedule.
+    """flow = eps - x_0, the velocity of a rectified flow (Liu et al. 2023).
 
     eps is the one that x_t and x_0 imply.
+
+    Args:
+        schedule: where signal and noise of row t stand.
+        x_t, x_0: noisy and clean data [b, ...].
+        t: int32 [b].
+
+    Returns:
+        flow [b, ...].
 
     Raises:
         ValueError: unless schedule, data and t fit each other.
@@ -211,9 +269,17 @@ def score_from_x_0(
     t: Int[Array, "b"],
     x_0: Float[Array, "b *d"],
 ) -> Float[Array, "b *d"]:
-    """The score, grad_x log q(x_t | x_0) = -eps / noise, [b, ...].
+    """The score, grad log q(x_t | x_0) by x_t, which is -eps / noise (Vincent 2011).
 
-    eps is the one that x_t and x_0 imply at rows t of the schedule.
+    eps is the one that x_t and x_0 imply.
+
+    Args:
+        schedule: where signal and noise of row t stand.
+        x_t, x_0: noisy and clean data [b, ...].
+        t: int32 [b].
+
+    Returns:
+        The score [b, ...].
 
     Raises:
         ValueError: unless schedule, data and t fit each other.

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from jax_diffusion import checks, diffusion, samplers
 from jax_diffusion.checks import placement
 from jax_diffusion.diffusion import DenoiseFn
-from jax_diffusion.editing.measured import dps as dps
-from jax_diffusion.editing.measured import twisted_smc as twisted_smc
+from jax_diffusion.editing.measured import dps, twisted_smc
 from jax_diffusion.samplers import StepFn
 from jax_diffusion.samplers.loop import like_batch
 from jax_diffusion.schedules import (
@@ -30,11 +29,27 @@ from jax_diffusion.schedules import (
     take,
 )
 
+__all__ = [
+    "between_noises",
+    "block_mean",
+    "descend",
+    "dps",
+    "edit",
+    "gray",
+    "grey",
+    "reconstruct",
+    "renoise",
+    "repaint",
+    "shrink",
+    "twisted_smc",
+]
+
 
 def gray(x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
     """Replaces every channel by the mean of the channels: the projection to colorize.
 
-    Takes images x [b, ..., c] and returns images of the same shape.
+    Takes images x [b, ..., c] and returns images of the same shape. Colorizing by a
+    projection is of Song et al. 2021 (score SDE), app. I.3.
 
     Raises:
         ValueError: unless x is a float array with an axis of channels.
@@ -76,6 +91,8 @@ def block_mean(x: Float[Array, "b h w c"], *, size: int) -> Float[Array, "b h w 
 def shrink(x: Float[Array, "b h w c"], *, size: int) -> Float[Array, "b h2 w2 c"]:
     """Averages every block of size x size pixels into one pixel.
 
+    So improved-diffusion makes the small images of super-resolution (mode "area").
+
     Args:
         x: images [b, h, w, c].
         size: side of a block, in pixels.
@@ -110,7 +127,7 @@ def renoise(
     DDPM eq. 4, between two noise levels.
 
     Args:
-        keys: one for each image.
+        keys: typed keys [b], one for each image.
         schedule: the steps to take.
         x: [b, ...], what a sampler's step at t has returned, at the level of t - 1.
         t: int32 [b], the step that was made last.
@@ -159,16 +176,18 @@ def repaint(
     prediction (`samplers.dpmpp_2m_step`) forgets it where noise takes the image back.
 
     Args:
-        keys: one for each image. The noise of an image at a row depends on its key, the
-            row, and how often the row has been visited: the first visit draws what
-            `samplers.sample` draws there, a later one has its number folded into keys.
+        keys: typed keys [b], one for each image. The noise of an image at a row depends
+            on its key, the row, and how often the row has been visited: the first visit
+            draws what `samplers.sample` draws there, a later one has its number folded
+            into keys.
         denoise_fn: the network as a denoiser.
         step_fn: the sampler's step, not wrapped by `samplers.inpaint`. Its state, which
             `samplers.start` makes, starts anew where noise takes the image back: one
             with fields of its own is not supported.
         schedule: the steps to take.
         x_T: noise [b, ...].
-        x_known, mask: the known pixels and where they are, see `samplers.inpaint`.
+        x_known: the known pixels [b, ...].
+        mask: where they are, 1 or 0, [b, ...], or a projection; see `samplers.inpaint`.
         jump: steps in a stretch, >= 1; from T on, all steps are one stretch.
         resamples: how often each stretch is made, >= 1; 1 is `samplers.inpaint`.
 
@@ -226,7 +245,7 @@ def edit(
     """SDEdit: noises an image to level t and samples from there (Meng et al. 2022).
 
     Args:
-        keys: one for each image.
+        keys: typed keys [b], one for each image.
         denoise_fn: the network as a denoiser.
         step_fn: the sampler's step.
         schedule: the steps to take.
@@ -264,7 +283,7 @@ def descend(
     et al. 2020, figure 7).
 
     Args:
-        keys: one for each image.
+        keys: typed keys [b], one for each image.
         denoise_fn: the network as a denoiser.
         step_fn: the sampler's step.
         schedule: the steps to take.
@@ -293,8 +312,10 @@ def reconstruct(
 ) -> tuple[Float[Array, "b *d"], Float[Array, "b *d"]]:
     """Encodes images as noise by DDIM inversion, and decodes them again by DDIM.
 
+    Song et al. 2021, table 2.
+
     Args:
-        keys: one for each image; DDIM with eta = 0 does not use them.
+        keys: typed keys [b], which DDIM with eta = 0 does not use.
         denoise_fn: not clipped: what clipping removes cannot be recovered. Unclipped, a
             network that predicts eps is inaccurate where hardly any signal is left, as
             at the end of a cosine schedule: take a lower t there.
@@ -328,7 +349,8 @@ def between_noises(
     """Samples from noises between x_T and y_T, by slerp (Song et al. 2021, fig. 6).
 
     Args:
-        keys: one for each pair; all weights share the noise that steps add.
+        keys: typed keys [b], one for each pair; all weights share the noise that steps
+            add.
         denoise_fn: the network as a denoiser.
         step_fn: the sampler's step.
         schedule: the steps to take.

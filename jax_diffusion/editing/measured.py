@@ -34,14 +34,15 @@ def dps(
     x_0 given x_t as noise of the measurement, see `guidance.posterior`.
 
     Args:
-        keys: one for each image.
+        keys: typed keys [b], one for each image.
         denoise_fn: the network as a denoiser, not clipped.
         step_fn: the sampler's step.
         schedule: the steps to take.
         x_T: noise [b, ...].
         log_likelihood_fn: log_likelihood_fn(x_0) -> log p(y | x_0) [b] in nats, each
             image by itself; an argument `t` is given the rows of the schedule [b].
-        scale: of the gradient, see `guidance.within`.
+        scale: of the gradient: one number, one for each image [b], or a function of t,
+            see `guidance.within`.
 
     Returns:
         Data [b, ...].
@@ -83,7 +84,7 @@ def twisted_smc(
     that has changed, and are resampled (systematically, after every step).
 
     Args:
-        keys: one for each particle; the first one's also says which are kept.
+        keys: typed keys [b], one for each particle; the first also says which are kept.
         denoise_fn: the network as a denoiser, called twice a step.
         schedule: the steps to take.
         x_T: noise of b particles [b, ...]. They share one measurement: for several,

@@ -38,7 +38,7 @@ def classifier(
             `schedule.timesteps`. `label_log_prob` makes one from a classifier. If a
             third or later argument is named `t`, it is given the rows of the schedule
             [b], too; the second one is always timesteps, even if it is called t.
-        scale: one number, one for each image, or a function of t, see `within`.
+        scale: one number, one for each image [b], or a function of t, see `within`.
 
     Returns:
         A denoiser.
@@ -113,7 +113,7 @@ def posterior(
                     var = level.noise**2 / (level.signal**2 + level.noise**2)
                     return -((x_0[:, 0] - y) ** 2) / (2 * (v + var))
 
-        scale: one number, one for each image, or a function of t, see `within`.
+        scale: one number, one for each image [b], or a function of t, see `within`.
 
     Returns:
         A denoiser.
@@ -189,7 +189,7 @@ def shift_x_0(denoise_fn: AnyDenoiseFn, schedule: NoiseSchedule) -> AnyDenoiseFn
 
     With `diffusion.clip_x_0` around it, guidance cannot push x_0 out of bounds, which
     matters where steps are long and the signal is weak: the first steps of a cosine
-    schedule are both. The official DDIM does not clip again.
+    schedule are both. DDIM in guided-diffusion does not clip again.
 
     Args:
         denoise_fn: a denoiser that `classifier` or `posterior` has wrapped.
@@ -219,6 +219,8 @@ def label_log_prob(
     logits_fn: Callable[[Array, Array], Float[Array, "b k"]], label: Int[Array, "b"]
 ) -> Callable[[Array, Array], Float[Array, "b"]]:
     """Makes log p(label | x_t) from a classifier of noisy images, for `classifier`.
+
+    Dhariwal & Nichol 2021, algorithms 1 and 2.
 
     Args:
         logits_fn: logits_fn(x_t, timesteps) -> logits [b, k].

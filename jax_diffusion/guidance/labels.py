@@ -35,9 +35,10 @@ def classifier_free(
             other conditioning by its names.
         label: int [b], the wanted labels; or the wanted conditioning by name, such as
             {"text": ...}: pytrees of arrays [b, ...].
-        null_label: the label that means hidden, see `drop_labels`; or by the same names
-            the conditioning that means none, whose arrays broadcast against the others.
-        scale: one number, one for each image, or a function of t, see `within`.
+        null_label: the label that means hidden, one or [b], see `drop_labels`; or by
+            the same names the conditioning that means none, whose arrays broadcast
+            against the others.
+        scale: one number, one for each image [b], or a function of t, see `within`.
         rescale: in [0, 1]: how far x_0 is rescaled to the standard deviation, image by
             image, of the prediction with the label (Lin et al. 2023, eq. 15 and 16).
 
@@ -172,6 +173,8 @@ def drop_labels(
 ) -> Int[Array, "b"]:
     """Replaces each label by `null_label`, independently with probability `share`.
 
+    Ho & Salimans 2022, algorithm 1, whose p_uncond is the share.
+
     Args:
         key: says which ones.
         label: int [b].
@@ -202,6 +205,8 @@ def drop(
     share: float | Float[Array, ""],
 ) -> dict[str, Array]:
     """Replaces all conditioning of an image by `null`, with probability `share`.
+
+    `drop_labels` (Ho & Salimans 2022, algorithm 1) for arrays of any name and shape.
 
     Args:
         key: says which images.

@@ -33,8 +33,8 @@ def autoguidance(
     Args:
         denoise_fn: the better denoiser.
         weak_fn: the weaker one; both get the same conditioning.
-        scale: one number, one for each image, or a function of t, see `within`; 1 is
-            denoise_fn, 0 is weak_fn.
+        scale: one number, one for each image [b], or a function of t, see `within`; 1
+            is denoise_fn, 0 is weak_fn.
         rescale: in [0, 1]: how far x_0 is rescaled to the standard deviation, image by
             image, of what denoise_fn predicts (Lin et al. 2023).
 
@@ -77,7 +77,9 @@ def adaptive_projected(
     momentum is left out: it needs a history, which a denoiser has not.
 
     Args:
-        denoise_fn, weak_fn, scale, rescale: see `autoguidance`.
+        denoise_fn, weak_fn: see `autoguidance`.
+        scale: one number, one for each image [b], or a function of t, see `within`.
+        rescale: see `autoguidance`.
         eta: share of the part along x_0; 1, without a norm, is `autoguidance`.
         norm: > 0: longer differences, over all values of an image, are shortened to it.
 
@@ -119,7 +121,9 @@ def zero_star(
     process it is what it is on the rectified flow with the same ratios of noise.
 
     Args:
-        denoise_fn, weak_fn, scale, rescale: see `autoguidance`.
+        denoise_fn, weak_fn: see `autoguidance`.
+        scale: one number, one for each image [b], or a function of t, see `within`.
+        rescale: see `autoguidance`.
         schedule: the steps to take; by default those that denoise_fn is made with.
         zero_steps: >= 0: at the first so many rows that sampling visits, flow is 0.
 

@@ -1,6 +1,6 @@
 """Loads checkpoints of other codes, and our own .safetensors files, as a `Run`.
 
-Four kinds of checkpoints can be read:
+`load_checkpoint` reads four kinds of checkpoints:
 
     a released file    .pt, .pth, .ckpt, .bin or .safetensors, known by its name:
                        `released.RELEASED` lists the names

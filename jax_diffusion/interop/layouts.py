@@ -1,6 +1,6 @@
 """Translates parameters between our names and the state dicts of other codes.
 
-A layout is the way in which a code names and stores the tensors of a network:
+A layout, a key of `LAYOUTS`, is how a code names and stores tensors of a network:
 
     openai      improved-diffusion and guided-diffusion
     openai_new  guided-diffusion with `use_new_attention_order`

@@ -27,7 +27,7 @@ A denoiser returns float32 [b, h, w, out_channels], a classifier of noisy images
 [b, num_labels], whatever dtype the network computes in. All variables are float32
 parameters, the collection "params". No image depends on the others of its batch.
 
-These fields of the module say what it takes and returns:
+These fields of the module say what it takes, and what it returns:
 
     out_channels  given to every denoiser by the config: c, or 2 c if the objective
                   learns the variance as well

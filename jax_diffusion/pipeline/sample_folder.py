@@ -1,8 +1,10 @@
 """A folder of samples: whether it may be written, and its sheets and record.
 
-00000.png, ...   the samples, nothing else: other programs may read the folder
-sheets/          grid.png and perhaps denoising.gif, which `data.find_images` leaves out
-record.json      the job: its options, seed and number of images
+Other programs may read the folder, in which there are:
+
+    00000.png, ...  the samples, nothing else
+    sheets/         grid.png and perhaps denoising.gif, left out by `data.find_images`
+    record.json     the job: its options, seed and number of images
 """
 
 import json

@@ -17,12 +17,12 @@ number of devices but for rounding.
 devices. Parameters are float32 whatever `config.model.dtype`. `sample` and `evaluate`
 use every device too. All hosts must see the workdir, on a shared disk or bucket.
 
-One machine with several GPUs:
+One machine, several GPUs:
 
     pip install '.[cuda]'
     python -m jax_diffusion.train --config configs/cifar10.py --workdir runs/cifar10
 
-A slice of TPU VMs:
+A slice of TPU VMs, from outside:
 
     gcloud compute tpus tpu-vm ssh SLICE --zone=ZONE --worker=all --command="
         cd jax_diffusion && .venv/bin/python -m jax_diffusion.train \

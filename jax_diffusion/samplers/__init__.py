@@ -1,6 +1,6 @@
 """Samplers: one function for a step, and the one scan that runs it.
 
-A sampler is a function of this form:
+A sampler is a function, `step`, of this form:
 
     step(keys, denoise_fn, schedule, state, t) -> state
 

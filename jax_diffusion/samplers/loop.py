@@ -87,20 +87,21 @@ def sample_frames(
 ) -> Any:
     """Runs `step_fn` over `ts`, keeping `num_frames` evenly spaced states and the last.
 
+    DDPM algorithm 2, of any sampler; `p_sample_loop_progressive` of improved-diffusion.
     Memory grows with `num_frames`, not with the number of steps. Steps are recomputed
     in the backward pass, so reverse-mode memory grows with steps times image only.
 
     Args:
-        keys: one for each image, see `image_keys`. The noise of an image at a step
-            depends on its key and on the row t of the step alone.
+        keys: typed keys [b], one for each image, see `image_keys`. The noise of an
+            image at a step depends on its key and on the row t of the step alone.
         denoise_fn: the network as a denoiser, called with x_t and t.
         step_fn: the sampler's step, such as `ddim_step`.
         schedule: the steps to take.
-        x_T: where to start; noise for generation, or data for inversion.
-        ts: rows as they are visited, one after the other, negative ones skipped: all
-            downwards, default T - 1 to 0, or upwards if the step does so. A row that
-            comes back would get the same noise again: sample in several calls then,
-            with another number folded into keys, as `editing.repaint` does.
+        x_T: [b, ...], where to start; noise for generation, or data for inversion.
+        ts: int32 [n], rows as they are visited, one after the other, negative ones
+            skipped: all downwards, default T - 1 to 0, or upwards if the step does so.
+            A row that comes back would get the same noise again: sample in several
+            calls then, with another number folded into keys, as `editing.repaint` does.
         num_frames: a divisor of the length of `ts`.
         state: where to start instead of x_T, see `sample`.
 
@@ -196,6 +197,8 @@ def sample(
 ) -> Any:
     """Runs `step_fn` over `ts` from x_T, or from a state, and returns the end.
 
+    DDPM algorithm 2, of any sampler.
+
     Given x_T, it returns the last x [b, ...]; given a state, the last state, from which
     the chain goes on bit for bit. (A chain from x_T is another program for XLA, which
     may round otherwise.)
@@ -208,8 +211,18 @@ def sample(
     Weighted(*samplers.start(x_T), log_weight=jnp.zeros(4)). On a mesh with Explicit
     axes, those with an axis [b] that lie nowhere are put beside x.
 
-    `keys`, `denoise_fn`, `step_fn`, `schedule` and `ts` are those of `sample_frames`,
-    which says what raises ValueError.
+    Args:
+        keys: typed keys [b], one for each image.
+        denoise_fn, step_fn, schedule: those of `sample_frames`.
+        x_T: [b, ...], where to start.
+        ts: int32 [n], rows as they are visited, as for `sample_frames`.
+        state: where to start instead of x_T.
+
+    Returns:
+        x [b, ...], or a state.
+
+    Raises:
+        ValueError: as `sample_frames` does.
 
     >>> from jax_diffusion import diffusion, samplers, schedules
     >>> schedule = schedules.make_schedule(schedules.cosine_betas(4))

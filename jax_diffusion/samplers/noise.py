@@ -39,6 +39,8 @@ def keys_of_step(keys: Any, instead_of: Any = None) -> Iterator[None]:
 def image_keys(key: Key[Array, ""], ids: Int[Array, "b"]) -> Key[Array, "b"]:
     """Makes one key for each image from the run's key and the images' numbers.
 
+    So an image is the same in any batch, as with the seeds of EDM's `generate.py`.
+
     Args:
         key: the key of the run.
         ids: int [b], the number of each image. The same number gives the same key
@@ -66,7 +68,7 @@ def fold_in(
     A step draws with `fold_in(keys, t)`: noise of an image at a row of the schedule.
 
     Args:
-        keys: one for each image.
+        keys: typed keys [b], one for each image.
         number: says what the new keys are for: a row t, or a second purpose; one for
             all images, or [b].
 
@@ -91,13 +93,14 @@ def fold_in(
 
 
 def normal(keys: Key[Array, "b"], shape: tuple[int, ...]) -> Float[Array, "b *d"]:
-    """Draws standard normal noise [b, *shape], as x_T or within a step.
+    """Draws standard normal noise [b, *shape], as x_T or in a step (DDPM algorithm 2).
 
     It is float32 whatever the dtype of images, so that a key means the same noise in
     all of them.
 
     Args:
-        keys: one for each image; within a step those of the row, `fold_in(keys, t)`.
+        keys: typed keys [b], one for each image; within a step those of the row,
+            `fold_in(keys, t)`.
         shape: of one image.
 
     Raises:

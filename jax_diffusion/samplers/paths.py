@@ -18,11 +18,13 @@ def pure_noise(
 ) -> Float[Array, "b *d"]:
     """Draws x_T, which sampling starts from: `normal` at the noise of the last level.
 
+    x_T of DDPM algorithm 2, and of EDM (Karras et al. 2022), algorithm 1.
+
     Its standard deviation is the noise of `next` in the last row: 1 where the last
     level preserves variance, as in chains of betas, and elsewhere that level's noise.
 
     Args:
-        keys: one for each image.
+        keys: typed keys [b], one for each image.
         schedule: the steps to take.
         shape: of one image.
 
@@ -51,14 +53,15 @@ def invert(
 ) -> Float[Array, "b *d"]:
     """Finds the x_t from which DDIM with eta = 0 returns to x_0 (DDIM inversion).
 
-    Exact up to an error of the order of the step size. x_0 is taken to be at the noise
+    The ODE of Song et al. 2021, eq. 14, from data to noise, exact up to an error of the
+    order of the step size. x_0 is taken to be at the noise
     level of step 0, from which steps go up to the level of step t.
 
     Args:
         denoise_fn: not clipped: what clipping removes cannot be recovered.
         schedule: the steps to take.
         x_0: [b, ...] data.
-        t: the step to stop at; default T - 1, where `sample` starts.
+        t: the step to stop at, one number; default T - 1, where `sample` starts.
 
     Returns:
         x_t, [b, ...].
@@ -140,7 +143,7 @@ def interpolate(
     samples from t down to 0, both included. All weights share one draw of noise.
 
     Args:
-        keys: one for each pair of images.
+        keys: typed keys [b], one for each pair of images.
         denoise_fn: the network as a denoiser.
         step_fn: the sampler's step.
         schedule: the steps to take.

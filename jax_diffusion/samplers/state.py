@@ -117,7 +117,7 @@ def start(x_T: Float[Array, "b *d"], step_fn: Callable[..., Any] | None = None) 
     """The state before the first step: x = x_T [b, ...], and no prediction yet.
 
     Args:
-        x_T: where to start.
+        x_T: [b, ...], where to start.
         step_fn: the step that the state is for; one of several earlier predictions, as
             `unipc_step`, or a wrapper of it, gets a `MultistepState` that holds them.
 

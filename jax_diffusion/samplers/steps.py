@@ -38,8 +38,15 @@ def ddpm_step(
     The mean is that of q(x_{t-1} | x_t, x_0) at the predicted x_0; the variance is the
     predicted one. The last step, t = 0, adds no noise.
 
-    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says, and
-    raises ValueError unless they fit each other.
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`: keys [b],
+            x of the state [b, ...], and t int32 [b].
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
     """
     t = check_step_arguments(keys, denoise_fn, schedule, state, t)
     prediction = denoise_fn(state.x, t)
@@ -66,7 +73,8 @@ def ddim_step(
     clipping, as in improved-diffusion.
 
     Args:
-        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`.
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`: keys [b],
+            x of the state [b, ...], and t int32 [b].
         eta: how much noise is added, in [0, 1]: none with 0; with 1 as much as by
             ancestral sampling with the posterior variance (`fixed_small`).
 
@@ -109,7 +117,15 @@ def euler_ancestral_step(
     A draw from q(x_{t-1} | x_t, x_0) at the predicted x_0, on any process: DDIM with
     eta = 1. The predicted variance is not used.
 
-    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says.
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`: keys [b],
+            x of the state [b, ...], and t int32 [b].
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
     """
     t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     x = _posterior_draw(fold_in(keys, t), c, state.x, x_0)
@@ -122,10 +138,19 @@ def ddim_inversion_step(
 ) -> State:
     """One step of DDIM inversion, from t up to t + 1, with eta = 0.
 
-    No row of `SAMPLERS`, as it goes from data to noise; `invert` runs it.
+    The ODE of Song et al. 2021, eq. 14, upwards (`ddim_reverse_sample` of
+    improved-diffusion). No row of `SAMPLERS`, as it goes from data to noise; `invert`
+    runs it. What a clipped denoise_fn removes cannot be recovered.
 
-    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says. What
-    a clipped denoise_fn removes cannot be recovered.
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`: keys [b],
+            x of the state [b, ...], and t int32 [b].
+
+    Returns:
+        The state at the level of t + 1.
+
+    Raises:
+        ValueError: unless these fit each other.
     """
     t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     x = _carry(state.x, x_0, c.now, c.next)
@@ -142,7 +167,15 @@ def dpmpp_2m_step(
     Deterministic, of second order. Two steps are of first order, as DDIM's: the first,
     which has no last prediction, and the last, which is infinitely long in log-SNR.
 
-    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says.
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`: keys [b],
+            x of the state [b, ...], and t int32 [b].
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
     """
     t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     x = _carry(state.x, _ahead(state, c, x_0), c.now, c.prev)
@@ -156,7 +189,15 @@ def dpmpp_2m_sde_step(
 
     A draw from q(x_{t-1} | x_t, x_0), at the x_0 that `dpmpp_2m_step` extrapolates.
 
-    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says.
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`: keys [b],
+            x of the state [b, ...], and t int32 [b].
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
     """
     t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     x = _posterior_draw(fold_in(keys, t), c, state.x, _ahead(state, c, x_0))
@@ -174,7 +215,15 @@ def heun_step(
     DDIM. Averaging eps instead of x_0 (Karras et al. 2022) is inaccurate on a long step
     that starts with hardly any signal.
 
-    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says.
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`: keys [b],
+            x of the state [b, ...], and t int32 [b].
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
     """
     t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     x = _carry(state.x, x_0, c.now, c.prev).astype(jnp.result_type(state.x))
@@ -196,7 +245,15 @@ def dpmpp_2s_step(
     which is infinitely long in log-SNR, both of a pair that starts without any signal,
     and that of an odd row that a chain starts from.
 
-    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says.
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`: keys [b],
+            x of the state [b, ...], and t int32 [b].
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
     """
     t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     first, length, change = _second_stage(state, c, t, x_0)
@@ -214,7 +271,15 @@ def dpmpp_sde_step(
     what is drawn at the even row is a part of what leads from the start to the level of
     t - 2.
 
-    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says.
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`: keys [b],
+            x of the state [b, ...], and t int32 [b].
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other.
     """
     t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
     first, length, change = _second_stage(state, c, t, x_0)
@@ -235,8 +300,17 @@ def dpmpp_3m_sde_step(
     predictions that exist. Where steps are long in log-SNR, as with fewer than about
     20, it spreads samples too far: `dpmpp_2m_sde_step` does not.
 
-    Takes keys, denoise_fn, schedule and t as `jax_diffusion.samplers` says, and as the
-    state a `MultistepState`, such as `start` makes for this step.
+    Args:
+        keys, denoise_fn, schedule, t: see `jax_diffusion.samplers`: keys [b], t int32
+            [b].
+        state: a `MultistepState`, such as `start` makes for this step, x [b, ...].
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other, or the state holds no earlier
+            predictions.
     """
     earlier = _earlier(state)
     t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
@@ -262,8 +336,17 @@ def unipc_step(
     of order 2 if that holds one earlier prediction instead of two. First steps are of
     the order that there are predictions for, the last ones of order 2 and 1.
 
-    Takes keys, denoise_fn, schedule and t as `jax_diffusion.samplers` says, and as the
-    state a `MultistepState`, such as `start` makes for this step.
+    Args:
+        keys, denoise_fn, schedule, t: see `jax_diffusion.samplers`: keys [b], t int32
+            [b].
+        state: a `MultistepState`, such as `start` makes for this step, x [b, ...].
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other, or the state holds no earlier
+            predictions.
     """
     earlier = _earlier(state)
     t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t)
@@ -307,8 +390,16 @@ def edm_heun_step(
     in noise / signal: deterministic, of second order. On a long step that starts with
     hardly any signal it is inaccurate.
 
-    Takes keys, denoise_fn, schedule, state and t as `jax_diffusion.samplers` says, and
-    s_noise >= 0, the standard deviation of the noise that is added.
+    Args:
+        keys, denoise_fn, schedule, state, t: see `jax_diffusion.samplers`: keys [b],
+            x of the state [b, ...], and t int32 [b].
+        s_noise: the standard deviation of the noise that is added, >= 0.
+
+    Returns:
+        The state at the level of t - 1.
+
+    Raises:
+        ValueError: unless these fit each other, or s_noise is out of range.
     """
     checks.number("s_noise", s_noise, at_least=0)
     t, c, x_0 = _begin(keys, denoise_fn, schedule, state, t, may_rise=True)

@@ -46,7 +46,7 @@ def linear_betas(
 def quadratic_betas(
     num_steps: int, *, start: float = 1e-4, end: float = 0.02
 ) -> np.ndarray:
-    """Variances whose square roots grow linearly ("quad" of Ho et al. and DDIM).
+    """Variances whose square roots grow linearly ("quad" of Ho et al. 2020, DDIM).
 
     Args:
         num_steps: T, at least 2.
@@ -164,9 +164,14 @@ def sigmoid_alpha_bar_betas(
 
 
 def constant_betas(num_steps: int, *, value: float = 0.02) -> np.ndarray:
-    """The same variance at all `num_steps` steps ("const" of Ho et al.): float64 [T].
+    """The same variance at all steps ("const" of Ho et al. 2020).
 
-    `value` is that variance, in (0, 1).
+    Args:
+        num_steps: T, at least 2.
+        value: that variance, in (0, 1).
+
+    Returns:
+        float64 [T].
 
     Raises:
         ValueError: if num_steps < 2, or value is out of range.
@@ -202,9 +207,15 @@ def warmup_betas(
 
 
 def jsd_betas(num_steps: int) -> np.ndarray:
-    """Variances 1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015): float64 [T].
+    """Variances 1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015).
 
-    The last of the `num_steps` leaves no signal, so the network must predict v or x_0.
+    The last one leaves no signal, so the network must predict v or x_0.
+
+    Args:
+        num_steps: T, at least 2.
+
+    Returns:
+        float64 [T].
 
     Raises:
         ValueError: if num_steps < 2.
@@ -214,11 +225,11 @@ def jsd_betas(num_steps: int) -> np.ndarray:
 
 
 def given_betas(num_steps: int, *, betas: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Returns the variances that it is given, such as those of another's checkpoint.
+    """Returns the variances that it is given, as `trained_betas` of diffusers.
 
     Args:
         num_steps: T.
-        betas: T numbers in (0, 1].
+        betas: [T], in (0, 1].
 
     Returns:
         float64 [T].
@@ -241,7 +252,7 @@ def betas_from_alpha_bar(
 ) -> np.ndarray:
     """Variances of a diffusion whose alpha_bar falls as a given function does.
 
-    As in the official codes, a variance is 1 minus the ratio of neighboring values, so
+    As in improved-diffusion, a variance is 1 minus the ratio of neighboring values, so
     that the diffusion's own alpha_bar is alpha_bar_fn(u) / alpha_bar_fn(0): it begins
     with clean data whatever alpha_bar_fn(0) is.
 

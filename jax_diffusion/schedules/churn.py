@@ -46,7 +46,7 @@ def churned(
             The last one alone may be infinite, pure noise, which Euler's step leaves.
         levels_fn: makes levels of these, which may round them to levels that a network
             knows, as for a flow `lambda sigma: time_levels(1 / (1 + 1 / sigma))`;
-            default `sigma_levels`.
+            takes sigma [n], and returns `Levels` [n]; default `sigma_levels`.
         churn: S_churn, >= 0; 0 is the deterministic method.
         s_min, s_max: the sigma where noise is added, both included.
 

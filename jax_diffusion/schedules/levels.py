@@ -4,10 +4,9 @@
     schedule = from_levels(*levels)         what the rest of the package reads
 
 Each function of a number of steps returns `Levels` whose rows go from the least noise
-to the most, and raises ValueError if an argument is out of range. To add a process:
-write such a function here, and give it a row in `LEVELS`. Three processes are functions
-of a real number: `sigma_levels`, `time_levels` and `log_snr_levels`. `schedule_at`
-makes a table of any of their levels, to train on.
+to the most. To add a process: write such a function here, and give it a row in
+`LEVELS`. Three processes are functions of a real number: `sigma_levels`, `time_levels`
+and `log_snr_levels`. `schedule_at` makes a table of their levels, to train on.
 """
 
 import functools
@@ -50,7 +49,7 @@ def from_levels(
     noise: Sequence[float] | np.ndarray,
     timesteps: Sequence[float] | np.ndarray,
 ) -> NoiseSchedule:
-    """Tabulates the process that has these noise levels.
+    """Tabulates the process that has these noise levels (Kingma et al. 2021, app. A).
 
     q(x_t | x_{t-1}) and its posterior are those of the levels, one after the other, so
     that every sampler, loss and likelihood works on the result as on a chain of betas.
@@ -117,10 +116,11 @@ def check_levels(
 def schedule_at(levels: Levels) -> NoiseSchedule:
     """The table of levels in any order, as they are drawn to train in continuous time.
 
-    One row for each image of a batch, t = jnp.arange(b), and all that reads the level
-    of a row works on it: `diffusion.q_sample`, `losses.training_loss`, `denoiser`. No
-    chain leads through these rows: what needs one, as mu, a variance, the bound and
-    every sampler, is refused. Call it within `jax.jit`.
+    VDM (Kingma et al. 2021) and EDM (Karras et al. 2022) train so. There is a row for
+    each image of a batch, t = jnp.arange(b), and what reads the level of a row works on
+    it: `diffusion.q_sample`, `losses.training_loss`, `denoiser`. No chain leads through
+    these rows: mu, a variance, the bound and all samplers, which need one, refuse them.
+    Call it within `jax.jit`.
 
     Args:
         levels: JAX arrays [b].
@@ -164,7 +164,7 @@ def betas_of_levels(levels: Levels) -> np.ndarray:
 def sigma_levels(sigma: Any) -> Levels:
     """EDM's process: signal 1 and noise sigma [T]; the network is told log(sigma) / 4.
 
-    `sigma` is an array > 0, of NumPy or of JAX.
+    `sigma` is an array [T] > 0, of NumPy or of JAX (Karras et al. 2022, table 1).
     """
     xp = jnp if isinstance(sigma, jax.Array) else np
     return Levels(xp.ones_like(sigma), sigma, xp.log(sigma) / 4)
@@ -173,7 +173,7 @@ def sigma_levels(sigma: Any) -> Levels:
 def time_levels(s: Any) -> Levels:
     """A rectified flow: signal 1 - s and noise s [T]; the network is told 1000 s.
 
-    `s` is an array in [0, 1], of NumPy or of JAX.
+    `s` is an array [T] in [0, 1], of NumPy or of JAX (Liu et al. 2023).
     """
     return Levels(1 - s, s, 1000 * s)
 
@@ -181,7 +181,8 @@ def time_levels(s: Any) -> Levels:
 def log_snr_levels(log_snr: Any) -> Levels:
     """Variance-preserving levels of these log-SNRs [T], which the network is told.
 
-    `log_snr` is an array of NumPy or of JAX.
+    `log_snr` is an array [T] of NumPy or of JAX; signal^2 is its logistic sigmoid
+    (Kingma et al. 2021, sec. 3.2).
     """
     xp = jnp if isinstance(log_snr, jax.Array) else np
     one, ratio = xp.ones_like(log_snr), xp.exp(-log_snr / 2)  # of noise to signal
@@ -240,6 +241,9 @@ def edm_levels(
         sigma_min, sigma_max: the first and the last sigma, > 0.
         rho: > 0; a larger one takes more steps where there is little noise.
 
+    Raises:
+        ValueError: if an argument is out of range.
+
     >>> edm_levels(3).noise.round(3).tolist()
     [0.002, 2.515, 80.0]
     """
@@ -265,6 +269,9 @@ def flow_levels(num_steps: int, *, shift: float = 1.0) -> Levels:
         shift: > 0; above 1 it takes more steps where there is much noise, as large
             images need, sqrt(m / n) for m pixels instead of n.
 
+    Raises:
+        ValueError: if an argument is out of range.
+
     >>> flow_levels(4, shift=3.0).noise.round(3).tolist()
     [0.5, 0.75, 0.9, 1.0]
     """
@@ -283,6 +290,9 @@ def logit_normal_levels(
         num_steps: T.
         mean, std: of log(s / (1 - s)), std > 0.
         shift: as in `flow_levels`.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
     _check(num_steps)
     checks.number("mean", mean)
@@ -309,6 +319,9 @@ def cosine_levels(
         shift: > 0; below 1 there is more noise, as large images need: 64 / d for images
             of side d, if 64 needs none.
         log_snr_min, log_snr_max: the last and the first log-SNR before the shift.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
     _check(num_steps)
     checks.number("shift", shift, above=0)
@@ -327,6 +340,9 @@ def laplace_levels(num_steps: int, *, mean: float = 0.0, scale: float = 0.5) -> 
     Args:
         num_steps: T.
         mean, scale: of the distribution, scale > 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
     _check(num_steps)
     checks.number("mean", mean)
@@ -345,6 +361,9 @@ def vdm_levels(
     Args:
         num_steps: T; the first level's x is what VDM decodes the data from.
         log_snr_min, log_snr_max: the last and the first log-SNR, -gamma_1 and -gamma_0.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
     _check(num_steps)
     checks.number("log_snr_min", log_snr_min)

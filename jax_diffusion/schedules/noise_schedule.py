@@ -126,7 +126,7 @@ def make_schedule(
 
     Args:
         betas: float64 [T], T >= 2, each in (0, 1); the last one may be 1.
-        keep: increasing indices into [0, T), such as `spaced_steps` makes; default all.
+        keep: increasing int [n] in [0, T), such as `spaced_steps` makes; default all.
         rescale_timesteps: whether to tell the network t * 1000 / T instead of t.
 
     Returns:
@@ -180,11 +180,11 @@ def table_of_squares(
     The last row of `next`, and `prev` in row 0, are what `NoiseSchedule` says.
 
     Args:
-        signal_sq, noise_sq: squares of the levels' signal and noise.
-        log_snr: log(signal_sq / noise_sq).
-        ratio: signal of x_t over that of x_{t-1}.
-        betas: noise_sq of x_t, less ratio^2 times that of x_{t-1}.
-        timesteps: what the network is told.
+        signal_sq, noise_sq: [T], squares of the levels' signal and noise.
+        log_snr: [T], log(signal_sq / noise_sq).
+        ratio: [T], signal of x_t over that of x_{t-1}.
+        betas: [T], noise_sq of x_t, less ratio^2 times that of x_{t-1}.
+        timesteps: [T], what the network is told.
     """
     # Made to hold arrays of JAX, by their types.
     make, level = cast(Any, NoiseSchedule), cast(Any, Level)
@@ -288,7 +288,7 @@ def pad(schedule: NoiseSchedule, length: int) -> NoiseSchedule:
 
 
 def take(schedule: NoiseSchedule, t: Int[Array, "*b"], ndim: int) -> NoiseSchedule:
-    """Takes rows `t` of every coefficient, shaped to multiply a batch of data.
+    """Takes rows `t` of all columns, shaped as data (`_extract` of Ho et al. 2020).
 
     Args:
         schedule: with arrays [T].

@@ -137,7 +137,7 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Builds train_step(key, state, batch) -> (state, metrics), pure and jit-able.
 
-    Arguments of the step:
+    Arguments of `train_step`:
 
         key     of the run, the same at every step
         state   a `TrainState`
