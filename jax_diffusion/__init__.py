@@ -38,7 +38,12 @@ What uses them, lowest first:
     evaluation    scores of runs and of images
     cli           flags that programs share
 
-Programs: `python -m jax_diffusion` lists them.
+Programs, which `python -m jax_diffusion` lists:
+
+    train         a config -> a trained run
+    sample        images of a run, guided and edited; its sampler as one file
+    evaluate      scores of a run, or of any images
+    convert       checkpoints of other codes -> runs, and runs for other codes
 """
 
 import importlib
@@ -71,21 +76,36 @@ __all__ = [
     "Run",
     "SamplingOptions",
     "checks",
+    "cli",
+    "config",
+    "convert",
+    "data",
     "diffusion",
     "editing",
     "evaluate",
+    "evaluation",
+    "export",
     "guidance",
+    "interop",
     "likelihood",
     "load_checkpoint",
     "load_config",
     "load_run",
     "losses",
+    "metrics",
+    "models",
+    "pipeline",
+    "plotting",
+    "registry",
+    "runtime",
+    "sample",
     "sample_images",
     "samplers",
     "schedules",
     "spacing",
     "timesteps",
     "train",
+    "training",
 ]
 
 # Loaded on first use, so that importing the package stays light.
@@ -102,7 +122,8 @@ LAZY = {
 }
 
 MODULES = ("data", "metrics", "models", "interop", "runtime", "plotting", "export")
-MODULES += ("registry", "training", "config", "pipeline", "evaluation")
+MODULES += ("registry", "training", "config", "pipeline", "evaluation", "cli")
+MODULES += ("sample", "convert")
 
 
 def __getattr__(name: str) -> Any:
@@ -126,8 +147,9 @@ class _Package(types.ModuleType):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in LAZY and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
+        if name in LAZY and isinstance(value, types.ModuleType):
+            value = __getattr__(name)  # of another module, in the case of evaluate
+        super().__setattr__(name, value)
 
 
 sys.modules[__name__].__class__ = _Package

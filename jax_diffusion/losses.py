@@ -77,8 +77,8 @@ def normal_kl(
 ) -> Array:
     """KL(N(mean_1, var_1) || N(mean_2, var_2)) in nats, element by element.
 
-    Of mean_1, log_var_1, mean_2, log_var_2, all [...], which broadcast against each
-    other to the shape of the result (`normal_kl` of Ho et al. 2020).
+    mean_1, log_var_1, mean_2 and log_var_2, all [...], broadcast against each other to
+    the shape of the result, as in `normal_kl` of Ho et al. 2020.
 
     Raises:
         ValueError: if they do not.

@@ -84,12 +84,25 @@ def test_table_of_methods_names_what_exists():
     for *_, where, _ in rows:
         for part in where.split(";"):
             path, *names = re.findall(r"`([^`]+)`", part)
-            assert pathlib.Path("jax_diffusion", path).exists(), path
+            link = re.match(r" ?\[`[^`]+`\]\(([^)]+)\)", part)
+            assert link and link[1] == f"jax_diffusion/{path}", path
+            assert pathlib.Path(link[1]).exists(), path
             module = path.removesuffix(".py").strip("/").replace("/", ".")
             known = listed | set(
                 dir(importlib.import_module(f"jax_diffusion.{module}"))
             )
             assert names and set(names) <= known, (path, names)
+
+
+def test_every_module_of_the_package_is_linked_to_its_source():
+    section = README.split("## Methods")[1].split("\n## ")[0]
+    linked = {
+        pathlib.Path(link).parts[1] for link in re.findall(r"\]\((.+?)\)", section)
+    }
+    package = pathlib.Path("jax_diffusion")
+    modules = {path.name for path in package.iterdir() if path.suffix == ".py"}
+    modules |= {path.parent.name for path in package.glob("*/__init__.py")}
+    assert linked == modules - {"__init__.py", "__main__.py"}
 
 
 def test_table_of_methods_has_every_sampler_and_network():

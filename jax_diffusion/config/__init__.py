@@ -69,6 +69,8 @@ __all__ = [
     "check_signature",
     "complete",
     "differences",
+    "fields",
+    "groups",
     "load_config",
     "make_betas",
     "make_churned",
@@ -81,6 +83,8 @@ __all__ = [
     "named",
     "num_steps",
     "of_record",
+    "reading",
+    "records",
     "upgrade",
 ]
 

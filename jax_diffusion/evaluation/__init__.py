@@ -85,7 +85,25 @@ from jax_diffusion.interop.inception_weights import SHA256, URL
 from jax_diffusion.pipeline import Run, SamplingOptions
 from jax_diffusion.runtime import locks, logs
 
-__all__ = ["METRICS", "NETWORK_METRICS", "Metric", "Score", "Scores", "evaluate"]
+__all__ = [
+    "METRICS",
+    "NETWORK_METRICS",
+    "Metric",
+    "Score",
+    "Scores",
+    "arguments",
+    "bits_per_dim",
+    "classifier_accuracy",
+    "during_training",
+    "evaluate",
+    "feature_classifier",
+    "features",
+    "image_sets",
+    "per_image",
+    "published",
+    "results",
+    "sample_quality",
+]
 
 
 @locks.holding("out")

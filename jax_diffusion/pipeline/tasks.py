@@ -47,7 +47,7 @@ class Task(NamedTuple):
         reads: the fields of `TaskOptions` that have an effect; None for all.
     """
 
-    draw: Callable[["SamplingContext", "TaskOptions"], jax.Array]
+    draw: Callable[..., jax.Array]
     from_images: bool = False
     is_strip: bool = False
     in_groups: bool = False
