@@ -156,3 +156,30 @@ def test_every_section_of_a_docstring_is_one_on_its_page(site):
     for where, docstring, page, id in ours(site):
         found = [heading for heading in page.headings[id] if heading in SECTIONS]
         assert len(found) == len(section.findall(docstring)), where
+
+
+@pytest.mark.parametrize(
+    ("docstring", "found"),
+    [
+        ("Scales x * y by z.", []),
+        ("Scales *x and y* by z.", ["em"]),
+        (
+            "Rows:\n\n    a    the first\n    bcd  the second\n\nNo more.",
+            ["heading", "columns"],
+        ),
+        ("Two rows.\n\na    the first\nbcd  the second", ["columns"]),
+        ("It returns\n\n[b]: a number for each image.", ["words"]),
+    ],
+)
+def test_what_markdown_mangles_is_found(docstring, found):
+    convert = pytest.importorskip("pdoc.docstrings").convert
+    to_html = importlib.import_module("pdoc.render_helpers").to_html
+    text = to_html(convert(docstring, "google", None))
+    page = Docstrings(f'<section id="f"><div class="docstring">{text}</div></section>')
+    wrong = {
+        "em": "em" in page.tags["f"],
+        "heading": not {*page.headings["f"]} <= SECTIONS,
+        "columns": bool(page.columns["f"]),
+        "words": page.words["f"] != words_of(docstring),
+    }
+    assert [name for name, is_wrong in wrong.items() if is_wrong] == found

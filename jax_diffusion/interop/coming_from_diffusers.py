@@ -124,9 +124,9 @@ are wrappers of that. There is one key for each image instead of one for a batch
 The same names did other things in some places. FlaxDDPMScheduler took every step as
 one from t to t - 1, however few were taken; here a shorter chain has its own
 posterior. FlaxDDIMScheduler never added the noise that eta asks for.
-FlaxDPMSolverMultistepScheduler also had the solver "dpmsolver", order 3 and
-`solver_type="heun"`, which are not here, as `samplers.unipc_step` is for order 3.
-FlaxKarrasVeScheduler raised levels by churn, for which there is `schedules.churned`.
+FlaxDPMSolverMultistepScheduler ended at the level of step 0; its order 3, the solver
+"dpmsolver" and `solver_type="heun"` are not here, but `samplers.unipc_step` is of order
+3. FlaxKarrasVeScheduler raised levels by churn, for which there is `schedules.churned`.
 
 ## Networks, pipelines, files
 
@@ -159,5 +159,5 @@ in `.msgpack` are not read. There is no Stable Diffusion: FlaxStableDiffusionPip
 FlaxStableDiffusionXLPipeline, FlaxAutoencoderKL and FlaxControlNetModel, and
 FlaxUNet2DConditionModel with the weights of Stable Diffusion, have no equivalent. A
 network here attends to sequences of any encoder (`token_dim` of `models.UNet`), but
-trains from nothing.
+must be trained from its beginning.
 """
