@@ -1,7 +1,7 @@
 """Denoising diffusion in JAX: pure functions, and a trainer that uses them.
 
     import jax_diffusion as jd
-    jd.train(jd.load_config("configs/digits.py"), "runs/digits")
+    jd.train(jd.load_config("digits"), "runs/digits")
     run = jd.load_run("runs/digits")
     images = jd.sample_images(run, n=64, sampler="ddim", steps=50)
     results = jd.evaluate(run, metrics=["pixel_distance", "bpd"])

@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    """Makes the parser of `python -m jax_diffusion.PROGRAM`, with --version.
+    """Makes the parser of a program, called as "jax-diffusion train", with --version.
 
     Args:
         description: the text above the flags; lines are kept as they are.
@@ -69,7 +69,7 @@ def make_parser(program: str, description: str | None) -> argparse.ArgumentParse
 
     parser = Parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog=f"python -m jax_diffusion.{program}",
+        prog=program,
         usage="%(prog)s [flags]",
         description=description,
         allow_abbrev=False,  # --step of one program would be --steps of another

@@ -48,7 +48,7 @@ READING: cli.Flags = {
     "--name": dict(help="Name of the released checkpoint, if the file was renamed."),
     "--config": dict(
         metavar="FILE",
-        help="Config of a network of your own, the same as for training.",
+        help="Config of a network of your own, a file or a name as for training.",
     ),
     "--layout": dict(
         help="With --config, the code whose tensor names the file has: "
@@ -82,13 +82,13 @@ WRITING: cli.Flags = {
 }
 
 
-def main() -> None:
-    """Runs the command line.
+def main(program: str = "python -m jax_diffusion.convert") -> None:
+    """Runs the command line; `program` is what starts it, for --help.
 
     Raises:
         ValueError: for wrong flags, and if the conversion is impossible.
     """
-    parser = cli.make_parser("convert", __doc__)
+    parser = cli.make_parser(program, __doc__)
     cli.add_flags(parser, WORKDIR)
     about = (
         "Released files are known by their names. A network of your own needs a config "

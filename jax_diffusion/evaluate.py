@@ -172,9 +172,15 @@ NETWORK_FLAGS: cli.Flags = {
 }
 
 
-def main() -> Scores | list[Scores]:
-    """Runs the command line; returns the scores, on the first of several hosts."""
-    args = make_parser().parse_args()
+def main(
+    program: str = "python -m jax_diffusion.evaluate",
+) -> Scores | list[Scores]:
+    """Runs the command line; returns the scores, on the first of several hosts.
+
+    Args:
+        program: what starts it, for --help.
+    """
+    args = make_parser(program).parse_args()
     cli.start_hosts(args)
     with cli.fields_as_flags(args), cli.saying_what_is_read():
         if args.workdir is None and (args.images is None or args.reference is None):
@@ -293,9 +299,9 @@ def show(
         raise cli.IncompleteError(missing)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Makes the parser of the command line."""
-    parser = cli.make_parser("evaluate", __doc__)
+def make_parser(program: str) -> argparse.ArgumentParser:
+    """Makes the parser of the command line; see `main`."""
+    parser = cli.make_parser(program, __doc__)
     cli.add_flags(parser, FLAGS)
     about = "Example: --images samples.npz --reference cifar10:DATA --n 10000"
     cli.add_flags(parser, IMAGE_FLAGS, "images", about)

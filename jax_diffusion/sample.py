@@ -366,9 +366,9 @@ CASCADE_FLAGS: cli.Flags = {
 }
 
 
-def main() -> None:
-    """Runs the command line."""
-    parser = cli.make_parser("sample", __doc__)
+def main(program: str = "python -m jax_diffusion.sample") -> None:
+    """Runs the command line; `program` is what starts it, for --help."""
+    parser = cli.make_parser(program, __doc__)
     cli.add_flags(parser, FLAGS)
     cli.add_sampling_flags(parser)
     example = "Example: --task inpaint --mask left --resamples 10 --images mine"

@@ -1,6 +1,6 @@
 """Trains a run from a config, and continues it after any stop.
 
-    python -m jax_diffusion.train --config configs/digits.py --workdir runs/digits
+    python -m jax_diffusion.train --config digits --workdir runs/digits
 
 The same command continues a run that was stopped, bit for bit on the same number of
 devices. Ctrl-C and SIGTERM stop it after saving. A workdir in which another process
@@ -320,9 +320,9 @@ def check_data(config: Config) -> None:
     print("All images can be read.")
 
 
-def main() -> None:
-    """Parses the command line and trains."""
-    parser = cli.make_parser("train", __doc__)
+def main(program: str = "python -m jax_diffusion.train") -> None:
+    """Parses the command line and trains; `program` is what starts it, for --help."""
+    parser = cli.make_parser(program, __doc__)
     parser.epilog = (
         "Any field of the config can be changed, as with --config.total_steps=60, and "
         "any\nargument of a group's function set, whether the file gives it or not: "
@@ -333,7 +333,8 @@ def main() -> None:
         "--config",
         required=True,
         metavar="FILE",
-        help="The config file, such as configs/digits.py.",
+        help="The config file, such as configs/digits.py, or the name of a sample "
+        "config, such as digits, which needs no clone.",
     )
     parser.add_argument(
         "--workdir",

@@ -9,7 +9,7 @@ a registry or anybody's own "package.module:function" (see `registry.lookup`).
 | --- | --- |
 | `fields` | `FIELDS`: what a config may say; `complete`, `check_config` |
 | `groups` | `GROUPS`: which functions take the fields of a group |
-| `reading` | `load_config`: config files, and the changes of a command line |
+| `reading` | `load_config`: files or sample configs, and a command line's changes |
 | `records` | configs of checkpoints: of older formats, and compared |
 
 This module builds what a config describes. Nothing behind it sees a ConfigDict.

@@ -22,17 +22,58 @@ from jax_diffusion.registry import check_type, hint, is_outside, short
 from jax_diffusion.registry.type_hints import fits, rule
 
 PREFIX = "config."
+PACKAGE = Path(__file__).parents[1]
+CONFIGS = "configs"  # what the sample configs call their folder in imports
 WORDS = {"true": True, "t": True, "false": False, "f": False, "1": True, "0": False}
+
+
+def configs_folder() -> Path:
+    """Returns the folder of the sample configs.
+
+    That is jax_diffusion/configs where a wheel has put them, and configs/ beside
+    jax_diffusion/ in a clone.
+    """
+    installed = PACKAGE / CONFIGS
+    return installed if installed.is_dir() else PACKAGE.parent / CONFIGS
+
+
+def find_config(config: str | Path) -> Path:
+    """Returns the config file that a path, or the name of a sample config, means.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    found = configs_folder().glob("[!_]*.py")
+    known = {path.stem: path for path in sorted(found)}
+    rule = f"config must be the path of a config file or one of {[*known]}"
+    if not isinstance(config, str | os.PathLike):
+        raise ValueError(f"{rule}, got {config!r}.")
+    path, is_name = Path(config), isinstance(config, str) and config in known
+    if path.is_file():
+        if is_name:
+            warnings.warn(
+                f"config {config!r} is the file of this name in the current folder, "
+                "not the sample config; rename it to use that.",
+                stacklevel=3,
+            )
+        return path
+    if is_name:
+        return known[str(config)]
+    got = repr(config) if path.exists() else f"{os.fspath(path)!r}, where nothing is"
+    raise ValueError(f"{rule}, got {got}{hint(path.stem, known)}")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Runs a config file and applies overrides; returns the complete config.
 
     The file may import what lies beside it: its folder and the one above are importable
-    while it runs.
+    while it runs. A config of yours may begin with a sample config, as
+    `config = load_config("digits")`.
 
     Args:
-        path: a Python file with `get_config() -> ConfigDict`.
+        path: a Python file with `get_config() -> ConfigDict`, or the name of a sample
+            config, such as "digits". A file of that name in the current folder comes
+            first, with a warning.
         overrides: "--config.FIELD=VALUE" or "--config.GROUP.FIELD=VALUE". Any argument
             of the functions that take a group is a field, whether the file gives it or
             not. Another `name` is set before all else; what its function does not take
@@ -41,15 +82,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: if the file is missing or wrong, or a field unknown or ill-typed.
     """
-    if not isinstance(path, str | os.PathLike) or not Path(path).is_file():
-        rule, got = "config must be the path of a config file", repr(path)
-        if isinstance(path, str | os.PathLike) and not Path(path).exists():
-            got = f"{os.fspath(path)!r}, where nothing is"
-        raise ValueError(f"{rule}, got {got}.")
+    path = find_config(path)
     if isinstance(overrides, str):
         raise ValueError(f"overrides must be a list of strings, got {overrides!r}.")
     try:
-        with neighbors_importable(Path(path)):
+        with neighbors_importable(path):
             make = runpy.run_path(str(path)).get("get_config")
             config = make() if callable(make) else None
     except (Exception, SystemExit) as error:
@@ -82,10 +119,16 @@ def neighbors_importable(path: Path) -> Iterator[None]:
     """
     folder = path.resolve().parent
     added, before = [str(folder), str(folder.parent)], dict(sys.modules)
+    if folder.parent == PACKAGE.resolve():  # whose modules are no top-level ones
+        added.pop()
     package, theirs = folder.name, dict[str, Any]()
     loaded = before.get(package)
-    if hasattr(loaded, "__path__") and getattr(loaded, "__file__", None) is None:
-        # Another folder without __init__.py. A real package keeps its name.
+    file = getattr(loaded, "__file__", None)
+    is_folder = hasattr(loaded, "__path__") and file is None  # without __init__.py
+    is_elsewhere = file and Path(file).resolve().parent != folder
+    if is_folder or (package == CONFIGS and is_elsewhere):
+        # What a user calls configs is not what the sample configs import. Any other
+        # package keeps its name: a config in a folder called jax must find jax.
         names = [n for n in before if n == package or n.startswith(f"{package}.")]
         theirs = {name: sys.modules.pop(name) for name in names}
     if package not in sys.modules and not (folder / "__init__.py").exists():

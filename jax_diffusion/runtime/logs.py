@@ -222,12 +222,20 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": command_line(),
         "config": dict(config),
         "git": _git_state(Path(__file__)),
         "versions": versions(),
         "hardware": _hardware(),
     }
+
+
+def command_line() -> str:
+    """Returns this process's command line as one would type it, without its folders."""
+    arguments = sys.orig_argv[1:]
+    if arguments and Path(arguments[0]).name == "jax-diffusion":  # a console script
+        return shlex.join(["jax-diffusion", *arguments[1:]])
+    return shlex.join(["python", *arguments])
 
 
 def write_description(workdir: str | Path, record: Mapping[str, Any]) -> None:

@@ -6,9 +6,10 @@ The setting is that of the text (Rogge & Rasul 2022, first edition): Fashion-MNI
 flips in batches of 128, T = 200, betas from 1e-4 to 0.02 as they are, eps predicted,
 Huber loss, Adam 1e-3. Two networks are trained as `jax_diffusion.train` does until the
 mean loss of the last 20 steps is below --loss: the text's own one ("annotated") and
-that of configs/fashion_mnist.py ("default"). The original's time is --original-steps
-times the seconds of a step in the best of PyTorch's eager mode, channels-last and
-`torch.compile`, which take turns; --original trains it, too, and prints its own steps.
+that of configs/fashion_mnist.py, without labels ("default"). The original's time is
+--original-steps times the seconds of a step in the best of PyTorch's eager mode,
+channels-last and `torch.compile`, which take turns; --original trains it, too, and
+prints its own steps.
 
 Then 64 images are drawn by ancestral sampling. All 200 steps cost the same, so that
 rounds of 10 of them are timed, both sides in turns.
@@ -40,7 +41,7 @@ from jax_diffusion.training import setup as setups  # noqa: E402
 from tests.benchmarks import worker  # noqa: E402
 from tests.benchmarks.unet import HERE, MODES, time_in_turns  # noqa: E402
 
-CONFIGS = {"annotated": "fashion_mnist_annotated", "default": "fashion_mnist"}
+NETWORKS = {"annotated": "fashion_mnist_annotated", "default": "fashion_mnist"}
 DATA = "/usr/share/datasets/fashion-mnist"
 WINDOW = 20  # steps whose mean loss counts
 IMAGES, STEPS, TIMED_STEPS = 64, 200, 10  # of sampling
@@ -75,10 +76,14 @@ class Training(NamedTuple):
 
 
 def load_config(name: str, data: str = DATA) -> configs.Config:
-    """The config of a network of `CONFIGS`, with the text's own betas."""
-    file = HERE.parents[1] / "configs" / f"{CONFIGS[name]}.py"
+    """The text's config, its own betas included, with the network of another config."""
+    folder = HERE.parents[1] / "configs"
     changes = f"--config.data.path={data}", "--config.schedule.rescale=False"
-    return configs.load_config(file, changes)
+    config = configs.load_config(folder / f"{NETWORKS['annotated']}.py", changes)
+    config.model = configs.load_config(folder / f"{NETWORKS[name]}.py").model
+    if "num_classes" in config.model:
+        del config.model.num_classes
+    return config
 
 
 def train(config: configs.Config, loss: float, max_steps: int) -> Training:
@@ -153,13 +158,13 @@ def time_to_loss(
 def time_sampling(args: argparse.Namespace, theirs: list[str]) -> dict[str, float]:
     """Times both sides' sampling; ratios by name."""
     ours = [sys.executable, "-m", "tests.benchmarks.tutorial", "--serve"]
-    sides = {name: (ours, name) for name in CONFIGS}
+    sides = {name: (ours, name) for name in NETWORKS}
     sides |= {mode: (theirs, f"ancestral/{mode}") for mode in MODES}
     times = time_in_turns(sides, args.rounds)
     rates = {side: IMAGES * TIMED_STEPS / STEPS / t for side, t in times.items()}
     print("images/s:", *(f"{side} {r:.2f}" for side, r in rates.items()), flush=True)
     best = min(times[mode] for mode in MODES)
-    return {f"sample_{name}": times[name] / best for name in CONFIGS}
+    return {f"sample_{name}": times[name] / best for name in NETWORKS}
 
 
 def main() -> None:
@@ -176,11 +181,11 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        worker.serve({name: lambda name=name: ancestral(name) for name in CONFIGS})
+        worker.serve({name: lambda name=name: ancestral(name) for name in NETWORKS})
         return
     wanted, ratios = args.only.split(","), {}
     theirs = [args.torch_python, str(HERE / "tutorial_pytorch.py")]
-    names = [name for name in wanted if name in CONFIGS]
+    names = [name for name in wanted if name in NETWORKS]
     if names or args.original:
         ratios |= time_to_loss(args, names, theirs)
     if "sample" in wanted:

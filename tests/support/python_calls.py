@@ -157,6 +157,7 @@ def calls_of(folder):
         ("seed", "seed must be an integer", of(draw, seed=jax.random.key(0))),
         ("ids", "ids must be integers [n]", of(draw, ids=X)),
         ("ema", "ema must be one of", of(jd.load_run, folder / "run", ema="x")),
+        ("no config", "config must be the path", of(jd.load_config, 3)),
         ("no mask", "mask must be of", of(inpaint, images=X, mask=None)),
         (
             "a reader of images only",

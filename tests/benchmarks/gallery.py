@@ -1,0 +1,227 @@
+"""Draws the pictures of the README from trained runs, the same ones every time.
+
+    python -m tests.benchmarks.gallery --workdir runs/emoji [--only samples,tasks]
+
+Writes colab/images/emoji_samples.png and so on, named after the workdir. `PICTURES`
+lists them; those that a run cannot have, such as guidance without labels, are left out
+with a line that says so. Seeds are fixed. Minutes on two cores, `steps` half an hour.
+"""
+
+import argparse
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jax_diffusion.runtime import cpu
+
+cpu.tune()  # as the programs do
+
+import numpy as np  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+import jax_diffusion as jd  # noqa: E402
+from jax_diffusion import pipeline, plotting  # noqa: E402
+from jax_diffusion.pipeline import Run, SamplingOptions, TaskOptions  # noqa: E402
+from jax_diffusion.runtime import files  # noqa: E402
+from jax_diffusion.samplers import SAMPLERS  # noqa: E402
+
+SEED = 0
+COLUMNS = 9  # images in a row
+SCALES = (1.0, 2.0, 4.0, 8.0)  # of guidance
+NUM_STEPS = (5, 10, 20, 40)  # of `steps`
+NUM_SCORED = 500  # images of each point of `steps`
+MIN_SIZE = 600  # pixels of the longer side of a grid
+Picture = Callable[[Run, Path], None]
+
+
+class NotForThisRun(Exception):
+    """A picture that this run cannot have, and why."""
+
+
+def frames(run: Run, task: TaskOptions, n: int, **options: Any) -> np.ndarray:
+    """All frames of a task, uint8 [k, n, h, w, c]."""
+    bound = pipeline.bind_sampler(run, SamplingOptions(**options), task)
+    batches = bound.batches(ids=np.arange(n), seed=SEED, batch_size=n)
+    return np.concatenate([found for found, _ in batches], axis=1)
+
+
+def guidance_of(run: Run, scale: float) -> dict[str, Any]:
+    """The options of a guided sampler; none for a run without labels."""
+    return dict(guidance=scale) if run.null_label is not None else {}
+
+
+def save_rows(path: Path, rows: dict[str, np.ndarray]) -> None:
+    """Writes images [n, h, w, c] in a row for each name, the name on its left."""
+    figure = Figure(figsize=(9, 1.05 * len(rows)), layout="constrained")
+    for axes, (name, images) in zip(
+        np.atleast_1d(figure.subplots(len(rows))), rows.items(), strict=True
+    ):
+        axes.imshow(
+            plotting.grid(images, columns=len(images)).squeeze(),
+            cmap="gray",
+            vmin=0,
+            vmax=255,
+            aspect="equal",
+            interpolation="nearest",
+        )
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
+    save(path, figure)
+
+
+def save(path: Path, figure: Figure) -> None:
+    """Writes a figure as a PNG, without the date, which would differ every time."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, lambda out: out.write(file.getvalue()), sync=False)
+
+
+def samples(run: Run, path: Path, scale: float = 1.0) -> None:
+    """Samples, a row for each class if there are any."""
+    rows = max(run.num_labels, 1) if run.takes_labels else COLUMNS
+    told = guidance_of(run, scale)
+    if run.takes_labels:
+        told["label"] = [i for i in range(rows) for _ in range(COLUMNS)]
+    images = jd.sample_images(run, n=rows * COLUMNS, seed=SEED, **told)
+    sheet = plotting.grid(images, columns=COLUMNS)
+    plotting.save_png(path, sheet, min_size=MIN_SIZE)
+
+
+def guided(run: Run, path: Path) -> None:
+    """The same with classifier-free guidance of scale 2."""
+    need_labels(run)
+    samples(run, path, scale=2.0)
+
+
+def guidance(run: Run, path: Path) -> None:
+    """The same noise and class at several scales of guidance."""
+    need_labels(run)
+    rows = {
+        f"scale {scale:g}": jd.sample_images(
+            run, n=COLUMNS, seed=SEED + 1, guidance=scale
+        )
+        for scale in SCALES
+    }
+    save_rows(path, rows)
+
+
+def need_labels(run: Run) -> None:
+    if run.null_label is None:
+        raise NotForThisRun("it was not trained with config.label_dropout")
+
+
+def denoising(run: Run, path: Path) -> None:
+    """The way from noise to samples, as a GIF."""
+    found = frames(run, TaskOptions(frames=25), 4 * COLUMNS, **guidance_of(run, 2.0))
+    sheets = [plotting.grid(images, columns=COLUMNS) for images in found]
+    plotting.save_gif(path.with_suffix(".gif"), sheets, min_size=MIN_SIZE)
+
+
+def tasks(run: Run, path: Path) -> None:
+    """What editing does to images that were not trained on."""
+    n, told = COLUMNS, dict(sampler="ddpm", steps=100)
+    inpaint = TaskOptions(task="inpaint", mask="left", resamples=5)
+    image, known, inpainted = frames(run, inpaint, n, **told)
+    rows = {"test image": image, "known half": known, "inpainted": inpainted}
+    if run.image_shape[-1] == 3:
+        _, gray, colored = frames(run, TaskOptions(task="colorize"), n, **told)
+        rows |= {"its gray": gray, "colorized": colored}
+    _, blocks, large = frames(run, TaskOptions(task="enlarge", block=4), n, **told)
+    rows |= {"blocks of 4 x 4": blocks, "enlarged": large}
+    for level in (0.4, 0.7):
+        edited = frames(run, TaskOptions(task="edit", level=level), n)[-1]
+        rows[f"SDEdit from {level:.0%}"] = edited
+    reconstruct = TaskOptions(task="reconstruct", level=1.0)
+    _, noise, back = frames(run, reconstruct, n, clip=False, steps=100)
+    rows |= {"inverted to noise": noise, "and back": back}
+    save_rows(path, rows)
+
+
+def interpolation(run: Run, path: Path) -> None:
+    """Between two noises (slerp), and between two images, noised by half the steps."""
+    noises = TaskOptions("slerp", frames=COLUMNS)
+    mixed = TaskOptions("interpolate", frames=COLUMNS - 2, level=0.5)
+    rows = {}
+    for name, task in (("noises", noises), ("images", mixed)):
+        strips = np.moveaxis(frames(run, task, 3), 1, 0)
+        rows |= {f"{name} {i} to {i + 1}": strip for i, strip in enumerate(strips)}
+    save_rows(path, rows)
+
+
+def neighbors(run: Run, path: Path) -> None:
+    """Ten samples, and below each the three nearest training images by pixels."""
+    images = jd.sample_images(run, n=10, seed=SEED + 2, **guidance_of(run, 2.0))
+    train = pipeline.open_split(run.config, "train", train=False).images
+    difference = images[:, None].astype(np.float32) - train  # [10, n, h, w, c]
+    rmse = np.sqrt(np.mean(difference**2, axis=(2, 3, 4)))
+    nearest = np.argsort(rmse, axis=1)[:, :3]
+    rows = {"sample": images}
+    for rank, name in enumerate(("nearest", "second", "third")):
+        rows[name] = train[nearest[:, rank]]
+    save_rows(path, rows)
+    found = " ".join(f"{value:.0f}" for value in rmse.min(axis=1))
+    print(f"RMSE to the nearest training image, of 255: {found}")
+
+
+def steps(run: Run, path: Path) -> None:
+    """Frechet distance against the number of steps, for every sampler."""
+    assert run.workdir is not None
+    has_classifier = (run.workdir / "evaluation" / "classifier.npz").is_file()
+    metric = "cnn_fd" if has_classifier else "pixel_distance"
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for name in SAMPLERS:
+        distances = []
+        for num_steps in NUM_STEPS:
+            told: dict[str, Any] = dict(sampler=name, steps=num_steps, seed=SEED)
+            scores = jd.evaluate(run, n=NUM_SCORED, metrics=[metric], **told)
+            distances.append(scores[0].value)
+            print(f"{name} {num_steps} steps: {metric} {distances[-1]:.3f}", flush=True)
+        axes.loglog(NUM_STEPS, distances, "o-", markersize=3, linewidth=1, label=name)
+    axes.set(xlabel="steps", ylabel=metric, title=f"{NUM_SCORED} samples of each")
+    axes.set_xticks(NUM_STEPS, [str(n) for n in NUM_STEPS])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save(path, figure)
+
+
+PICTURES: dict[str, Picture] = {
+    "samples": samples,
+    "guided": guided,
+    "guidance": guidance,
+    "denoising": denoising,
+    "tasks": tasks,
+    "interpolation": interpolation,
+    "neighbors": neighbors,
+    "steps": steps,
+}
+
+
+def main() -> None:
+    """Draws the pictures, and prints the seconds of each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("colab/images"))
+    parser.add_argument("--only", default=",".join(PICTURES))
+    args = parser.parse_args()
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in PICTURES]:
+        parser.error(f"--only must be some of {list(PICTURES)}, got {unknown}.")
+    run = jd.load_run(args.workdir)
+    for name in names:
+        began = time.perf_counter()
+        path = args.out / f"{args.workdir.name}_{name}.png"
+        try:
+            PICTURES[name](run, path)
+        except NotForThisRun as reason:
+            print(f"{name}: left out, {reason}.")
+            continue
+        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
