@@ -14,18 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jax_diffusion.runtime import cpu
+import numpy as np
+from matplotlib.figure import Figure
 
-cpu.tune()  # as the programs do
-
-import numpy as np  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-import jax_diffusion as jd  # noqa: E402
-from jax_diffusion import pipeline, plotting  # noqa: E402
-from jax_diffusion.pipeline import Run, SamplingOptions, TaskOptions  # noqa: E402
-from jax_diffusion.runtime import files  # noqa: E402
-from jax_diffusion.samplers import SAMPLERS  # noqa: E402
+import jax_diffusion as jd
+from jax_diffusion import pipeline, plotting
+from jax_diffusion.pipeline import Run, SamplingOptions, TaskOptions
+from jax_diffusion.runtime import cpu, files
+from jax_diffusion.samplers import SAMPLERS
 
 SEED = 0
 COLUMNS = 9  # images in a row
@@ -123,7 +119,8 @@ def denoising(run: Run, path: Path) -> None:
 
 def tasks(run: Run, path: Path) -> None:
     """What editing does to images that were not trained on."""
-    n, told = COLUMNS, dict(sampler="ddpm", steps=100)
+    n, steps = COLUMNS, min(100, run.config.schedule.num_steps)
+    told: dict[str, Any] = dict(sampler="ddpm", steps=steps)
     inpaint = TaskOptions(task="inpaint", mask="left", resamples=5)
     image, known, inpainted = frames(run, inpaint, n, **told)
     rows = {"test image": image, "known half": known, "inpainted": inpainted}
@@ -136,7 +133,7 @@ def tasks(run: Run, path: Path) -> None:
         edited = frames(run, TaskOptions(task="edit", level=level), n)[-1]
         rows[f"SDEdit from {level:.0%}"] = edited
     reconstruct = TaskOptions(task="reconstruct", level=1.0)
-    _, noise, back = frames(run, reconstruct, n, clip=False, steps=100)
+    _, noise, back = frames(run, reconstruct, n, clip=False, steps=steps)
     rows |= {"inverted to noise": noise, "and back": back}
     save_rows(path, rows)
 
@@ -211,6 +208,7 @@ def main() -> None:
     names = args.only.split(",")
     if unknown := [name for name in names if name not in PICTURES]:
         parser.error(f"--only must be some of {list(PICTURES)}, got {unknown}.")
+    cpu.tune()  # as the programs do
     run = jd.load_run(args.workdir)
     for name in names:
         began = time.perf_counter()
