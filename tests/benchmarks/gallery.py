@@ -28,7 +28,7 @@ COLUMNS = 9  # images in a row
 SCALES = (1.0, 2.0, 4.0, 8.0)  # of guidance
 NUM_STEPS = (5, 10, 20, 40)  # of `steps`
 NUM_SCORED = 500  # images of each point of `steps`
-MIN_SIZE = 600  # pixels of the longer side of a grid
+MIN_SIZE, GIF_SIZE = 600, 300  # least pixels of the longer side of grids
 Picture = Callable[[Run, Path], None]
 
 
@@ -112,9 +112,9 @@ def need_labels(run: Run) -> None:
 
 def denoising(run: Run, path: Path) -> None:
     """The way from noise to samples, as a GIF."""
-    found = frames(run, TaskOptions(frames=25), 4 * COLUMNS, **guidance_of(run, 2.0))
+    found = frames(run, TaskOptions(frames=16), 3 * COLUMNS, **guidance_of(run, 2.0))
     sheets = [plotting.grid(images, columns=COLUMNS) for images in found]
-    plotting.save_gif(path.with_suffix(".gif"), sheets, min_size=MIN_SIZE)
+    plotting.save_gif(path.with_suffix(".gif"), sheets, min_size=GIF_SIZE)
 
 
 def tasks(run: Run, path: Path) -> None:
