@@ -29,15 +29,63 @@ class Notebook(NamedTuple):
     claims: dict[str, tuple[float, float]]
 
 
+ANY = float("inf")
 NOTEBOOKS = {
     "quickstart": Notebook(
-        budgets=dict(NUM_STEPS=60, RUN_STEPS=60, CHANNELS=8)
-        | dict(NUM_IMAGES=16, NUM_HELD_OUT=16),
+        budgets=dict(NUM_STEPS=60, RUN_STEPS=60, CHANNELS=8, NUM_LEVELS=1)
+        | dict(NUM_IMAGES=80, NUM_HELD_OUT=16),
         claims={  # untrained networks need about 8 bits/dim, and the prior is none
-            "total": (1, 7),
-            "scores['bits_per_dim']": (1, 7),
+            "total": (1, 7.5),
+            "scores['bits_per_dim']": (1, 7.5),
             "np.mean(bits.prior)": (0, 1e-3),
-            "images.std()": (20, 120),
+            "images.std() / run_data.std()": (0.5, 2),
+        },
+    ),
+    "ddpm_from_scratch": Notebook(
+        budgets=dict(NUM_STEPS=80, CHANNELS=8, NUM_IMAGES=12, NUM_HELD_OUT=16),
+        claims={
+            "float32_error": (1.6e-4, 1.7e-4),
+            "left['T = 200, as in the tutorial'][-1] ** 2": (0.1321, 0.1322),
+            "bayes_error": (0, 1e-3),
+            "lowest": (348, 348),
+            "published": (2_996_315, 2_996_315),  # parameters of the tutorial's network
+            "difference": (0, 1e-3),  # of our sampler and the library's, pixel by pixel
+            "spreads['multiplied']": (0, 0.02),
+            "spreads['clipped'] / spreads['data']": (0.5, 2),
+            "total": (1, 7.5),
+            "changed[1000]": (13, 13),
+            "changed[4000]": (296, 296),
+        },
+    ),
+    "improved_ddpm": Notebook(
+        budgets=dict(NUM_STEPS=80, CHANNELS=8, NUM_LEVELS=1)
+        | dict(NUM_IMAGES=80, NUM_HELD_OUT=16),
+        claims={
+            "impossible": (496, 496),  # betas of the misprint
+            "max(map(abs, extra['best']))": (0, 1e-9),  # no bits above the least
+            "extra['large'][0]": (0.1, ANY),
+            "extra['small'][0]": (0.1, ANY),
+            "max(gradient_errors)": (0, 1e-6),
+            "spread['uniform'] / spread['importance']": (1.5, ANY),
+            "abs(off)": (0, 5),  # standard errors
+            "max(totals.values())": (1, 8),
+        },
+    ),
+    "samplers": Notebook(
+        budgets=dict(NUM_POINTS=1024, NUM_STEPS=60, CHANNELS=8, NUM_LEVELS=1)
+        | dict(NUM_IMAGES=6, NUM_INVERTED=16),
+        claims={
+            "crossings['DDIM, eta = 0']": (0, 0),
+            "crossings['DDPM']": (5, ANY),
+            "orders['ddim']": (0.9, 1.1),
+            "orders['dpmpp_2m']": (1.8, 2.2),
+            "orders['heun']": (1.8, 2.2),
+            "widths['DDPM, right'][0] / STD": (0.89, 1.11),  # five standard errors
+            "widths['DDPM, large'][0] / STD": (1.2, ANY),
+            "widths['DDPM, small'][0] / STD": (0, 0.85),
+            "reconstruction[0] / reconstruction[-1]": (100, ANY),
+            "distances['ddim'][-1] / distances['dpmpp_2m'][-1]": (3, ANY),
+            "norms['slerp'] / norms['straight']": (1.2, 1.6),  # the root of 2
         },
     ),
 }
