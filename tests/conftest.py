@@ -36,7 +36,7 @@ for options in (diffusion.Objective, pipeline.SamplingOptions, pipeline.TaskOpti
 
 
 LONG = ("_hosts", "_survival", "_conditioning", "_classifier", "_ema", "_inception")
-LONG += ("_meshes", "_chains", "_x64")
+LONG += ("_meshes", "_chains", "_x64", "_colab")
 # Tracing makes millions of small objects, and JAX has a callback at every collection.
 gc.set_threshold(50_000, 20, 50)
 

@@ -1,7 +1,7 @@
 """Builds the compiled function that draws a batch of images."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,10 @@ from jax_diffusion.models import Network, bind, traits
 from jax_diffusion.pipeline import tasks
 from jax_diffusion.pipeline.options import SamplingOptions
 from jax_diffusion.pipeline.tasks import TaskOptions
+from jax_diffusion.registry import is_outside
+
+MAX_KEPT = 16  # samplers that stay compiled for other calls
+kept: dict[Hashable, Callable[..., Any]] = {}  # the one that was used last stands last
 
 
 def make_sampler(
@@ -35,7 +39,8 @@ def make_sampler(
     """Builds a compiled draw(params, schedule, seed, rows, numbers) -> frames.
 
     Frames are float32 [k, b, h, w, c]; the task decides k. Schedules padded to one
-    length, and all numbers, share one compilation. The arguments of draw:
+    length, and all numbers, share one compilation, in later calls with equal arguments,
+    too: the last `MAX_KEPT` samplers are kept. The arguments of draw:
 
         params    {"model": parameters}; those of "classifier" and "guide", if given
         schedule  padded or not
@@ -64,6 +69,57 @@ def make_sampler(
     """
     if objective is None:
         raise ValueError("the run must be of a denoiser, got a classifier's.")
+    networks = (model, objective, image_shape, classifier, guide)
+    fixed = (num_steps, mask, null, guide_labels)
+    make = functools.partial(_make_sampler, options, task, networks, fixed, on_step)
+    # What stands outside of the package may have been loaded anew.
+    if on_step or is_outside(options.sampler) or is_outside(task.task):
+        return make()
+    if task.task == "generate" and task.num_frames == 1:
+        fixed = (None, *fixed[1:])  # these frames do not depend on the number of steps
+    arrays = ("images", "low_res", "mask")  # which are rows, or among `fixed`
+    told = [v for k, v in vars(task).items() if k not in arrays]
+    names = ("clip", "threshold", "reclip", "guidance_method")
+    told += [task.row, options.row, *(getattr(options, name) for name in names)]
+    return keep((*networks, *told, *map(_as_key, fixed)), make)
+
+
+def _as_key(value: Any) -> Any:
+    """Something that is equal where arrays, or arrays by name, are."""
+    if isinstance(value, Mapping):
+        return tuple((name, _as_key(value[name])) for name in sorted(value))
+    if isinstance(value, np.ndarray):
+        return value.shape, value.dtype.str, value.tobytes()
+    return value
+
+
+def keep(key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """Returns what was made for an equal key before, or makes it.
+
+    Args:
+        key: of what is made. If it cannot be hashed, nothing is kept.
+        make: called without arguments.
+    """
+    try:
+        found = kept.pop(key, None)
+    except TypeError:  # a network of somebody else need not be hashable
+        return make()
+    kept[key] = found = found or make()
+    if len(kept) > MAX_KEPT:
+        del kept[next(iter(kept))]
+    return found
+
+
+def _make_sampler(
+    options: SamplingOptions,
+    task: TaskOptions,
+    networks: tuple[Any, ...],
+    fixed: tuple[Any, ...],
+    on_step: Callable[[Any], None] | None,
+) -> Callable[..., Any]:
+    """`make_sampler` without a look at those that were made before."""
+    model, objective, image_shape, classifier, guide = networks
+    num_steps, mask, null, guide_labels = fixed
     sampler, row = options.row, task.row
 
     def clip(denoise_fn: DenoiseFn) -> DenoiseFn:

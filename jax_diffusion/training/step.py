@@ -51,10 +51,10 @@ class TrainState:
     """
 
     step: Any
-    params: PyTree
-    ema_params: PyTree
-    opt_state: PyTree
-    timestep_state: PyTree
+    params: PyTree = dataclasses.field(repr=False)  # millions of numbers, as the next
+    ema_params: PyTree = dataclasses.field(repr=False)
+    opt_state: PyTree = dataclasses.field(repr=False)
+    timestep_state: PyTree = dataclasses.field(repr=False)
     skipped: Any
 
 

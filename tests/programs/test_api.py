@@ -9,8 +9,9 @@ from support.programs import evaluate
 from support.tiny_runs import KNOWN, LABELS, SIZE, make_run, write_images
 
 import jax_diffusion as jd
-from jax_diffusion import samplers
+from jax_diffusion import models, samplers
 from jax_diffusion.evaluation import arguments
+from jax_diffusion.pipeline import draw
 
 DIGITS = dict(name="digits", split="train", batch_size=16)
 
@@ -47,6 +48,50 @@ def test_evaluate_takes_arrays_and_a_reference():
         images[:20], reference=images[20:], metrics=["pixel_distance"]
     )[:1]
     assert score.metric == "pixel_distance" and score.value > 0
+
+
+def test_sampling_again_compiles_again_only_for_another_program(folder, monkeypatch):
+    write_images(folder / "images.npz")
+    tiny = LABELS | dict(model=dict(name="support.networks:Tiny", num_classes=KNOWN))
+    run, traced = jd.load_run(make_run(folder / "tiny", **tiny)), []
+
+    def counted(*args, **options):  # called when a program is traced
+        traced.append(args)
+        return models.bind(*args, **options)
+
+    def times_traced(**options):
+        before = len(traced)
+        images = jd.sample_images(run, **dict(n=3, steps=2, guidance=1) | options)
+        return len(traced) - before, images
+
+    monkeypatch.setattr(draw, "bind", counted)
+    monkeypatch.setattr(draw, "kept", {})
+    assert times_traced()[0] > 0
+    numbers = dict(steps=4, guidance=3, eta=0.5, spacing="trailing", seed=1, label=2)
+    again, images = times_traced(**numbers)
+    assert again == 0
+    inpainted = dict(task="inpaint", mask="top")
+    for change in (
+        *(dict(sampler="ddpm"), dict(clip=False), dict(threshold=0.9)),
+        *(dict(guidance_method="apg"), dict(guidance=None)),
+        *(dict(task="progress", frames=2), dict(task="progress", frames=1)),
+        *(inpainted, inpainted | dict(mask="left"), inpainted | dict(steps=3)),
+    ):
+        assert times_traced(**change)[0] > 0, change
+        assert times_traced(**change)[0] == 0, change
+    monkeypatch.setattr(draw, "kept", {})
+    np.testing.assert_array_equal(times_traced(**numbers)[1], images)
+
+
+def test_samplers_that_were_not_used_for_long_are_forgotten(monkeypatch):
+    monkeypatch.setattr(draw, "kept", {})
+    made = [draw.keep(i, lambda: lambda: None) for i in range(draw.MAX_KEPT)]
+    assert draw.keep(0, lambda: lambda: None) is made[0]
+    draw.keep("one more", lambda: lambda: None)
+    assert draw.keep(0, lambda: lambda: None) is made[0]
+    assert draw.keep(1, lambda: lambda: None) is not made[1]
+    assert len(draw.kept) == draw.MAX_KEPT
+    assert draw.keep(([],), lambda: print) is print  # what cannot be hashed
 
 
 def test_an_image_depends_on_seed_and_number_only(labeled):

@@ -817,6 +817,7 @@ def test_one_program_serves_all_steps_and_numbers(labelled, monkeypatch):
         return bind(*args, **options)
 
     monkeypatch.setattr(draw, "bind", counted)
+    monkeypatch.setattr(draw, "kept", {})
     first = bind_sampler(run, SamplingOptions(guidance=1))
     drawn, once = {}, 0
     for steps, spacing, eta, scale in (

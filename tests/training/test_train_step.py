@@ -94,6 +94,11 @@ def test_the_loss_falls():
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
 
 
+def test_a_state_is_shown_without_its_arrays():  # notebooks show what a cell returns
+    _, state = build()
+    assert repr(state).startswith("TrainState(step=") and len(repr(state)) < 100
+
+
 def test_a_step_depends_on_key_state_and_batch_alone():
     step, state = jitted(history=1)
     once = step(jax.random.key(1), state, BATCH)
