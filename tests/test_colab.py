@@ -107,19 +107,6 @@ NOTEBOOKS = {
             "right_by_classifier[10] - right_by_classifier[0]": (-1, 1),
         },
     ),
-    "evaluation": Notebook(
-        budgets=dict(NUM_STEPS=250, NUM_FEATURE_STEPS=60, NUM_SAMPLES=200)
-        | dict(NUM_REPEATS=6, NUM_LIKELIHOODS=8, ODE_STEPS=100),
-        claims={
-            "growth": (2, ANY),  # of the distance of real images in small sets
-            "kid_of_real": (0, 0.3),  # which has no such bias
-            "table['copycat']['precision']": (0.8, 1),
-            "table['digits 0 to 4']['recall']": (0, 0.8),
-            "of_moments / of_model": (0, 0.5),  # a Gaussian beats a network at moments
-            "by_ode": (1, 8),
-            "of_gauss": (1, 8),
-        },
-    ),
     "your_own_images": Notebook(
         budgets=dict(NUM_DRAWN=20, IMAGE_SIZE=8, CHANNELS=8)
         | dict(NUM_FIRST=5, NUM_STEPS=30, NUM_SAMPLES=2),

@@ -118,6 +118,7 @@ def _make_sampler(
     on_step: Callable[[Any], None] | None,
 ) -> Callable[..., Any]:
     """`make_sampler` without a look at those that were made before."""
+    guide: tuple[Network, Objective] | None
     model, objective, image_shape, classifier, guide = networks
     num_steps, mask, null, guide_labels = fixed
     sampler, row = options.row, task.row
