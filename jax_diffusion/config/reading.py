@@ -45,9 +45,10 @@ def find_config(config: str | Path) -> Path:
     """
     found = configs_folder().glob("[!_]*.py")
     known = {path.stem: path for path in sorted(found)}
-    rule = f"config must be the path of a config file or one of {[*known]}"
     if not isinstance(config, str | os.PathLike):
-        raise ValueError(f"{rule}, got {config!r}.")
+        rule = "config must be the path of a config file or a name such as 'digits'"
+        raise ValueError(f"{rule}, got {short(config)}.")
+    rule = f"config must be the path of a config file or one of {[*known]}"
     path, is_name = Path(config), isinstance(config, str) and config in known
     if path.is_file():
         if is_name:

@@ -55,7 +55,9 @@ def make_environment(folder, *told):
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = Path(call(python, "-c", query, cwd=folder).strip())
     (own / "libraries.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    call(*PIP, "--python", python, "install", *OFFLINE, *told, cwd=folder)
+    # The environment that runs the tests may have the package already.
+    install = ("--python", python, "install", "--ignore-installed")
+    call(*PIP, *install, *OFFLINE, *told, cwd=folder)
     return folder / "bin"
 
 
