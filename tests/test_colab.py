@@ -103,18 +103,60 @@ NOTEBOOKS = {
             "away[-1] / away[0]": (1.2, 99),
             "off_gray": (0, 4),
             "misfit['DPS'] / misfit['not guided']": (0, 0.5),
-            "right[8] - right[0]": (-1, 1),
-            "right_by_classifier[10] - right_by_classifier[0]": (-1, 1),
+            "off_label": (0, 1),
+            "off_unguided": (0, 2),
+            "np.abs(by_classifier[10] / 255 - by_classifier[0] / 255).mean()": (
+                0.02,
+                1,
+            ),
+        },
+    ),
+    "evaluation": Notebook(
+        budgets=dict(NUM_STEPS=80, CHANNELS=8, NUM_FEATURE_STEPS=100, NUM_SAMPLES=200)
+        | dict(NUM_REPEATS=4, NUM_LIKELIHOODS=8, ODE_STEPS=60),
+        claims={
+            "growth": (1.5, 4),  # with a half or a third of the images
+            "kid_of_real": (0, 0.3),
+            "by_method['pixels']['bilinear'] / by_method['pixels']['untouched']": (
+                2,
+                ANY,
+            ),
+            "by_split['pixels']['test'] / by_split['pixels']['train']": (1.2, ANY),
+            "by_split['pixels']['matched'] / by_split['pixels']['test']": (0.8, 1.3),
+            "of_copies['copycat'] / of_copies['real']": (0, 0.6),
+            "np.median(near['copycat']) / np.median(near['test'])": (0, 0.6),
+            "of_moments / of_model": (0, 0.7),
+            "table['Gaussian']['classifier'] / table['real images']['classifier']": (
+                2,
+                ANY,
+            ),
+            "table['digits 0 to 4']['recall'] / table['real images']['recall']": (
+                0,
+                0.7,
+            ),
+            "table['blurred']['precision'] / table['real images']['precision']": (
+                0,
+                0.85,
+            ),
+            "total": (1, 8),
+            "by_ode": (1, 8),
+            "flow.step_error.mean()": (0, 0.1),
+            "correlation": (0.2, 1),
+            "np.diff(rate).max()": (-1, 1e-6),
+            "rate[0] + bits.vlb[:, 0].mean() - total": (-1e-4, 1e-4),
         },
     ),
     "your_own_images": Notebook(
         budgets=dict(NUM_DRAWN=20, IMAGE_SIZE=8, CHANNELS=8)
-        | dict(NUM_FIRST=5, NUM_STEPS=30, NUM_SAMPLES=2),
+        | dict(NUM_FIRST=5, NUM_STEPS=80, NUM_SAMPLES=2),
         claims={
+            "images.num_examples": (60, 60),
             "len(complaints)": (1, 1),
             "resumed.step": (10, 10),
             "differing": (0, 0),
-            "run.step": (30, 30),
+            "run.step": (80, 80),
+            "log[-1]['loss'] / log[0]['loss']": (0, 0.9),
+            "copy_distance": (0.5, ANY),
         },
     ),
     "released_checkpoints": Notebook(
@@ -122,7 +164,10 @@ NOTEBOOKS = {
         claims={
             "counted == COUNTS['cifar10_uncond_50M_500K']": (1, 1),
             "sum(same) / len(stand_in)": (1, 1),
+            "len(again) - len(stand_in)": (0, 0),
+            "np.mean(noise != digits)": (0.2, 1),
             "np.array_equal(digits, redrawn)": (1, 1),
+            "np.array_equal(digits, by_file)": (1, 1),
             "len(refusals)": (4, 4),
             "Path('owned.txt').exists()": (0, 0),
         },
