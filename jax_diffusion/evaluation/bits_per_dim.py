@@ -6,6 +6,7 @@ integrates the probability-flow ODE (Song et al. 2021). The formulas are in
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,10 @@ def ode(
         nll_ode, in bits/dim, with its standard error; nll_ode_step_error, by how much
         half as many steps differ; nll_ode_probe_error, the standard error that the
         probes cause. An error that one step or one probe cannot tell is left out.
+
+    Warns:
+        UserWarning: if the flow does not take the images to noise, as that of an eps
+            network may where hardly any signal is left.
     """
     clock = Clock()
     total = settings.make_schedule(run.config.schedule).num_steps
@@ -138,6 +143,7 @@ def ode(
     clock.end("ode_terms")
     if not found:
         return Result([], about, clock.seconds, [finish])
+    _warn_unless_noise(found["prior"], float(schedule.next.noise[-1]))
     value, error = mean_and_error(found["total"])
     scores = [Score("nll_ode", value, images.n, error)]
     for name in ("step_error", "probe_error"):
@@ -145,6 +151,20 @@ def ode(
         if np.isfinite(value):
             scores.append(Score(f"nll_ode_{name}", value, images.n))
     return Result(scores, about, clock.seconds, [finish])
+
+
+def _warn_unless_noise(prior: np.ndarray, noise: float) -> None:
+    """Warns if x_T, whose `OdeBits.prior` is given, is not noise of this deviation."""
+    nats = np.mean(prior, dtype=np.float64) * np.log(2)
+    square = max(0.0, 2 * (nats - np.log(noise)) - np.log(2 * np.pi))  # of x_T / noise
+    if not 0.5 < square < 2:
+        warnings.warn(
+            "nll_ode needs a flow that takes images to noise of mean square 1, got "
+            f"{square:.3g}. Its bits/dim mean little: the network may be untrained, or "
+            "predict eps, which does not tell x_0 where hardly any signal is left (v, "
+            "flow and x_0 do).",
+            stacklevel=3,
+        )
 
 
 def bound_fn(

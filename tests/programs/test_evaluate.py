@@ -189,6 +189,7 @@ def test_fewer_steps_give_a_bound_of_fewer_terms(run, tmp_path, score):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:nll_ode needs")  # the run is untrained
 def test_likelihood_by_the_ode_has_its_errors(run, tmp_path, score):
     few = ("--metrics", "nll_ode", "--bpd-images", "8", "--ode-probes", "2")
     score("--workdir", run, "--out", tmp_path, *few)

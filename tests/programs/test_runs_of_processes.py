@@ -247,6 +247,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:nll_ode needs")  # they are untrained
 @every_family
 def test_a_run_of_every_process_trains_draws_and_scores(name, trained):
     run = trained(name)
