@@ -106,6 +106,9 @@ def ode(
 ) -> Result:
     """Computes bits/dim by the probability-flow ODE, with uniform dequantization.
 
+    It warns if the flow does not take the images to noise, as that of an eps network
+    may not, since eps does not tell x_0 where hardly any signal is left.
+
     Args:
         run: of a denoiser.
         images: usually the test split.
@@ -118,10 +121,6 @@ def ode(
         nll_ode, in bits/dim, with its standard error; nll_ode_step_error, by how much
         half as many steps differ; nll_ode_probe_error, the standard error that the
         probes cause. An error that one step or one probe cannot tell is left out.
-
-    Warns:
-        UserWarning: if the flow does not take the images to noise, as that of an eps
-            network may where hardly any signal is left.
     """
     clock = Clock()
     total = settings.make_schedule(run.config.schedule).num_steps
