@@ -33,7 +33,7 @@ ANY = float("inf")
 NOTEBOOKS = {
     "quickstart": Notebook(
         budgets=dict(NUM_STEPS=60, RUN_STEPS=60, CHANNELS=8, NUM_LEVELS=1)
-        | dict(NUM_IMAGES=64, NUM_HELD_OUT=16),
+        | dict(NUM_IMAGES=64, NUM_SCORED=65, NUM_HELD_OUT=16),
         claims={  # untrained networks need about 8 bits/dim, and the prior is none
             "total": (1, 7.5),
             "scores['bits_per_dim']": (1, 7.5),
