@@ -8,8 +8,8 @@ Samples are drawn from the run, or read (--images). They are compared with the r
 training images, or with images or moments that are read (--reference). Scores, files
 and the record of how they were made go to WORKDIR/evaluation; a command that was killed
 continues when it is given again. Where a metric cannot be computed, such as precision
-of 3 images, the others are, and the exit status is 1. See jax_diffusion/evaluation for
-what each metric is.
+of 3 images, the others are, and the exit status is 1. What each metric is:
+`python -m pydoc jax_diffusion.evaluation`.
 
 From Python: `jax_diffusion.evaluate(run, metrics=["fid", "bpd"])`.
 """

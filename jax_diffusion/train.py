@@ -327,7 +327,8 @@ def main(program: str = "python -m jax_diffusion.train") -> None:
         "Any field of the config can be changed, as with --config.total_steps=60, and "
         "any\nargument of a group's function set, whether the file gives it or not: "
         "--config.model.dtype=bfloat16.\njax_diffusion/config/fields.py lists the "
-        "fields, config/groups.py the functions."
+        "fields, config/groups.py the functions;\n`pip show -f jax_diffusion` says "
+        "where these and the sample configs are installed."
     )
     parser.add_argument(
         "--config",
