@@ -127,6 +127,8 @@ def train(
     described = (setup.model, setup.objective, setup.batches, setup.mesh)
     with saying_how_to_skip():
         evaluate = during_training.make_watch(config, workdir, record, *described)
+        if jax.process_index() == 0:
+            print("compiling the train step", flush=True)  # minutes, if it is large
         compiled = compile_step(setup, fresh=saved is None and weights is None)
     if weights is not None:
         init = fine_tuning.make_init(weights.params, setup, compiled.shardings)
