@@ -156,9 +156,10 @@ def test_a_kept_sampler_keeps_neither_parameters_nor_arrays(tiny, monkeypatch):
     images = np.zeros((2, SIZE, SIZE, 3), np.uint8)
     mask = np.zeros((SIZE, SIZE), bool)
     held = [weakref.ref(a) for a in (*jax.tree.leaves(params), images, mask)]
-    jd.sample_images(run, 2, steps=2, task="inpaint", images=images, mask=mask)
+    told = dict(task="inpaint", images=images, mask=mask, label=0)
+    jd.sample_images(run, 2, steps=2, **told)
     assert len(draw.kept) == 1
-    del run, params, images, mask
+    del run, params, images, mask, told
     gc.collect()
     assert [ref() for ref in held if ref() is not None] == []
 

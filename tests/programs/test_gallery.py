@@ -102,7 +102,7 @@ def test_gallery_asks_for_nothing_that_a_process_cannot_do(
     if "mean" in process:
         kinds = dict(mean_type=process["mean"], var_type="fixed_small", loss="l2")
         changes["objective"] = kinds
-    h, _, c = shape = changes.get("shape", (8, 8, 3))
+    shape = changes.get("shape", (8, 8, 3))
     images = np.zeros((80, *shape), np.uint8)
     np.savez(tmp_path / "images.npz", images, np.zeros(80, int))
     model = dict(name="support.networks:Tiny")
@@ -196,7 +196,7 @@ def test_emoji_refuses_a_table_that_is_another_one_before_it_copies(
     table, package, tmp_path
 ):
     (package / "emoji.json").write_text(table)
-    with pytest.raises(ValueError, match="^--package must hold ") as info:
+    with pytest.raises(ValueError, match=r"^--package must hold ") as info:
         emoji.sort_emoji(package, tmp_path / "emoji")
     assert not (tmp_path / "emoji").exists() and len(str(info.value)) < 500
 
@@ -211,5 +211,5 @@ def test_emoji_of_a_category_with_odd_characters_have_a_plain_folder(package, tm
 def test_emoji_refuses_a_place_that_cannot_be_made(package, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "x", "/proc/x"):
-        with pytest.raises(ValueError, match="^--out must "):
+        with pytest.raises(ValueError, match=r"^--out must "):
             emoji.sort_emoji(package, pathlib.Path(out))
