@@ -154,7 +154,7 @@ def test_a_kept_sampler_keeps_neither_parameters_nor_arrays(tiny, monkeypatch):
     params = jax.tree.map(np.array, tiny.params)
     run = dataclasses.replace(tiny, params=params)
     images = np.zeros((2, SIZE, SIZE, 3), np.uint8)
-    mask = np.zeros((SIZE, SIZE), bool)
+    mask = np.eye(SIZE, dtype=bool)
     held = [weakref.ref(a) for a in (*jax.tree.leaves(params), images, mask)]
     told = dict(task="inpaint", images=images, mask=mask, label=0)
     jd.sample_images(run, 2, steps=2, **told)
