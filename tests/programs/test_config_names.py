@@ -106,7 +106,6 @@ def test_a_file_beside_it_is_a_path_only_with_its_suffix(elsewhere):
         ("configs/digits.py", "got 'configs/digits.py', where nothing is; the sample"),
         ("digits/", "got 'digits/', where nothing is; the sample config is just the"),
         (pathlib.Path("digits"), "the sample config is just the string 'digits'."),
-        (b"digits", "or a name such as 'digits', got "),
         ("x" * 300, "got 'xxx"),  # which no file can be called
         ("x/" * 3000, "got 'x/x/x"),
         ("dig\0its", r"got 'dig\x00its', where nothing is; did you mean 'digits'?"),
