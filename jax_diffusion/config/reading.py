@@ -7,6 +7,7 @@ import inspect
 import os
 import runpy
 import sys
+import textwrap
 import types
 import typing
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jax_diffusion import checks
 from jax_diffusion.config.fields import FIELDS, Config, check_config, complete
 from jax_diffusion.config.groups import GROUPS, known_fields
 from jax_diffusion.registry import check_type, hint, is_outside, short
@@ -24,6 +26,7 @@ from jax_diffusion.registry.type_hints import fits, rule
 PREFIX = "config."
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = "configs"  # what the sample configs call their folder in imports
+LONGEST = 300  # characters of an error
 WORDS = {"true": True, "t": True, "false": False, "f": False, "1": True, "0": False}
 
 
@@ -45,12 +48,16 @@ def find_config(config: str | Path) -> Path:
     """
     found = configs_folder().glob("[!_]*.py")
     known = {path.stem: path for path in sorted(found)}
-    if not isinstance(config, str | os.PathLike):
-        rule = "config must be the path of a config file or a name such as 'digits'"
-        raise ValueError(f"{rule}, got {short(config)}.")
-    rule = f"config must be the path of a config file or one of {[*known]}"
+    rule = "config must be the path of a config file or a name such as 'digits'"
+    checks.path("config", config, rule.removeprefix("config must be "))
     path, is_name = Path(config), isinstance(config, str) and config in known
-    if path.is_file():
+    try:
+        is_file, exists = path.is_file(), path.exists()
+    except (OSError, ValueError) as error:  # a name too long, or not to be looked at
+        reason = getattr(error, "strerror", None) or f"{error}"
+        got = f"{short(os.fspath(config))}: {reason.lower()}"
+        raise ValueError(f"{rule}, got {got}.") from error
+    if is_file:
         if is_name:
             warnings.warn(
                 f"config {config!r} is the file of this name in the current folder, "
@@ -60,8 +67,16 @@ def find_config(config: str | Path) -> Path:
         return path
     if is_name:
         return known[str(config)]
-    got = repr(config) if path.exists() else f"{os.fspath(path)!r}, where nothing is"
-    raise ValueError(f"{rule}, got {got}{hint(path.stem, known)}")
+    got = short(os.fspath(config))
+    got += ", which is no file" if exists else ", where nothing is"
+    close = hint(path.stem, known)
+    if path.stem in known:  # of digits/, digits.py or Path("digits")
+        close = f"; the sample config is just the string {path.stem!r}."
+    elif close == ".":  # which are the names, as far as a short sentence can tell
+        rule = "config must be the path of a config file or one of "
+        room = LONGEST - len(rule) - len(got) - len(", got .")
+        rule += textwrap.shorten(", ".join(known), max(room, 20), placeholder=" ...")
+    raise ValueError(f"{rule}, got {got}{close}")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -91,9 +106,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             make = runpy.run_path(str(path)).get("get_config")
             config = make() if callable(make) else None
     except (Exception, SystemExit) as error:
-        found = " ".join(f"{type(error).__name__}: {error}".split())
+        found = " ".join(f"{type(error).__name__}: {error}".split())[:150]
         raise ValueError(
-            f"{str(path)!r} must be a config file that runs, got {found.rstrip('.')}."
+            f"{short(str(path))} must be a config file that runs, got "
+            f"{found.rstrip('.')}."
         ) from error
     if not isinstance(config, ConfigDict):
         raise ValueError(f"{str(path)!r} must define get_config() -> ConfigDict.")

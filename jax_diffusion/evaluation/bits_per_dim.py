@@ -155,7 +155,8 @@ def ode(
 def _warn_unless_noise(prior: np.ndarray, noise: float) -> None:
     """Warns if x_T, whose `OdeBits.prior` is given, is not noise of this deviation."""
     nats = np.mean(prior, dtype=np.float64) * np.log(2)
-    square = max(0.0, 2 * (nats - np.log(noise)) - np.log(2 * np.pi))  # of x_T / noise
+    square = 2 * (nats - np.log(noise)) - np.log(2 * np.pi)  # mean of (x_T / noise)^2
+    square = np.maximum(square, 0.0)  # unlike max(), it leaves NaN
     if not 0.5 < square < 2:
         warnings.warn(
             "nll_ode needs a flow that takes images to noise of mean square 1, got "

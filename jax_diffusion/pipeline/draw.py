@@ -1,6 +1,8 @@
 """Builds the compiled function that draws a batch of images."""
 
+import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -19,6 +21,7 @@ from jax_diffusion.registry import is_outside
 
 MAX_KEPT = 16  # samplers that stay compiled for other calls
 kept: dict[Hashable, Callable[..., Any]] = {}  # the one that was used last stands last
+keeping = threading.Lock()
 
 
 def make_sampler(
@@ -71,17 +74,34 @@ def make_sampler(
         raise ValueError("the run must be of a denoiser, got a classifier's.")
     networks = (model, objective, image_shape, classifier, guide)
     fixed = (num_steps, mask, null, guide_labels)
-    make = functools.partial(_make_sampler, options, task, networks, fixed, on_step)
-    # What stands outside of the package may have been loaded anew.
-    if on_step or is_outside(options.sampler) or is_outside(task.task):
-        return make()
+    # What stands outside of the package may have been loaded anew, or be changed.
+    others = (classifier, guide and guide[0])
+    may_change = any(map(is_compared_by_identity, (model, *others)))
+    if on_step or may_change or is_outside(options.sampler) or is_outside(task.task):
+        return _make_sampler(options, task, networks, fixed, on_step)
     if task.task == "generate" and task.num_frames == 1:
         fixed = (None, *fixed[1:])  # these frames do not depend on the number of steps
     arrays = ("images", "low_res", "mask")  # which are rows, or among `fixed`
     told = [v for k, v in vars(task).items() if k not in arrays]
     names = ("clip", "threshold", "reclip", "guidance_method")
     told += [task.row, options.row, *(getattr(options, name) for name in names)]
+    told.append(guidance.GUIDANCE_METHODS.get(options.guidance_method or ""))
+    # Arrays are not read when a sampler is traced, and must not be kept with it.
+    bare = dataclasses.replace(options, cond=None, label=None)
+    bare_task = dataclasses.replace(
+        task, images=None, low_res=None, mask=TaskOptions.mask
+    )
+    made_of = (bare, bare_task, networks, (num_steps, *fixed[1:]), None)
+    make = functools.partial(_make_sampler, *made_of)
     return keep((*networks, *told, *map(_as_key, fixed)), make)
+
+
+def is_compared_by_identity(network: Any) -> bool:
+    """Tells whether a network equals itself only, even after a change of it.
+
+    Flax's modules, and those of this package, are frozen and equal if their fields are.
+    """
+    return network is not None and type(network).__eq__ is object.__eq__
 
 
 def _as_key(value: Any) -> Any:
@@ -100,13 +120,14 @@ def keep(key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[...,
         key: of what is made. If it cannot be hashed, nothing is kept.
         make: called without arguments.
     """
-    try:
-        found = kept.pop(key, None)
-    except TypeError:  # a network of somebody else need not be hashable
-        return make()
-    kept[key] = found = found or make()
-    if len(kept) > MAX_KEPT:
-        del kept[next(iter(kept))]
+    with keeping:  # threads may draw at the same time
+        try:
+            found = kept.pop(key, None)
+        except TypeError:  # a network of somebody else need not be hashable
+            return make()
+        kept[key] = found = found or make()
+        if len(kept) > MAX_KEPT:
+            del kept[next(iter(kept))]
     return found
 
 

@@ -18,9 +18,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import jax_diffusion as jd
-from jax_diffusion import pipeline, plotting
+from jax_diffusion import cli, pipeline, plotting
+from jax_diffusion import config as configs
+from jax_diffusion.models import traits
 from jax_diffusion.pipeline import Run, SamplingOptions, TaskOptions
-from jax_diffusion.runtime import cpu, files
+from jax_diffusion.runtime import files
 from jax_diffusion.samplers import SAMPLERS
 
 SEED = 0
@@ -119,7 +121,7 @@ def denoising(run: Run, path: Path) -> None:
 
 def tasks(run: Run, path: Path) -> None:
     """What editing does to images that were not trained on."""
-    n, steps = COLUMNS, min(100, run.config.schedule.num_steps)
+    n, steps = COLUMNS, min(100, configs.num_steps(run.config.schedule))
     told: dict[str, Any] = dict(sampler="ddpm", steps=steps)
     inpaint = TaskOptions(task="inpaint", mask="left", resamples=5)
     image, known, inpainted = frames(run, inpaint, n, **told)
@@ -127,8 +129,12 @@ def tasks(run: Run, path: Path) -> None:
     if run.image_shape[-1] == 3:
         _, gray, colored = frames(run, TaskOptions(task="colorize"), n, **told)
         rows |= {"its gray": gray, "colorized": colored}
-    _, blocks, large = frames(run, TaskOptions(task="enlarge", block=4), n, **told)
-    rows |= {"blocks of 4 x 4": blocks, "enlarged": large}
+    sides = run.image_shape[:2]
+    block = next((b for b in (4, 3, 2) if not any(side % b for side in sides)), None)
+    if block is not None:
+        task = TaskOptions(task="enlarge", block=block)
+        _, blocks, large = frames(run, task, n, **told)
+        rows |= {f"blocks of {block} x {block}": blocks, "enlarged": large}
     for level in (0.4, 0.7):
         edited = frames(run, TaskOptions(task="edit", level=level), n)[-1]
         rows[f"SDEdit from {level:.0%}"] = edited
@@ -153,8 +159,10 @@ def neighbors(run: Run, path: Path) -> None:
     """Ten samples, and below each the three nearest training images by pixels."""
     images = jd.sample_images(run, n=10, seed=SEED + 2, **guidance_of(run, 2.0))
     train = pipeline.open_split(run.config, "train", train=False).images
-    difference = images[:, None].astype(np.float32) - train  # [10, n, h, w, c]
-    rmse = np.sqrt(np.mean(difference**2, axis=(2, 3, 4)))
+    rmse = []  # one sample at a time: [n, h, w, c] floats are a lot already
+    for image in images.astype(np.float32):
+        rmse.append(np.sqrt(np.mean((image - train) ** 2, axis=(1, 2, 3))))
+    rmse = np.stack(rmse)
     nearest = np.argsort(rmse, axis=1)[:, :3]
     rows = {"sample": images}
     for rank, name in enumerate(("nearest", "second", "third")):
@@ -167,20 +175,24 @@ def neighbors(run: Run, path: Path) -> None:
 def steps(run: Run, path: Path) -> None:
     """Frechet distance against the number of steps, for every sampler."""
     assert run.workdir is not None
+    total = configs.num_steps(run.config.schedule)
+    counts = [num_steps for num_steps in NUM_STEPS if num_steps <= total]
+    if not counts:
+        raise NotForThisRun(f"its schedule has {total} steps only")
     has_classifier = (run.workdir / "evaluation" / "classifier.npz").is_file()
     metric = "cnn_fd" if has_classifier else "pixel_distance"
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for name in SAMPLERS:
         distances = []
-        for num_steps in NUM_STEPS:
+        for num_steps in counts:
             told: dict[str, Any] = dict(sampler=name, steps=num_steps, seed=SEED)
             scores = jd.evaluate(run, n=NUM_SCORED, metrics=[metric], **told)
             distances.append(scores[0].value)
             print(f"{name} {num_steps} steps: {metric} {distances[-1]:.3f}", flush=True)
-        axes.loglog(NUM_STEPS, distances, "o-", markersize=3, linewidth=1, label=name)
+        axes.loglog(counts, distances, "o-", markersize=3, linewidth=1, label=name)
     axes.set(xlabel="steps", ylabel=metric, title=f"{NUM_SCORED} samples of each")
-    axes.set_xticks(NUM_STEPS, [str(n) for n in NUM_STEPS])
+    axes.set_xticks(counts, [str(n) for n in counts])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save(path, figure)
@@ -205,14 +217,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("colab/images"))
     parser.add_argument("--only", default=",".join(PICTURES))
     args = parser.parse_args()
-    names = args.only.split(",")
+    names = [*dict.fromkeys(args.only.split(","))]
     if unknown := [name for name in names if name not in PICTURES]:
-        parser.error(f"--only must be some of {list(PICTURES)}, got {unknown}.")
-    cpu.tune()  # as the programs do
-    run = jd.load_run(args.workdir)
+        raise ValueError(f"--only must be some of {list(PICTURES)}, got {unknown}.")
+    files.check_output("--out", args.out, "folder")
+    run = load(args.workdir)
     for name in names:
         began = time.perf_counter()
-        path = args.out / f"{args.workdir.name}_{name}.png"
+        path = args.out / f"{args.workdir.resolve().name}_{name}.png"
         try:
             PICTURES[name](run, path)
         except NotForThisRun as reason:
@@ -221,5 +233,21 @@ def main() -> None:
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
+def load(workdir: Path) -> Run:
+    """Loads a run that draws without being told more than labels.
+
+    Raises:
+        ValueError: unless it is one.
+    """
+    run = jd.load_run(workdir)
+    rule = "--workdir must be a run of a denoiser that takes nothing but labels, got"
+    if run.objective is None:
+        raise ValueError(f"{rule} a classifier.")
+    takes_low_res = traits(run.model).low_res
+    if more := [*run.conditioning, *(["low_res"] if takes_low_res else [])]:
+        raise ValueError(f"{rule} one that takes {', '.join(more)}.")
+    return run
+
+
 if __name__ == "__main__":
-    main()
+    cli.run_program(main)

@@ -71,3 +71,13 @@ def test_a_flow_that_does_not_end_in_noise_is_said(mean_type, left, images):
         bits_per_dim.ode(run, images)
     (found,) = re.findall(r"got ([\d.e+-]+)\.", str(told[0].message))
     np.testing.assert_allclose(float(found), left * SPREAD**2, rtol=0.1)
+
+
+def test_a_flow_that_is_not_finite_is_said_to_be_so(images):
+    class Nan(OfGaussian):
+        @nn.compact
+        def __call__(self, x, timesteps, *, train=False):
+            return jnp.nan * super().__call__(x, timesteps)
+
+    with pytest.warns(UserWarning, match=r"mean square 1, got nan\."):
+        bits_per_dim.ode(run_of(Nan(), "v"), images)

@@ -1,15 +1,21 @@
 """The package from Python: jd.load_run, sample_images, evaluate, train."""
 
+import concurrent.futures
+import dataclasses
+import gc
 import subprocess
 import sys
+import weakref
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.programs import evaluate
 from support.tiny_runs import KNOWN, LABELS, SIZE, make_run, write_images
 
 import jax_diffusion as jd
-from jax_diffusion import models, samplers
+from jax_diffusion import diffusion, guidance, models, samplers
 from jax_diffusion.evaluation import arguments
 from jax_diffusion.pipeline import draw
 
@@ -50,10 +56,8 @@ def test_evaluate_takes_arrays_and_a_reference():
     assert score.metric == "pixel_distance" and score.value > 0
 
 
-def test_sampling_again_compiles_again_only_for_another_program(folder, monkeypatch):
-    write_images(folder / "images.npz")
-    tiny = LABELS | dict(model=dict(name="support.networks:Tiny", num_classes=KNOWN))
-    run, traced = jd.load_run(make_run(folder / "tiny", **tiny)), []
+def test_sampling_again_compiles_again_only_for_another_program(tiny, monkeypatch):
+    run, traced = tiny, []
 
     def counted(*args, **options):  # called when a program is traced
         traced.append(args)
@@ -92,6 +96,91 @@ def test_samplers_that_were_not_used_for_long_are_forgotten(monkeypatch):
     assert draw.keep(1, lambda: lambda: None) is not made[1]
     assert len(draw.kept) == draw.MAX_KEPT
     assert draw.keep(([],), lambda: print) is print  # what cannot be hashed
+
+
+@pytest.fixture(scope="module")
+def tiny(folder):
+    """A run of a network that compiles in no time, and knows labels."""
+    write_images(folder / "images.npz")
+    tiny = LABELS | dict(model=dict(name="support.networks:Tiny", num_classes=KNOWN))
+    return jd.load_run(make_run(folder / "tiny", **tiny))
+
+
+class Brightness:
+    """A network that is no Flax module, and may be changed: it predicts one value."""
+
+    takes_labels = False
+
+    def __init__(self, value):
+        self.value = value
+
+    def init(self, key, *inputs, **told):
+        return {"params": {}}
+
+    def apply(self, variables, x, timesteps, **told):
+        return jnp.full_like(x, self.value)
+
+
+def test_a_network_that_was_changed_is_never_drawn_from_as_it_was(tiny, monkeypatch):
+    monkeypatch.setattr(draw, "kept", {})
+    config = tiny.config.copy_and_resolve_references()
+    config.label_dropout = 0.0
+    told = dict(config=config, objective=diffusion.Objective("x_0", "fixed_small"))
+    run = dataclasses.replace(tiny, model=Brightness(-1.0), params={}, **told)
+    assert np.all(jd.sample_images(run, n=2, steps=2) == 0)
+    run.model.value = 1.0
+    assert np.all(jd.sample_images(run, n=2, steps=2) == 255)
+
+
+def test_a_method_of_guidance_that_was_replaced_is_used(tiny, monkeypatch):
+    monkeypatch.setattr(draw, "kept", {})
+    told = dict(n=2, steps=2, guidance=2, guidance_method="mine")
+    for value in (-1.0, 1.0):
+
+        def mine(told_fn, weak_fn, scale, *, rescale, value=value):
+            def denoise_fn(x_t, t, **cond):
+                x_0 = jnp.full_like(x_t, value)
+                return diffusion.Prediction(x_0, x_t)
+
+            return denoise_fn
+
+        monkeypatch.setitem(guidance.GUIDANCE_METHODS, "mine", mine)
+        images = jd.sample_images(tiny, **told)
+        assert np.all(images == (255 if value > 0 else 0))
+
+
+def test_a_kept_sampler_keeps_neither_parameters_nor_arrays(tiny, monkeypatch):
+    monkeypatch.setattr(draw, "kept", {})
+    params = jax.tree.map(np.array, tiny.params)
+    run = dataclasses.replace(tiny, params=params)
+    images = np.zeros((2, SIZE, SIZE, 3), np.uint8)
+    mask = np.eye(SIZE, dtype=bool)
+    held = [weakref.ref(a) for a in (*jax.tree.leaves(params), images, mask)]
+    told = dict(task="inpaint", images=images, mask=mask, label=0)
+    jd.sample_images(run, 2, steps=2, **told)
+    assert len(draw.kept) == 1
+    del run, params, images, mask, told
+    gc.collect()
+    assert [ref() for ref in held if ref() is not None] == []
+
+
+def test_threads_may_draw_at_the_same_time(monkeypatch):
+    """Bookkeeping of more samplers than are kept, by threads that switch often."""
+    monkeypatch.setattr(draw, "kept", {})
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def use(first):
+        for i in range(2000):
+            draw.keep((first + i) % (2 * draw.MAX_KEPT), lambda: print)
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(use, 3 * k) for k in range(8)]:
+                done.result()  # raises what the thread has raised
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(draw.kept) == draw.MAX_KEPT
 
 
 def test_an_image_depends_on_seed_and_number_only(labeled):
