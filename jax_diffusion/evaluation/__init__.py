@@ -45,8 +45,8 @@ downloaded where this was tested.
 
 A FID of fewer than 10,000 samples says how many in its name, fid_n2000, because FID
 falls as samples become more. A score *_real_vs_real beside a distance is what as many
-real images have: n images of the reference against all its others, at most half of them. It
-is left out unless n is larger than the number of features.
+real images have: n images of the reference, at most half, against all its others. It is
+left out unless n is larger than the number of features.
 
 Images are resized only by Inception's own rule, and images of mixed sizes are refused.
 A reference for FID and sFID may also be a .npz of moments, as pytorch-fid and
