@@ -1,8 +1,8 @@
 r"""The annotated DDPM on Fashion-MNIST with its own network, 2,996,315 parameters.
 
 T = 200, Huber loss, Adam 1e-3. The tutorial's betas rise from 1e-4 to 0.02 whatever T
-is. With T = 200 this leaves a third of the signal in x_T. Here they are multiplied by
-1000 / T, so that x_T is noise; --config.schedule.rescale=False is the tutorial's.
+is. With T = 200 this leaves a third of the signal in x_T, though sampling begins with
+noise. --config.schedule.rescale=True multiplies them by 1000 / T, which mends that.
 
 Command:
     python -m jax_diffusion.train --config configs/fashion_mnist_annotated.py \
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
         name="idx", path="data/fashion-mnist", split="train", batch_size=128, flip=True
     )
 
-    config.schedule = dict(name="linear", num_steps=200)
+    config.schedule = dict(name="linear", num_steps=200, rescale=False)
     config.objective = dict(mean_type="eps", var_type="fixed_small", loss="huber")
     config.timesteps = dict(name="uniform")
     # As published, the skip of the first stage is lost; full_skip=True mends that.

@@ -69,6 +69,7 @@ NOTEBOOKS = {
             "spread['uniform'] / spread['importance']": (1.5, ANY),
             "abs(off)": (0, 5),  # standard errors
             "max(totals.values())": (1, 8),
+            "late['vlb, uniform'].std() / late['vlb'].std()": (2, ANY),
         },
     ),
     "samplers": Notebook(

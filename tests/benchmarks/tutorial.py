@@ -78,7 +78,7 @@ class Training(NamedTuple):
 def load_config(name: str, data: str = DATA) -> configs.Config:
     """The text's config, its own betas included, with the network of another config."""
     folder = HERE.parents[1] / "configs"
-    changes = f"--config.data.path={data}", "--config.schedule.rescale=False"
+    changes = [f"--config.data.path={data}"]
     config = configs.load_config(folder / f"{NETWORKS['annotated']}.py", changes)
     config.model = configs.load_config(folder / f"{NETWORKS[name]}.py").model
     if "num_classes" in config.model:
