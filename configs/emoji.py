@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
 
     config.data = dict(
-        name="folder", path="data/emoji", split="train", image_size=32, batch_size=128
+        name="folder", path="data/emoji", split="train", image_size=32, batch_size=64
     )
 
     config.schedule = dict(name="cosine", num_steps=1000)
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     # layers: all of them work at 16 x 16 and 8 x 8.
     config.model = dict(
         name="unet",
-        channels=96,
+        channels=64,
         multipliers=(1, 2),
         num_res_blocks=1,
         attention_resolutions=(8,),
@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     config.ema_decays = (0.999,)
     config.ema_warmup = True
 
-    config.total_steps = 4_500
+    config.total_steps = 7_000
     config.log_every = 50
     config.save_every = 500
     config.sample_every = 500

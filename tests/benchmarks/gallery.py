@@ -73,7 +73,8 @@ def save_rows(path: Path, rows: dict[str, np.ndarray]) -> None:
 def save(path: Path, figure: Figure) -> None:
     """Writes a figure as a PNG, without the date, which would differ every time."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    options = dict(dpi=110, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(file, format="png", **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, lambda out: out.write(file.getvalue()), sync=False)
 

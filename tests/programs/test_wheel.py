@@ -168,7 +168,7 @@ def test_names_work_outside_the_clone_beside_another_package_configs(
     place, error = out.splitlines()
     inside = ROOT if kind == "editable" else folder.parent
     assert Path(place).is_relative_to(inside)
-    assert str(names) in error and error.endswith("did you mean 'digits'?")
+    assert error.endswith("got 'digts', where nothing is; did you mean 'digits'?")
     version = call(folder / "jax-diffusion", "--version", cwd=tmp_path)
     assert version == f"jax_diffusion {jax_diffusion.__version__}\n"
 
