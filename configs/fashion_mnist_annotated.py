@@ -39,5 +39,5 @@ def get_config() -> ConfigDict:
     config.log_every = 20
     config.save_every = 500
     config.sample_every = 500
-    config.sampling = dict(sampler="ddim", steps=50, spacing="sections", eta=0.0, n=64)
+    config.sampling = dict(sampler="ddpm", steps=200, n=64)
     return config

@@ -142,7 +142,7 @@ def ode(
     clock.end("ode_terms")
     if not found:
         return Result([], about, clock.seconds, [finish])
-    _warn_unless_noise(found["prior"], float(schedule.next.noise[-1]))
+    warn_unless_noise(found["prior"], float(schedule.next.noise[-1]))
     value, error = mean_and_error(found["total"])
     scores = [Score("nll_ode", value, images.n, error)]
     for name in ("step_error", "probe_error"):
@@ -152,8 +152,13 @@ def ode(
     return Result(scores, about, clock.seconds, [finish])
 
 
-def _warn_unless_noise(prior: np.ndarray, noise: float) -> None:
-    """Warns if x_T, whose `OdeBits.prior` is given, is not noise of this deviation."""
+def warn_unless_noise(prior: np.ndarray, noise: float) -> None:
+    """Warns if x_T is not noise, as it should be after the whole flow.
+
+    Args:
+        prior: `likelihood.OdeBits.prior` [n], in bits/dim.
+        noise: the standard deviation that x_T should have.
+    """
     nats = np.mean(prior, dtype=np.float64) * np.log(2)
     square = 2 * (nats - np.log(noise)) - np.log(2 * np.pi)  # mean of (x_T / noise)^2
     square = np.maximum(square, 0.0)  # unlike max(), it leaves NaN

@@ -31,7 +31,7 @@ SCALES = (1.0, 2.0, 4.0, 8.0)  # of guidance
 NUM_STEPS = (5, 10, 20, 40)  # of `steps`
 NUM_SCORED = 500  # images of each point of `steps`
 MIN_SIZE, GIF_SIZE = 600, 300  # least pixels of the longer side of grids
-Picture = Callable[[Run, Path], None]
+Picture = Callable[..., None]  # of a run and the path of the file
 
 
 class NotForThisRun(Exception):
@@ -79,10 +79,10 @@ def save(path: Path, figure: Figure) -> None:
     files.write_atomic(path, lambda out: out.write(file.getvalue()), sync=False)
 
 
-def samples(run: Run, path: Path, scale: float = 1.0) -> None:
+def samples(run: Run, path: Path, scale: float = 1.0, **options: Any) -> None:
     """Samples, a row for each class if there are any."""
     rows = max(run.num_labels, 1) if run.takes_labels else COLUMNS
-    told = guidance_of(run, scale)
+    told = guidance_of(run, scale) | options
     if run.takes_labels:
         told["label"] = [i for i in range(rows) for _ in range(COLUMNS)]
     images = jd.sample_images(run, n=rows * COLUMNS, seed=SEED, **told)
@@ -217,17 +217,20 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("colab/images"))
     parser.add_argument("--only", default=",".join(PICTURES))
+    parser.add_argument("--sampler", default="ddim", help="Of `samples`.")
+    parser.add_argument("--steps", type=int, default=50, help="Of `samples`.")
     args = parser.parse_args()
     names = [*dict.fromkeys(args.only.split(","))]
     if unknown := [name for name in names if name not in PICTURES]:
         raise ValueError(f"--only must be some of {list(PICTURES)}, got {unknown}.")
     files.check_output("--out", args.out, "folder")
     run = load(args.workdir)
+    chosen = dict(sampler=args.sampler, steps=args.steps)
     for name in names:
         began = time.perf_counter()
         path = args.out / f"{args.workdir.resolve().name}_{name}.png"
         try:
-            PICTURES[name](run, path)
+            PICTURES[name](run, path, **(chosen if name == "samples" else {}))
         except NotForThisRun as reason:
             print(f"{name}: left out, {reason}.")
             continue
