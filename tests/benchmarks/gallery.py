@@ -4,7 +4,7 @@
 
 Writes colab/images/emoji_samples.png and so on, named after the workdir. `PICTURES`
 lists them; those that a run cannot have, such as guidance without labels, are left out
-with a line that says so. Seeds are fixed. Of the emoji, all but `steps` took six minutes
+with a line that says so. Seeds are fixed. For emoji, all but `steps` took six minutes
 on a core; `steps` takes far longer.
 """
 
