@@ -69,12 +69,12 @@ def test_gallery_draws_each_picture_once_and_names_it_after_the_folder(
     tmp_path, monkeypatch
 ):
     drawn = []
-    monkeypatch.setitem(gallery.PICTURES, "samples", lambda _, path: drawn.append(path))
+    monkeypatch.setitem(gallery.PICTURES, "tasks", lambda _, path: drawn.append(path))
     monkeypatch.chdir(make_run(tmp_path / "run"))
-    flags = ("--workdir", ".", "--out", tmp_path, "--only", "samples,samples")
+    flags = ("--workdir", ".", "--out", tmp_path, "--only", "tasks,tasks")
     monkeypatch.setattr("sys.argv", ["gallery", *map(str, flags)])
     gallery.main()
-    assert drawn == [tmp_path / "run_samples.png"]
+    assert drawn == [tmp_path / "run_tasks.png"]
 
 
 @pytest.mark.parametrize(
