@@ -18,8 +18,9 @@ Hardware: 2 CPU cores; the run had one, and other work the other one.
 Time: 76 CPU minutes for 7,000 steps, 0.57 s a step while the core was free.
 Result: 1,000 samples have precision 0.73 and recall 0.83 in the features of a small
 classifier, with guidance 2 0.83 and 0.78; 3.67 +- 0.08 bits/dim on 64 held-out images.
-Flags, faces and signs are like emoji, animals and things have their colors only. Three
-of ten samples are close to a training image (tests/benchmarks/README.md).
+Flags, faces and signs look like emoji; animals and things have little more than the
+right colors. Three of ten samples are close to a training image
+(tests/benchmarks/README.md).
 """
 
 from ml_collections import ConfigDict

@@ -48,15 +48,15 @@ def find_config(config: str | Path) -> Path:
     """
     found = configs_folder().glob("[!_]*.py")
     known = {path.stem: path for path in sorted(found)}
-    rule = "config must be the path of a config file or a name such as 'digits'"
-    checks.path("config", config, rule.removeprefix("config must be "))
+    wanted = "the path of a config file or a name such as 'digits'"
+    checks.path("config", config, wanted)
     path, is_name = Path(config), isinstance(config, str) and config in known
     try:
         is_file, exists = path.is_file(), path.exists()
     except (OSError, ValueError) as error:  # a name too long, or not to be looked at
         reason = getattr(error, "strerror", None) or f"{error}"
         got = f"{short(os.fspath(config))}: {reason.lower()}"
-        raise ValueError(f"{rule}, got {got}.") from error
+        raise ValueError(f"config must be {wanted}, got {got}.") from error
     if is_file:
         if is_name:
             warnings.warn(
@@ -73,10 +73,10 @@ def find_config(config: str | Path) -> Path:
     if path.stem in known:  # of digits/, digits.py or Path("digits")
         close = f"; the sample config is just the string {path.stem!r}."
     elif close == ".":  # which are the names, as far as a short sentence can tell
-        rule = "config must be the path of a config file or one of "
-        room = LONGEST - len(rule) - len(got) - len(", got .")
-        rule += textwrap.shorten(", ".join(known), max(room, 20), placeholder=" ...")
-    raise ValueError(f"{rule}, got {got}{close}")
+        wanted = "the path of a config file or one of "
+        room = LONGEST - len(f"config must be {wanted}, got {got}.")
+        wanted += textwrap.shorten(", ".join(known), max(room, 20), placeholder=" ...")
+    raise ValueError(f"config must be {wanted}, got {got}{close}")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

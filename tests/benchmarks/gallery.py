@@ -74,8 +74,8 @@ def save_rows(path: Path, rows: dict[str, np.ndarray]) -> None:
 def save(path: Path, figure: Figure) -> None:
     """Writes a figure as a PNG, without the date, which would differ every time."""
     file = io.BytesIO()
-    options = dict(dpi=110, bbox_inches="tight", metadata={"Software": None})
-    figure.savefig(file, format="png", **options)
+    metadata = {"Software": None}
+    figure.savefig(file, format="png", dpi=110, bbox_inches="tight", metadata=metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, lambda out: out.write(file.getvalue()), sync=False)
 
@@ -218,20 +218,24 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("colab/images"))
     parser.add_argument("--only", default=",".join(PICTURES))
-    parser.add_argument("--sampler", default="ddim", help="Of `samples`.")
-    parser.add_argument("--steps", type=int, default=50, help="Of `samples`.")
+    parser.add_argument(
+        "--sampler", default="ddim", help="Which sampler draws `samples`."
+    )
+    parser.add_argument(
+        "--steps", type=int, default=50, help="How many steps that sampler takes."
+    )
     args = parser.parse_args()
     names = [*dict.fromkeys(args.only.split(","))]
     if unknown := [name for name in names if name not in PICTURES]:
         raise ValueError(f"--only must be some of {list(PICTURES)}, got {unknown}.")
     files.check_output("--out", args.out, "folder")
     run = load(args.workdir)
-    chosen = dict(sampler=args.sampler, steps=args.steps)
+    options = {"samples": dict(sampler=args.sampler, steps=args.steps)}
     for name in names:
         began = time.perf_counter()
         path = args.out / f"{args.workdir.resolve().name}_{name}.png"
         try:
-            PICTURES[name](run, path, **(chosen if name == "samples" else {}))
+            PICTURES[name](run, path, **options.get(name, {}))
         except NotForThisRun as reason:
             print(f"{name}: left out, {reason}.")
             continue
