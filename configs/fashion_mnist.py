@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
 
     config.data = dict(
-        name="idx", path="data/fashion-mnist", split="train", batch_size=64, flip=True
+        name="idx", path="data/fashion-mnist", split="train", batch_size=64, flip=False
     )
 
     config.schedule = dict(name="cosine", num_steps=1000)
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.ema_decays = (0.999,)
     config.ema_warmup = True
 
-    config.total_steps = 8_000
+    config.total_steps = 3_600
     config.log_every = 50
     config.save_every = 1_000
     config.sample_every = 1_000

@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
 
+    # Mirrored digits are no digits: flip=True only tries that option.
     config.data = dict(name="digits", split="train", batch_size=16, flip=True)
 
     config.schedule = dict(name="cosine", num_steps=50, rescale_timesteps=True)

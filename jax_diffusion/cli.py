@@ -132,8 +132,8 @@ SAMPLER_FLAGS: Flags = {
     "--steps": dict(type=int, help=f"Number of steps. By default: {_STEPS}."),
     "--spacing": dict(
         metavar="NAME",
-        help=f"Which of the T steps are taken: {', '.join(SPACINGS)}. By default: "
-        f"{_SPACING}.",
+        help=f"Which of the T steps are taken: {', '.join(SPACINGS)}, explained by "
+        f"`python -m pydoc jax_diffusion.spacing`. By default: {_SPACING}.",
     ),
     "--eta": dict(
         type=float,

@@ -122,6 +122,10 @@ NOTEBOOKS = {
                 2,
                 ANY,
             ),
+            "by_method['pixels']['half mirrored'] / by_method['pixels']['untouched']": (
+                4,
+                ANY,
+            ),
             "by_split['pixels']['test'] / by_split['pixels']['train']": (1.2, ANY),
             "by_split['pixels']['matched'] / by_split['pixels']['test']": (0.8, 1.3),
             "of_copies['copycat'] / of_copies['real']": (0, 0.6),

@@ -25,7 +25,7 @@ XLA_FLAGS = (
     # Programs of level 3 are no faster, and take a sixth longer to compile.
     "--xla_backend_optimization_level=1",
 )
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
 ACCELERATORS = ("jax_plugins", "libtpu")  # packages that bring JAX another backend
 
 
@@ -48,8 +48,8 @@ def tune() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     libc = _glibc()
     if libc is not None:
-        libc.mallopt(MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+        libc.mallopt(MMAP_MAX, 0)
+        libc.mallopt(TRIM_THRESHOLD, -1)
 
 
 def keep_compiled() -> None:
