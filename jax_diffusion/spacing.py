@@ -2,7 +2,7 @@
 
 Each returns increasing int [n], exactly as many distinct steps as it is asked for;
 `quadratic_steps` alone may return fewer. `SPACINGS` lists them by name, all with one
-signature.
+signature: "sections" is `spaced_steps`, "uniform" is `uniform_steps`, and so on.
 """
 
 from collections.abc import Callable, Sequence

@@ -282,10 +282,10 @@ def from_arrays(
         batch_size: images in a batch, b; at most n in training.
         seed: of order and flips, >= 0.
         train: endless and shuffled, instead of one pass in order.
-        flip: mirror each image with probability 1/2, which is right only where a mirror
-            image is an image of the data, too: not for digits and letters, and not for
-            Fashion-MNIST, whose shoes all point to the left. Ignored unless `train`, so
-            that one config serves both: evaluation sees images as they are.
+        flip: mirror each image left to right with probability 1/2. Right only where
+            such an image could be one of the data: not for digits and letters, and not
+            for Fashion-MNIST, whose shoes nearly all point to the left. Ignored unless
+            `train`, so that one config serves both: evaluation sees images as they are.
         start_step: where iteration starts, to resume a run.
         conditioning: cond [n, d], tokens [n, k, d], tokens_mask bool [n, k]: what a
             network is told of each image, see `data.conditioning`.
