@@ -9,8 +9,8 @@ The folder holds the four IDX files; this one is of Debian's dataset-fashion-mni
 Hardware: one of 2 CPU cores (AVX2); another training had the other one.
 Time: 81 minutes. With both cores, 0.76 s a step, it would take 46 minutes.
 Result: 2,000 samples (DDIM, 50 steps) have a distance of 0.104 in the features of a
-classifier (real images 0.037), precision 0.889 and recall 0.859. 3.43 +- 0.12 bits/dim on
-64 test images. What was tried is in tests/benchmarks/README.md.
+classifier (real images 0.037), precision 0.889 and recall 0.859. 3.43 +- 0.12 bits/dim
+on 64 test images. What was tried is in tests/benchmarks/README.md.
 """
 
 from ml_collections import ConfigDict
