@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ XLA_FLAGS = (
     "--xla_backend_optimization_level=1",
 )
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+MALLOC_SETTINGS = r"malloc[._](trim_threshold|mmap_threshold|mmap_max)"
 ACCELERATORS = ("jax_plugins", "libtpu")  # packages that bring JAX another backend
 
 
@@ -48,10 +50,9 @@ def tune() -> None:
     new = [flag for flag in XLA_FLAGS if flag.partition("=")[0] not in mine]
     os.environ["XLA_FLAGS"] = " ".join([*mine.split(), *new])
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    told = any(name.startswith("MALLOC_") for name in os.environ)
-    told = told or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    told = " ".join([*os.environ, os.environ.get("GLIBC_TUNABLES", "")])
     libc = _glibc()
-    if libc is not None and not told:
+    if libc is not None and not re.search(MALLOC_SETTINGS, told, re.IGNORECASE):
         libc.mallopt(MMAP_THRESHOLD, (1 << 31) - 1)  # an int
         libc.mallopt(TRIM_THRESHOLD, -1)  # never
 

@@ -12,6 +12,13 @@ import pytest
 
 from jax_diffusion.runtime import cpu
 
+MALLOC = (
+    "GLIBC_TUNABLES",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_MMAP_MAX_",
+)
+
 
 class Libc:
     """Takes down what is asked of malloc."""
@@ -28,10 +35,8 @@ def libc(monkeypatch):
     found = Libc()
     monkeypatch.setattr(cpu, "_glibc", lambda: found)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for name in ("XLA_FLAGS", "GLIBC_TUNABLES"):
+    for name in ("XLA_FLAGS", *MALLOC):
         monkeypatch.delenv(name, raising=False)
-    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
-        monkeypatch.delenv(name)
     dispatch = jax.config.read("jax_cpu_enable_async_dispatch")
     jax.config.update("jax_cpu_enable_async_dispatch", True)
     yield found
@@ -61,13 +66,18 @@ def test_flags_of_xla_malloc_and_the_thread_are_tuned(libc, monkeypatch, mine, t
 
 
 @pytest.mark.parametrize(
-    "mine",
-    [("MALLOC_TRIM_THRESHOLD_", "0"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_max=9")],
+    ("name", "value", "told"),
+    [
+        *((name, "0", True) for name in MALLOC[1:]),
+        ("GLIBC_TUNABLES", "glibc.malloc.mmap_max=9", True),
+        ("GLIBC_TUNABLES", "glibc.malloc.arena_max=2", False),
+        ("MALLOC_ARENA_MAX", "2", False),
+    ],
 )
-def test_malloc_is_left_alone_if_the_environment_tunes_it(libc, monkeypatch, mine):
-    monkeypatch.setenv(*mine)
+def test_what_the_environment_tells_malloc_stays(libc, monkeypatch, name, value, told):
+    monkeypatch.setenv(name, value)
     cpu.tune()
-    assert not libc.calls
+    assert bool(libc.calls) is not told
 
 
 def test_with_an_accelerator_nothing_is_set(libc, monkeypatch):
@@ -97,8 +107,9 @@ for _ in range(2):
 @pytest.mark.slow
 @pytest.mark.skipif(cpu.platform.libc_ver()[0] != "glibc", reason="for glibc")
 def test_memory_of_a_step_of_nearly_2_gib_is_kept_for_the_next_step():
+    env = {k: v for k, v in os.environ.items() if k not in MALLOC}
     command = [sys.executable, "-c", FAULTS]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
     first, second = map(int, done.stdout.split())
     assert second < first / 100
 
