@@ -27,6 +27,7 @@ XLA_FLAGS = (
     "--xla_backend_optimization_level=1",
 )
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+# What a user may have set, by a variable of its own or in GLIBC_TUNABLES.
 MALLOC_SETTINGS = r"malloc[._](trim_threshold|mmap_threshold|mmap_max)"
 ACCELERATORS = ("jax_plugins", "libtpu")  # packages that bring JAX another backend
 
@@ -41,8 +42,8 @@ def tune() -> None:
     it out again page by page, cleared, which takes a tenth to a fifth of a step. Pieces
     of 2 GiB and more, above the largest threshold, still go back. Only the main
     thread's heap can hold such a piece, so JAX is told to run steps in the main thread;
-    in another one a step would hardly overlap with anything on the same cores. Nothing
-    is told to glibc if the environment does, by MALLOC_TRIM_THRESHOLD_ for example.
+    in another one a step would hardly overlap with anything on the same cores. If the
+    environment sets a threshold, as MALLOC_TRIM_THRESHOLD_, glibc is left as it is.
     """
     if any(importlib.util.find_spec(name) for name in ACCELERATORS):
         return
@@ -53,8 +54,8 @@ def tune() -> None:
     told = " ".join([*os.environ, os.environ.get("GLIBC_TUNABLES", "")])
     libc = _glibc()
     if libc is not None and not re.search(MALLOC_SETTINGS, told, re.IGNORECASE):
-        libc.mallopt(MMAP_THRESHOLD, (1 << 31) - 1)  # an int
-        libc.mallopt(TRIM_THRESHOLD, -1)  # never
+        libc.mallopt(MMAP_THRESHOLD, (1 << 31) - 1)  # the largest int
+        libc.mallopt(TRIM_THRESHOLD, -1)  # never trims by itself
 
 
 def keep_compiled() -> None:
